@@ -1,0 +1,36 @@
+"""What can go wrong for a user, and the exit code that tells it apart.
+
+Every mistake ends in one clear line: what was required, what was found, which key or flag to change.
+Errors of this module carry that line and the exit code; `tinylm.cli.run` prints the one and exits with the other.
+Any other exception is a bug of ours and keeps its traceback.
+"""
+
+
+class UserError(ValueError):
+    """A mistake in flags, config or data: one line that says what to change. Exit code 2."""
+
+    exit_code = 2
+
+
+class NumericError(UserError):
+    """Loss or gradient stopped being finite. Exit code 3."""
+
+    exit_code = 3
+
+
+class HangError(UserError):
+    """A process or peer stopped making progress. Exit code 4."""
+
+    exit_code = 4
+
+
+class StorageError(UserError):
+    """A disk or bucket could not be written or read back. Exit code 5."""
+
+    exit_code = 5
+
+
+class Preempted(UserError):
+    """The run was asked to stop, has saved, and can be resumed by the same command. Exit code 75."""
+
+    exit_code = 75
