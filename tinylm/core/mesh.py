@@ -1,0 +1,165 @@
+"""The device mesh, and the one table that maps logical axes onto it.
+
+The mesh has three axes: `replica` (data parallelism between slices), `data` (the batch and, with fsdp, parameters and
+optimizer state) and `model` (heads, mlp, vocabulary). No other module knows these names: parameters and activations
+name *logical* axes, and this table decides. A dimension that a mesh axis does not divide is left whole, and for fsdp
+the next dimension of the same parameter is tried, so every model runs on every mesh.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tinylm.core.errors import UserError
+from tinylm.core.settings import setting
+
+AXES = ("replica", "data", "model")
+
+# For each mesh axis, the logical axes that it may split, in order of preference.
+PARAMETER_RULES = {
+    "model": ("heads", "kv_heads", "mlp", "vocab"),
+    "data": ("embed", "mlp", "vocab", "heads", "kv_heads", "head_dim"),  # with mesh.fsdp alone
+}
+ACTIVATION_RULES = {
+    "replica": ("batch",),
+    "data": ("batch",),
+    "model": ("heads", "kv_heads", "mlp", "vocab", "seq"),
+}
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """How many devices each mesh axis has; one of them may be -1: all that is left."""
+
+    replica: int = setting(1, "data-parallel groups between slices; one all-reduce a step crosses it", free=True)
+    data: int = setting(-1, "devices that split the batch (-1: all that are left)", free=True)
+    model: int = setting(1, "devices that split heads, mlp and vocabulary", free=True)
+    fsdp: bool = setting(False, "split parameters and optimizer state over the data axis too", free=True)
+
+    def sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """Return the axis sizes with -1 filled in; raise UserError where they don't fit `num_devices`."""
+        sizes = {"replica": self.replica, "data": self.data, "model": self.model}
+        for name, size in sizes.items():
+            if size < 1 and size != -1:
+                raise UserError(f"mesh.{name}={size} must be at least 1, or -1 for all that is left.")
+        free = [name for name, size in sizes.items() if size == -1]
+        if len(free) > 1:
+            raise UserError(f"mesh.{free[0]} and mesh.{free[1]} are both -1; only one axis can take what is left.")
+        fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+        if free:
+            if num_devices % fixed:
+                raise UserError(
+                    f"mesh.{free[0]}=-1 cannot be filled: {num_devices} devices are not divisible by {fixed}; "
+                    "change the other mesh sizes or --cpu_devices."
+                )
+            sizes[free[0]] = num_devices // fixed
+        elif fixed > num_devices:
+            raise UserError(
+                f"the mesh of {fixed} devices (mesh.replica x mesh.data x mesh.model) is larger than the "
+                f"{num_devices} devices here; make the mesh smaller or set --cpu_devices={fixed}."
+            )
+        return sizes["replica"], sizes["data"], sizes["model"]
+
+    def check(self) -> None:
+        """Raise UserError for sizes that no number of devices could satisfy."""
+        self.sizes(max(1, int(np.prod([size for size in (self.replica, self.data, self.model) if size > 0]))))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return the mesh over `devices` (default: all; the first ones where a single process asks for fewer).
+
+    Axes are Auto: the partitioner places what is not constrained. Raises UserError where the mesh doesn't fit.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.sizes(len(devices))
+    needed = int(np.prod(sizes))
+    if needed < len(devices) and jax.process_count() > 1:
+        raise UserError(
+            f"the mesh of {needed} devices is smaller than the {len(devices)} devices of this job; "
+            "set mesh.data=-1 or start fewer processes."
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Return into how many parts the mesh splits the batch."""
+    return mesh.shape["replica"] * mesh.shape["data"]
+
+
+def _assign(rules: dict[str, tuple[str, ...]], mesh_shape: Any, axes: Sequence[str | None], shape: Sequence[int]):
+    """Give each mesh axis to the first logical axis that it may split and divides; return a PartitionSpec."""
+    taken: list[list[str]] = [[] for _ in axes]
+    for mesh_axis, candidates in rules.items():
+        size = mesh_shape[mesh_axis]
+        for name in candidates:
+            if size == 1 or name not in axes:
+                continue
+            dim = list(axes).index(name)
+            parts = int(np.prod([mesh_shape[a] for a in taken[dim]], dtype=int)) * size
+            shareable = name == "batch" or not taken[dim]
+            if shareable and shape[dim] % parts == 0:
+                taken[dim].append(mesh_axis)
+                break
+    return PartitionSpec(*[tuple(t) if len(t) > 1 else (t[0] if t else None) for t in taken])
+
+
+def parameter_sharding(mesh: Mesh, fsdp: bool, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Return where a parameter with logical `axes` and `shape` lives on the mesh."""
+    rules = {name: rule for name, rule in PARAMETER_RULES.items() if fsdp or name != "data"}
+    return NamedSharding(mesh, _assign(rules, mesh.shape, axes, shape))
+
+
+def activation_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Return where an activation (or a batch) with logical `axes` and `shape` lives on the mesh."""
+    return NamedSharding(mesh, _assign(ACTIVATION_RULES, mesh.shape, axes, shape))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation to the layout of its logical `axes` under the mesh in use; without a mesh, return it as is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _assign(ACTIVATION_RULES, mesh.shape, axes, x.shape))
+
+
+def owned_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+    """Return the sorted positions of a batch axis of `num_rows` that this process's devices hold."""
+    sharding = activation_sharding(mesh, ("batch",), (num_rows,))
+    slices = sharding.addressable_devices_indices_map((num_rows,)).values()
+    return np.unique(np.concatenate([np.arange(num_rows)[index] for index in slices]))
+
+
+def place_batch(
+    mesh: Mesh, host: dict[str, np.ndarray], owned: np.ndarray, num_rows: int, batch_dim: int
+) -> dict[str, jax.Array]:
+    """Put host arrays that hold the `owned` rows of dimension `batch_dim` onto the mesh as global arrays."""
+
+    def place(x: np.ndarray) -> jax.Array:
+        shape = (*x.shape[:batch_dim], num_rows, *x.shape[batch_dim + 1 :])
+        axes = [None] * x.ndim
+        axes[batch_dim] = "batch"
+        sharding = activation_sharding(mesh, axes, shape)
+        if len(owned) == num_rows:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(shape, sharding, _reader(x, owned, num_rows, batch_dim))
+
+    return {name: place(x) for name, x in host.items()}
+
+
+def _reader(x: np.ndarray, owned: np.ndarray, num_rows: int, dim: int) -> Callable:
+    """Return the callback that cuts one device's part out of the rows this process holds."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        rows = np.searchsorted(owned, np.arange(num_rows)[index[dim]])
+        return np.take(x, rows, axis=dim)
+
+    return read

@@ -1,0 +1,97 @@
+"""Attention behind one interface: who may look at whom, and the kernels that compute it.
+
+Axes: B batch, T query positions, S key positions, N query heads, K kv heads, G query heads per kv head, H head size.
+
+Arrays are heads-first, so that each head's matrices are contiguous: on CPU the transposing copies of another layout
+cost as much as the products themselves. Masks are described (`Visibility`), not made, until a kernel needs them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from tinylm.model.layers import Dropout
+
+_FAR_BELOW = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """Which keys a query sees: those not after it, within `window` (0: all), and of its own segment.
+
+    Positions are absolute; None means 0, 1, 2, ... for queries and keys alike. The window counts the query itself.
+    """
+
+    query_positions_BT: jax.Array | None = None
+    key_positions_BS: jax.Array | None = None
+    segments_BT: jax.Array | None = None
+    window: int = 0
+    local_heads: int = 0
+
+    def allowed(self, num_queries: int, num_keys: int, num_heads: int) -> jax.Array:
+        """Return the mask as booleans that broadcast to [B, N, T, S]."""
+        q = jnp.arange(num_queries)[None] if self.query_positions_BT is None else self.query_positions_BT
+        s = jnp.arange(num_keys)[None] if self.key_positions_BS is None else self.key_positions_BS
+        distance = q[:, None, :, None] - s[:, None, None, :]
+        allowed = distance >= 0
+        if self.window:
+            near = distance < self.window
+            if self.local_heads:
+                near = near | (jnp.arange(num_heads) >= self.local_heads)[None, :, None, None]
+            allowed = allowed & near
+        if self.segments_BT is not None:
+            allowed = allowed & (self.segments_BT[:, None, :, None] == self.segments_BT[:, None, None, :])
+        return allowed
+
+
+def attend(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    visibility: Visibility,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    dropout: Dropout | None = None,
+    kernel: str = "auto",
+) -> jax.Array:
+    """Return softmax(scale q.k) v over the visible keys, as o_BNTH (Vaswani et al. 2017, eq. 1).
+
+    Query head n reads kv head n // G. `dropout` acts on the weights, and takes the plain kernel: fused ones have none.
+    """
+    plain_only = softcap or (dropout is not None and dropout.active) or visibility.query_positions_BT is not None
+    if kernel == "auto":
+        kernel = "cudnn" if jax.default_backend() == "gpu" and q_BNTH.dtype == jnp.bfloat16 else "xla"
+    if kernel == "cudnn" and not plain_only and not (visibility.window and visibility.local_heads):
+        return _fused(q_BNTH, k_BKSH, v_BKSH, visibility, scale)
+    return _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout)
+
+
+def _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout):
+    B, N, T, H = q_BNTH.shape
+    K, S = k_BKSH.shape[1:3]
+    rows_BKMH = (q_BNTH * scale).reshape(B, K, N // K * T, H)
+    logits = jnp.einsum("BKMH,BKSH->BKMS", rows_BKMH, k_BKSH, preferred_element_type=jnp.float32)
+    logits_BNTS = logits.reshape(B, N, T, S)
+    if softcap:
+        logits_BNTS = softcap * jnp.tanh(logits_BNTS / softcap)
+    logits_BNTS = jnp.where(visibility.allowed(T, S, N), logits_BNTS, _FAR_BELOW)
+    weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1).astype(v_BKSH.dtype)
+    if dropout is not None:
+        weights_BNTS = dropout(weights_BNTS)
+    rows_BKMS = weights_BNTS.reshape(B, K, N // K * T, S)
+    return jnp.einsum("BKMS,BKSH->BKMH", rows_BKMS, v_BKSH).reshape(B, N, T, H)
+
+
+def _fused(q_BNTH, k_BKSH, v_BKSH, visibility, scale):
+    """Use cuDNN's flash attention through `jax.nn.dot_product_attention`, which wants sequence before heads."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q_BNTH, k_BKSH, v_BKSH))
+    mask = None
+    if visibility.segments_BT is not None:
+        mask = visibility.segments_BT[:, None, :, None] == visibility.segments_BT[:, None, None, :]
+    window = (visibility.window - 1, 0) if visibility.window else None
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
+    )
+    return out.swapaxes(1, 2)

@@ -1,0 +1,78 @@
+"""The sections of the config that training owns: optimizer, train, writers."""
+
+import dataclasses
+
+from tinylm.core.errors import UserError
+from tinylm.core.settings import setting
+
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
+
+@dataclasses.dataclass
+class OptimizerConfig:
+    """Which optimizer, at which learning rate over the run."""
+
+    name: str = setting("adamw", "adamw, or muon (for matrices; adamw for the rest)")
+    learning_rate: float = setting(1e-3, "peak learning rate")
+    min_ratio: float = setting(0.1, "learning rate at the end, as a part of the peak")
+    schedule: str = setting("cosine", "after warm-up: cosine, linear, constant or wsd (warm-up, stable, decay)")
+    warmup_steps: int = setting(0, "steps of linear warm-up, part of the schedule")
+    decay_fraction: float = setting(0.2, "last part of the schedule in which wsd decays")
+    weight_decay: float = setting(0.1, "decay of matrices and embeddings; norms and biases have none")
+    beta1: float = setting(0.9, "decay of the first moment")
+    beta2: float = setting(0.95, "decay of the second moment")
+    epsilon: float = setting(1e-8, "added to the root of the second moment")
+    clip_norm: float = setting(1.0, "largest global norm of the gradient (0: no limit)")
+    adam_learning_rate: float = setting(0.0, "with muon: peak rate of what is not a matrix (0: learning_rate)")
+
+    def check(self, num_steps: int) -> None:
+        """Raise UserError for what no optimizer could follow over `num_steps`."""
+        if self.name not in OPTIMIZERS:
+            raise UserError(f"optimizer.name={self.name!r} must be one of {', '.join(OPTIMIZERS)}.")
+        if self.schedule not in SCHEDULES:
+            raise UserError(f"optimizer.schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}.")
+        if not 0 <= self.warmup_steps <= num_steps:
+            raise UserError(
+                f"optimizer.warmup_steps={self.warmup_steps} must be at most the schedule's length "
+                f"(train.num_steps={num_steps}); make one shorter or the other longer."
+            )
+        if self.learning_rate <= 0 or self.clip_norm < 0 or self.weight_decay < 0:
+            raise UserError("optimizer.learning_rate must be above 0, clip_norm and weight_decay at least 0.")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise UserError(f"optimizer.beta1={self.beta1} and beta2={self.beta2} must be at least 0 and below 1.")
+        if not (0 <= self.min_ratio <= 1 and 0 < self.decay_fraction <= 1):
+            raise UserError("optimizer.min_ratio and decay_fraction must lie between 0 and 1.")
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """How long, and how a step is carried out."""
+
+    num_steps: int = setting(1000, "length of the schedule, and of the run")
+    stop_step: int = setting(0, "stop after this step (0: num_steps); the schedule stays as long", free=True)
+    accumulation_steps: int = setting(1, "micro-batches that one step adds up")
+    steps_per_dispatch: int = setting(1, "most steps that one call to the device makes", free=True)
+    init_from: str = setting("", "start from the parameters of another run's folder")
+    deterministic: bool = setting(False, "the same bits in every run on GPU and TPU too (slower)")
+    log_every_steps: int = setting(10, "steps between lines of metrics", free=True)
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this run stops."""
+        return min(self.stop_step or self.num_steps, self.num_steps)
+
+    def check(self) -> None:
+        """Raise UserError for counts below their least."""
+        for name in ("num_steps", "accumulation_steps", "steps_per_dispatch", "log_every_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}={getattr(self, name)} must be at least 1.")
+        if self.stop_step < 0:
+            raise UserError(f"train.stop_step={self.stop_step} must be at least 0.")
+
+
+@dataclasses.dataclass
+class WritersConfig:
+    """Where metrics go beside metrics.jsonl."""
+
+    plot: bool = setting(True, "draw loss.png", free=True)

@@ -1,0 +1,85 @@
+"""The train step: gradients summed over micro-batches, one update, and as many steps in a call as the loop asks for.
+
+A batch is a dict of arrays [A, B/A, T]: A micro-batches whose rows are split over the mesh, so that accumulation needs
+no resharding. One call takes K batches stacked in front and makes the first `count` steps of them; `count` is traced,
+so the loop can stop at any step without another compilation, and the bits don't depend on how steps are grouped.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from tinylm.train.losses import cross_entropy
+from tinylm.train.state import Blueprint, TrainState
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule) -> Callable:
+    """Return jitted `(state, batches [K, A, B/A, T], count, seed) -> (state, metrics [K])`; the state is donated.
+
+    Metrics are `loss` (nats per target token), `grad_norm` (before clipping), `learning_rate` and `target_tokens`.
+    """
+
+    def one_step(state: TrainState, batch: Batch, seed) -> tuple[TrainState, Metrics]:
+        step_key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, nats, count = accumulate(blueprint, state.params, batch, step_key)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
+        updates, opt_state = blueprint.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": nats / count,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "target_tokens": count,
+        }
+        return TrainState(state.step + 1, params, opt_state, state.guard), metrics
+
+    def train_steps(state: TrainState, batches: Batch, count, seed):
+        most = batches["tokens"].shape[0]
+        names = ("loss", "grad_norm", "learning_rate", "target_tokens")
+        metrics = {name: jnp.zeros(most, jnp.float32) for name in names}
+
+        def body(i, carry):
+            state, metrics = carry
+            state, new = one_step(state, jax.tree.map(lambda x: x[i], batches), seed)
+            return state, {name: metrics[name].at[i].set(new[name]) for name in names}
+
+        return jax.lax.fori_loop(0, count, body, (state, metrics))
+
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=(blueprint.shardings, None))
+
+
+def accumulate(blueprint: Blueprint, params: dict, batch: Batch, step_key: jax.Array):
+    """Return (gradient of the summed loss, summed loss in nats, target tokens) over the micro-batches of `batch`."""
+    num_micro, rows = batch["tokens"].shape[:2]
+
+    def loss_sums(params, index, micro):
+        model = nnx.merge(blueprint.graph, params)
+        keys_B = None
+        if blueprint.model.dropout:
+            keys_B = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(index * rows + jnp.arange(rows))
+        logits_BTV = model(
+            micro["tokens"],
+            segments_BT=micro.get("segments"),
+            positions_BT=micro.get("positions"),
+            row_keys_B=keys_B,
+        )
+        return cross_entropy(logits_BTV, micro["targets"], micro["weights"])
+
+    gradient = jax.value_and_grad(loss_sums, has_aux=True)
+
+    def add(sums, xs):
+        (nats, count), grads = gradient(params, *xs)
+        return jax.tree.map(jnp.add, sums, (grads, nats, count)), None
+
+    if num_micro == 1:
+        (nats, count), grads = gradient(params, 0, jax.tree.map(lambda x: x[0], batch))
+        return grads, nats, count
+    zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
+    sums, _ = jax.lax.scan(add, zeros, (jnp.arange(num_micro), batch))
+    return sums
