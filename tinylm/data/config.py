@@ -1,0 +1,113 @@
+"""The `data` section of a config: which text, which tokenizer, how rows are cut from it.
+
+One default per setting, here. `check` reads no file: what is wrong with the data itself shows while it is prepared.
+"""
+
+import dataclasses
+import re
+from fractions import Fraction
+
+from tinylm.core.errors import UserError
+from tinylm.core.settings import nearest, setting
+
+SOURCE_KINDS = ("tales", "addition", "text", "jsonl", "parquet", "tfds", "hf", "tokens")
+TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2", "hf", "sentencepiece", "llama2c")
+PACKINGS = ("stream", "packed", "single")
+MAX_MIXTURE_PERIOD = 1_000_000
+
+_WITHOUT_ARGUMENT = ("tales", "addition", "byte", "char", "gpt2")
+_WITH_COUNT = ("tales", "addition", "bpe")
+_PARTS = re.compile(r",\s*(?=[\d.]+\s*\*)")
+_WEIGHTED = re.compile(r"\s*([\d.]+)\s*\*\s*(.+)", re.DOTALL)
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Source, tokenizer, rows and batches."""
+
+    source: str = setting(
+        "tales", "tales | addition | text:, jsonl:, parquet:, tokens:GLOB | tfds:, hf:NAME; 0.7*A, 0.3*B mixes"
+    )
+    valid_source: str = setting("", "a source of its own for validation (empty: the source's, or its tail)")
+    valid_fraction: float = setting(0.1, "share of a source without validation split that is held out, from its end")
+    separator: str = setting("<|endoftext|>", "text between two documents of one text file (empty: a file is one)")
+    text_field: str = setting("text", "field of jsonl, parquet, tfds and hf that holds the text")
+    prompt_field: str = setting("prompt", "field of the prompt, where records are pairs")
+    completion_field: str = setting("completion", "field of the completion, where records are pairs")
+    on_bad_text: str = setting("error", "bad UTF-8 and empty documents: error, or skip and count")
+    tokenizer: str = setting("byte", "byte | char | bpe:N | gpt2[:DIR] | hf:FILE | sentencepiece:FILE | llama2c:FILE")
+    vocab_top_k: int = setting(0, "keep only this many ids, the most common ones (0: all)")
+    seq_len: int = setting(256, "target tokens of a row")
+    batch_size: int = setting(32, "rows of a step, over all devices")
+    packing: str = setting("stream", "stream: shifting windows; packed: whole documents; single: a document a row")
+    loss_on: str = setting("all", "tokens that carry loss: all, or answer (the completions of pairs)")
+    store_dir: str = setting("", "folder of prepared tokens, shared between runs (empty: the user's cache)", free=True)
+    tfds_data_dir: str = setting("", "folder of prepared TFDS data sets (empty: TFDS's own)", free=True)
+    tfds_manual_dir: str = setting("", "folder with files that a TFDS builder wants placed by hand", free=True)
+
+    def check(self) -> None:
+        """Raise UserError for a setting that can't work; read no file."""
+        for key, known in (("packing", PACKINGS), ("loss_on", ("all", "answer")), ("on_bad_text", ("error", "skip"))):
+            _check_choice(f"data.{key}", getattr(self, key), known)
+        for key in ("seq_len", "batch_size"):
+            if getattr(self, key) < 1:
+                raise UserError(f"data.{key}={getattr(self, key)} must be at least 1.")
+        if not 0 <= self.valid_fraction < 1:
+            raise UserError(f"data.valid_fraction={self.valid_fraction} must be at least 0 and below 1.")
+        if self.vocab_top_k < 0 or self.vocab_top_k == 1:
+            raise UserError(f"data.vocab_top_k={self.vocab_top_k} must be 0 (keep all), or at least 2.")
+        _check_spec("data.tokenizer", self.tokenizer, TOKENIZER_KINDS)
+        specs = [spec for _, spec in parse_mixture(self.source)] + [self.valid_source] * bool(self.valid_source)
+        for spec in specs:
+            _check_spec("data.source", spec, SOURCE_KINDS)
+        self._check_together(specs)
+
+    def _check_together(self, specs: list[str]) -> None:
+        if self.vocab_top_k and any(spec.startswith("tokens:") for spec in specs):
+            raise UserError(f"data.vocab_top_k={self.vocab_top_k} can't cut ids that are read in place (tokens:).")
+        if self.tokenizer.partition(":")[0] in ("char", "bpe") and any(spec.startswith("tokens:") for spec in specs):
+            raise UserError(f"data.tokenizer={self.tokenizer} must be the one that made the ids of tokens:.")
+        if self.loss_on == "answer" and any(spec.partition(":")[0] in ("tales", "text", "tokens") for spec in specs):
+            raise UserError("data.loss_on=answer needs prompt and completion, which this data.source doesn't have.")
+
+
+def parse_mixture(text: str) -> list[tuple[Fraction, str]]:
+    """Split "0.7*tales, 0.3*text:PATH" into weights that sum to 1, and sources; a bare source has weight 1."""
+    if not _WEIGHTED.fullmatch(text):
+        return [(Fraction(1), text.strip())]
+    parts = [_WEIGHTED.fullmatch(part) for part in _PARTS.split(text)]
+    try:
+        weights = [Fraction(part[1]) for part in parts]
+    except ValueError as error:
+        raise UserError(f"data.source={text} must have numbers before each *.") from error
+    if min(weights) <= 0:
+        raise UserError(f"data.source={text} must have weights above 0.")
+    shares = [weight / sum(weights) for weight in weights]
+    if max(share.denominator for share in shares) > MAX_MIXTURE_PERIOD:
+        raise UserError(f"data.source={text} has weights too fine to be met exactly; use at most four decimals.")
+    return [(share, part[2].strip()) for share, part in zip(shares, parts, strict=True)]
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Split "kind:argument"; the argument may be empty."""
+    kind, _, argument = spec.partition(":")
+    return kind, argument
+
+
+def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UserError(f"{key}={value} must be one of {', '.join(known)}{nearest(value, known)}.")
+
+
+def _check_spec(key: str, spec: str, known: tuple[str, ...]) -> None:
+    kind, argument = split_spec(spec)
+    if kind not in known:
+        raise UserError(f"{key}={spec} must begin with one of {', '.join(known)}{nearest(kind, known)}.")
+    if not argument and kind not in _WITHOUT_ARGUMENT:
+        raise UserError(f"{key}={spec} must say more after the kind, like {kind}:{'512' if kind == 'bpe' else 'PATH'}.")
+    if argument and kind in ("byte", "char"):
+        raise UserError(f"{key}={spec} must be {kind} alone.")
+    if argument and kind in _WITH_COUNT and not (argument.isdigit() and int(argument) > 0):
+        raise UserError(f"{key}={spec} must have a whole number above 0 after {kind}:.")
+    if kind == "bpe" and int(argument) < 257:
+        raise UserError(f"{key}={spec} must have at least 257 ids: 256 bytes and the end of text.")

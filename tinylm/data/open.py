@@ -1,0 +1,179 @@
+"""`open_data`: from the `data` section of a config to rows that can be read, preparing token stores where needed.
+
+Each source has its own store, so a mixture reuses what other runs prepared. One process prepares, the others wait for
+the store to appear. A tokenizer that learns from the text (char, bpe, or a cut to the most common ids) is made from
+all training text of the run, before its first store.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tinylm.core.errors import UserError
+from tinylm.data import plans, preparing
+from tinylm.data.config import DataConfig, parse_mixture, split_spec
+from tinylm.data.rows import JoinedRows, MixedRows, Rows, SplitRows
+from tinylm.data.sources import Source, make_source
+from tinylm.data.store import MANIFEST, Store
+from tinylm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
+
+WAIT_SECS = 1800.0
+
+
+@dataclasses.dataclass
+class Data:
+    """What a run reads: its tokenizer, rows to train on, rows to evaluate, and the manifests of the stores."""
+
+    tokenizer: Tokenizer
+    train: Rows
+    valid: Rows | None
+    manifests: list[dict[str, Any]]
+    valid_splits: list[dict[str, Any]]
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the tokenizer, end of text among them."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of the first store."""
+        return self.manifests[0]
+
+    @property
+    def valid_tokens(self) -> int:
+        """Target tokens of the validation split."""
+        return sum(split["tokens"][1] - split["tokens"][0] for split in self.valid_splits)
+
+    @property
+    def valid_bytes_per_token(self) -> float:
+        """Bytes of text a target token of the validation split, which turns loss into bits per byte."""
+        return sum(split["bytes"] for split in self.valid_splits) / max(self.valid_tokens, 1)
+
+    @property
+    def floor_nats_per_token(self) -> float | None:
+        """The exact -log p of the validation text over its target tokens; None where it isn't known."""
+        log_probs = [split.get("log_prob") for split in self.valid_splits]
+        return None if None in log_probs or not log_probs else -sum(log_probs) / self.valid_tokens
+
+
+def open_data(
+    config: DataConfig, *, seed: int, is_writer: bool = True, wait_secs: float = WAIT_SECS, progress: bool = True
+) -> Data:
+    """Return the data of a run, prepared first where it isn't yet.
+
+    `is_writer` is for one process of a job; the others wait `wait_secs` at most. Raises UserError for anything wrong
+    in the data, StorageError where it can't be written.
+    """
+    config.check()
+    opener = _Opener(config, is_writer, wait_secs, progress)
+    stores = [opener.store(source, opener.train_splits) for source in opener.sources]
+    valid_stores = [opener.store(source, ("valid",)) for source in opener.valid_sources] or stores
+    tokenizer = load_tokenizer(stores[0].folder / "tokenizer")
+    for store in stores + valid_stores:
+        if store.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+            raise UserError(f"{store.folder} was made with another tokenizer; delete it to prepare it again.")
+    train = [_rows(config, store, "train", (seed, i)) for i, store in enumerate(stores)]
+    validated = [store for store in valid_stores if "valid" in store.manifest["splits"]]
+    valid = [_rows(config, store, "valid", None) for store in validated]
+    data = Data(
+        tokenizer,
+        train[0] if len(train) == 1 else MixedRows(train, opener.weights),
+        valid[0] if len(valid) == 1 else JoinedRows(valid) if valid else None,
+        [store.manifest for store in stores],
+        [store.manifest["splits"]["valid"] for store in validated],
+    )
+    if len(data.train) < config.batch_size:
+        raise UserError(
+            f"data.batch_size={config.batch_size} must be at most the {len(data.train)} rows of an epoch "
+            f"(data.seq_len={config.seq_len}); lower one of them, or add text."
+        )
+    return data
+
+
+class _Opener:
+    """Finds or makes the stores of one config, and at most once the tokenizer that they share."""
+
+    def __init__(self, config: DataConfig, is_writer: bool, wait_secs: float, progress: bool):
+        mixture = parse_mixture(config.source)
+        self.config, self.is_writer, self.wait_secs, self.progress = config, is_writer, wait_secs, progress
+        self.weights = [weight for weight, _ in mixture]
+        self.sources = [make_source(spec, config) for _, spec in mixture]
+        self.valid_sources = [make_source(config.valid_source, config)] if config.valid_source else []
+        self.train_splits = ("train",) if self.valid_sources else ("train", "valid")
+        self._folder = preparing.store_folder(config)
+
+    @functools.cached_property
+    def _tokenizer_key(self) -> Any:
+        """What decides the tokenizer: its name, and the text where it learns from that."""
+        c = self.config
+        key: list[Any] = [c.tokenizer, c.vocab_top_k]
+        if split_spec(c.tokenizer)[0] in ("char", "bpe") or c.vocab_top_k:
+            every = [*self.sources, *self.valid_sources]
+            key.append([(source.spec, source.identity()) for source in every])
+        return key
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return build_tokenizer(self.config.tokenizer, self._texts)
+
+    def _texts(self) -> Iterator[str]:
+        for source in [*self.sources, *self.valid_sources]:
+            for split in ("train", "valid") if source.own_splits else ("all",):
+                for document in preparing.checked(source.documents(split), self.config.on_bad_text):
+                    yield from (text for text in (document.prompt, document.text) if text)
+
+    def store(self, source: Source, splits: tuple[str, ...]) -> Store:
+        """Return the store of some splits of a source, made by this process, by another, or long ago."""
+        folder = self._folder / preparing.store_key(source, splits, self._tokenizer_key)
+        if not (folder / MANIFEST).exists():
+            if self.is_writer:
+                self._make(source, splits, folder)
+            else:
+                preparing.wait_for(folder, self.wait_secs)
+        return Store(folder)
+
+    def _make(self, source: Source, splits: tuple[str, ...], folder: pathlib.Path) -> None:
+        with preparing.locked(folder.parent, folder.name):
+            if (folder / MANIFEST).exists():
+                return
+            with preparing.appearing(folder) as temporary:
+                self._tokenizer.save(temporary / "tokenizer")
+                preparing.Preparer(source, self._tokenizer, temporary, self.progress).run(splits)
+
+
+def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> Rows:
+    """Return the rows of one split of one store."""
+    if split not in store.manifest["splits"]:
+        raise UserError(f"data.source={store.manifest['source']} has no text to train on; check data.valid_fraction.")
+    begin, end = store.manifest["splits"][split]["tokens"]
+    if seed is not None and config.packing == "stream" and end - begin < config.seq_len:
+        raise UserError(
+            f"data.seq_len={config.seq_len} must be at most the {end - begin} training tokens of "
+            f"data.source={store.manifest['source']}."
+        )
+    plan = _plan(config, store, split)
+    rows = SplitRows(store, split, plan, config.seq_len, seed)
+    rows.use_mask = config.loss_on == "answer" and store.mask is not None
+    rows.packed = config.packing == "packed"
+    return rows
+
+
+def _plan(config: DataConfig, store: Store, split: str) -> plans.StreamPlan | plans.DocumentPlan:
+    """Return the plan of a split, made once for a packing and a context length."""
+    begin, end = store.manifest["splits"][split]["tokens"]
+    if config.packing == "stream":
+        return plans.StreamPlan(end - begin, config.seq_len)
+    folder = store.folder / f"plan-{split}-{config.packing}-{config.seq_len}"
+    if not folder.exists():
+        first, last = store.manifest["splits"][split]["documents"]
+        ends = store.document_ends()[first:last, 0] - begin
+        # A cut inside a document leaves a head that no document end closes.
+        ends = np.append(ends, end - begin) if not len(ends) or ends[-1] < end - begin else ends
+        with preparing.appearing(folder) as temporary:
+            plans.save_plan(plans.make_plan(ends, config.seq_len, config.packing == "packed"), temporary)
+    return plans.load_plan(folder)

@@ -1,0 +1,203 @@
+"""Where text comes from: each source gives documents one by one, and says what content it stands for.
+
+A source is read as a stream, so it may be larger than memory. What it can't read as text it gives as a document with
+a `problem` that names file and offset; the policy `data.on_bad_text` decides what becomes of it. `identity` is what
+the token store is keyed by: for files their paths, sizes and times of change.
+"""
+
+import dataclasses
+import glob
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from tinylm.core.errors import UserError
+from tinylm.data.config import DataConfig, split_spec
+
+_CHUNK_BYTES = 1 << 20
+DEFAULT_TALES, VALID_TALES = 30_000, 1_000
+
+
+class Document(NamedTuple):
+    """A text, with the part before it that carries no loss, its log p in nats where known, or what is wrong with it."""
+
+    text: str
+    prompt: str = ""
+    log_prob: float | None = None
+    problem: str = ""
+
+
+@dataclasses.dataclass
+class Source:
+    """One source; `own_splits` says whether it has a validation split of its own."""
+
+    spec: str
+    config: DataConfig
+    own_splits = False
+    pairs = False
+
+    def identity(self) -> Any:
+        """Return plain values that change when the documents change."""
+        raise NotImplementedError
+
+    def documents(self, split: str) -> Iterator[Document]:
+        """Yield the documents of "train" or "valid", or of "all" where there are no own splits."""
+        raise NotImplementedError
+
+    def total_bytes(self) -> int | None:
+        """Return about how many bytes of text there are, where that is known beforehand."""
+        return None
+
+
+class TalesSource(Source):
+    """The embedded corpus; a validation tale is never in training."""
+
+    own_splits = True
+
+    def identity(self) -> Any:
+        from tinylm.data import tales
+
+        return [self._count("train"), VALID_TALES, hash_bytes(pathlib.Path(tales.__file__).read_bytes())]
+
+    def documents(self, split: str) -> Iterator[Document]:
+        from tinylm.data import tales
+
+        for text, log_prob in tales.tales(split, self._count(split)):
+            yield Document(text, log_prob=log_prob)
+
+    def _count(self, split: str) -> int:
+        return VALID_TALES if split == "valid" else int(split_spec(self.spec)[1] or DEFAULT_TALES)
+
+
+class FileSource(Source):
+    """What `text:`, `jsonl:` and `parquet:` share: files of a glob, read in the order of their names."""
+
+    def files(self) -> list[str]:
+        """Return the files of the glob; raise UserError where there are none."""
+        return find_files(self.spec, split_spec(self.spec)[1])
+
+    def identity(self) -> Any:
+        return [file_identity(path) for path in self.files()]
+
+    def total_bytes(self) -> int | None:
+        compressed = any(path.endswith((".gz", ".zst", ".parquet")) for path in self.files())
+        return None if compressed else sum(os.path.getsize(path) for path in self.files())
+
+    def documents(self, split: str) -> Iterator[Document]:
+        for path in self.files():
+            yield from self.read(path)
+
+    def read(self, path: str) -> Iterator[Document]:
+        """Yield the documents of one file."""
+        raise NotImplementedError
+
+
+class TextSource(FileSource):
+    """Plain text, cut at `data.separator` where a file has it; what follows the last one may be blank."""
+
+    def identity(self) -> Any:
+        return [self.config.separator, super().identity()]
+
+    def read(self, path: str) -> Iterator[Document]:
+        with open_file(path) as file:
+            blocks = split_stream(file, path, self.config.separator.encode())
+            offset, block = next(blocks)
+            for next_offset, next_block in blocks:
+                yield decode(block, f"{path} at byte {offset}", offset)
+                offset, block = next_offset, next_block
+            if offset == 0 or block.strip():
+                yield decode(block, f"{path} at byte {offset}", offset)
+
+
+def find_files(spec: str, pattern: str) -> list[str]:
+    """Return the sorted files of a glob; raise UserError where there are none or one can't be read."""
+    pattern = os.path.expanduser(pattern)
+    paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+    if not paths:
+        raise UserError(f"data.source={spec} matches no file; set data.source to a file or glob that exists.")
+    for path in paths:
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path} can't be read by this user; change its permissions.")
+    return [os.path.abspath(path) for path in paths]
+
+
+def file_identity(path: str) -> list[Any]:
+    """Return path, size and time of change of a file."""
+    stat = os.stat(path)
+    return [path, stat.st_size, stat.st_mtime_ns]
+
+
+def hash_bytes(content: bytes) -> str:
+    """Return a short hash of `content`."""
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open a file, plain, .gz or .zst, as a stream of bytes."""
+    if path.endswith(".gz"):
+        import gzip
+
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.endswith(".zst"):
+        import zstandard
+
+        return zstandard.open(path, "rb")
+    return pathlib.Path(path).open("rb")
+
+
+def read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
+    """Yield a file in chunks; raise UserError where its compression is broken."""
+    import zlib
+
+    broken: tuple[type[Exception], ...] = (EOFError, zlib.error, OSError)
+    if path.endswith(".zst"):
+        import zstandard
+
+        broken = (zstandard.ZstdError, *broken)
+    read = 0
+    while True:
+        try:
+            chunk = file.read(_CHUNK_BYTES)
+        except broken as error:
+            raise UserError(f"{path} can't be read after byte {read} of its content: {error}.") from error
+        if not chunk:
+            return
+        read += len(chunk)
+        yield chunk
+
+
+def split_stream(file: BinaryIO, path: str, separator: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, block) of the stretches between separators; always at least one."""
+    held, offset = bytearray(), 0
+    for chunk in read_chunks(file, path):
+        search_from = max(0, len(held) - len(separator) + 1)
+        held += chunk
+        start = 0
+        while separator and (end := held.find(separator, search_from)) >= 0:
+            yield offset, bytes(held[start:end])
+            offset += end + len(separator) - start
+            start = search_from = end + len(separator)
+        del held[:start]
+    yield offset, bytes(held)
+
+
+def decode(block: bytes, where: str, offset: int = 0) -> Document:
+    """Return a document, or what is wrong with it: no UTF-8, binary, nothing in it."""
+    try:
+        text = block.decode()
+    except UnicodeDecodeError as error:
+        return Document("", problem=f"{where} is not UTF-8 (byte {offset + error.start})")
+    if "\0" in text:
+        return Document("", problem=f"{where} holds a zero byte (byte {offset + block.index(0)}): it is no text")
+    return Document(text) if text.strip() else Document("", problem=f"{where} is an empty document")
+
+
+def make_source(spec: str, config: DataConfig) -> Source:
+    """Return the source that a spec names."""
+    kind = split_spec(spec)[0]
+    if kind == "tales":
+        return TalesSource(spec, config)
+    return TextSource(spec, config)

@@ -1,0 +1,265 @@
+"""Text to ids and back: bytes, characters, and byte-pair encodings trained here; other files' are in `vocabularies`.
+
+A tokenizer is a small header and the files it came from, so a folder holds all of it and its fingerprint is a hash of
+that. Ids in a text are never the end of text, whatever the text spells: only `eot_id`, put there by the store, is.
+Decoding is exact: `decode_bytes(encode(text)) == text.encode()` for all but what a vocabulary can't spell.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from tinylm.core.errors import UserError
+from tinylm.data.config import split_spec
+
+HEADER_FILE = "tinylm_tokenizer.json"
+
+
+class Tokenizer:
+    """Base of all tokenizers: what follows from `encode_batch`, `decode_bytes` and the files."""
+
+    name: str
+    vocab_size: int
+    eot_id: int
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids of each text, without end of text."""
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the UTF-8 bytes that ids stand for; end of text is nothing."""
+        raise NotImplementedError
+
+    def header(self) -> dict[str, Any]:
+        """Return what, beside `files`, makes this tokenizer."""
+        return {}
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files that make this tokenizer, by name."""
+        return {}
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, without end of text."""
+        return self.encode_batch([text])[0].tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; bytes that are no UTF-8 become replacement characters."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of everything that decides what ids mean."""
+        digest = hashlib.sha256(json.dumps([self.name, self.header()], sort_keys=True).encode())
+        for name, content in sorted(self.files().items()):
+            digest.update(name.encode() + hashlib.sha256(content).digest())
+        return digest.hexdigest()[:32]
+
+    def save(self, folder: Any) -> None:
+        """Write this tokenizer into `folder`, which may also be in a bucket."""
+        folder = _path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            (folder / name).write_bytes(content)
+        header = {"name": self.name, "fingerprint": self.fingerprint, **self.header()}
+        (folder / HEADER_FILE).write_text(json.dumps(header, indent=1))
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes; end of text is 256."""
+
+    name, vocab_size, eot_id = "byte", 257, 256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(utf8(text), np.uint8).astype(np.int32) for text in texts]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes(i for i in ids if i != self.eot_id)
+
+
+class CharTokenizer(Tokenizer):
+    """The characters of one text, sorted; end of text is the id after them."""
+
+    name = "char"
+
+    def __init__(self, chars: str):
+        self.chars = chars
+        self.vocab_size, self.eot_id = len(chars) + 1, len(chars)
+        codes = np.array([ord(char) for char in chars], np.int64)
+        self._id_of_code = np.full(codes.max(initial=0) + 2, -1, np.int32)
+        self._id_of_code[codes] = np.arange(len(codes))
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "CharTokenizer":
+        """Return the tokenizer of the characters in `texts`."""
+        chars: set[str] = set()
+        for text in texts:
+            chars.update(text)
+        return cls("".join(sorted(chars)))
+
+    def header(self) -> dict[str, Any]:
+        return {"chars": self.chars}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
+        ids = self._id_of_code[np.minimum(codes, len(self._id_of_code) - 1)]
+        if ids.min(initial=0) < 0:
+            strange = "".join(sorted(set(text) - set(self.chars)))
+            raise UserError(f"data.tokenizer=char has no id for {strange[:20]!r}: they aren't in its text; use byte.")
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return "".join(self.chars[i] for i in ids if i != self.eot_id).encode()
+
+
+class TableTokenizer(Tokenizer):
+    """A tokenizer whose every id stands for fixed bytes, listed in `_bytes_of_id`; end of text stands for none."""
+
+    _bytes_of_id: list[bytes]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self._bytes_of_id[i] for i in ids if i != self.eot_id)
+
+
+class BpeTokenizer(TableTokenizer):
+    """Byte-level byte-pair encoding of a tokenizer.json (Sennrich et al. 2016, arXiv:1508.07909; GPT-2's bytes)."""
+
+    END = "<|endoftext|>"
+
+    def __init__(self, name: str, tokenizer_json: bytes):
+        import tokenizers
+
+        self.name, self._json = name, tokenizer_json
+        self._inner = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
+        self._inner.encode_special_tokens = True
+        vocab = self._inner.get_vocab(with_added_tokens=True)
+        self.eot_id = vocab.get(self.END, max(vocab.values()) + 1)
+        self.vocab_size = max(self.eot_id, *vocab.values()) + 1
+        byte_of_char = {char: byte for byte, char in byte_chars().items()}
+        self._bytes_of_id = [b""] * self.vocab_size
+        for token, i in vocab.items():
+            plain = all(char in byte_of_char for char in token)
+            self._bytes_of_id[i] = bytes(byte_of_char[char] for char in token) if plain else token.encode()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BpeTokenizer":
+        """Learn the merges of `texts`; a small text may give fewer ids than `vocab_size`."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers, trainers
+
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=[cls.END], initial_alphabet=alphabet, show_progress=False
+        )
+        inner.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+        return cls(f"bpe:{vocab_size}", inner.to_str().encode())
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.json": self._json}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return encode_pieces(texts, self._encode_pieces)
+
+    def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._inner.encode_batch_fast([utf8(text).decode() for text in texts], add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+
+_PIECE_CHARS = 1 << 16
+_CUT = re.compile(r"(?<=[^\s]\n)(?=[^\s])")
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut a long text at newlines between two words, where no token of GPT-2's kind reaches across."""
+    start = 0
+    while len(text) - start > 2 * _PIECE_CHARS:
+        cut = _CUT.search(text, start + _PIECE_CHARS)
+        if cut is None:
+            break
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def encode_pieces(texts: Sequence[str], encode: Any) -> list[np.ndarray]:
+    """Encode texts through `encode`, long ones cut in pieces so that all cores share them."""
+    cut = [list(pieces(text)) for text in texts]
+    ids = iter(encode([piece for one in cut for piece in one]))
+    return [next(ids) if len(one) == 1 else np.concatenate([next(ids) for _ in one]) for one in cut]
+
+
+def utf8(text: str) -> bytes:
+    """Return the UTF-8 bytes of `text`; raise UserError for half of a surrogate pair, which has none."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is no Unicode at character {error.start}: {text[error.start]!r}.") from error
+
+
+@functools.cache
+def byte_chars() -> dict[int, str]:
+    """Return the printable character that GPT-2's vocabulary files write for each byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def build_tokenizer(spec: str, texts: Any) -> Tokenizer:
+    """Return the tokenizer that `data.tokenizer` names; `texts()` gives the texts that char and bpe learn from."""
+    kind, argument = split_spec(spec)
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "char":
+        return CharTokenizer.of(texts())
+    if kind == "bpe":
+        return BpeTokenizer.train(texts(), int(argument))
+    from tinylm.data import vocabularies
+
+    return vocabularies.read_vocabulary(spec)
+
+
+def load_tokenizer(folder: Any) -> Tokenizer:
+    """Return the tokenizer saved in `folder`; raise UserError where there is none or it was altered."""
+    folder = _path(folder)
+    try:
+        header = json.loads((folder / HEADER_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no tokenizer of tinylm ({error}).") from error
+    tokenizer = _restore(header, folder)
+    if tokenizer.fingerprint != header["fingerprint"]:
+        raise UserError(f"the tokenizer in {folder} was altered: its fingerprint is not {header['fingerprint']}.")
+    return tokenizer
+
+
+def _restore(header: dict[str, Any], folder: Any) -> Tokenizer:
+    kind = split_spec(header["name"])[0]
+    if kind == "byte":
+        return ByteTokenizer()
+    if kind == "char":
+        return CharTokenizer(header["chars"])
+    if kind == "bpe":
+        return BpeTokenizer(header["name"], (folder / "tokenizer.json").read_bytes())
+    from tinylm.data import vocabularies
+
+    return vocabularies.restore(header, folder)
+
+
+def _path(folder: Any) -> Any:
+    """Return a path object: epath's for a bucket, pathlib's else."""
+    if not isinstance(folder, (str, os.PathLike)) or "://" not in os.fspath(folder):
+        return pathlib.Path(folder) if isinstance(folder, str) else folder
+    from etils import epath
+
+    return epath.Path(folder)
