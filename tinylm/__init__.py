@@ -1,0 +1,15 @@
+"""tinylm: a distributed trainer for small to mid-size language models on JAX sharding."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["open_run"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load `tinylm.open_run` when it is first asked for, so that commands start without it."""
+    if name == "open_run":
+        from tinylm.run.open_run import open_run
+
+        return open_run
+    raise AttributeError(f"module 'tinylm' has no attribute {name!r}")

@@ -1,9 +1,18 @@
-"""The sections of the config that training owns: optimizer, train, writers."""
+"""The sections of the config that training owns (optimizer, train, writers), and the whole Config of a run.
+
+Each other section is the dataclass of the room that uses it; here they are put together, resolved (every size that
+follows from another or from the data becomes a number) and checked against each other.
+"""
 
 import dataclasses
 
 from tinylm.core.errors import UserError
+from tinylm.core.mesh import MeshConfig
 from tinylm.core.settings import setting
+from tinylm.data.config import DataConfig
+from tinylm.inference.config import EvalConfig, SampleConfig
+from tinylm.model.config import ModelConfig
+from tinylm.run.checkpoint import CheckpointConfig
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -76,3 +85,55 @@ class WritersConfig:
     """Where metrics go beside metrics.jsonl."""
 
     plot: bool = setting(True, "draw loss.png", free=True)
+
+
+def _section(cls: type):
+    return dataclasses.field(default_factory=cls)
+
+
+@dataclasses.dataclass
+class Config:
+    """All settings of a run."""
+
+    seed: int = setting(0, "seed of initialization, data order and dropout")
+    data: DataConfig = _section(DataConfig)
+    model: ModelConfig = _section(ModelConfig)
+    mesh: MeshConfig = _section(MeshConfig)
+    optimizer: OptimizerConfig = _section(OptimizerConfig)
+    train: TrainConfig = _section(TrainConfig)
+    eval: EvalConfig = _section(EvalConfig)
+    checkpoint: CheckpointConfig = _section(CheckpointConfig)
+    sample: SampleConfig = _section(SampleConfig)
+    writers: WritersConfig = _section(WritersConfig)
+
+    def check(self) -> None:
+        """Raise UserError for any mistake that needs neither data nor devices to be seen."""
+        for section in (self.data, self.model, self.mesh, self.train, self.eval, self.checkpoint, self.sample):
+            section.check()
+        self.optimizer.check(self.train.num_steps)
+        if self.data.batch_size % self.train.accumulation_steps:
+            raise UserError(
+                f"data.batch_size={self.data.batch_size} must be divisible by "
+                f"train.accumulation_steps={self.train.accumulation_steps}; change one of them."
+            )
+        if self.model.context and self.model.context < self.data.seq_len:
+            raise UserError(
+                f"data.seq_len={self.data.seq_len} must be at most model.context={self.model.context}; change one."
+            )
+
+    def check_mesh(self, batch_shards: int) -> None:
+        """Raise UserError unless the mesh's `batch_shards` divide a micro-batch."""
+        micro = self.data.batch_size // self.train.accumulation_steps
+        if micro % batch_shards:
+            raise UserError(
+                f"data.batch_size={self.data.batch_size} must be divisible by the data axis ({batch_shards}) times "
+                f"train.accumulation_steps ({self.train.accumulation_steps}); set data.batch_size or mesh.data."
+            )
+
+    def resolve(self, vocab_size: int) -> None:
+        """Write numbers over every size that was left open; `vocab_size` is the tokenizer's."""
+        if self.model.vocab_size and self.model.vocab_size < vocab_size:
+            raise UserError(
+                f"model.vocab_size={self.model.vocab_size} must be at least the tokenizer's ({vocab_size}); set it to 0."
+            )
+        self.model.resolve(vocab_size, self.data.seq_len)

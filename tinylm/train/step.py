@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tinylm.train.losses import cross_entropy
+from tinylm.model.losses import cross_entropy
 from tinylm.train.state import Blueprint, TrainState
 
 Batch = dict[str, jax.Array]

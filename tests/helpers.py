@@ -1,0 +1,63 @@
+"""Small models and batches that the tests share, and a way to run commands as a user would."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+
+from tinylm.core.mesh import MeshConfig, make_mesh, owned_rows, place_batch
+from tinylm.model.config import ModelConfig
+from tinylm.train.config import OptimizerConfig
+from tinylm.train.optimizer import make_schedule
+from tinylm.train.state import make_blueprint
+from tinylm.train.step import make_train_steps
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MESHES = [(1, 1), (8, 1), (4, 2), (2, 4), (1, 8)]
+
+
+def tiny_model(**changes) -> ModelConfig:
+    """Return a resolved model of 65 tokens and a context of 16."""
+    config = ModelConfig(**{"embed_dim": 32, "num_layers": 2, "num_heads": 4, **changes})
+    config.resolve(65, 16)
+    config.check()
+    return config
+
+
+def random_batch(seed: int, rows: int = 8, length: int = 16, micro: int = 1) -> dict[str, np.ndarray]:
+    """Return a host batch [micro, rows / micro, length] with a different number of targets in each row."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 65, (micro, rows // micro, length + 1)).astype(np.int32)
+    weights = (np.arange(length) >= rng.integers(0, length // 2, ids.shape[:2] + (1,))).astype(np.float32)
+    return {"tokens": ids[..., :-1], "targets": ids[..., 1:], "weights": weights}
+
+
+def train(mesh_config: MeshConfig, model: ModelConfig, batches: list[dict[str, np.ndarray]], *, group: int = 1, **kwargs):
+    """Train on host batches, `group` a dispatch; return (losses, gradient norms, final state) on the host."""
+    optimizer = OptimizerConfig(**{"learning_rate": 1e-3, "warmup_steps": 2, **kwargs})
+    mesh = make_mesh(mesh_config)
+    with jax.set_mesh(mesh):
+        blueprint = make_blueprint(model, optimizer, mesh_config, 20, mesh)
+        steps = make_train_steps(blueprint, make_schedule(optimizer, 20))
+        state, losses, norms = blueprint.init(3), [], []
+        for start in range(0, len(batches), group):
+            part = batches[start : start + group]
+            stacked = {name: np.stack([batch[name] for batch in part]) for name in part[0]}
+            rows = stacked["tokens"].shape[2]
+            placed = place_batch(mesh, stacked, owned_rows(mesh, rows), rows, 2)
+            state, metrics = steps(state, placed, len(part), 7)
+            losses += np.asarray(metrics["loss"])[: len(part)].tolist()
+            norms += np.asarray(metrics["grad_norm"])[: len(part)].tolist()
+        return losses, norms, jax.tree.map(np.asarray, state)
+
+
+def run_command(module: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = 300):
+    """Run `python -m module` from the root of the tree; return the finished process."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip

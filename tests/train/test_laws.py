@@ -1,0 +1,105 @@
+"""The laws that hold for a training step: any mesh, any grouping, any accumulation give the same run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers import MESHES, random_batch, tiny_model, train
+from tinylm.core.mesh import MeshConfig, make_mesh
+from tinylm.train.config import OptimizerConfig
+from tinylm.train.state import make_blueprint
+
+BATCHES = [random_batch(seed) for seed in range(10)]
+
+
+@pytest.fixture(scope="module")
+def single():
+    """The losses of one device, dropout on."""
+    return train(MeshConfig(data=1), tiny_model(dropout=0.1), BATCHES)
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize(("data", "model"), MESHES[1:])
+def test_every_mesh_gives_the_same_losses(single, data, model, fsdp):
+    losses, norms, _ = train(MeshConfig(data=data, model=model, fsdp=fsdp), tiny_model(dropout=0.1), BATCHES)
+    np.testing.assert_allclose(losses, single[0], rtol=1e-5)
+    np.testing.assert_allclose(norms, single[1], rtol=1e-4)
+
+
+def test_replicas_give_the_same_losses(single):
+    losses, _, _ = train(MeshConfig(replica=2, data=2, model=2), tiny_model(dropout=0.1), BATCHES)
+    np.testing.assert_allclose(losses, single[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_optimizers_give_the_same_state_on_a_mesh(name):
+    plain = train(MeshConfig(data=1), tiny_model(), BATCHES[:4], name=name)[2]
+    meshed = train(MeshConfig(data=4, model=2, fsdp=True), tiny_model(), BATCHES[:4], name=name)[2]
+    for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(meshed.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_steps_in_one_dispatch_equal_single_steps_bit_for_bit(single):
+    losses, _, state = train(MeshConfig(data=1), tiny_model(dropout=0.1), BATCHES, group=5)
+    assert losses == single[0]
+    assert all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(single[2])))
+
+
+def test_accumulation_equals_the_large_batch(single):
+    """Micro-batches hold different numbers of target tokens, and dropout is on."""
+    split = [{name: x.reshape(4, 2, *x.shape[2:]) for name, x in batch.items()} for batch in BATCHES]
+    assert len({float(part.sum()) for part in split[0]["weights"]}) > 1
+    losses, norms, _ = train(MeshConfig(data=2), tiny_model(dropout=0.1), split)
+    np.testing.assert_allclose(losses, single[0], rtol=1e-5)
+    np.testing.assert_allclose(norms, single[1], rtol=1e-4)
+
+
+def test_dropout_changes_the_loss(single):
+    assert train(MeshConfig(data=1), tiny_model(), BATCHES[:1])[0][0] != single[0][0]
+
+
+def test_state_is_known_before_it_exists():
+    config, mesh_config = tiny_model(), MeshConfig(data=4, model=2, fsdp=True)
+    mesh = make_mesh(mesh_config)
+    with jax.set_mesh(mesh):
+        blueprint = make_blueprint(config, OptimizerConfig(), mesh_config, 10, mesh)
+        state = blueprint.init(0)
+
+    def same(abstract, leaf):
+        assert (abstract.shape, abstract.dtype, abstract.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
+
+    jax.tree.map(same, blueprint.abstract, state)
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_fsdp_splits_the_state(devices):
+    config, mesh_config = tiny_model(embed_dim=64), MeshConfig(data=devices, fsdp=True)
+    mesh = make_mesh(mesh_config)
+    abstract = make_blueprint(config, OptimizerConfig(), mesh_config, 10, mesh).abstract
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    local = sum(
+        np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(abstract)
+    )
+    assert local <= 1.05 * whole / devices
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    states = []
+    for mesh_config in (MeshConfig(data=1), MeshConfig(data=2, model=4, fsdp=True)):
+        mesh = make_mesh(mesh_config)
+        with jax.set_mesh(mesh):
+            state = make_blueprint(tiny_model(), OptimizerConfig(), mesh_config, 10, mesh).init(0)
+        states.append(jax.tree.map(np.asarray, state))
+    assert all(map(np.array_equal, *map(jax.tree.leaves, states)))
+
+
+def test_clipping_limits_the_update():
+    free, clipped = (
+        train(MeshConfig(data=1), tiny_model(), BATCHES[:1], clip_norm=clip, beta1=0.0, epsilon=1e3, weight_decay=0.0)[2]
+        for clip in (0.0, 1e-3)
+    )
+    fresh = jnp.asarray  # parameters move by the gradient over a huge epsilon, so the update is linear in it
+    moved = [float(jnp.abs(fresh(s.params["embedding"]) - s.params["embedding"].mean()).sum()) for s in (free, clipped)]
+    assert moved[0] != moved[1]

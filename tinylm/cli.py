@@ -1,0 +1,96 @@
+"""What all commands share: their common flags, and how they start and end.
+
+A command defines its own flags, and calls `run(main, __doc__)`. A UserError becomes one line on stderr and its exit
+code; any other exception is a bug of ours and keeps its traceback.
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+from tinylm import config as config_lib
+from tinylm.core import distributed, log
+from tinylm.core.errors import UserError
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_integer("cpu_devices", 0, "simulated CPU devices of this process (0: the devices that are here)")
+flags.DEFINE_string("coordinator", "", "host:port of process 0, where the cluster doesn't say")
+flags.DEFINE_integer("num_processes", 0, "processes of the job, with --coordinator")
+flags.DEFINE_integer("process_id", -1, "number of this process, with --coordinator")
+_SHARED = ["cpu_devices", "coordinator", "num_processes", "process_id"]
+
+
+def define_config() -> None:
+    """Add --config and its overrides."""
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, "a config file, or the name of one that ships; --config.KEY=VALUE")
+    _SHARED.append("config")
+
+
+def define_workdir(required: bool = True) -> None:
+    """Add --workdir."""
+    flags.DEFINE_string("workdir", None, "folder of the run (a path, or a bucket such as gs://...)")
+    _SHARED.append("workdir")
+    if required:
+        flags.mark_flag_as_required("workdir")
+
+
+def define_json() -> None:
+    """Add --json."""
+    flags.DEFINE_bool("json", False, "print one JSON object on stdout instead of text")
+    _SHARED.append("json")
+
+
+def run(main: Callable[[], None], doc: str | None) -> None:
+    """Parse flags, start JAX, call `main`, and exit with the code that tells how it went."""
+    try:
+        _parse(doc or "")
+        distributed.start(
+            cpu_devices=FLAGS.cpu_devices,
+            coordinator=FLAGS.coordinator,
+            num_processes=FLAGS.num_processes,
+            process_id=FLAGS.process_id,
+        )
+        log.start(distributed.is_main())
+        use_compile_cache()
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def _parse(doc: str) -> None:
+    if any(argument in ("--help", "-help", "-h", "--helpfull", "--helpshort") for argument in sys.argv[1:]):
+        print(f"{doc.strip()}\n\nFlags:\n{_help()}")
+        sys.exit(0)
+    sys.argv[:] = config_lib.prepare_arguments(sys.argv)
+    rest = config_lib.parse_flags(FLAGS, sys.argv)
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag; flags begin with -- (see --help).")
+
+
+def _help() -> str:
+    """Return a line for each flag of the running command."""
+    own = [flag.name for flag in FLAGS.flags_by_module_dict().get(sys.argv[0], [])]
+    names = sorted({*own, *_SHARED})
+    return "\n".join(f"  --{name:<16} {FLAGS[name].help}" for name in names)
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs in a folder private to the user, where there is a home that can hold it."""
+    import jax
+
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = pathlib.Path(base) / "tinylm" / "xla"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

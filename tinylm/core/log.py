@@ -1,0 +1,35 @@
+"""What the program says to its user: plain lines on stderr, from process 0 alone.
+
+Libraries log to their own loggers, which are kept to errors: no warning reaches a user who can't act on it.
+"""
+
+import logging
+import sys
+import warnings
+
+_logger = logging.getLogger("tinylm")
+
+
+def start(is_main: bool = True) -> None:
+    """Send lines of this process to stderr where it is process 0, and quiet the libraries."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    _logger.handlers = [handler]
+    _logger.propagate = False
+    _logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    logging.getLogger().setLevel(logging.ERROR)
+    for name in ("absl", "jax", "orbax", "etils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def say(line: str) -> None:
+    """Log one line to the user."""
+    _logger.info(line)
+
+
+def say_once(line: str, _said: set[str] = set()) -> None:  # noqa: B006
+    """Log one line to the user, the first time only."""
+    if line not in _said:
+        _said.add(line)
+        say(line)

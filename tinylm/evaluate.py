@@ -1,0 +1,55 @@
+"""Score a run on its validation split: loss, perplexity, bits per byte.
+
+python -m tinylm.evaluate --workdir=runs/tales --step=best
+"""
+
+import json
+import math
+
+from absl import flags
+
+from tinylm import cli
+
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    """Evaluate the checkpoint that the flags name."""
+    from tinylm.core.errors import UserError
+    from tinylm.core.mesh import owned_rows
+    from tinylm.core.settings import from_dict
+    from tinylm.data import open_data
+    from tinylm.data.config import DataConfig
+    from tinylm.data.pipeline import eval_batches
+    from tinylm.inference.evaluation import evaluate, make_eval_step
+    from tinylm.run.open_run import open_run
+
+    run = open_run(FLAGS.workdir, FLAGS.step)
+    data = open_data(from_dict(DataConfig, run.config["data"]), seed=run.config["seed"])
+    if data.valid is None:
+        raise UserError("the run has no validation split; set data.valid_fraction or data.valid_source.")
+    rows = run.config["data"]["batch_size"] // run.config["train"]["accumulation_steps"]
+    owned = owned_rows(run.mesh, rows)
+    batches = eval_batches(data.valid, batch_size=rows, owned_rows=owned, max_batches=FLAGS.max_batches)
+    nats, tokens = evaluate(make_eval_step(run.graph), run.params, batches, run.mesh, owned, rows)
+    loss = nats / tokens
+    result = {
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss / math.log(2) / data.valid_bytes_per_token,
+        "tokens": int(tokens),
+        "step": run.step,
+    }
+    if FLAGS.json:
+        print(json.dumps(result))
+    else:
+        print("\n".join(f"{name:<14}{value:.4f}" if isinstance(value, float) else f"{name:<14}{value}"
+                        for name, value in result.items()))  # fmt: skip
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("step", "best", "checkpoint: best, latest or a step")
+    flags.DEFINE_integer("max_batches", 0, "batches to score (0: the whole split)")
+    cli.define_workdir()
+    cli.define_json()
+    cli.run(main, __doc__)

@@ -1,0 +1,39 @@
+"""Train a language model, or go on with a run: the same command does both.
+
+python -m tinylm.main --config=configs/tales.py --workdir=runs/tales
+python -m tinylm.main --config=tales --config.model.embed_dim=256 --cpu_devices=8 --config.mesh.model=2
+"""
+
+import pathlib
+
+from absl import flags
+
+from tinylm import cli
+from tinylm.config import checked
+from tinylm.core.distributed import is_main
+from tinylm.core.errors import UserError
+
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    """Train as the flags say."""
+    if FLAGS.config is None:
+        raise UserError("--config is required, for example --config=tales.")
+    config = checked(FLAGS.config)
+    name = pathlib.Path(FLAGS["config"].config_filename.partition(":")[0]).stem
+    workdir = FLAGS.workdir or f"runs/{name}"
+    from tinylm.train.start import start_run
+    from tinylm.train.summary import closing, opening
+
+    trainer = start_run(config, workdir)
+    opening(trainer)
+    outcome = trainer.run()
+    if is_main():
+        print(closing(trainer, outcome))
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    cli.define_workdir(required=False)
+    cli.run(main, __doc__)

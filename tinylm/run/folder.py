@@ -1,0 +1,97 @@
+"""A run is a folder: config, metrics, tokenizer, checkpoints, samples, plot.
+
+`config.json` holds the resolved config and the versions that wrote it. `metrics.jsonl` is one object a line; a torn
+last line (a crash while writing) is mended at the next start, and a step that was logged twice counts by its last line.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from tinylm.core.errors import StorageError, UserError
+
+
+class RunFolder:
+    """The files of one run, on a disk or in a bucket."""
+
+    def __init__(self, workdir: str):
+        """Name the folder; nothing is made before `create`."""
+        self.path = epath.Path(os.path.abspath(workdir) if "://" not in workdir else workdir)
+        self.config_file = self.path / "config.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.tokenizer = self.path / "tokenizer"
+        self.samples_file = self.path / "samples.txt"
+        self.plot_file = self.path / "loss.png"
+        self._mended: set[epath.Path] = set()
+
+    def exists(self) -> bool:
+        """Say whether a run was started here."""
+        return self.config_file.exists()
+
+    def create(self) -> None:
+        """Make the folder; raise StorageError where that is not possible."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"--workdir={self.path} cannot be made: {error.strerror}.") from error
+
+    def write_config(self, record: dict[str, Any]) -> None:
+        """Write config.json whole or not at all."""
+        self.write(self.config_file, json.dumps(record, indent=2) + "\n")
+
+    def read_config(self) -> dict[str, Any]:
+        """Read config.json; raise UserError where there is no run."""
+        try:
+            return json.loads(self.config_file.read_text())
+        except FileNotFoundError as error:
+            raise UserError(f"--workdir={self.path} holds no run (no config.json); train one there first.") from error
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.config_file} is not JSON: {error}; restore it or use another workdir.") from error
+
+    def write(self, path: epath.Path, text: str) -> None:
+        """Replace a small file in one step."""
+        temporary = path.parent / (path.name + ".tmp")
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
+
+    def append(self, path: epath.Path, text: str) -> None:
+        """Add text to the end of a log; the first time, begin a new line where an earlier process left a torn one."""
+        try:
+            if path not in self._mended:
+                self._mended.add(path)
+                if path.exists() and not path.read_bytes().endswith(b"\n"):
+                    text = "\n" + text
+            with path.open("ab") as file:
+                file.write(text.encode())
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        self.append(self.metrics_file, json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of metrics.jsonl in order of steps, the last of each (step, split), without torn ones."""
+        found = {(line.get("step", -1), line.get("split")): line for line in self._lines()}
+        return [found[key] for key in sorted(found, key=str_key)]
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        if not self.metrics_file.exists():
+            return
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue
+
+
+def str_key(key: tuple[int, str | None]) -> tuple[int, str]:
+    """Order (step, split) pairs whose split may be missing."""
+    return key[0], key[1] or ""

@@ -1,0 +1,62 @@
+"""Opening a run: what the commands have, for notebooks and forks too.
+
+Reads the sections of config.json that concern the model and its text; parameters alone are restored, straight onto the
+mesh, so a run opens on any machine whatever trained it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from tinylm.core.mesh import MeshConfig, make_mesh, parameter_sharding
+from tinylm.core.settings import from_dict
+from tinylm.data.tokenizers import load_tokenizer
+from tinylm.model.config import ModelConfig
+from tinylm.model.transformer import Transformer, abstract_transformer
+from tinylm.run.checkpoint import Checkpoints
+from tinylm.run.folder import RunFolder
+
+
+@dataclasses.dataclass
+class Run:
+    """An opened run: `config` as in config.json, `model` ready to call, `params` and `graph` for jitted functions."""
+
+    folder: RunFolder
+    config: dict[str, Any]
+    step: int
+    mesh: Mesh
+    model_config: ModelConfig
+    graph: nnx.GraphDef
+    params: dict
+    tokenizer: Any
+
+    @property
+    def model(self) -> Transformer:
+        """The model as a callable module."""
+        return nnx.merge(self.graph, self.params)
+
+
+def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = None) -> Run:
+    """Open the run in `workdir` at `step` (best, latest or a number) on a mesh (default: all devices on `data`).
+
+    Raises UserError where there is no run, no such checkpoint, or the mesh doesn't fit.
+    """
+    folder = RunFolder(workdir)
+    config = folder.read_config()["config"]
+    model_config = from_dict(ModelConfig, config["model"])
+    checkpoints = Checkpoints(folder.checkpoints)
+    found = checkpoints.find(str(step))
+    mesh = make_mesh(mesh_config or MeshConfig())
+    fsdp = bool(mesh_config and mesh_config.fsdp)
+    graph, shapes, axes = abstract_transformer(model_config)
+
+    def place(path, leaf):
+        sharding = parameter_sharding(mesh, fsdp, axes["/".join(key.key for key in path)], leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    params = checkpoints.restore_params(found, jax.tree_util.tree_map_with_path(place, shapes))
+    checkpoints.close()
+    return Run(folder, config, found, mesh, model_config, graph, params, load_tokenizer(str(folder.tokenizer)))

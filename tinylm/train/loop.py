@@ -1,0 +1,214 @@
+"""The training loop: a plain loop with visible "is it time" blocks (log, evaluate, sample, save).
+
+The host runs ahead of the device: metrics of one dispatch are read after the next one is under way, and nothing else
+waits but what must (evaluation, samples, the copy of a save). What must not repeat after a crash is in the state.
+"""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tinylm.analysis.chips import peak_flops
+from tinylm.analysis.flops import train_flops_per_token
+from tinylm.core.distributed import is_main
+from tinylm.core.log import say
+from tinylm.core.mesh import batch_shards, owned_rows, place_batch
+from tinylm.data.pipeline import eval_batches, train_batches
+from tinylm.inference.decode import Decoder
+from tinylm.inference.evaluation import evaluate, make_eval_step
+from tinylm.inference.samplers import Sampler
+from tinylm.run.checkpoint import Checkpoints
+from tinylm.run.folder import RunFolder
+from tinylm.train.config import Config
+from tinylm.train.optimizer import make_schedule
+from tinylm.train.plot import draw_losses
+from tinylm.train.progress import Progress
+from tinylm.train.state import Blueprint, TrainState
+from tinylm.train.step import make_train_steps
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    loss: float | None  # last training loss logged, nats per target token
+    valid_loss: float | None  # of the last evaluation
+    best_loss: float
+    seconds: float
+    reason: str
+
+
+class Trainer:
+    """One run on one mesh: the parts that the loop's blocks share."""
+
+    def __init__(self, config: Config, data: Any, mesh: Mesh, folder: RunFolder, blueprint: Blueprint):
+        """Take the parts; compile nothing yet."""
+        self.config, self.data, self.mesh, self.folder, self.blueprint = config, data, mesh, folder, blueprint
+        self.schedule = make_schedule(config.optimizer, config.train.num_steps)
+        self.train_steps = make_train_steps(blueprint, self.schedule)
+        self.eval_step = make_eval_step(blueprint.graph)
+        self.decoder = Decoder(blueprint.graph, config.model.context, data.tokenizer.eot_id)
+        self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
+        self.flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
+        self.peak_flops = peak_flops(list(mesh.devices.flat))
+        self.valid_loss: float | None = None
+        self.train_loss: float | None = None
+
+    def restore_or_init(self) -> TrainState:
+        """Return the state of the newest checkpoint, or a new one."""
+        steps = self.checkpoints.steps()
+        if not steps:
+            return self.blueprint.init(self.config.seed)
+        say(f"resuming from step {steps[-1]} in {self.folder.path}")
+        return self.checkpoints.restore(steps[-1], self.blueprint.abstract)
+
+    def run(self) -> Outcome:
+        """Train to the last step, or until patience ends; return how it went."""
+        config, started = self.config, time.perf_counter()
+        state = self.restore_or_init()
+        step, last, reason = int(state.step), config.train.last_step, "all steps done"
+        batches = self._batches(step)
+        progress = Progress(step, last)
+        pending, saved = None, step
+        while step < last:
+            count = min(config.train.steps_per_dispatch, self._next_stop(step) - step)
+            placed = self._place([next(batches)[1] for _ in range(count)])
+            state, metrics = self.train_steps(state, placed, count, config.seed)
+            step += count
+            if pending:
+                pending = self._log(*pending, progress)
+            if self._due(step, config.train.log_every_steps):
+                pending = (step, metrics, count)
+            improved = False
+            if self.data.valid and self._due(step, config.eval.every_steps):
+                pending = pending and self._log(*pending, progress)
+                state, improved = self._evaluate(state, step, progress)
+            if self._due(step, config.sample.every_steps):
+                self.sample(state.params, step)
+            if improved or self._due(step, config.checkpoint.every_steps):
+                pending = pending and self._log(*pending, progress)
+                saved = self._save(state, step)
+            if config.eval.patience and int(state.guard["evals_since_best"]) >= config.eval.patience:
+                reason = f"no better validation loss in {config.eval.patience} evaluations"
+                break
+        if pending:
+            self._log(*pending, progress)
+        if saved != step:
+            self._save(state, step)
+        progress.close()
+        batches.close()
+        self.finish(state, step)
+        seconds = time.perf_counter() - started
+        return Outcome(step, self.train_loss, self.valid_loss, float(state.guard["best_loss"]), seconds, reason)
+
+    def finish(self, state: TrainState, step: int) -> None:
+        """Write the last samples and the plot, and wait for the last save."""
+        if self.config.sample.max_tokens and not self._due(step, self.config.sample.every_steps):
+            self.sample(state.params, step)
+        if self.config.writers.plot and is_main():
+            draw_losses(self.folder, self.data.floor_nats_per_token, self.folder.path.name)
+        self.checkpoints.close()
+
+    def _batches(self, start: int):
+        """Return the iterator of this process's host batches from step `start` on."""
+        micro = self.config.train.accumulation_steps
+        rows = self.config.data.batch_size // micro
+        self.owned = owned_rows(self.mesh, rows)
+        return train_batches(self.data.train, batch_shape=(micro, rows), owned_rows=self.owned, start=start)
+
+    def _place(self, host: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+        """Stack host batches to [K, A, rows, T], K the same in every dispatch, and put them on the mesh."""
+        missing = self.config.train.steps_per_dispatch - len(host)
+        stacked = {name: np.stack([batch[name] for batch in host] + [host[-1][name]] * missing) for name in host[0]}
+        rows = self.config.data.batch_size // self.config.train.accumulation_steps
+        return place_batch(self.mesh, stacked, self.owned, rows, 2)
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == self.config.train.last_step)
+
+    def _next_stop(self, step: int) -> int:
+        """Return the first step after `step` at which something is due."""
+        c = self.config
+        cadences = (c.train.log_every_steps, c.eval.every_steps, c.sample.every_steps, c.checkpoint.every_steps)
+        return min([c.train.last_step, *[(step // every + 1) * every for every in cadences if every]])
+
+    def _log(self, step: int, metrics: dict[str, jax.Array], count: int, progress: Progress) -> None:
+        """Write the metrics of `step`, which the device has made by now or will have soon."""
+        values = {name: float(np.asarray(metric)[count - 1]) for name, metric in metrics.items()}
+        self.train_loss = values["loss"]
+        speed = progress.tokens_per_sec(step, self.config.data.batch_size * self.config.data.seq_len)
+        record = {
+            "step": step,
+            "split": "train",
+            "loss": values["loss"],
+            "grad_norm": values["grad_norm"],
+            "learning_rate": values["learning_rate"],
+            "tokens_per_sec": speed,
+            "mfu": speed * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+        }
+        self._write(record)
+        progress.show(step, f"loss {values['loss']:.4f}", speed, self.valid_loss)
+
+    def _evaluate(self, state: TrainState, step: int, progress: Progress) -> tuple[TrainState, bool]:
+        """Evaluate; return the state with its guard brought up to date, and whether the loss is the best so far."""
+        with progress.pause():
+            self.valid_loss = self.evaluate(state.params)
+        improved = self.valid_loss < float(state.guard["best_loss"])
+        self._write({"step": step, "split": "valid", "loss": self.valid_loss})
+        progress.note(f"step {step}  validation loss {self.valid_loss:.4f}{self._floor()}")
+        since = 0 if improved else int(state.guard["evals_since_best"]) + 1
+        best = self.valid_loss if improved else float(state.guard["best_loss"])
+        guard = {"best_loss": jnp.float32(best), "evals_since_best": jnp.int32(since)}
+        guard = {name: jax.device_put(value, state.guard[name].sharding) for name, value in guard.items()}
+        return dataclasses.replace(state, guard=guard), improved
+
+    def evaluate(self, params: dict) -> float:
+        """Return the loss over the validation split, nats per target token."""
+        rows = self.config.data.batch_size // self.config.train.accumulation_steps
+        owned = owned_rows(self.mesh, rows)
+        batches = eval_batches(
+            self.data.valid, batch_size=rows, owned_rows=owned, max_batches=self.config.eval.max_batches
+        )
+        nats, count = evaluate(self.eval_step, params, batches, self.mesh, owned, rows)
+        return nats / count if count else math.nan
+
+    def _floor(self) -> str:
+        floor = self.data.floor_nats_per_token
+        return "" if floor is None else f"  (floor of the corpus {floor:.4f})"
+
+    def sample(self, params: dict, step: int) -> None:
+        """Write what the model makes of the fixed prompts into samples.txt."""
+        c = self.config.sample
+        tokenizer = self.data.tokenizer
+        prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in c.prompts]
+        sampler = Sampler(c.temperature, c.top_k, c.top_p)
+        rows = self.decoder.write(params, prompts, max_tokens=c.max_tokens, sampler=sampler, seed=self.config.seed)
+        texts = [prompt + tokenizer.decode(ids) for prompt, ids in zip(c.prompts, rows, strict=True)]
+        if is_main():
+            self.folder.append(self.folder.samples_file, "".join(f"--- step {step} ---\n{text}\n" for text in texts))
+        self.last_samples = texts
+
+    def _save(self, state: TrainState, step: int) -> int:
+        """Begin to save; return the step."""
+        self.checkpoints.check()
+        evaluated = self.data.valid and self._due(step, self.config.eval.every_steps)
+        self.checkpoints.save(state, self.valid_loss if evaluated else None)
+        return step
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if is_main():
+            self.folder.log(record)
+
+
+def mesh_summary(mesh: Mesh) -> str:
+    """Return the mesh in words."""
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    device = mesh.devices.flat[0].device_kind
+    return f"{mesh.size} x {device}" + (f" ({sizes})" if sizes else "") + f", batch in {batch_shards(mesh)}"

@@ -1,0 +1,29 @@
+"""loss.png: training and validation loss against steps, with the corpus's floor where it is known."""
+
+import os
+
+from tinylm.run.folder import RunFolder
+
+
+def draw_losses(folder: RunFolder, floor: float | None, title: str) -> None:
+    """Draw the losses in metrics.jsonl into the run's folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    lines = folder.metrics()
+    for split, style in (("train", {"color": "#7fb0d8", "lw": 1}), ("valid", {"color": "#c8501e", "lw": 2, "marker": "o", "ms": 3})):
+        points = [(line["step"], line["loss"]) for line in lines if line.get("split") == split]
+        if points:
+            last = f"{split} (last {points[-1][1]:.3f})"
+            axes.plot(*zip(*points, strict=True), label=last, **style)
+    if floor is not None:
+        axes.axhline(floor, color="#555555", ls="--", lw=1, label=f"floor of the corpus ({floor:.3f})")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with folder.plot_file.open("wb") as file:
+        figure.savefig(file, dpi=130, format="png")
+    pyplot.close(figure)

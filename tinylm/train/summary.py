@@ -1,0 +1,45 @@
+"""The lines a run opens and closes with."""
+
+from tinylm.analysis.flops import count_parameters
+from tinylm.core.log import say
+from tinylm.train.loop import Outcome, Trainer, mesh_summary
+
+
+def opening(trainer: Trainer) -> None:
+    """Say what is about to be trained, on what, from what."""
+    c = trainer.config
+    model = c.model
+    shapes = {path: leaf.shape for path, leaf in _by_path(trainer.blueprint.abstract.params)}
+    say(
+        f"model   {count_parameters(shapes, model) / 1e6:.2f} M parameters: {model.num_layers} layers, "
+        f"{model.num_heads} heads, width {model.embed_dim}, vocabulary {model.vocab_size}, {model.compute_dtype}"
+    )
+    say(f"mesh    {mesh_summary(trainer.mesh)}")
+    say(f"data    {c.data.source}, {c.data.tokenizer}: {len(trainer.data.train):,} rows of {c.data.seq_len} tokens")
+    say(f"train   {c.train.last_step:,} steps of {c.data.batch_size * c.data.seq_len:,} tokens into {trainer.folder.path}")
+
+
+def closing(trainer: Trainer, outcome: Outcome) -> str:
+    """Return where everything is and what to do next."""
+    folder = trainer.folder
+    lines = []
+    for text in getattr(trainer, "last_samples", []):
+        lines += [text.strip(), ""]
+    lines.append(f"Done in {outcome.seconds:.0f} s: step {outcome.step}, {outcome.reason}.")
+    if outcome.valid_loss is not None:
+        floor = trainer.data.floor_nats_per_token
+        known = "" if floor is None else f"; floor of the corpus {floor:.4f}"
+        lines.append(f"Validation loss {outcome.valid_loss:.4f} (best {outcome.best_loss:.4f}{known}) nats per token.")
+    elif outcome.loss is not None:
+        lines.append(f"Training loss {outcome.loss:.4f} nats per token.")
+    lines.append(f"Plot, metrics, samples and checkpoints: {folder.path}")
+    lines.append(f"Write more: python -m tinylm.generate --workdir={folder.path}")
+    return "\n".join(lines)
+
+
+def _by_path(params: dict, prefix: str = ""):
+    for name, value in params.items():
+        if isinstance(value, dict):
+            yield from _by_path(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
