@@ -7,15 +7,17 @@ all training text of the run, before its first store.
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.data import plans, preparing
 from tinylm.data.config import DataConfig, parse_mixture, split_spec
+from tinylm.data.ready import TokenSource, prepare_ready
 from tinylm.data.rows import JoinedRows, MixedRows, Rows, SplitRows
 from tinylm.data.sources import Source, make_source
 from tinylm.data.store import MANIFEST, Store
@@ -31,8 +33,9 @@ class Data:
     tokenizer: Tokenizer
     train: Rows
     valid: Rows | None
-    manifests: list[dict[str, Any]]
-    valid_splits: list[dict[str, Any]]
+    stores: list[Store]
+    valid_stores: list[Store]
+    split_documents: int
 
     @property
     def vocab_size(self) -> int:
@@ -40,9 +43,29 @@ class Data:
         return self.tokenizer.vocab_size
 
     @property
+    def manifests(self) -> list[dict[str, Any]]:
+        """The manifests of all stores, each once."""
+        return list({store.folder: store.manifest for store in self.stores + self.valid_stores}.values())
+
+    @property
+    def folders(self) -> list[pathlib.Path]:
+        """The folders of all stores, each once."""
+        return list({store.folder: store for store in self.stores + self.valid_stores})
+
+    @property
     def manifest(self) -> dict[str, Any]:
         """The manifest of the first store."""
         return self.manifests[0]
+
+    @property
+    def valid_splits(self) -> list[dict[str, Any]]:
+        """Documents, tokens and bytes of the validation splits."""
+        return [store.manifest["splits"]["valid"] for store in self.valid_stores]
+
+    def answers(self, limit: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return (prompt ids, completion ids) of the validation pairs, the first `limit` of them where that is set."""
+        pairs = (pair for store in self.valid_stores for pair in store.pairs("valid"))
+        return list(itertools.islice(pairs, limit or None))
 
     @property
     def valid_tokens(self) -> int:
@@ -77,15 +100,16 @@ def open_data(
     for store in stores + valid_stores:
         if store.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
             raise UserError(f"{store.folder} was made with another tokenizer; delete it to prepare it again.")
-    train = [_rows(config, store, "train", (seed, i)) for i, store in enumerate(stores)]
     validated = [store for store in valid_stores if "valid" in store.manifest["splits"]]
+    train = [_rows(config, store, "train", (seed, i)) for i, store in enumerate(stores)]
     valid = [_rows(config, store, "valid", None) for store in validated]
     data = Data(
         tokenizer,
         train[0] if len(train) == 1 else MixedRows(train, opener.weights),
         valid[0] if len(valid) == 1 else JoinedRows(valid) if valid else None,
-        [store.manifest for store in stores],
-        [store.manifest["splits"]["valid"] for store in validated],
+        stores,
+        validated,
+        sum(rows.split_documents for rows in train + valid),
     )
     if len(data.train) < config.batch_size:
         raise UserError(
@@ -119,7 +143,7 @@ class _Opener:
 
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
-        return build_tokenizer(self.config.tokenizer, self._texts)
+        return build_tokenizer(self.config.tokenizer, self.config.vocab_top_k, self._texts)
 
     def _texts(self) -> Iterator[str]:
         for source in [*self.sources, *self.valid_sources]:
@@ -143,10 +167,13 @@ class _Opener:
                 return
             with preparing.appearing(folder) as temporary:
                 self._tokenizer.save(temporary / "tokenizer")
-                preparing.Preparer(source, self._tokenizer, temporary, self.progress).run(splits)
+                if isinstance(source, TokenSource):
+                    prepare_ready(source, self._tokenizer, temporary, splits)
+                else:
+                    preparing.Preparer(source, self._tokenizer, temporary, self.progress).run(splits)
 
 
-def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> Rows:
+def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:
     """Return the rows of one split of one store."""
     if split not in store.manifest["splits"]:
         raise UserError(f"data.source={store.manifest['source']} has no text to train on; check data.valid_fraction.")
@@ -172,8 +199,10 @@ def _plan(config: DataConfig, store: Store, split: str) -> plans.StreamPlan | pl
     if not folder.exists():
         first, last = store.manifest["splits"][split]["documents"]
         ends = store.document_ends()[first:last, 0] - begin
-        # A cut inside a document leaves a head that no document end closes.
-        ends = np.append(ends, end - begin) if not len(ends) or ends[-1] < end - begin else ends
-        with preparing.appearing(folder) as temporary:
-            plans.save_plan(plans.make_plan(ends, config.seq_len, config.packing == "packed"), temporary)
+        plan = plans.make_plan(ends, config.seq_len, config.packing == "packed")
+        try:
+            with preparing.appearing(folder) as temporary:
+                plans.save_plan(plan, temporary)
+        except StorageError:  # a shared store that only its owner can write: the plan stays in memory
+            return plan
     return plans.load_plan(folder)

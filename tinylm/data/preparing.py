@@ -158,8 +158,9 @@ class Preparer:
 
     def __init__(self, source: Source, tokenizer: Tokenizer, folder: pathlib.Path, progress: bool):
         self.source, self.tokenizer, self.progress = source, tokenizer, progress
-        self.writer = StoreWriter(folder, smallest_dtype(tokenizer.vocab_size), masked=source.pairs)
+        self.writer = StoreWriter(folder, smallest_dtype(tokenizer.vocab_size))
         self.skipped = Skipped()
+        self.num_documents = 0
         self.splits: dict[str, Any] = {}
         self._eot = np.array([tokenizer.eot_id], np.int32)
         self._bar: Any = None
@@ -180,7 +181,7 @@ class Preparer:
                 self._add_splits({splits[0]: "all"})
             else:
                 self._add_and_cut()
-        if not self.writer.num_documents:
+        if not self.num_documents:
             raise UserError(f"data.source={self.source.spec} holds no text.")
         self.writer.finish(self._manifest())
         secs = time.monotonic() - started
@@ -192,12 +193,14 @@ class Preparer:
         rate = w.num_bytes / 1e6 / max(secs, 1e-9)
         skips = f"; skipped {count}, first: {self.skipped.examples[0]}" if count else ""
         say(
-            f"prepared {self.source.spec}: {w.num_tokens:,} tokens of {w.num_documents:,} documents "
+            f"prepared {self.source.spec}: {w.num_tokens:,} tokens of {self.num_documents:,} documents "
             f"in {secs:.1f} s ({rate:.1f} MB/s){skips}"
         )
 
     def _documents(self, split: str) -> Iterator[Document]:
-        return checked(self.source.documents(split), self.source.config.on_bad_text, self.skipped)
+        for document in checked(self.source.documents(split), self.source.config.on_bad_text, self.skipped):
+            self.num_documents += 1
+            yield document
 
     def _add(self, documents: Iterable[Document], *, closed: bool = True) -> float | None:
         """Write documents; return the sum of their log p, None where one has none."""
@@ -226,7 +229,7 @@ class Preparer:
         self.splits[name] = split | ({"log_prob": log_prob} if log_prob is not None else {})
 
     def _add_and_cut(self) -> None:
-        """Cut a single document inside, as nanoGPT does; several between two of them."""
+        """Cut a single text inside, as nanoGPT does, where it has no end to learn; several between two of them."""
         fraction = self.source.config.valid_fraction
         documents = self._documents("all")
         first_two = list(itertools.islice(documents, 2))
@@ -236,7 +239,7 @@ class Preparer:
             cut = int(len(text) * (1 - fraction))
             self._add([Document(text[:cut])] if cut else [], closed=False)
             middle = self._here()
-            self._add([Document(text[cut:])])
+            self._add([Document(text[cut:])], closed=False)
         else:
             self._add(itertools.chain(first_two, documents))
             middle = self._boundary(fraction)
@@ -244,22 +247,30 @@ class Preparer:
         self._note_split("valid", middle, self._here())
 
     def _boundary(self, fraction: float) -> tuple[int, int, int]:
-        """Return the document boundary with at most 1 - fraction of the text before it, at least one document after."""
+        """Return the boundary between two documents with at most 1 - fraction of the text before it."""
         if not fraction or self.writer.num_documents < 2:
             return self._here()
-        self.writer.flush()
-        path = self.writer.folder / self.writer.ends.shards[0]["file"]
-        self.writer.ends.flush()
-        ends = np.memmap(path, np.int64, mode="r").reshape(-1, 2)
-        cut = int(np.searchsorted(ends[:, 1], int(self.writer.num_bytes * (1 - fraction)), side="right"))
-        cut = min(max(cut, 1), len(ends) - 1)
+        ends = self.writer.document_ends()
+        cut = cut_documents(ends[:, 1], fraction)
         return cut, int(ends[cut - 1, 0]), int(ends[cut - 1, 1])
 
     def _manifest(self) -> dict[str, Any]:
-        t = self.tokenizer
         return {
             "source": self.source.spec,
-            "tokenizer": {"name": t.name, "fingerprint": t.fingerprint, "vocab_size": t.vocab_size, "eot_id": t.eot_id},
+            "documents": self.num_documents,
+            "tokenizer": describe_tokenizer(self.tokenizer),
             "splits": self.splits,
             "skipped": dataclasses.asdict(self.skipped),
         }
+
+
+def cut_documents(ends: np.ndarray, fraction: float) -> int:
+    """Return how many documents, whose sizes add up to `ends`, are for training; at least one, and not all."""
+    cut = int(np.searchsorted(ends, int(ends[-1] * (1 - fraction)), side="right"))
+    return min(max(cut, 1), len(ends) - 1)
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what a manifest says about the tokenizer."""
+    t = tokenizer
+    return {"name": t.name, "fingerprint": t.fingerprint, "vocab_size": t.vocab_size, "eot_id": t.eot_id}

@@ -46,6 +46,11 @@ class SplitRows:
     def __len__(self) -> int:
         return self._plan.num_rows
 
+    @property
+    def split_documents(self) -> int:
+        """How many documents are longer than a row, and so lie in several."""
+        return self._plan.num_split
+
     def read(self, indices: np.ndarray) -> Examples:
         """Return the examples of `indices`, counted over all epochs."""
         epochs, rows = np.divmod(np.asarray(indices, np.int64), len(self))

@@ -6,6 +6,7 @@ the token store is keyed by: for files their paths, sizes and times of change.
 """
 
 import dataclasses
+import functools
 import glob
 import os
 import pathlib
@@ -17,6 +18,7 @@ from tinylm.data.config import DataConfig, split_spec
 
 _CHUNK_BYTES = 1 << 20
 DEFAULT_TALES, VALID_TALES = 30_000, 1_000
+_HELD_TALES = 100_000
 
 
 class Document(NamedTuple):
@@ -30,12 +32,15 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass
 class Source:
-    """One source; `own_splits` says whether it has a validation split of its own."""
+    """One source of documents."""
 
     spec: str
     config: DataConfig
-    own_splits = False
-    pairs = False
+
+    @property
+    def own_splits(self) -> bool:
+        """Say whether there is a validation split of its own."""
+        return False
 
     def identity(self) -> Any:
         """Return plain values that change when the documents change."""
@@ -53,7 +58,9 @@ class Source:
 class TalesSource(Source):
     """The embedded corpus; a validation tale is never in training."""
 
-    own_splits = True
+    @property
+    def own_splits(self) -> bool:
+        return True
 
     def identity(self) -> Any:
         from tinylm.data import tales
@@ -61,6 +68,18 @@ class TalesSource(Source):
         return [self._count("train"), VALID_TALES, hash_bytes(pathlib.Path(tales.__file__).read_bytes())]
 
     def documents(self, split: str) -> Iterator[Document]:
+        if self._count(split) > _HELD_TALES:
+            return self._tales(split)
+        if split not in self._held:
+            self._held[split] = list(self._tales(split))
+        return iter(self._held[split])
+
+    @functools.cached_property
+    def _held(self) -> dict[str, list[Document]]:
+        """A small corpus, kept because a tokenizer that learns from it reads it once more."""
+        return {}
+
+    def _tales(self, split: str) -> Iterator[Document]:
         from tinylm.data import tales
 
         for text, log_prob in tales.tales(split, self._count(split)):
@@ -196,8 +215,18 @@ def decode(block: bytes, where: str, offset: int = 0) -> Document:
 
 
 def make_source(spec: str, config: DataConfig) -> Source:
-    """Return the source that a spec names."""
+    """Return the source of documents that a spec names."""
     kind = split_spec(spec)[0]
-    if kind == "tales":
-        return TalesSource(spec, config)
-    return TextSource(spec, config)
+    if kind in ("tales", "text"):
+        return TalesSource(spec, config) if kind == "tales" else TextSource(spec, config)
+    from tinylm.data import ready, records
+
+    classes: dict[str, type[Source]] = {
+        "addition": records.AdditionSource,
+        "jsonl": records.JsonlSource,
+        "parquet": records.ParquetSource,
+        "tfds": records.TfdsSource,
+        "hf": records.HubSource,
+        "tokens": ready.TokenSource,
+    }
+    return classes[kind](spec, config)

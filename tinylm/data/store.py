@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -82,13 +83,13 @@ def sync_and_close(file: Any) -> None:
 class StoreWriter:
     """Writes documents into a folder that is no store until `finish` wrote the manifest."""
 
-    def __init__(self, folder: pathlib.Path, dtype: np.dtype, *, masked: bool):
+    def __init__(self, folder: pathlib.Path, dtype: np.dtype):
         self.tokens = ArrayWriter(folder, "tokens", dtype)
-        self.masks = ArrayWriter(folder, "mask", np.dtype(np.uint8)) if masked else None
+        self.masks: ArrayWriter | None = None
         self.ends = ArrayWriter(folder, "documents", np.dtype(np.int64), shard_items=2**62)
         self.folder, self.num_documents, self.num_bytes = folder, 0, 0
         self._held: list[np.ndarray] = []
-        self._held_masks: list[np.ndarray] = []
+        self._held_prompts: list[int] = []
         self._held_ends: list[tuple[int, int]] = []
         self._held_tokens = 0
 
@@ -100,8 +101,7 @@ class StoreWriter:
     def add(self, ids: np.ndarray, num_bytes: int, num_prompt: int = 0) -> None:
         """Append one document: its ids, its bytes of text, how many of the first ids carry no loss."""
         self._held.append(ids)
-        if self.masks is not None:
-            self._held_masks.append(np.arange(len(ids)) >= num_prompt)
+        self._held_prompts.append(num_prompt)
         self._held_tokens += len(ids)
         self.num_documents += 1
         self.num_bytes += num_bytes
@@ -112,11 +112,26 @@ class StoreWriter:
     def flush(self) -> None:
         """Hand what is held to the files."""
         if self._held:
+            self._flush_masks()
             self.tokens.append(np.concatenate(self._held))
-            if self.masks is not None:
-                self.masks.append(np.concatenate(self._held_masks))
             self.ends.append(np.array(self._held_ends, np.int64).ravel())
-        self._held, self._held_masks, self._held_ends, self._held_tokens = [], [], [], 0
+        self._held, self._held_prompts, self._held_ends, self._held_tokens = [], [], [], 0
+
+    def _flush_masks(self) -> None:
+        """Hand on the masks; where this is the first prompt, also those of the tokens before, which all carry loss."""
+        if self.masks is None and any(self._held_prompts):
+            self.masks = ArrayWriter(self.folder, "mask", np.dtype(np.uint8))
+            for done in range(0, self.tokens.total, _BUFFER_TOKENS):
+                self.masks.append(np.ones(min(_BUFFER_TOKENS, self.tokens.total - done), np.uint8))
+        if self.masks is not None:
+            masks = [np.arange(len(ids)) >= n for ids, n in zip(self._held, self._held_prompts, strict=True)]
+            self.masks.append(np.concatenate(masks))
+
+    def document_ends(self) -> np.ndarray:
+        """Return the tokens and bytes up to the end of each document so far: [documents, 2]."""
+        self.flush()
+        self.ends.flush()
+        return np.memmap(self.folder / self.ends.shards[0]["file"], np.int64, mode="r").reshape(-1, 2)
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write what is held, then the manifest, each safe on the disk before the next."""
@@ -190,9 +205,21 @@ class Store:
         masks = self.manifest["mask_shards"]
         self.mask = TokenArray(folder, masks, np.dtype(np.uint8)) if masks else None
 
-    def split(self, name: str) -> dict[str, Any] | None:
-        """Return documents, tokens (each first and end) and bytes of a split; None where it is empty."""
-        return self.manifest["splits"].get(name)
+    def pairs(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (prompt ids, completion ids) of the documents of a split that have a prompt."""
+        if self.mask is None:
+            return
+        first, last = self.manifest["splits"][split]["documents"]
+        ends = self.document_ends()[:, 0]
+        for document in range(first, last):
+            begin = int(ends[document - 1]) if document else 0
+            length = int(ends[document]) - begin
+            ids, mask = np.empty(length, np.int32), np.empty(length, np.uint8)
+            self.tokens.read(ids, begin)
+            self.mask.read(mask, begin)
+            num_prompt = length - int(mask.sum())
+            if num_prompt:
+                yield ids[:num_prompt], ids[num_prompt:-1]
 
     def document_ends(self) -> np.ndarray:
         """Return, for each document, the tokens and bytes up to its end: [documents, 2]."""

@@ -17,9 +17,12 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import UserError
+from tinylm.core.log import say
 from tinylm.data.config import split_spec
 
 HEADER_FILE = "tinylm_tokenizer.json"
+END = "<|endoftext|>"
+_ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 
 
 class Tokenizer:
@@ -36,6 +39,10 @@ class Tokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 bytes that ids stand for; end of text is nothing."""
         raise NotImplementedError
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """Return how many bytes of text ids stand for."""
+        return len(self.decode_bytes(ids.tolist()))
 
     def header(self) -> dict[str, Any]:
         """Return what, beside `files`, makes this tokenizer."""
@@ -126,6 +133,16 @@ class TableTokenizer(Tokenizer):
 
     _bytes_of_id: list[bytes]
 
+    def count_bytes(self, ids: np.ndarray) -> int:
+        return int(self._num_bytes[ids].sum())
+
+    @functools.cached_property
+    def _num_bytes(self) -> np.ndarray:
+        sizes = np.zeros(self.vocab_size, np.int64)
+        sizes[: len(self._bytes_of_id)] = [len(content) for content in self._bytes_of_id]
+        sizes[self.eot_id] = 0
+        return sizes
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._bytes_of_id[i] for i in ids if i != self.eot_id)
 
@@ -133,16 +150,17 @@ class TableTokenizer(Tokenizer):
 class BpeTokenizer(TableTokenizer):
     """Byte-level byte-pair encoding of a tokenizer.json (Sennrich et al. 2016, arXiv:1508.07909; GPT-2's bytes)."""
 
-    END = "<|endoftext|>"
-
     def __init__(self, name: str, tokenizer_json: bytes):
         import tokenizers
 
         self.name, self._json = name, tokenizer_json
-        self._inner = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
+        try:
+            self._inner = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
+        except Exception as error:  # the library raises a bare Exception
+            raise UserError(f"the file of data.tokenizer={name} is no tokenizer.json: {error}.") from error
         self._inner.encode_special_tokens = True
         vocab = self._inner.get_vocab(with_added_tokens=True)
-        self.eot_id = vocab.get(self.END, max(vocab.values()) + 1)
+        self.eot_id = next((vocab[end] for end in _ENDS if end in vocab), max(vocab.values()) + 1)
         self.vocab_size = max(self.eot_id, *vocab.values()) + 1
         byte_of_char = {char: byte for byte, char in byte_chars().items()}
         self._bytes_of_id = [b""] * self.vocab_size
@@ -161,7 +179,7 @@ class BpeTokenizer(TableTokenizer):
         inner.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[cls.END], initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
         )
         inner.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
         return cls(f"bpe:{vocab_size}", inner.to_str().encode())
@@ -216,18 +234,25 @@ def byte_chars() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
-def build_tokenizer(spec: str, texts: Any) -> Tokenizer:
-    """Return the tokenizer that `data.tokenizer` names; `texts()` gives the texts that char and bpe learn from."""
+def build_tokenizer(spec: str, vocab_top_k: int, texts: Any) -> Tokenizer:
+    """Return the tokenizer of a config; `texts()` gives the texts that char, bpe and a cut learn from."""
     kind, argument = split_spec(spec)
     if kind == "byte":
-        return ByteTokenizer()
-    if kind == "char":
-        return CharTokenizer.of(texts())
-    if kind == "bpe":
-        return BpeTokenizer.train(texts(), int(argument))
-    from tinylm.data import vocabularies
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif kind == "char":
+        tokenizer = CharTokenizer.of(texts())
+    elif kind == "bpe":
+        tokenizer = BpeTokenizer.train(texts(), int(argument))
+    else:
+        from tinylm.data import vocabularies
 
-    return vocabularies.read_vocabulary(spec)
+        tokenizer = vocabularies.read_vocabulary(spec)
+    if 0 < vocab_top_k < tokenizer.vocab_size:
+        from tinylm.data import vocabularies
+
+        tokenizer = vocabularies.CutTokenizer.of(tokenizer, texts(), vocab_top_k)
+        say(tokenizer.describe())
+    return tokenizer
 
 
 def load_tokenizer(folder: Any) -> Tokenizer:
@@ -235,9 +260,9 @@ def load_tokenizer(folder: Any) -> Tokenizer:
     folder = _path(folder)
     try:
         header = json.loads((folder / HEADER_FILE).read_text())
+        tokenizer = _restore(header, folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no tokenizer of tinylm ({error}).") from error
-    tokenizer = _restore(header, folder)
     if tokenizer.fingerprint != header["fingerprint"]:
         raise UserError(f"the tokenizer in {folder} was altered: its fingerprint is not {header['fingerprint']}.")
     return tokenizer
@@ -246,14 +271,21 @@ def load_tokenizer(folder: Any) -> Tokenizer:
 def _restore(header: dict[str, Any], folder: Any) -> Tokenizer:
     kind = split_spec(header["name"])[0]
     if kind == "byte":
-        return ByteTokenizer()
-    if kind == "char":
-        return CharTokenizer(header["chars"])
-    if kind == "bpe":
-        return BpeTokenizer(header["name"], (folder / "tokenizer.json").read_bytes())
-    from tinylm.data import vocabularies
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif kind == "char":
+        tokenizer = CharTokenizer(header["chars"])
+    elif kind == "bpe":
+        tokenizer = BpeTokenizer(header["name"], (folder / "tokenizer.json").read_bytes())
+    else:
+        from tinylm.data import vocabularies
 
-    return vocabularies.restore(header, folder)
+        tokenizer = vocabularies.restore(kind, folder)
+    if "cut" in header:
+        from tinylm.data import vocabularies
+
+        counts = {name: count for name, count in header["cut"].items() if name != "kept"}
+        tokenizer = vocabularies.CutTokenizer(tokenizer, header["cut"]["kept"], counts)
+    return tokenizer
 
 
 def _path(folder: Any) -> Any:

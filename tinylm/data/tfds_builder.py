@@ -1,0 +1,58 @@
+"""tinylm's own TFDS builder: any source of documents becomes a versioned data set in array_record files.
+
+Such a data set keeps the order of its source, is read without TensorFlow by this and by other programs, and gives the
+same tokens as the source itself (`data.source=tfds:DIR/NAME/VERSION`).
+"""
+
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from tinylm.core.errors import UserError
+from tinylm.data.config import DataConfig
+from tinylm.data.preparing import checked
+from tinylm.data.sources import Document, Source, make_source
+
+
+def write_tfds(config: DataConfig, data_dir: str, name: str, version: str = "1.0.0") -> pathlib.Path:
+    """Write the source of `config` as a TFDS data set below `data_dir`; return the folder of the version."""
+    source = make_source(config.source, config)
+    builder = _builder_class(source, name, version)(data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    return pathlib.Path(builder.data_dir)
+
+
+def _documents(source: Source, split: str) -> Iterator[Document]:
+    return checked(source.documents(split), source.config.on_bad_text)
+
+
+def _builder_class(source: Source, name: str, version: str) -> Any:
+    """Return a builder class for one source; TFDS wants name and version as attributes of a class."""
+    import tensorflow_datasets as tfds
+
+    splits = {"train": "train", "validation": "valid"} if source.own_splits else {"train": "all"}
+    first = next(itertools.chain(*(_documents(source, split) for split in splits.values())), None)
+    if first is None:
+        raise UserError(f"data.source={source.spec} holds no text.")
+    c = source.config
+    fields = (c.prompt_field, c.completion_field) if first.prompt else (c.text_field,)
+
+    def examples(split: str) -> Iterator[tuple[int, dict[str, str]]]:
+        for i, document in enumerate(_documents(source, split)):
+            yield i, dict(zip(fields, [document.prompt, document.text][-len(fields) :], strict=True))
+
+    def info(builder: Any) -> Any:
+        features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in fields})
+        return tfds.core.DatasetInfo(
+            builder=builder, description=f"{source.spec}, written by tinylm", features=features, disable_shuffling=True
+        )
+
+    members = {
+        "name": name,
+        "VERSION": tfds.core.Version(version),
+        "_info": info,
+        "_split_generators": lambda builder, manager: {name: examples(split) for name, split in splits.items()},
+        "_generate_examples": lambda builder, split: examples(split),
+    }
+    return type(name, (tfds.core.GeneratorBasedBuilder,), {**members, "__module__": __name__, "__doc__": __doc__})

@@ -1,0 +1,364 @@
+"""Tokenizers that others made: GPT-2's, a tokenizer.json, SentencePiece models, llama2.c files; and the cut of any.
+
+Each gives the ids of the library it stands for. Their files travel with store and run, so the place they were read
+from may go. `CutTokenizer` keeps the most common ids alone, as the TinyStories paper did (Eldan and Li, 2023,
+arXiv:2305.07759, section 4); a dropped token is spelled in bytes where the vocabulary has all 256, and is one unknown
+id else.
+"""
+
+import base64
+import heapq
+import itertools
+import json
+import os
+import pathlib
+import re
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+
+from tinylm.core.errors import UserError
+from tinylm.data.config import split_spec
+from tinylm.data.tokenizers import END, BpeTokenizer, TableTokenizer, Tokenizer, byte_chars, encode_pieces, utf8
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+
+
+class Gpt2Tokenizer(TableTokenizer):
+    """GPT-2's 50,257 ids, encoded by tiktoken (Radford et al. 2019, section 2.2)."""
+
+    name = "gpt2"
+    _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+    def __init__(self, id_of_bytes: dict[bytes, int]):
+        import tiktoken
+
+        self.eot_id = max(id_of_bytes.values()) + 1
+        self.vocab_size = self.eot_id + 1
+        self._inner = tiktoken.Encoding(
+            "gpt2", pat_str=self._PATTERN, mergeable_ranks=id_of_bytes, special_tokens={END: self.eot_id}
+        )
+        self._bytes_of_id = sorted(id_of_bytes, key=id_of_bytes.__getitem__)
+
+    @classmethod
+    def of_folder(cls, folder: str) -> "Gpt2Tokenizer":
+        """Read OpenAI's `encoder.json` (ids) and `vocab.bpe` (merges, whose order the ids must follow)."""
+        byte_of_char = {char: byte for byte, char in byte_chars().items()}
+        place = pathlib.Path(folder).expanduser()
+        ids = json.loads(read_user_file(place / "encoder.json"))
+        lines = read_user_file(place / "vocab.bpe").decode().splitlines()[1:]
+        merges = [line.replace(" ", "") for line in lines if line]
+        tokens = [*byte_chars().values(), *merges]
+        if [ids.get(token) for token in tokens] != list(range(len(tokens))):
+            raise UserError(f"{place} has encoder.json and vocab.bpe that don't belong together.")
+        return cls({bytes(byte_of_char[char] for char in token): i for i, token in enumerate(tokens)})
+
+    @classmethod
+    def of_tiktoken(cls) -> "Gpt2Tokenizer":
+        """Read the vocabulary through tiktoken, which fetches it once."""
+        import tiktoken
+
+        try:
+            return cls(tiktoken.get_encoding("gpt2")._mergeable_ranks)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                "data.tokenizer=gpt2 could not be fetched by tiktoken; without a network set "
+                "data.tokenizer=gpt2:DIR to a folder with encoder.json and vocab.bpe."
+            ) from error
+
+    def files(self) -> dict[str, bytes]:
+        lines = [base64.b64encode(token) + b" %d" % i for i, token in enumerate(self._bytes_of_id)]
+        return {"gpt2.tiktoken": b"\n".join(lines)}
+
+    @classmethod
+    def restore(cls, content: bytes) -> "Gpt2Tokenizer":
+        """Return the tokenizer of `files`."""
+        pairs = [line.split() for line in content.splitlines()]
+        return cls({base64.b64decode(token): int(i) for token, i in pairs})
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return encode_pieces(texts, self._encode_pieces)
+
+    def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+        """Encode on all cores, many texts a call: joined by the end of text, at which the ids are cut again."""
+        if any(END in text for text in texts) or len(texts) < 2:
+            return [np.array(ids, np.int32) for ids in self._inner.encode_ordinary_batch(texts)]
+        groups = [texts[i : i + 64] for i in range(0, len(texts), 64)]
+        with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            joined = list(threads.map(lambda group: self._encode_joined(END.join(group)), groups))
+        return [ids for group in joined for ids in group]
+
+    def _encode_joined(self, text: str) -> list[np.ndarray]:
+        ids = self._inner.encode_to_numpy(text, allowed_special="all").astype(np.int32)
+        ends = np.flatnonzero(ids == self.eot_id)
+        bounds = [0, *(ends + 1).tolist(), len(ids) + 1]
+        return [ids[begin : end - 1] for begin, end in itertools.pairwise(bounds)]
+
+
+class HfTokenizer(BpeTokenizer):
+    """Any tokenizer.json, as Hugging Face's `tokenizers` reads it."""
+
+    def __init__(self, tokenizer_json: bytes):
+        super().__init__("hf", tokenizer_json)
+        self._inner.no_truncation()
+        self._inner.no_padding()
+        decoder = json.loads(tokenizer_json).get("decoder") or {}
+        self._byte_level = '"ByteLevel"' in json.dumps(decoder)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self._encode_pieces(list(texts))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        if self._byte_level:
+            return super().decode_bytes(ids)
+        return self._inner.decode([i for i in ids if i != self.eot_id], skip_special_tokens=False).encode()
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model (Kudo and Richardson 2018, arXiv:1808.06226)."""
+
+    name = "sentencepiece"
+
+    def __init__(self, model: bytes):
+        import sentencepiece
+
+        self._model = model
+        try:
+            self._inner = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError("the file of data.tokenizer=sentencepiece: is no SentencePiece model.") from error
+        pieces = self._inner.get_piece_size()
+        self.eot_id = self._inner.eos_id() if self._inner.eos_id() >= 0 else pieces
+        self.vocab_size = max(pieces, self.eot_id + 1)
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.model": self._model}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._inner.encode([utf8(text).decode() for text in texts], num_threads=os.cpu_count() or 1)
+        return [np.array(ids, np.int32) for ids in encoded]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._inner.decode([i for i in ids if i != self.eot_id]).encode()
+
+
+class Llama2cTokenizer(TableTokenizer):
+    """A tokenizer.bin of karpathy/llama2.c: scores and pieces, merged best pair first, as run.c's `encode` does.
+
+    Ids 0 to 2 are unknown, begin and end, and 3 to 258 the bytes; llama2.c's models end a story with the begin (1).
+    """
+
+    name, eot_id, _FIRST_BYTE = "llama2c", 1, 3
+    _WORDS = re.compile(r" *[^ ]+| +")
+
+    def __init__(self, content: bytes):
+        self._content = content
+        self._pieces, self._scores = _read_llama2c(content)
+        self.vocab_size = len(self._pieces)
+        self._ids = {piece: i for i, piece in reversed(list(enumerate(self._pieces)))}
+        self._bytes_of_id = [self._plain(i, piece) for i, piece in enumerate(self._pieces)]
+        self._by_word = not any(re.search(rb"[^ ] ", piece) for piece in self._pieces[259:])
+        self._known: dict[str, list[int]] = {}
+
+    def _plain(self, i: int, piece: bytes) -> bytes:
+        if i < self._FIRST_BYTE:
+            return b""
+        return bytes([i - self._FIRST_BYTE]) if i < self._FIRST_BYTE + 256 else piece
+
+    def files(self) -> dict[str, bytes]:
+        return {"tokenizer.bin": self._content}
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.array(self._encode(text), np.int32) for text in texts]
+
+    def _encode(self, text: str) -> list[int]:
+        """Encode behind one added space; words are merged by themselves unless a piece crosses words."""
+        text = f" {text}" if text else ""
+        words = self._WORDS.findall(text) if self._by_word else [text]
+        out: list[int] = []
+        for word in words:
+            if word not in self._known:
+                if len(self._known) > 1 << 18:
+                    self._known.clear()
+                self._known[word] = self._merge(self._letters(word))
+            out += self._known[word]
+        return out
+
+    def _letters(self, word: str) -> list[int]:
+        ids: list[int] = []
+        for char in word:
+            content = utf8(char)
+            ids += [self._ids[content]] if content in self._ids else [byte + self._FIRST_BYTE for byte in content]
+        return ids
+
+    def _merge(self, ids: list[int]) -> list[int]:
+        """Merge the neighbours whose union scores best, the leftmost of equals, until none is a piece."""
+        following = [*range(1, len(ids)), -1]
+        previous = list(range(-1, len(ids) - 1))
+        heap: list[tuple[float, int, int, int, int]] = []
+
+        def offer(left: int, right: int) -> None:
+            if left >= 0 and right >= 0:
+                union = self._ids.get(self._pieces[ids[left]] + self._pieces[ids[right]], -1)
+                if union >= 0:
+                    heapq.heappush(heap, (-self._scores[union], left, ids[left], ids[right], union))
+
+        for i in range(len(ids) - 1):
+            offer(i, i + 1)
+        while heap:
+            _, left, left_id, right_id, union = heapq.heappop(heap)
+            right = following[left]
+            if ids[left] != left_id or right < 0 or ids[right] != right_id:
+                continue
+            ids[left], ids[right], following[left] = union, -1, following[right]
+            if following[right] >= 0:
+                previous[following[right]] = left
+            offer(previous[left], left)
+            offer(left, following[left])
+        return [i for i in ids if i >= 0]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        content = super().decode_bytes(ids)
+        return content.removeprefix(b" ")
+
+
+def _read_llama2c(content: bytes) -> tuple[list[bytes], list[float]]:
+    pieces, scores, at = [], [], 4
+    try:
+        while at < len(content):
+            score, length = struct.unpack_from("<fi", content, at)
+            if not 0 <= length <= len(content) - at - 8:
+                raise struct.error("length out of range")
+            pieces.append(content[at + 8 : at + 8 + length])
+            scores.append(score)
+            at += 8 + length
+    except struct.error as error:
+        raise UserError(f"the file of data.tokenizer=llama2c: is no tokenizer.bin of llama2.c ({error}).") from error
+    if len(pieces) < 259:
+        raise UserError("the file of data.tokenizer=llama2c: has fewer pieces than the 256 bytes.")
+    return pieces, scores
+
+
+class CutTokenizer(Tokenizer):
+    """Another tokenizer with only some of its ids, renumbered in their order.
+
+    `kept` are ids of `base`, with its end of text. Where they include a token for each byte, a dropped token is spelled
+    in those, and every text still decodes exactly; else it becomes one more id, which decodes to U+FFFD.
+    """
+
+    def __init__(self, base: Tokenizer, kept: Sequence[int], counts: dict[str, int]):
+        self.base, self.name, self.counts = base, base.name, counts
+        self._kept = np.array(kept, np.int32)
+        self._new = np.full(base.vocab_size, -1, np.int32)
+        self._new[self._kept] = np.arange(len(kept))
+        self.eot_id = int(self._new[base.eot_id])
+        byte_ids = byte_tokens(base)
+        self.spells = byte_ids is not None and bool((self._new[byte_ids] >= 0).all())
+        self._byte_ids = self._new[byte_ids] if byte_ids is not None and self.spells else np.zeros(0, np.int32)
+        self.vocab_size = len(kept) + (not self.spells)
+
+    @classmethod
+    def of(cls, base: Tokenizer, texts: Iterable[str], size: int) -> "CutTokenizer":
+        """Count the ids of `texts` and keep the most common, `size` ids in all."""
+        counts = count_ids(base, texts)
+        byte_ids = byte_tokens(base)
+        always = [base.eot_id, *(byte_ids if byte_ids is not None and size > len(byte_ids) + 1 else [])]
+        room = size - len(always) - (len(always) == 1)
+        order = np.argsort(-counts, kind="stable")
+        chosen = [int(i) for i in order if counts[i] and i not in set(always)][: max(room, 0)]
+        kept = sorted({*always, *chosen})
+        total, held = int(counts.sum()), int(counts[kept].sum())
+        return cls(base, kept, {"counted_tokens": total, "dropped_tokens": total - held})
+
+    def header(self) -> dict[str, Any]:
+        return {**self.base.header(), "cut": {"kept": self._kept.tolist(), **self.counts}}
+
+    def files(self) -> dict[str, bytes]:
+        return self.base.files()
+
+    def describe(self) -> str:
+        """Say in one line what was cut and what becomes of it."""
+        dropped, total = self.counts["dropped_tokens"], self.counts["counted_tokens"]
+        fate = "spelled in bytes" if self.spells else "one unknown id"
+        return (
+            f"vocabulary cut to {self.vocab_size:,} of {self.base.vocab_size:,} ids; "
+            f"{dropped:,} of {total:,} tokens ({dropped / max(total, 1):.2%}) were dropped, each {fate}"
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._cut(ids) for ids in self.base.encode_batch(texts)]
+
+    def _cut(self, ids: np.ndarray) -> np.ndarray:
+        new = self._new[ids]
+        dropped = np.flatnonzero(new < 0)
+        if not self.spells or not len(dropped):
+            return np.where(new < 0, self.vocab_size - 1, new).astype(np.int32)
+        parts = np.split(new, np.stack([dropped, dropped + 1], axis=1).ravel())
+        for place, i in zip(range(1, len(parts), 2), ids[dropped].tolist(), strict=True):
+            parts[place] = self._byte_ids[np.frombuffer(self.base._bytes_of_id[i], np.uint8)]  # type: ignore[attr-defined]
+        return np.concatenate(parts)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        out, run = b"", []
+        for i in ids:
+            if i < len(self._kept):
+                run.append(int(self._kept[i]))
+            else:
+                out, run = out + self.base.decode_bytes(run) + UNKNOWN, []
+        return out + self.base.decode_bytes(run)
+
+
+def byte_tokens(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Return the id of each single byte where a tokenizer's ids stand for fixed bytes and it has them all."""
+    if not isinstance(tokenizer, TableTokenizer) or (isinstance(tokenizer, HfTokenizer) and not tokenizer._byte_level):
+        return None
+    id_of_bytes = {content: i for i, content in reversed(list(enumerate(tokenizer._bytes_of_id)))}
+    ids = [id_of_bytes.get(bytes([byte]), -1) for byte in range(256)]
+    return np.array(ids) if min(ids) >= 0 else None
+
+
+def count_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
+    """Return how often each id occurs in `texts`."""
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    held: list[str] = []
+    for text in texts:
+        held.append(text)
+        if len(held) >= 4096 or len(text) > 1 << 20:
+            counts += np.bincount(np.concatenate(tokenizer.encode_batch(held)), minlength=len(counts))
+            held = []
+    if held:
+        counts += np.bincount(np.concatenate(tokenizer.encode_batch(held)), minlength=len(counts))
+    return counts
+
+
+def read_user_file(path: pathlib.Path) -> bytes:
+    """Return the content of a file that the config names; raise UserError where it can't be read."""
+    try:
+        return path.expanduser().read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} of data.tokenizer can't be read: {error.strerror}.") from error
+
+
+_OF_FILE: dict[str, tuple[str, Callable[[bytes], Tokenizer]]] = {
+    "gpt2": ("gpt2.tiktoken", Gpt2Tokenizer.restore),
+    "hf": ("tokenizer.json", HfTokenizer),
+    "sentencepiece": ("tokenizer.model", SentencePieceTokenizer),
+    "llama2c": ("tokenizer.bin", Llama2cTokenizer),
+}
+
+
+def read_vocabulary(spec: str) -> Tokenizer:
+    """Return the tokenizer of the file or folder that a spec names."""
+    kind, argument = split_spec(spec)
+    if kind == "gpt2":
+        return Gpt2Tokenizer.of_folder(argument) if argument else Gpt2Tokenizer.of_tiktoken()
+    return _OF_FILE[kind][1](read_user_file(pathlib.Path(argument)))
+
+
+def restore(kind: str, folder: Any) -> Tokenizer:
+    """Return the tokenizer of `kind` that was saved in `folder`."""
+    name, make = _OF_FILE[kind]
+    return make((folder / name).read_bytes())

@@ -1,0 +1,89 @@
+"""Prepare the tokens of a config ahead of training, and look at what training will read.
+
+python -m tinylm.prepare --config=configs/shakespeare_char.py
+python -m tinylm.prepare --config=tales --print_batches=3
+python -m tinylm.prepare --config=tales --to_tfds=DIR --tfds_name=my_tales
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from absl import flags
+
+from tinylm import cli
+from tinylm.config import checked
+from tinylm.core.distributed import is_main
+from tinylm.core.errors import UserError
+
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    """Prepare as the flags say."""
+    from tinylm.data import open_data, store
+
+    if FLAGS.config is None:
+        raise UserError("--config is required, for example --config=tales.")
+    config = checked(FLAGS.config)
+    if FLAGS.to_tfds:
+        from tinylm.data.tfds_builder import write_tfds
+
+        print(write_tfds(config.data, FLAGS.to_tfds, FLAGS.tfds_name))
+        return
+    data = open_data(config.data, seed=config.seed, is_writer=is_main())
+    if FLAGS.verify:
+        for folder in data.folders:
+            store.verify(folder)
+    result = summary(data) | {"batches": batch_hashes(data, config.data.batch_size, FLAGS.print_batches)}
+    if is_main():
+        print(json.dumps(result) if FLAGS.json else text_of(result))
+
+
+def summary(data: Any) -> dict[str, Any]:
+    """Return counts over all stores of a run, and where they are."""
+    manifests = data.manifests
+    return {
+        "tokens": sum(manifest["tokens"] for manifest in manifests),
+        "documents": sum(manifest["documents"] for manifest in manifests),
+        "skipped": sum(manifest["skipped"]["count"] for manifest in manifests),
+        "vocab_size": data.vocab_size,
+        "rows": len(data.train),
+        "valid_rows": len(data.valid) if data.valid else 0,
+        "split_documents": data.split_documents,
+        "tokenizer": data.tokenizer.fingerprint,
+        "stores": [str(folder) for folder in data.folders],
+    }
+
+
+def batch_hashes(data: Any, batch_size: int, count: int) -> list[str]:
+    """Return the hash of each of the first global batches; it is the same on any number of hosts."""
+    import numpy as np
+
+    hashes = []
+    for batch in range(count):
+        examples = data.train.read(batch * batch_size + np.arange(batch_size))
+        digest = hashlib.sha256()
+        for name in sorted(examples):
+            digest.update(np.ascontiguousarray(examples[name]).tobytes())
+        hashes.append(digest.hexdigest()[:32])
+    return hashes
+
+
+def text_of(result: dict[str, Any]) -> str:
+    """Return a line for each key, and for each batch and store."""
+    lines = []
+    for name, value in result.items():
+        values = value if isinstance(value, list) else [f"{value:,}" if isinstance(value, int) else value]
+        lines += [f"{name if i == 0 else '':<16}{one}" for i, one in enumerate(values)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_integer("print_batches", 0, "print the hash of this many global batches")
+    flags.DEFINE_bool("verify", False, "compare every shard with its checksum")
+    flags.DEFINE_string("to_tfds", "", "write the source as a TFDS data set below this folder instead")
+    flags.DEFINE_string("tfds_name", "tinylm_text", "its name")
+    cli.define_config()
+    cli.define_json()
+    cli.run(main, __doc__)
