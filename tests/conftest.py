@@ -1,11 +1,15 @@
 """Every test sees eight simulated CPU devices; tests that need another number start their own process."""
 
+import os
+
+# Test programs are compiled once and run for a moment: compile them fast rather than well.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_llvm_disable_expensive_passes=true"
+
 import jax
 import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "standard")
 
 
 @pytest.fixture(autouse=True)

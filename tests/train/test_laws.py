@@ -1,7 +1,6 @@
 """The laws that hold for a training step: any mesh, any grouping, any accumulation give the same run."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,24 +10,24 @@ from tinylm.train.config import OptimizerConfig
 from tinylm.train.state import make_blueprint
 
 BATCHES = [random_batch(seed) for seed in range(10)]
+DROPPING = tiny_model(dropout=0.1)
 
 
 @pytest.fixture(scope="module")
 def single():
     """The losses of one device, dropout on."""
-    return train(MeshConfig(data=1), tiny_model(dropout=0.1), BATCHES)
+    return train(MeshConfig(data=1), DROPPING, BATCHES)
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-@pytest.mark.parametrize(("data", "model"), MESHES[1:])
+@pytest.mark.parametrize(("data", "model", "fsdp"), [(8, 1, True), (4, 2, False), (2, 4, True), (1, 8, False)])
 def test_every_mesh_gives_the_same_losses(single, data, model, fsdp):
-    losses, norms, _ = train(MeshConfig(data=data, model=model, fsdp=fsdp), tiny_model(dropout=0.1), BATCHES)
+    losses, norms, _ = train(MeshConfig(data=data, model=model, fsdp=fsdp), DROPPING, BATCHES)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
     np.testing.assert_allclose(norms, single[1], rtol=1e-4)
 
 
 def test_replicas_give_the_same_losses(single):
-    losses, _, _ = train(MeshConfig(replica=2, data=2, model=2), tiny_model(dropout=0.1), BATCHES)
+    losses, _, _ = train(MeshConfig(replica=2, data=2, model=2), DROPPING, BATCHES)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
 
 
@@ -41,7 +40,7 @@ def test_optimizers_give_the_same_state_on_a_mesh(name):
 
 
 def test_steps_in_one_dispatch_equal_single_steps_bit_for_bit(single):
-    losses, _, state = train(MeshConfig(data=1), tiny_model(dropout=0.1), BATCHES, group=5)
+    losses, _, state = train(MeshConfig(data=1), DROPPING, BATCHES, group=5)
     assert losses == single[0]
     assert all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(single[2])))
 
@@ -50,7 +49,7 @@ def test_accumulation_equals_the_large_batch(single):
     """Micro-batches hold different numbers of target tokens, and dropout is on."""
     split = [{name: x.reshape(4, 2, *x.shape[2:]) for name, x in batch.items()} for batch in BATCHES]
     assert len({float(part.sum()) for part in split[0]["weights"]}) > 1
-    losses, norms, _ = train(MeshConfig(data=2), tiny_model(dropout=0.1), split)
+    losses, norms, _ = train(MeshConfig(data=2), DROPPING, split)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
     np.testing.assert_allclose(norms, single[1], rtol=1e-4)
 
@@ -96,10 +95,10 @@ def test_initial_values_do_not_depend_on_the_mesh():
 
 
 def test_clipping_limits_the_update():
-    free, clipped = (
-        train(MeshConfig(data=1), tiny_model(), BATCHES[:1], clip_norm=clip, beta1=0.0, epsilon=1e3, weight_decay=0.0)[2]
-        for clip in (0.0, 1e-3)
-    )
-    fresh = jnp.asarray  # parameters move by the gradient over a huge epsilon, so the update is linear in it
-    moved = [float(jnp.abs(fresh(s.params["embedding"]) - s.params["embedding"].mean()).sum()) for s in (free, clipped)]
-    assert moved[0] != moved[1]
+    """With a huge epsilon Adam's update is the gradient over it, so it shrinks as the gradient is clipped."""
+    settings = {"beta1": 0.0, "epsilon": 1e3, "weight_decay": 0.0, "warmup_steps": 0}
+    start = train(MeshConfig(data=1), tiny_model(), [], **settings)[2].params["embedding"]
+    _, norms, free = train(MeshConfig(data=1), tiny_model(), BATCHES[:1], clip_norm=0.0, **settings)
+    _, _, clipped = train(MeshConfig(data=1), tiny_model(), BATCHES[:1], clip_norm=norms[0] / 4, **settings)
+    far, near = (np.abs(state.params["embedding"] - start).max() for state in (free, clipped))
+    np.testing.assert_allclose(near, far / 4, rtol=0.05)

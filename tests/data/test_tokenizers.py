@@ -1,0 +1,204 @@
+"""Tokenizers: exact round trips on hostile text, ids of the libraries they stand for, saving, cutting."""
+
+import io
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinylm.core.errors import UserError
+from tinylm.data import tokenizers, vocabularies
+from tinylm.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
+
+TEXT = "Once upon a time there was a cat.\nShe said: “café!”\n\n  Two  spaces, 日本 and 🙂.\n" * 20
+HOSTILE = st.text(max_size=60) | st.lists(
+    st.sampled_from(["<|endoftext|>", "</s>", "\n\n", "  ", "\u200d", "e\u0301", "🙂", "\r\n", "\x1f", " a", "'ll"]), max_size=8
+).map("".join)
+
+
+def real(path):
+    folder = os.environ.get("TINYLM_TEST_DATA")
+    if not folder:
+        pytest.skip("needs the real files that TINYLM_TEST_DATA names")
+    return pathlib.Path(folder) / path
+
+
+def sentencepiece_model():
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()), model_writer=model, vocab_size=330, model_type="bpe", num_threads=1,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        allow_whitespace_only_pieces=True,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def hf_json(bpe):
+    content = json.loads(bpe.files()["tokenizer.json"])
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    return json.dumps(content).encode()
+
+
+@pytest.fixture(scope="module")
+def makers():
+    bpe = BpeTokenizer.train([TEXT], 300)
+    return {
+        "byte": ByteTokenizer,
+        "bpe": lambda: bpe,
+        "hf": lambda: vocabularies.HfTokenizer(hf_json(bpe)),
+        "sentencepiece": lambda: vocabularies.SentencePieceTokenizer(sentencepiece_model()),
+        "gpt2": lambda: vocabularies.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe"))),
+        "llama2c": lambda: build_tokenizer(f"llama2c:{real('stories260k/tok512.bin')}", 0, list),
+        "cut": lambda: vocabularies.CutTokenizer.of(bpe, [TEXT], 280),
+    }
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe", "hf", "sentencepiece", "gpt2", "llama2c", "cut"])
+def test_any_text_comes_back_and_never_holds_the_end(makers, name):
+    tokenizer = makers[name]()
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(HOSTILE)
+    def check(text):
+        if name == "sentencepiece" and ("\u2581" in text or "\0" in text):
+            return  # its own mark for a space
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.eot_id not in ids
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+        assert tokenizer.decode([*ids, tokenizer.eot_id]) == text
+
+    check()
+
+
+def test_characters_come_back_and_strange_ones_are_named():
+    tokenizer = CharTokenizer.of([TEXT])
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert tokenizer.vocab_size == len(set(TEXT)) + 1
+    assert tokenizer.decode([tokenizer.eot_id]) == ""
+    with pytest.raises(UserError, match="'XY'"):
+        tokenizer.encode("a cat XYX")
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe", "hf", "sentencepiece", "gpt2", "llama2c", "cut"])
+def test_a_saved_tokenizer_is_the_same_and_an_altered_one_is_refused(makers, name, tmp_path):
+    tokenizer = makers[name]()
+    tokenizer.save(str(tmp_path))
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+    header = json.loads((tmp_path / tokenizers.HEADER_FILE).read_text())
+    header["fingerprint"] = "0" * 32
+    (tmp_path / tokenizers.HEADER_FILE).write_text(json.dumps(header))
+    with pytest.raises(UserError, match="altered"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_training_bpe_twice_gives_the_same_merges():
+    assert BpeTokenizer.train([TEXT], 320).fingerprint == BpeTokenizer.train(iter([TEXT]), 320).fingerprint
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from(["a", " b", "\n", "\n\n", "\r\n", "  ", "1", ",", "é", "it's", "\t"]), max_size=40).map("".join))
+def test_pieces_of_a_long_text_give_the_ids_of_the_whole(text):
+    cut, whole = tokenizers._PIECE_CHARS, BPE._encode_pieces([text])[0]
+    tokenizers._PIECE_CHARS = 2
+    try:
+        assert "".join(tokenizers.pieces(text)) == text
+        assert BPE.encode_batch([text])[0].tolist() == whole.tolist()
+    finally:
+        tokenizers._PIECE_CHARS = cut
+
+
+BPE = BpeTokenizer.train([TEXT + "a b\n\nit's 1,\r\n  é\t" * 9], 330)
+
+
+def test_gpt2_ids_are_those_of_tiktoken_and_of_both_tinystories_files():
+    tokenizer = vocabularies.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe")))
+    texts = [
+        story
+        for name in ("train", "valid")
+        for story in real(f"tinystories/{name}.txt").read_bytes().decode().split("<|endoftext|>")
+        if story.strip()
+    ]
+    ids = tokenizer.encode_batch(texts)
+    assert sum(map(len, ids)) + len(ids) == 1_231_914
+    assert [one.tolist() for one in ids[:300]] == tokenizer._inner.encode_ordinary_batch(texts[:300])
+    odd = ["plain", "has <|endoftext|> inside", ""]
+    assert [one.tolist() for one in tokenizer.encode_batch(odd)] == [tokenizer._inner.encode_ordinary(t) for t in odd]
+
+
+def test_hf_and_sentencepiece_ids_are_those_of_their_libraries(makers):
+    import sentencepiece
+    import tokenizers as hf
+
+    plain = hf.Tokenizer.from_str(makers["bpe"]()._json.decode())
+    assert makers["hf"]().encode(TEXT) == plain.encode(TEXT, add_special_tokens=False).ids
+    inner = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    assert makers["sentencepiece"]().encode(TEXT) == inner.encode(TEXT)
+
+
+def run_c_encode(pieces, scores, text):
+    """Return the ids that `encode` of llama2.c's run.c gives, by its own quadratic algorithm."""
+    index = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
+    ids = [index[b" "]] if text else []
+    for char in text:
+        content = char.encode()
+        ids += [index[content]] if content in index else [byte + 3 for byte in content]
+    while True:
+        best, place = -1e10, None
+        for i in range(len(ids) - 1):
+            union = index.get(pieces[ids[i]] + pieces[ids[i + 1]])
+            if union is not None and scores[union] > best:
+                best, place = scores[union], (i, union)
+        if place is None:
+            return ids
+        ids[place[0] : place[0] + 2] = [place[1]]
+
+
+def test_llama2c_ids_are_those_of_run_c():
+    content = real("stories260k/tok512.bin").read_bytes()
+    tokenizer = vocabularies.Llama2cTokenizer(content)
+    pieces, scores = vocabularies._read_llama2c(content)
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(st.text(alphabet="abehlnot .,\nTé🙂", max_size=30) | HOSTILE)
+    def check(text):
+        assert tokenizer.encode(text) == run_c_encode(pieces, scores, text)
+
+    check()
+    story = real("stories260k/expected_greedy_200.txt").read_text()
+    assert tokenizer.decode(tokenizer.encode(story)) == story
+
+
+def test_a_cut_keeps_the_most_common_ids_and_counts_the_rest():
+    texts = ["aaaa bbb cc d"]
+    cut = vocabularies.CutTokenizer.of(CharTokenizer.of(texts), texts, 5)
+    assert cut.vocab_size == 5
+    assert cut.decode(cut.encode("abc d")) == "ab\ufffd \ufffd"
+    assert cut.counts == {"counted_tokens": 13, "dropped_tokens": 3}
+
+
+def test_a_cut_of_a_byte_level_vocabulary_spells_what_it_drops(makers):
+    base = makers["bpe"]()
+    cut = vocabularies.CutTokenizer.of(base, [TEXT], 270)
+    assert cut.vocab_size == 270 and cut.spells
+    kept = {int(i) for i in cut._kept}
+    common = np.argsort(-vocabularies.count_ids(base, [TEXT]), kind="stable")[:10]
+    assert {int(i) for i in common} <= kept | {base.eot_id}
+    assert len(cut.encode(TEXT)) > len(base.encode(TEXT))
+
+
+@pytest.mark.parametrize("spec", ["hf:{}", "llama2c:{}", "sentencepiece:{}", "gpt2:{}"])
+def test_a_wrong_or_missing_vocabulary_is_one_clear_line(spec, tmp_path):
+    (tmp_path / "x").write_bytes(b"no such thing")
+    for path in (tmp_path / "x", tmp_path / "absent"):
+        with pytest.raises(UserError) as error:
+            build_tokenizer(spec.format(path), 0, list)
+        assert "\n" not in str(error.value)

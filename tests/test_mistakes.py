@@ -1,0 +1,100 @@
+"""Every mistake a user can make ends in one clear line, before anything is compiled or written."""
+
+import pathlib
+
+import pytest
+
+from helpers import run_command
+from tinylm.config import load_config
+from tinylm.core.errors import UserError
+from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
+
+MISTAKES = {
+    "unknown key": (["model.embd_dim=3"], "did you mean 'model.embed_dim'"),
+    "unknown section": (["modl.embed_dim=3"], "did you mean 'model.embed_dim'"),
+    "wrong type": (["model.embed_dim=wide"], "--config.model.embed_dim=wide"),
+    "heads": (["model.embed_dim=30", "model.num_heads=4"], "model.embed_dim=30 must be divisible"),
+    "kv heads": (["model.num_kv_heads=3"], "model.num_kv_heads=3"),
+    "choice": (["model.norm=batchnorm"], "must be one of layernorm, rmsnorm"),
+    "warm-up": (["optimizer.warmup_steps=5000"], "optimizer.warmup_steps=5000 must be at most"),
+    "accumulation": (["train.accumulation_steps=7"], "must be divisible by train.accumulation_steps=7"),
+    "context": (["model.context=8"], "must be at most model.context=8"),
+    "dropout": (["model.dropout=1.5"], "model.dropout=1.5"),
+    "temperature": (["sample.temperature=-1"], "sample.temperature=-1.0 must be at least 0"),
+    "top_p": (["sample.top_p=0"], "sample.top_p=0.0 must be above 0"),
+    "mesh": (["mesh.data=-1", "mesh.model=-1"], "only one axis"),
+    "window": (["model.num_layers=3", "model.attention_window=(0, 4)"], "model.num_layers=3 must be divisible"),
+    "schedule": (["optimizer.schedule=cosin"], "must be one of cosine"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_the_config_is_one_line(name):
+    overrides, wanted = MISTAKES[name]
+    with pytest.raises(UserError) as caught:
+        load_config("tales", overrides)
+    assert wanted in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_missing_config_names_those_that_ship():
+    with pytest.raises(UserError, match=r"no file, nor one that ships .*tales.*did you mean 'tales'"):
+        load_config("talse")
+
+
+def test_a_config_that_fails_is_one_line(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(UserError, match="the config file fails: .*division by zero"):
+        load_config(str(path))
+
+
+def test_a_tuple_and_a_bool_can_be_overridden():
+    config = load_config("tales", ["model.attention_window=(0, 4, 4)", "mesh.fsdp=true", "sample.prompts=('a b',)"])
+    assert (config.model.attention_window, config.mesh.fsdp, config.sample.prompts) == ((0, 4, 4), True, ("a b",))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "wanted"),
+    [
+        (MeshConfig(data=16), "mesh of 16 devices .* larger than the 8 devices"),
+        (MeshConfig(model=3), "8 devices are not divisible by 3"),
+        (MeshConfig(data=0), "mesh.data=0 must be at least 1"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, wanted):
+    with pytest.raises(UserError, match=wanted):
+        make_mesh(mesh)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused():
+    config = load_config("tales", ["data.batch_size=30"])
+    with pytest.raises(UserError, match=r"data.batch_size=30 must be divisible by the data axis \(8\)"):
+        config.check_mesh(batch_shards(make_mesh(MeshConfig())))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--config=tales", "--config.model.embed_dim=wide"], "embed_dim=wide"),
+        (["--config=talse"], "did you mean 'tales'"),
+        (["--config=tales", "--wrokdir=x"], "wrokdir"),
+        (["--config=tales", "--cpu_devices=2", "--config.mesh.data=4"], "larger than the 2 devices"),
+        ([], "--config is required"),
+    ],
+)
+def test_the_command_exits_with_2_and_one_line(arguments, wanted, tmp_path):
+    done = run_command("tinylm.main", *arguments, *([] if "--wrokdir=x" in arguments else [f"--workdir={tmp_path}/run"]))
+    assert done.returncode == 2
+    assert wanted in done.stderr
+    assert done.stderr.strip().count("\n") == 0
+    assert done.stdout == ""
+    assert not (pathlib.Path(tmp_path) / "run").exists()
+
+
+def test_help_names_every_flag():
+    done = run_command("tinylm.main", "--help")
+    assert done.returncode == 0
+    for flag in ("--config", "--workdir", "--cpu_devices", "--coordinator"):
+        assert flag in done.stdout

@@ -1,0 +1,170 @@
+"""A run as a user sees it: train, kill, resume, write, score; one process or two."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from helpers import ROOT, run_command
+
+SMALL = [
+    "--config=tales",
+    "--config.data.source=tales:300",
+    "--config.data.tokenizer=byte",
+    "--config.data.packing=stream",
+    "--config.data.seq_len=32",
+    "--config.data.batch_size=8",
+    "--config.model.embed_dim=32",
+    "--config.model.num_layers=2",
+    "--config.model.dropout=0.1",
+    "--config.optimizer.warmup_steps=5",
+    "--config.train.num_steps=40",
+    "--config.train.steps_per_dispatch=4",
+    "--config.train.log_every_steps=1",
+    "--config.eval.every_steps=20",
+    "--config.eval.max_batches=4",
+    "--config.checkpoint.every_steps=10",
+    "--config.sample.max_tokens=8",
+    "--config.sample.prompts=('a',)",
+]
+
+
+def command(workdir, *extra):
+    return [sys.executable, "-m", "tinylm.main", *SMALL, f"--workdir={workdir}", *extra]
+
+
+def train(workdir, *extra):
+    return run_command("tinylm.main", *SMALL, f"--workdir={workdir}", *extra)
+
+
+def lines(workdir, split="train"):
+    """Return {step: loss} of a run, the last line of a step counting."""
+    found = {}
+    for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["split"] == split:
+            found[record["step"]] = record["loss"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing disturbed, and what it printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = train(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    workdir, done = whole
+    assert sorted(lines(workdir)) == list(range(1, 41))
+    assert sorted(lines(workdir, "valid")) == [20, 40]
+    assert lines(workdir)[40] < lines(workdir)[1]
+    assert (workdir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "samples.txt").read_text().startswith("--- step 40 ---\na")
+    record = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"grad_norm", "learning_rate", "tokens_per_sec", "mfu"} <= set(record)
+    assert "tinylm.generate" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "warning" not in done.stderr.lower()
+    config = json.loads((workdir / "config.json").read_text())["config"]
+    assert config["model"]["vocab_size"] == 257
+
+
+@pytest.mark.parametrize("saved", [10, 30])
+def test_kill_and_resume_is_bitwise_equal(whole, tmp_path, saved):
+    workdir = tmp_path / "killed"
+    process = subprocess.Popen(command(workdir), cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    while not (workdir / "checkpoints" / str(saved)).exists():
+        assert process.poll() is None, "the run ended before it was killed"
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = train(workdir)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming from step {saved}" in done.stderr
+    assert lines(workdir) == lines(whole[0])
+    assert lines(workdir, "valid") == lines(whole[0], "valid")
+
+
+def test_stop_and_go_on_on_another_mesh(whole, tmp_path):
+    """Stopped at step 12 on one device, gone on with on 2 x 4: the same batches, so the same losses but rounding."""
+    assert train(tmp_path / "run", "--config.train.stop_step=12").returncode == 0
+    done = train(tmp_path / "run", "--cpu_devices=8", "--config.mesh.model=4", "--config.mesh.fsdp=true",
+                 "--config.train.stop_step=22")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours, theirs = lines(tmp_path / "run"), lines(whole[0])
+    assert sorted(ours) == list(range(1, 23))
+    for step, loss in ours.items():
+        assert loss == pytest.approx(theirs[step], rel=1e-5)
+
+
+def test_two_processes_give_what_one_gives(whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            command(tmp_path / "run", "--cpu_devices=2", "--config.mesh.model=2", "--config.train.stop_step=20",
+                    f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"),
+            cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    ours, theirs = lines(tmp_path / "run"), lines(whole[0])
+    for step in range(1, 21):
+        assert ours[step] == pytest.approx(theirs[step], rel=1e-5)
+
+
+def test_another_config_in_the_same_workdir_is_refused(whole):
+    done = train(whole[0], "--config.model.embed_dim=64", "--config.seed=3")
+    assert done.returncode == 2
+    assert "seed (there 0, here 3)" in done.stderr
+    assert "model.embed_dim (there 32, here 64)" in done.stderr
+
+
+def test_generate_writes_text_alone_and_the_same_for_a_seed(whole):
+    arguments = [f"--workdir={whole[0]}", "--prompt=Once", "--num_samples=2", "--max_tokens=40", "--seed=5"]
+    first = run_command("tinylm.generate", *arguments)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("Once")
+    again = json.loads(run_command("tinylm.generate", *arguments, "--json").stdout)
+    assert "\n\n".join(again["texts"]) + "\n" == first.stdout
+    assert again["step"] in (20, 40)
+
+
+def test_evaluate_gives_the_loss_that_training_logged(whole):
+    done = run_command("tinylm.evaluate", f"--workdir={whole[0]}", "--json", "--max_batches=4", "--step=latest")
+    result = json.loads(done.stdout)
+    assert result["loss"] == pytest.approx(lines(whole[0], "valid")[40], rel=1e-6)
+    assert result["perplexity"] > 1
+    assert result["tokens"] == 4 * 8 * 32
+
+
+def test_a_step_that_is_not_there_is_named(whole):
+    done = run_command("tinylm.generate", f"--workdir={whole[0]}", "--step=7")
+    assert done.returncode == 2
+    assert "--step=7 must be best, latest or one of" in done.stderr
+
+
+def test_open_run_gives_what_the_commands_have(whole):
+    import tinylm
+
+    run = tinylm.open_run(str(whole[0]), step="latest")
+    assert run.step == 40
+    ids = run.tokenizer.encode("Once upon")
+    logits = run.model(np.asarray([ids]))
+    assert logits.shape == (1, len(ids), 384)
