@@ -17,7 +17,8 @@ TEXTS = ["".join(chr(97 + (i * j) % 26) for j in range(3 + (i * 7) % 40)) for i 
 
 
 def opened(tmp_path, seed=0, texts=TEXTS, **settings):
-    (tmp_path / "text.txt").write_text("<|endoftext|>".join(texts))
+    if not (tmp_path / "text.txt").exists():
+        (tmp_path / "text.txt").write_text("<|endoftext|>".join(texts))
     config = DataConfig(
         **{"source": f"text:{tmp_path}/text.txt", "seq_len": 16, "batch_size": 4, "store_dir": str(tmp_path / "stores")}
         | settings
@@ -182,8 +183,12 @@ def test_batches_are_alike_on_any_number_of_processes_and_threads(tmp_path, pack
 def test_seeking_far_is_as_good_as_counting_there(tmp_path):
     data = opened(tmp_path)
     far = 10**12 + 17
-    assert np.array_equal(data.train.read(np.array([far]))["targets"], data.train.read(np.array([far - 1, far]))["targets"][1:])
-    assert not np.array_equal(opened(tmp_path, seed=1).train.read(np.arange(9))["targets"], data.train.read(np.arange(9))["targets"])
+    assert np.array_equal(
+        data.train.read(np.array([far]))["targets"], data.train.read(np.array([far - 1, far]))["targets"][1:]
+    )
+    assert not np.array_equal(
+        opened(tmp_path, seed=1).train.read(np.arange(9))["targets"], data.train.read(np.arange(9))["targets"]
+    )
 
 
 def test_what_a_thread_raises_is_raised_and_closing_ends_the_threads(tmp_path):
@@ -227,5 +232,8 @@ def test_prompts_carry_no_loss_and_answers_come_back(tmp_path):
 
 
 def test_weights_of_a_mixture_add_up_to_one():
-    assert parse_mixture("0.7*tales, 0.3*text:a,b.txt") == [(Fraction(7, 10), "tales"), (Fraction(3, 10), "text:a,b.txt")]
+    assert parse_mixture("0.7*tales, 0.3*text:a,b.txt") == [
+        (Fraction(7, 10), "tales"),
+        (Fraction(3, 10), "text:a,b.txt"),
+    ]
     assert parse_mixture("2*tales, 1*addition") == [(Fraction(2, 3), "tales"), (Fraction(1, 3), "addition")]

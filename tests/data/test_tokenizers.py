@@ -16,7 +16,8 @@ from tinylm.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, b
 
 TEXT = "Once upon a time there was a cat.\nShe said: “café!”\n\n  Two  spaces, 日本 and 🙂.\n" * 20
 HOSTILE = st.text(max_size=60) | st.lists(
-    st.sampled_from(["<|endoftext|>", "</s>", "\n\n", "  ", "\u200d", "e\u0301", "🙂", "\r\n", "\x1f", " a", "'ll"]), max_size=8
+    st.sampled_from(["<|endoftext|>", "</s>", "\n\n", "  ", "\u200d", "e\u0301", "🙂", "\r\n", "\x1f", " a", "'ll"]),
+    max_size=8,
 ).map("".join)
 
 
@@ -105,7 +106,11 @@ def test_training_bpe_twice_gives_the_same_merges():
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(["a", " b", "\n", "\n\n", "\r\n", "  ", "1", ",", "é", "it's", "\t"]), max_size=40).map("".join))
+@given(
+    st.lists(st.sampled_from(["a", " b", "\n", "\n\n", "\r\n", "  ", "1", ",", "é", "it's", "\t"]), max_size=40).map(
+        "".join
+    )
+)
 def test_pieces_of_a_long_text_give_the_ids_of_the_whole(text):
     cut, whole = tokenizers._PIECE_CHARS, BPE._encode_pieces([text])[0]
     tokenizers._PIECE_CHARS = 2

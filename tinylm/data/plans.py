@@ -7,11 +7,14 @@ they are made once for a store, as two arrays beside it that are memory-mapped t
 """
 
 import heapq
+import json
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+from tinylm.data.store import map_file
 
 PACK_DOCUMENTS = 1 << 16
 
@@ -124,12 +127,12 @@ def make_plan(ends: np.ndarray, seq_len: int, packed: bool) -> DocumentPlan:
 
 def save_plan(plan: DocumentPlan, folder: pathlib.Path) -> None:
     """Write a plan's arrays into `folder`."""
-    np.save(folder / "ends.npy", plan._ends)
-    np.save(folder / "pieces.npy", plan._pieces)
-    np.save(folder / "split.npy", np.array(plan.num_split))
+    plan._ends.astype(np.int64).tofile(folder / "ends.bin")
+    plan._pieces.astype(np.int64).tofile(folder / "pieces.bin")
+    (folder / "split.json").write_text(json.dumps(plan.num_split))
 
 
 def load_plan(folder: pathlib.Path) -> DocumentPlan:
     """Open a saved plan, memory-mapped."""
-    ends, pieces = (np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("ends", "pieces"))
-    return DocumentPlan(ends, pieces, int(np.load(folder / "split.npy", allow_pickle=False)))
+    ends, pieces = (map_file(folder / f"{name}.bin", np.int64) for name in ("ends", "pieces"))
+    return DocumentPlan(ends, pieces.reshape(-1, 2), json.loads((folder / "split.json").read_text()))

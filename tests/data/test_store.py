@@ -1,0 +1,212 @@
+"""Token stores: whole or absent after any kill, one for many at once, one clear line when the disk is full."""
+
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tinylm.core.errors import StorageError, UserError
+from tinylm.data import open_data, preparing, store
+from tinylm.data.config import DataConfig
+
+PREPARE = """
+import sys
+from tinylm.data import open_data
+from tinylm.data.config import DataConfig
+data = open_data(DataConfig(source=sys.argv[1], store_dir=sys.argv[2], seq_len=8, batch_size=2), seed=0, progress=False)
+print(data.folders[0], data.manifest["tokens"])
+"""
+
+
+def start(source, folder, before="", **kwargs):
+    command = [sys.executable, "-c", before + PREPARE, source, str(folder)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def write_text(path, documents=20_000):
+    rng = np.random.default_rng(0)
+    words = ["".join(map(chr, rng.integers(97, 122, 40))) for _ in range(50)]
+    path.write_text("<|endoftext|>".join(words[i % 50] + str(i) for i in range(documents)))
+    return path
+
+
+def ids_of(folder):
+    opened = store.Store(folder)
+    out = np.empty(len(opened.tokens), np.int32)
+    opened.tokens.read(out, 0)
+    return out
+
+
+def finished(folder):
+    return [path.parent for path in folder.glob("*/manifest.json") if path.parent.suffix != ".tmp"]
+
+
+@pytest.mark.parametrize("points", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_store_is_whole_or_absent_after_kill_9_at_any_point(tmp_path, points):
+    source = f"text:{write_text(tmp_path / 'a.txt', 60_000)}"
+    begun = time.monotonic()
+    assert start(source, tmp_path / "whole").wait() == 0
+    whole_secs = time.monotonic() - begun
+    wanted = ids_of(finished(tmp_path / "whole")[0])
+    # Slowed between writes, so that most kills fall inside the work.
+    slow = "import time, tinylm.data.store as s; f = s.ArrayWriter.append; s._BUFFER_TOKENS = 1 << 17\n" + (
+        "def slowly(*a):\n time.sleep(0.02); f(*a)\ns.ArrayWriter.append = slowly\n"
+    )
+    draw = random.Random(0)
+    for point in range(points):
+        folder = tmp_path / f"stores{point}"
+        process = start(source, folder, slow)
+        time.sleep(draw.uniform(0.3, 1.3) * whole_secs)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for found in finished(folder) if folder.exists() else []:
+            store.verify(found)
+        again = start(source, folder)
+        assert again.wait() == 0, again.stderr.read()
+        store.verify(finished(folder)[0])
+        assert np.array_equal(ids_of(finished(folder)[0]), wanted)
+        assert not list(folder.glob("*.tmp"))
+
+
+def test_many_that_prepare_at_once_make_one_store(tmp_path):
+    source = f"text:{write_text(tmp_path / 'a.txt')}"
+    # The last two have no lock, like hosts that share a file system without locks.
+    no_lock = "import fcntl; fcntl.flock = lambda *a: None; import socket; socket.gethostname = lambda: 'host%d'\n"
+    processes = [start(source, tmp_path / "s", before) for before in ("", "", no_lock % 1, no_lock % 2)]
+    outputs = {process.communicate()[0] for process in processes}
+    assert [process.returncode for process in processes] == [0] * 4 and len(outputs) == 1
+    store.verify(finished(tmp_path / "s")[0])
+    assert len(finished(tmp_path / "s")) == 1 and not list((tmp_path / "s").glob("*.tmp"))
+
+
+def test_others_wait_for_the_writer_but_not_for_ever(tmp_path):
+    path = write_text(tmp_path / "a.txt")
+    config = DataConfig(source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=8, batch_size=2)
+    with pytest.raises(UserError, match=r"within 0 s.*data\.store_dir"):
+        open_data(config, seed=0, is_writer=False, wait_secs=0.3, progress=False)
+    writer = start(config.source, tmp_path / "s")
+    data = open_data(config, seed=0, is_writer=False, wait_secs=60, progress=False)
+    assert writer.wait() == 0 and data.manifest["tokens"] > 0
+
+
+def test_a_full_disk_is_one_line_with_its_own_exit_code_and_leaves_nothing(tmp_path):
+    path = write_text(tmp_path / "a.txt")
+    config = DataConfig(source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=8, batch_size=2)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(StorageError) as error:
+            open_data(config, seed=0, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert error.value.exit_code == 5 and "\n" not in str(error.value) and "data.store_dir" in str(error.value)
+    assert not finished(tmp_path / "s") and not list((tmp_path / "s").glob("*.tmp"))
+    assert open_data(config, seed=0, progress=False).manifest["tokens"] > 100_000
+
+
+def test_a_store_is_made_once_and_again_when_its_text_changes(tmp_path, monkeypatch):
+    path = write_text(tmp_path / "a.txt", 500)
+    config = DataConfig(source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=8, batch_size=2)
+    first = open_data(config, seed=0, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "Preparer", lambda *args: pytest.fail("prepared again"))
+        assert open_data(config, seed=3, progress=False).folders == first.folders
+    path.write_text(path.read_text().replace("a", "b"))
+    assert open_data(config, seed=0, progress=False).folders != first.folders
+
+
+def test_damage_is_found(tmp_path):
+    path = write_text(tmp_path / "a.txt", 500)
+    config = DataConfig(source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=8, batch_size=2)
+    folder = open_data(config, seed=0, progress=False).folders[0]
+    shard = folder / "tokens-00000.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(StorageError, match="checksum"):
+        store.verify(folder)
+    shard.write_bytes(content[:-2])
+    with pytest.raises(StorageError, match="damaged; delete"):
+        open_data(config, seed=0, progress=False)
+
+
+def test_a_store_of_another_tokenizer_is_refused(tmp_path):
+    path = write_text(tmp_path / "a.txt", 500)
+    config = DataConfig(source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=8, batch_size=2)
+    folder = open_data(config, seed=0, progress=False).folders[0]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tokenizer"]["fingerprint"] = "other"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="another tokenizer"):
+        open_data(config, seed=0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.uint32)]
+)
+def test_ids_take_the_smallest_type_and_shards_read_as_one(tmp_path, vocab_size, dtype):
+    assert store.smallest_dtype(vocab_size) == dtype
+    values = np.random.default_rng(0).integers(0, vocab_size, 1000)
+    writer = store.ArrayWriter(tmp_path, "x", store.smallest_dtype(vocab_size), shard_items=97)
+    for part in np.split(values, [10, 11, 500, 777]):
+        writer.append(part)
+    writer.close()
+    array = store.TokenArray(tmp_path, writer.shards, np.dtype(dtype))
+    for begin, end in [(0, 1000), (96, 98), (97, 291), (990, 1000), (5, 6)]:
+        out = np.empty(end - begin, np.int64)
+        array.read(out, begin)
+        assert np.array_equal(out, values[begin:end])
+
+
+@pytest.mark.parametrize("home", ["", "/proc/nowhere"])
+def test_without_a_home_stores_go_to_a_private_temporary_folder(tmp_path, monkeypatch, home):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setattr(preparing.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = preparing.store_folder(DataConfig())
+    assert tmp_path in folder.parents and os.stat(folder).st_mode & 0o077 == 0
+
+
+def test_a_trillion_tokens_open_at_once_and_read_like_few(tmp_path):
+    sizes = {"small": (1 << 20, 1), "large": (1 << 37, 8)}
+    rates = {}
+    for name, (items, count) in sizes.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        shards = [{"file": f"tokens-{i:05d}.bin", "items": items} for i in range(count)]
+        for shard in shards:
+            with (folder / shard["file"]).open("wb") as file:
+                file.truncate(items)
+        array = store.TokenArray(folder, shards, np.dtype(np.uint8))
+        out = np.empty(64, np.int32)
+        places = [(i * 0x9E3779B97F4A7C15) % (items * count - 64) for i in range(2000)]
+        begun = time.perf_counter()
+        for place in places:
+            array.read(out, place)
+        rates[name] = time.perf_counter() - begun
+        assert len(array) == items * count
+    shutil.rmtree(tmp_path / "large")
+    assert rates["large"] < 20 * rates["small"] + 0.5  # each touches a page of its own; the benchmark has figures
+
+
+def test_private_plans_of_a_read_only_store_stay_in_memory(tmp_path, monkeypatch):
+    path = write_text(tmp_path / "a.txt", 500)
+    config = DataConfig(
+        source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=80, batch_size=2, packing="packed"
+    )
+    wanted = open_data(config, seed=0, progress=False)
+    for plan in wanted.folders[0].glob("plan-*"):
+        shutil.rmtree(plan)
+    monkeypatch.setattr(pathlib.Path, "mkdir", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "no")))
+    config.store_dir = ""
+    monkeypatch.setattr(preparing, "store_folder", lambda config: tmp_path / "s")
+    found = open_data(config, seed=0, progress=False)
+    assert np.array_equal(found.train.read(np.arange(9))["targets"], wanted.train.read(np.arange(9))["targets"])
