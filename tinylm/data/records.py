@@ -12,7 +12,7 @@ from typing import Any
 
 from tinylm.core.errors import UserError
 from tinylm.data.config import split_spec
-from tinylm.data.sources import Document, FileSource, Source, file_identity, hash_bytes, open_file, split_stream
+from tinylm.data.sources import Document, FileSource, Source, file_identity, hash_bytes, split_stream
 
 DEFAULT_BELOW = 100
 _HELD_OUT = 10  # one sum in so many is for validation
@@ -65,10 +65,9 @@ class JsonlSource(RecordSource, FileSource):
         return [RecordSource.identity(self), FileSource.identity(self)]
 
     def read(self, path: str) -> Iterator[Document]:
-        with open_file(path) as file:
-            for number, (offset, line) in enumerate(split_stream(file, path, b"\n"), 1):
-                if line.strip():
-                    yield self._line(line, f"{path}, line {number},", offset)
+        for number, (offset, line) in enumerate(split_stream(path, b"\n"), 1):
+            if line.strip():
+                yield self._line(line, f"{path}, line {number},", offset)
 
     def _line(self, line: bytes, where: str, offset: int) -> Document:
         try:

@@ -10,8 +10,9 @@ import functools
 import glob
 import os
 import pathlib
+import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from tinylm.core.errors import UserError
 from tinylm.data.config import DataConfig, split_spec
@@ -119,14 +120,13 @@ class TextSource(FileSource):
         return [self.config.separator, super().identity()]
 
     def read(self, path: str) -> Iterator[Document]:
-        with open_file(path) as file:
-            blocks = split_stream(file, path, self.config.separator.encode())
-            offset, block = next(blocks)
-            for next_offset, next_block in blocks:
-                yield decode(block, f"{path} at byte {offset}", offset)
-                offset, block = next_offset, next_block
-            if offset == 0 or block.strip():
-                yield decode(block, f"{path} at byte {offset}", offset)
+        blocks = split_stream(path, self.config.separator.encode())
+        offset, block = next(blocks)
+        for next_offset, next_block in blocks:
+            yield decode(block, f"{path} at byte {offset}", offset)
+            offset, block = next_offset, next_block
+        if offset == 0 or block.strip():
+            yield decode(block, f"{path} at byte {offset}", offset)
 
 
 def find_files(spec: str, pattern: str) -> list[str]:
@@ -154,44 +154,47 @@ def hash_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def open_file(path: str) -> BinaryIO:
-    """Open a file, plain, .gz or .zst, as a stream of bytes."""
-    if path.endswith(".gz"):
-        import gzip
-
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.endswith(".zst"):
-        import zstandard
-
-        return zstandard.open(path, "rb")
-    return pathlib.Path(path).open("rb")
-
-
-def read_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
-    """Yield a file in chunks; raise UserError where its compression is broken."""
-    import zlib
-
-    broken: tuple[type[Exception], ...] = (EOFError, zlib.error, OSError)
-    if path.endswith(".zst"):
-        import zstandard
-
-        broken = (zstandard.ZstdError, *broken)
+def read_chunks(path: str) -> Iterator[bytes]:
+    """Yield the content of a file, plain, .gz or .zst, in chunks; raise UserError where its compression is broken."""
     read = 0
-    while True:
-        try:
-            chunk = file.read(_CHUNK_BYTES)
-        except broken as error:
-            raise UserError(f"{path} can't be read after byte {read} of its content: {error}.") from error
-        if not chunk:
-            return
-        read += len(chunk)
-        yield chunk
+    try:
+        for chunk in _zst_chunks(path) if path.endswith(".zst") else _plain_chunks(path):
+            read += len(chunk)
+            yield chunk
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} can't be read after byte {read} of its content: {error}.") from error
 
 
-def split_stream(file: BinaryIO, path: str, separator: bytes) -> Iterator[tuple[int, bytes]]:
+def _plain_chunks(path: str) -> Iterator[bytes]:
+    import gzip
+
+    with gzip.open(path, "rb") if path.endswith(".gz") else pathlib.Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk
+
+
+def _zst_chunks(path: str) -> Iterator[bytes]:
+    """Yield what one or more frames hold; a frame that is cut short is an EOFError, which the library's files miss."""
+    import zstandard
+
+    decoder, left = None, b""
+    with pathlib.Path(path).open("rb") as file:
+        while raw := left or file.read(_CHUNK_BYTES):
+            decoder, left = decoder or zstandard.ZstdDecompressor().decompressobj(), b""
+            try:
+                yield decoder.decompress(raw)
+            except zstandard.ZstdError as error:
+                raise EOFError(str(error)) from error
+            if decoder.eof:
+                decoder, left = None, decoder.unused_data
+    if decoder is not None:
+        raise EOFError("it ends in the middle of a frame")
+
+
+def split_stream(path: str, separator: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, block) of the stretches between separators; always at least one."""
     held, offset = bytearray(), 0
-    for chunk in read_chunks(file, path):
+    for chunk in read_chunks(path):
         search_from = max(0, len(held) - len(separator) + 1)
         held += chunk
         start = 0

@@ -55,4 +55,6 @@ def _builder_class(source: Source, name: str, version: str) -> Any:
         "_split_generators": lambda builder, manager: {name: examples(split) for name, split in splits.items()},
         "_generate_examples": lambda builder, split: examples(split),
     }
-    return type(name, (tfds.core.GeneratorBasedBuilder,), {**members, "__module__": __name__, "__doc__": __doc__})
+    base = tfds.core.GeneratorBasedBuilder
+    members |= {"__module__": __name__, "__doc__": __doc__}
+    return type(base)(name, (base,), members, skip_registration=True)

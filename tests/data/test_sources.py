@@ -1,0 +1,300 @@
+"""Sources: each gives its documents, on real files where they are; and every mistake is one clear line."""
+
+import gzip
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import zstandard
+
+from tinylm.core.errors import UserError
+from tinylm.data import open_data, records, sources
+from tinylm.data.config import DataConfig
+from tinylm.data.sources import make_source
+
+STORIES = ["One day a cat sat.", "Two dogs ran\nfar away.", "Drei Mäuse — 日本 🙂"]
+
+
+def config_of(tmp_path, **settings):
+    return DataConfig(**{"seq_len": 8, "batch_size": 1, "store_dir": str(tmp_path / "stores")} | settings)
+
+
+def texts_of(spec, split="all", **settings):
+    return [
+        (d.prompt, d.text) if d.prompt else d.text for d in make_source(spec, DataConfig(**settings)).documents(split)
+    ]
+
+
+def real(path):
+    folder = os.environ.get("TINYLM_TEST_DATA")
+    if not folder:
+        pytest.skip("needs the real files that TINYLM_TEST_DATA names")
+    return pathlib.Path(folder) / path
+
+
+def refused(tmp_path, match, **settings):
+    with pytest.raises(UserError, match=match) as error:
+        open_data(config_of(tmp_path, **settings), seed=0, progress=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
+def test_text_files_split_at_the_separator_wherever_chunks_end(tmp_path, monkeypatch, ending, chunk):
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", chunk)
+    packers = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+    content = "<|endoftext|>".join(STORIES).encode() + b"<|endoftext|>\n"
+    (tmp_path / f"a.txt{ending}").write_bytes(packers[ending](content))
+    assert texts_of(f"text:{tmp_path}/a*") == STORIES
+    assert texts_of(f"text:{tmp_path}/a*", separator="") == [content.decode()]
+
+
+def test_files_of_a_glob_come_in_the_order_of_their_names(tmp_path):
+    for name, story in zip("bca", STORIES, strict=True):
+        (tmp_path / f"{name}.txt").write_text(story)
+    assert texts_of(f"text:{tmp_path}/*.txt") == [STORIES[2], STORIES[0], STORIES[1]]
+
+
+def test_jsonl_and_parquet_give_texts_and_pairs(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    plain = [{"story": story, "n": i} for i, story in enumerate(STORIES)]
+    pairs = [{"prompt": "Q: ", "completion": story} for story in STORIES]
+    for name, rows in (("plain", plain), ("pairs", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    for kind in ("jsonl", "parquet"):
+        assert texts_of(f"{kind}:{tmp_path}/plain.{kind}", text_field="story") == STORIES
+        assert texts_of(f"{kind}:{tmp_path}/pairs.{kind}") == [("Q: ", story) for story in STORIES]
+        refused(tmp_path, r"has the fields .*set data\.text_field", source=f"{kind}:{tmp_path}/plain.{kind}")
+        refused(tmp_path, "holds int instead of text", source=f"{kind}:{tmp_path}/plain.{kind}", text_field="n")
+
+
+def test_pairs_after_plain_texts_are_masked_from_their_own_begin(tmp_path):
+    rows = [{"text": "abc"}, {"prompt": "de", "completion": "f"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = config_of(
+        tmp_path, source=f"jsonl:{tmp_path}/a.jsonl", loss_on="answer", packing="single", valid_fraction=0
+    )
+    data = open_data(config, seed=0, progress=False)
+    examples = data.train.read(np.arange(2))
+    scored = sorted(
+        data.tokenizer.decode(t[w > 0]) for t, w in zip(examples["targets"], examples["weights"], strict=True)
+    )
+    assert scored == ["abc", "f"]
+
+
+def test_the_cut_of_one_text_is_nanogpts(tmp_path):
+    config = config_of(tmp_path, source=f"text:{real('tinyshakespeare/input.txt')}", tokenizer="char")
+    data = open_data(config, seed=0, progress=False)
+    assert data.vocab_size == 66
+    assert data.manifest["splits"]["train"]["tokens"] == [0, 1_003_854]
+    assert data.valid_tokens == 111_540 and data.valid_bytes_per_token == 1
+
+
+def test_the_cut_of_several_texts_falls_between_two(tmp_path):
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join("x" * n for n in (50, 30, 15, 5)))
+    data = open_data(config_of(tmp_path, source=f"text:{tmp_path}/a.txt", valid_fraction=0.1), seed=0, progress=False)
+    assert data.manifest["splits"]["train"] == {"documents": [0, 2], "tokens": [0, 82], "bytes": 80}
+    assert data.manifest["splits"]["valid"] == {"documents": [2, 4], "tokens": [82, 104], "bytes": 20}
+
+
+def test_a_validation_source_of_its_own_takes_no_text_from_training(tmp_path):
+    for name, story in zip("ab", STORIES, strict=False):
+        (tmp_path / name).write_text(story)
+    config = config_of(tmp_path, source=f"text:{tmp_path}/a", valid_source=f"text:{tmp_path}/b", tokenizer="char")
+    data = open_data(config, seed=0, progress=False)
+    assert data.manifests[0]["tokens"] == len(STORIES[0]) + 1 and data.valid_tokens == len(STORIES[1]) + 1
+
+
+def test_tales_have_a_floor_and_keep_their_splits_apart(tmp_path):
+    config = config_of(tmp_path, source="tales:300", packing="single", seq_len=600)
+    data = open_data(config, seed=0, progress=False)
+    documents = list(make_source("tales:300", config).documents("valid"))
+    tokens = sum(len(d.text.encode()) + 1 for d in documents)
+    assert data.valid_tokens == tokens
+    assert data.floor_nats_per_token == pytest.approx(-sum(d.log_prob for d in documents) / tokens)
+    assert not {d.text for d in documents} & set(texts_of("tales:300", "train"))
+
+
+@pytest.mark.parametrize(("kind", "vocab"), [(np.uint16, 300), (np.uint32, 300), (np.uint16, 65536)])
+def test_ready_ids_are_read_in_place_in_the_type_they_have(tmp_path, kind, vocab):
+    bpe = "bpe:300"
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join(STORIES * 40))
+    made = open_data(config_of(tmp_path, source=f"text:{tmp_path}/text.txt", tokenizer=bpe), seed=0, progress=False)
+    made.tokenizer.save(tmp_path / "tok")
+    ids = np.concatenate([[*made.tokenizer.encode(s), made.tokenizer.eot_id] for s in STORIES * 40])
+    for name, part in zip("ab", np.split(ids, [333]), strict=True):
+        part.astype(kind).tofile(tmp_path / f"{name}.bin")
+    spec = {"source": f"tokens:{tmp_path}/*.bin", "tokenizer": f"hf:{tmp_path}/tok/tokenizer.json"}
+    data = open_data(config_of(tmp_path, **spec), seed=0, progress=False)
+    store = data.stores[0]
+    out = np.empty(len(ids), np.int32)
+    store.tokens.read(out, 0)
+    assert np.array_equal(out, ids)
+    assert not list(store.folder.glob("tokens-*")) and data.manifest["documents"] == 120
+    assert data.manifest["splits"]["train"]["tokens"][1] in np.flatnonzero(ids == made.tokenizer.eot_id) + 1
+    assert sum(s["bytes"] for s in data.manifest["splits"].values()) == 40 * sum(len(s.encode()) for s in STORIES)
+    ids[70] = vocab - 1
+    ids.astype(np.uint32).tofile(tmp_path / "c.bin")
+    if vocab > 300:
+        refused(tmp_path, r"id 65535 at byte 280.*data\.tokenizer", **spec | {"source": f"tokens:{tmp_path}/c.bin"})
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "is an empty document"),
+        (b"good<|endoftext|><|endoftext|>good", r"at byte 17 is an empty document"),
+        (b"good<|endoftext|>caf\xe9 noir", r"at byte 17 is not UTF-8 \(byte 20\)"),
+        (b"\x7fELF\0\0\0", r"zero byte \(byte 4\).*no text"),
+        (b"\x80\x81\x82", r"a\.txt at byte 0 is not UTF-8"),
+    ],
+)
+def test_bad_text_is_named_with_file_and_byte_or_skipped_and_counted(tmp_path, content, match):
+    (tmp_path / "a.txt").write_bytes(content)
+    (tmp_path / "b.txt").write_text("enough good text to train on")
+    spec = {"source": f"text:{tmp_path}/*.txt", "valid_fraction": 0}
+    refused(tmp_path, match, **spec)
+    data = open_data(config_of(tmp_path, on_bad_text="skip", **spec), seed=0, progress=False)
+    assert data.manifest["skipped"]["count"] == 1
+    assert data.manifest["documents"] == 1 + content.count(b"good")
+
+
+def test_bad_lines_of_jsonl_are_named_or_skipped(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "a good line here"}\n{"text": "cut\n{"text": "\xff"}\n{"text": "\\ud800"}\n[1]'
+    )
+    spec = {"source": f"jsonl:{tmp_path}/a.jsonl", "valid_fraction": 0}
+    refused(tmp_path, r"line 2, at byte 29, is not JSON", **spec)
+    data = open_data(config_of(tmp_path, on_bad_text="skip", **spec), seed=0, progress=False)
+    assert data.manifest["skipped"]["count"] == 4 and data.manifest["documents"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"source": "text:{}/absent*"}, r"matches no file; set data\.source"),
+        ({"source": "txt:a"}, "did you mean 'text'"),
+        ({"source": "text:"}, "must say more"),
+        ({"source": "0*tales, 1*addition"}, "above 0"),
+        ({"source": "0.7*tales, 0.333333333*addition"}, "too fine"),
+        ({"tokenizer": "bpe:100"}, "at least 257"),
+        ({"tokenizer": "bbpe:300"}, "did you mean 'bpe'"),
+        ({"packing": "pack"}, "did you mean 'packed'"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"valid_fraction": 1.0}, "below 1"),
+        ({"loss_on": "answer"}, "needs prompt and completion"),
+        ({"source": "tokens:x", "vocab_top_k": 9}, "can't cut"),
+        ({"source": "tokens:x", "tokenizer": "char"}, "must be the one that made the ids"),
+        ({"source": "text:{}/short.txt", "seq_len": 99}, r"data\.seq_len=99 must be at most the 18 training tokens"),
+        (
+            {"source": "text:{}/short.txt", "seq_len": 9, "batch_size": 7},
+            r"data\.batch_size=7 must be at most the 2 rows",
+        ),
+        ({"source": "text:{}/blank.txt", "on_bad_text": "skip"}, "holds no text"),
+        ({"source": "text:{}/broken.gz"}, r"broken\.gz can't be read"),
+        ({"source": "text:{}/cut.gz"}, r"cut\.gz can't be read"),
+        ({"source": "text:{}/cut.zst"}, r"cut\.zst can't be read"),
+        ({"source": "parquet:{}/short.txt"}, "can't be read as parquet"),
+        ({"source": "tokens:{}/odd.bin"}, "no ids of 2 or 4 bytes"),
+        ({"source": "tfds:no_such_set"}, "no data set of TFDS"),
+    ],
+)
+def test_each_mistake_is_one_line(tmp_path, settings, match):
+    (tmp_path / "short.txt").write_text("twenty characters ok")
+    (tmp_path / "blank.txt").write_text("  \n")
+    (tmp_path / "broken.gz").write_text("no gzip")
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(os.urandom(9999))[:-99])
+    (tmp_path / "cut.zst").write_bytes(zstandard.compress(os.urandom(9999))[:-99])
+    (tmp_path / "odd.bin").write_bytes(b"abc")
+    filled = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in settings.items()}
+    refused(tmp_path, match, **filled)
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.txt").chmod(0)
+    refused(tmp_path, "can't be read by this user", source=f"text:{tmp_path}/a.txt")
+
+
+def test_the_hub_is_read_from_its_parquet_files_with_their_splits(tmp_path, monkeypatch):
+    import huggingface_hub
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for name, stories in (("train-0", STORIES[:2]), ("validation-0", STORIES[2:])):
+        (tmp_path / "hub/data").mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pa.table({"text": stories}), tmp_path / f"hub/data/{name}.parquet")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path / "hub"))
+    data = open_data(config_of(tmp_path, source="hf:org/name", valid_fraction=0.5), seed=0, progress=False)
+    assert data.valid_tokens == len(STORIES[2].encode()) + 1
+
+
+def test_the_hub_without_a_network_says_how_to_use_a_local_copy(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fail(*args, **kwargs):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    refused(tmp_path, r"could not be fetched.*parquet:DIR", source="hf:org/name")
+
+
+@pytest.mark.parametrize("source", ["tales:40", "addition:5", "text"])
+def test_a_written_tfds_data_set_gives_the_tokens_of_its_source(tmp_path, source):
+    from tinylm.data.tfds_builder import write_tfds
+
+    if source == "text":
+        (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"{i} {story}" for i, story in enumerate(STORIES * 9)))
+        source = f"text:{tmp_path}/a.txt"
+    config = config_of(tmp_path, source=source)
+    folder = write_tfds(config, str(tmp_path / "tfds"), "my_text", "1.2.3")
+    assert folder.name == "1.2.3" and list(folder.glob("*.array_record*"))
+    again = open_data(config_of(tmp_path, source=f"tfds:{folder}"), seed=0, progress=False)
+    direct = open_data(config, seed=0, progress=False)
+    by_name = config_of(tmp_path, source="tfds:my_text", tfds_data_dir=str(tmp_path / "tfds"))
+    assert texts_of(f"tfds:{folder}", "train") == texts_of("tfds:my_text", "train", tfds_data_dir=by_name.tfds_data_dir)
+    for data in (again, direct):
+        data.ids = np.empty(data.manifest["tokens"], np.int32)
+        data.stores[0].tokens.read(data.ids, 0)
+    assert np.array_equal(again.ids, direct.ids)
+    assert again.manifest["splits"]["train"]["tokens"] == direct.manifest["splits"]["train"]["tokens"]
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.slow
+def test_the_stock_tiny_shakespeare_builder_works_offline(tmp_path):
+    pytest.importorskip("tensorflow", reason="preparing a stock TFDS data set needs the tfds extra")
+    program = (
+        "import sys; from tinylm.data import open_data; from tinylm.data.config import DataConfig\n"
+        "d = open_data(DataConfig(source='tfds:tiny_shakespeare', tokenizer='char', store_dir=sys.argv[1] + '/s',"
+        " tfds_data_dir=sys.argv[1] + '/t', tfds_manual_dir=sys.argv[2]), seed=0, progress=False)\n"
+        "print(d.vocab_size, [s['tokens'] for s in d.manifest['splits'].values()])"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path), str(real("tinyshakespeare"))]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "66 [[0, 1003855], [1003855, 1059626]]"
+
+
+def test_the_data_room_needs_neither_jax_nor_its_heavy_libraries_to_open(tmp_path):
+    program = (
+        "import sys; from tinylm.data import open_data; from tinylm.data.config import DataConfig\n"
+        "open_data(DataConfig(source='tales:50', tokenizer='char', store_dir=sys.argv[1]), seed=0, progress=False)\n"
+        "heavy = ('jax', 'grain', 'tensorflow_datasets', 'pyarrow', 'tiktoken', 'tokenizers')\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert output.stdout.strip() == "[]"
+
+
+def test_records_name_splits_as_data_sets_do():
+    assert records._names_valid(pathlib.Path("a/validation-00000.parquet"))
+    assert records._names_valid(pathlib.Path("a/valid/0.parquet"))
+    assert not records._names_valid(pathlib.Path("a/train-00000.parquet"))
