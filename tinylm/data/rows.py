@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from tinylm.data.plans import DocumentPlan, Pieces, StreamPlan
-from tinylm.data.store import Store
+from tinylm.data.store import Store, TokenArray
 
 Examples = dict[str, np.ndarray]
 
@@ -77,43 +77,44 @@ class SplitRows:
         tokens = np.full(shape, self._eot_id, np.int32)
         targets = np.full(shape, self._eot_id, np.int32)
         weights = np.zeros(shape, np.float32)
+        window = np.empty(self._seq_len + 1, np.int32)
         for row, column, start, length in zip(*(part.tolist() for part in pieces), strict=True):
-            stop = column + length
-            self._read_ring(targets[row, column:stop], start)
-            tokens[row, column + 1 : stop] = targets[row, column : stop - 1]
-            tokens[row, column] = self._token_before(start)
+            here = slice(column, column + length)
+            self._read_window(window[: length + 1], start)
+            tokens[row, here] = window[:length]
+            targets[row, here] = window[1 : length + 1]
+            weights[row, here] = 1
             if self.use_mask:
-                self._read_ring(weights[row, column:stop], start, mask=True)
-            else:
-                weights[row, column:stop] = 1
+                self._read_ring(self._store.mask, weights[row, here], start)
         examples = {"tokens": tokens, "targets": targets, "weights": weights}
         return examples | (_places(shape, pieces) if self.packed else {})
 
-    def _read_ring(self, out: np.ndarray, start: int, mask: bool = False) -> None:
+    def _read_window(self, out: np.ndarray, start: int) -> None:
+        """Fill `out` with the token before `start`, end of text before the first, and those from `start` on."""
+        if start:
+            self._read_ring(self._store.tokens, out, start - 1)
+        else:
+            out[0] = self._eot_id
+            self._read_ring(self._store.tokens, out[1:], 0)
+
+    def _read_ring(self, array: TokenArray, out: np.ndarray, start: int) -> None:
         """Fill `out` from `start` of the split, going on at its begin after its end."""
-        array = self._store.mask if mask else self._store.tokens
-        straight = min(len(out), self._end - self._begin - start)
+        straight = self._end - self._begin - start
         array.read(out[:straight], self._begin + start)
         if straight < len(out):
             array.read(out[straight:], self._begin)
-
-    def _token_before(self, start: int) -> int:
-        """Return the input of the target at `start`: the token before it; end of text before the first."""
-        if start == 0:
-            return self._eot_id
-        before = np.empty(1, np.int32)
-        self._store.tokens.read(before, self._begin + start - 1)
-        return int(before[0])
 
 
 def _places(shape: tuple[int, int], pieces: Pieces) -> Examples:
     """Return segments (1, 2, ... in each row, 0 where nothing is) and positions from each piece's begin."""
     segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    first = np.searchsorted(pieces.row, pieces.row)
-    within = np.arange(pieces.length.sum()) - np.repeat(np.cumsum(pieces.length) - pieces.length, pieces.length)
-    row, column = np.repeat(pieces.row, pieces.length), np.repeat(pieces.column, pieces.length) + within
-    segments[row, column] = np.repeat(np.arange(len(first)) - first + 1, pieces.length)
-    positions[row, column] = within
+    count = np.arange(shape[1], dtype=np.int32)
+    nth = np.arange(len(pieces.row)) - np.searchsorted(pieces.row, pieces.row) + 1
+    for row, column, length, number in zip(
+        pieces.row.tolist(), pieces.column.tolist(), pieces.length.tolist(), nth.tolist(), strict=True
+    ):
+        segments[row, column : column + length] = number
+        positions[row, column : column + length] = count[:length]
     return {"segments": segments, "positions": positions}
 
 

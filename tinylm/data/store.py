@@ -23,6 +23,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 1 << 28
 _BUFFER_TOKENS = 1 << 20
+_READ_AHEAD_BYTES = 1 << 26
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:
@@ -175,6 +176,10 @@ class TokenArray:
     def read(self, out: np.ndarray, start: int) -> None:
         """Fill `out` with what begins at `start`."""
         shard = bisect.bisect_right(self._starts, start) - 1
+        begin = start - self._starts[shard]
+        if begin + len(out) <= len(self._maps[shard]):
+            out[:] = self._maps[shard][begin : begin + len(out)]
+            return
         done = 0
         while done < len(out):
             begin = start + done - self._starts[shard]
@@ -190,11 +195,11 @@ class TokenArray:
 
 
 def map_file(path: pathlib.Path, dtype: np.dtype | type) -> np.ndarray:
-    """Map a file for random reading: without the advice each cold window drags in megabytes around it."""
+    """Map a file for random reading: a small one is read ahead whole, a large one never, for most would be in vain."""
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)
+        mapped.madvise(mmap.MADV_WILLNEED if len(mapped) <= _READ_AHEAD_BYTES else mmap.MADV_RANDOM)
     return np.frombuffer(mapped, dtype)
 
 

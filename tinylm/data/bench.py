@@ -1,0 +1,153 @@
+"""How fast data is: encoding beside tiktoken, assembling batches warm and cold, a store of 10^12 tokens.
+
+python -m tinylm.data.bench --vocabulary=DIR --text='tinystories/*.txt'
+
+`DIR` holds GPT-2's encoder.json and vocab.bpe. The big store is made of sparse files, which take no room. Times depend
+on what else the machine does; each is the best of several.
+"""
+
+import contextlib
+import functools
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from tinylm.data import open_data, plans
+from tinylm.data.config import DataConfig
+from tinylm.data.pipeline import train_batches
+from tinylm.data.rows import Rows, SplitRows
+from tinylm.data.sources import make_source
+from tinylm.data.store import MANIFEST, Store, StoreWriter
+
+ROWS, SEQ_LEN, STEP_SECS = 12, 64, 0.015  # what configs/shakespeare_char_cpu.py asks for
+TRILLION = 10**12
+
+
+def best_secs(work: Callable[[], Any], tries: int = 5) -> float:
+    """Return the shortest of several times that `work` took."""
+    times = []
+    for _ in range(tries):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+def bench_encoding(vocabulary: str, text: str) -> None:
+    """Compare GPT-2 encoding with `tiktoken.encode_batch`, in time and in ids."""
+    from tinylm.data.vocabularies import Gpt2Tokenizer
+
+    tokenizer = Gpt2Tokenizer.of_folder(vocabulary)
+    texts = [document.text for document in make_source(f"text:{text}", DataConfig()).documents("all")]
+    ours, theirs = tokenizer.encode_batch(texts), tokenizer._inner.encode_batch(texts)
+    equal = all(a.tolist() == b for a, b in zip(ours, theirs, strict=True))
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    mine = best_secs(lambda: tokenizer.encode_batch(texts))
+    plain = best_secs(lambda: tokenizer._inner.encode_batch(texts))
+    print(f"encoding  {sum(map(len, ours)) + len(ours):,} ids, {'equal to' if equal else 'DIFFERENT FROM'} tiktoken's")
+    print(f"          tinylm {size / mine:.1f} MB/s, tiktoken.encode_batch {size / plain:.1f} MB/s")
+
+
+def drop_cache(store: Store) -> None:
+    """Ask the system to forget the pages of a store."""
+    for path in store.folder.rglob("*.bin"):
+        with path.open("rb") as file, contextlib.suppress(OSError):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def secs_per_batch(rows: Rows, batches: int = 200) -> float:
+    """Return the time for a batch through the pipeline."""
+    stream = train_batches(rows, batch_shape=(1, ROWS), owned_rows=np.arange(ROWS))
+    next(stream)
+    begun = time.perf_counter()
+    for _ in range(batches):
+        next(stream)
+    secs = (time.perf_counter() - begun) / batches
+    stream.close()
+    return secs
+
+
+def bench_assembling(folder: str) -> None:
+    """Time batches of the small CPU setting, of each packing, from a warm and from a cold page cache."""
+    for packing in ("stream", "packed", "single"):
+        config = DataConfig("tales", seq_len=SEQ_LEN, batch_size=ROWS, packing=packing, store_dir=folder)
+        warm = min(secs_per_batch(open_data(config, seed=0, progress=False).train) for _ in range(3))
+        data = open_data(config, seed=1, progress=False)
+        drop_cache(data.stores[0])
+        cold = secs_per_batch(data.train)
+        print(
+            f"batches   {packing:<7} warm {warm * 1e3:.2f} ms ({STEP_SECS / warm:.0f} times what training takes), "
+            f"cold {cold * 1e3:.2f} ms ({STEP_SECS / cold:.0f} times)"
+        )
+
+
+def sparse_store(folder: pathlib.Path, num_tokens: int) -> None:
+    """Make a store of `num_tokens` zeros in sparse files."""
+    folder.mkdir()
+    shard = 1 << 34
+    sizes = [min(shard, num_tokens - begin) for begin in range(0, num_tokens, shard)]
+    for i, size in enumerate(sizes):
+        with (folder / f"tokens-{i:05d}.bin").open("wb") as file:
+            file.truncate(2 * size)
+    writer = StoreWriter(folder, np.dtype(np.uint16))
+    writer.ends.append(np.array([num_tokens, num_tokens]))
+    writer.finish(
+        {
+            "shards": [{"file": f"tokens-{i:05d}.bin", "items": size} for i, size in enumerate(sizes)],
+            "tokens": num_tokens,
+            "tokenizer": {"eot_id": 0},
+            "splits": {"train": {"documents": [0, 1], "tokens": [0, num_tokens], "bytes": num_tokens}},
+        }
+    )
+    assert (folder / MANIFEST).exists()
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def bench_large(folder: str) -> None:
+    """Open stores of 10^7 and 10^12 tokens and read shuffled windows from each."""
+    for name, num_tokens in (("small", 10**7), ("large", TRILLION)):
+        place = pathlib.Path(folder) / name
+        sparse_store(place, num_tokens)
+        begun = time.perf_counter()
+        store = Store(place)
+        rows = SplitRows(store, "train", plans.StreamPlan(num_tokens, 1024), 1024, seed=0)
+        opened = time.perf_counter() - begun
+        rows.read(np.arange(8))
+        batches = iter(np.arange(10**6).reshape(-1, 64))
+        cold = best_secs(functools.partial(lambda rows, batches: rows.read(next(batches)), rows, batches), 20)
+        print(
+            f"store     10^{len(str(num_tokens)) - 1} tokens opens in {opened * 1e3:.1f} ms, "
+            f"{resident_bytes() / 1e6:.0f} MB resident, 64 random windows of 1,024 in {cold * 1e3:.2f} ms"
+        )
+
+
+@contextlib.contextmanager
+def working_folder() -> Iterator[str]:
+    """Give a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+def main(_: list[str]) -> None:
+    """Print all figures."""
+    with working_folder() as folder:
+        bench_large(folder)
+        bench_assembling(folder)
+    if flags.FLAGS.vocabulary and flags.FLAGS.text:
+        bench_encoding(flags.FLAGS.vocabulary, flags.FLAGS.text)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("vocabulary", "", "folder with GPT-2's encoder.json and vocab.bpe")
+    flags.DEFINE_string("text", "", "glob of the text to encode")
+    app.run(main)
