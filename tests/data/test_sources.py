@@ -183,6 +183,8 @@ def test_bad_lines_of_jsonl_are_named_or_skipped(tmp_path):
         ({"source": "txt:a"}, "did you mean 'text'"),
         ({"source": "text:"}, "must say more"),
         ({"source": "0*tales, 1*addition"}, "above 0"),
+        ({"source": "0.7*tales, 0.3*"}, r"must be WEIGHT\*SOURCE"),
+        ({"source": "0.7.1*tales, 0.3*addition"}, r"must be WEIGHT\*SOURCE"),
         ({"source": "0.7*tales, 0.333333333*addition"}, "too fine"),
         ({"tokenizer": "bpe:100"}, "at least 257"),
         ({"tokenizer": "bbpe:300"}, "did you mean 'bpe'"),

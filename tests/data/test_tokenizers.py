@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tinylm.core.errors import UserError
 from tinylm.data import tokenizers, vocabularies
+from tinylm.data.cut import CutTokenizer, count_ids
 from tinylm.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
 
 TEXT = "Once upon a time there was a cat.\nShe said: “café!”\n\n  Two  spaces, 日本 and 🙂.\n" * 20
@@ -56,7 +57,7 @@ def makers():
         "sentencepiece": lambda: vocabularies.SentencePieceTokenizer(sentencepiece_model()),
         "gpt2": lambda: vocabularies.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe"))),
         "llama2c": lambda: build_tokenizer(f"llama2c:{real('stories260k/tok512.bin')}", 0, list),
-        "cut": lambda: vocabularies.CutTokenizer.of(bpe, [TEXT], 280),
+        "cut": lambda: CutTokenizer.of(bpe, [TEXT], 280),
     }
 
 
@@ -184,7 +185,7 @@ def test_llama2c_ids_are_those_of_run_c():
 
 def test_a_cut_keeps_the_most_common_ids_and_counts_the_rest():
     texts = ["aaaa bbb cc d"]
-    cut = vocabularies.CutTokenizer.of(CharTokenizer.of(texts), texts, 5)
+    cut = CutTokenizer.of(CharTokenizer.of(texts), texts, 5)
     assert cut.vocab_size == 5
     assert cut.decode(cut.encode("abc d")) == "ab\ufffd \ufffd"
     assert cut.counts == {"counted_tokens": 13, "dropped_tokens": 3}
@@ -192,10 +193,10 @@ def test_a_cut_keeps_the_most_common_ids_and_counts_the_rest():
 
 def test_a_cut_of_a_byte_level_vocabulary_spells_what_it_drops(makers):
     base = makers["bpe"]()
-    cut = vocabularies.CutTokenizer.of(base, [TEXT], 270)
+    cut = CutTokenizer.of(base, [TEXT], 270)
     assert cut.vocab_size == 270 and cut.spells
     kept = {int(i) for i in cut._kept}
-    common = np.argsort(-vocabularies.count_ids(base, [TEXT]), kind="stable")[:10]
+    common = np.argsort(-count_ids(base, [TEXT]), kind="stable")[:10]
     assert {int(i) for i in common} <= kept | {base.eot_id}
     assert len(cut.encode(TEXT)) > len(base.encode(TEXT))
 

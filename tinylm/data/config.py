@@ -75,17 +75,24 @@ def parse_mixture(text: str) -> list[tuple[Fraction, str]]:
     """Split "0.7*tales, 0.3*text:PATH" into weights that sum to 1, and sources; a bare source has weight 1."""
     if not _WEIGHTED.fullmatch(text):
         return [(Fraction(1), text.strip())]
-    parts = [_WEIGHTED.fullmatch(part) for part in _PARTS.split(text)]
     try:
-        weights = [Fraction(part[1]) for part in parts]
+        parts = [_weighted(part) for part in _PARTS.split(text)]
     except ValueError as error:
-        raise UserError(f"data.source={text} must have numbers before each *.") from error
+        raise UserError(f"data.source={text} must be WEIGHT*SOURCE, WEIGHT*SOURCE, ....") from error
+    weights = [weight for weight, _ in parts]
     if min(weights) <= 0:
         raise UserError(f"data.source={text} must have weights above 0.")
     shares = [weight / sum(weights) for weight in weights]
     if max(share.denominator for share in shares) > MAX_MIXTURE_PERIOD:
         raise UserError(f"data.source={text} has weights too fine to be met exactly; use at most four decimals.")
-    return [(share, part[2].strip()) for share, part in zip(shares, parts, strict=True)]
+    return [(share, spec) for share, (_, spec) in zip(shares, parts, strict=True)]
+
+
+def _weighted(part: str) -> tuple[Fraction, str]:
+    match = _WEIGHTED.fullmatch(part)
+    if match is None:
+        raise ValueError(f"{part} is no WEIGHT*SOURCE")
+    return Fraction(match[1]), match[2].strip()
 
 
 def split_spec(spec: str) -> tuple[str, str]:

@@ -80,8 +80,9 @@ class Data:
     @property
     def floor_nats_per_token(self) -> float | None:
         """The exact -log p of the validation text over its target tokens; None where it isn't known."""
-        log_probs = [split.get("log_prob") for split in self.valid_splits]
-        return None if None in log_probs or not log_probs else -sum(log_probs) / self.valid_tokens
+        log_probs = [split["log_prob"] for split in self.valid_splits if "log_prob" in split]
+        known = log_probs and len(log_probs) == len(self.valid_splits)
+        return -sum(log_probs) / self.valid_tokens if known else None
 
 
 def open_data(

@@ -6,7 +6,7 @@ changes nothing. Grain is imported at the first batch, for it takes most of a se
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def train_batches(
     start: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
-) -> Iterator[tuple[int, Examples]]:
+) -> Generator[tuple[int, Examples], None, None]:
     """Yield (batch index, host arrays [A, n, T]) from batch `start` on, without end.
 
     `batch_shape` is (A, rows of a micro-batch): the row of (a, b) in the global batch is a * batch_shape[1] + b.

@@ -48,17 +48,18 @@ def prepare_ready(source: TokenSource, tokenizer: Tokenizer, folder: pathlib.Pat
         writer.ends.append(np.array([total, 0]))
     ends = np.array(writer.document_ends()[:, 0])
     shards = [{"file": str(a.filename), "items": len(a), "dtype": a.dtype.name} for a in arrays]
+    parts = _cut(ends, splits, source.config.valid_fraction)
+    for part in parts.values():
+        part["bytes"] = sum(tokenizer.count_bytes(ids) for ids in _parts(arrays, *part["tokens"]))
     manifest = {
         "source": source.spec,
         "tokens": total,
         "documents": len(ends),
         "shards": shards,
         "tokenizer": describe_tokenizer(tokenizer),
-        "splits": _cut(ends, splits, source.config.valid_fraction),
+        "splits": parts,
         "skipped": {"count": 0, "examples": []},
     }
-    for split in manifest["splits"].values():
-        split["bytes"] = sum(tokenizer.count_bytes(part) for part in _parts(arrays, *split["tokens"]))
     writer.finish(manifest)
 
 

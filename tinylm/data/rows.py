@@ -7,6 +7,7 @@ made anywhere, by any thread or process, with nothing remembered. A mixture inte
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Protocol
 
@@ -28,9 +29,9 @@ class Rows(Protocol):
         """Return tokens, targets, weights (and segments, positions when packed), each [len(indices), seq_len]."""
 
 
-def draw(seed: int, *purpose: object) -> int:
-    """Return 32 random bits that depend on `seed` and purpose alone."""
-    text = repr((seed, *purpose)).encode()
+def draw(*purpose: object) -> int:
+    """Return 32 random bits that depend on `purpose` alone."""
+    text = repr(purpose).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
 
 
@@ -97,8 +98,9 @@ class SplitRows:
             out[0] = self._eot_id
             self._read_ring(self._store.tokens, out[1:], 0)
 
-    def _read_ring(self, array: TokenArray, out: np.ndarray, start: int) -> None:
+    def _read_ring(self, array: TokenArray | None, out: np.ndarray, start: int) -> None:
         """Fill `out` from `start` of the split, going on at its begin after its end."""
+        assert array is not None, "answers alone carry loss only where a store has a mask"
         straight = self._end - self._begin - start
         array.read(out[:straight], self._begin + start)
         if straight < len(out):
@@ -126,7 +128,7 @@ class MixedRows:
     among those that this keeps at or below their share rounded up.
     """
 
-    def __init__(self, parts: list[Rows], weights: list[Fraction]):
+    def __init__(self, parts: Sequence[Rows], weights: list[Fraction]):
         self._parts = parts
         self._schedule, self._rank, self._counts = schedule(tuple(weights))
 
@@ -144,7 +146,7 @@ class MixedRows:
 class JoinedRows:
     """Several rows one after the other, as validation of a mixture wants."""
 
-    def __init__(self, parts: list[Rows]):
+    def __init__(self, parts: Sequence[Rows]):
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
 
@@ -159,7 +161,7 @@ class JoinedRows:
         return _read_parts(self._parts, which, indices - begins[which])
 
 
-def _read_parts(parts: list[Rows], which: np.ndarray, indices: np.ndarray) -> Examples:
+def _read_parts(parts: Sequence[Rows], which: np.ndarray, indices: np.ndarray) -> Examples:
     """Return example `indices[i]` of part `which[i]` for each i, in that order."""
     out: Examples = {}
     for part in np.unique(which):

@@ -177,7 +177,8 @@ def _zst_chunks(path: str) -> Iterator[bytes]:
     """Yield what one or more frames hold; a frame that is cut short is an EOFError, which the library's files miss."""
     import zstandard
 
-    decoder, left = None, b""
+    decoder: Any = None
+    left = b""
     with pathlib.Path(path).open("rb") as file:
         while raw := left or file.read(_CHUNK_BYTES):
             decoder, left = decoder or zstandard.ZstdDecompressor().decompressobj(), b""

@@ -248,9 +248,9 @@ def build_tokenizer(spec: str, vocab_top_k: int, texts: Any) -> Tokenizer:
 
         tokenizer = vocabularies.read_vocabulary(spec)
     if 0 < vocab_top_k < tokenizer.vocab_size:
-        from tinylm.data import vocabularies
+        from tinylm.data.cut import CutTokenizer
 
-        tokenizer = vocabularies.CutTokenizer.of(tokenizer, texts(), vocab_top_k)
+        tokenizer = CutTokenizer.of(tokenizer, texts(), vocab_top_k)
         say(tokenizer.describe())
     return tokenizer
 
@@ -281,10 +281,10 @@ def _restore(header: dict[str, Any], folder: Any) -> Tokenizer:
 
         tokenizer = vocabularies.restore(kind, folder)
     if "cut" in header:
-        from tinylm.data import vocabularies
+        from tinylm.data.cut import CutTokenizer
 
         counts = {name: count for name, count in header["cut"].items() if name != "kept"}
-        tokenizer = vocabularies.CutTokenizer(tokenizer, header["cut"]["kept"], counts)
+        tokenizer = CutTokenizer(tokenizer, header["cut"]["kept"], counts)
     return tokenizer
 
 
