@@ -5,6 +5,7 @@ A config is a Python file whose `get_config()` returns a `Config`; ml_collection
 """
 
 import pathlib
+import traceback
 from collections.abc import Iterable, Sequence
 
 from absl import flags
@@ -100,10 +101,12 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         return values(list(argv))
     except flags.Error as error:
         raise UserError(" ".join(str(error).split())) from error
-    except Exception as error:
-        if not str(error).startswith("Error whilst parsing config file"):
-            raise
-        raise UserError(f"the config file fails: {str(error).strip().splitlines()[-1]}") from error
+    except Exception as error:  # whatever the user's own file raises
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        last = str(error).strip().splitlines()[-1] if str(error).strip() else ""
+        raise UserError(
+            f"the config file fails: {type(error).__name__}: {last} ({where.filename}:{where.lineno})"
+        ) from error
 
 
 def checked(config: Config) -> Config:

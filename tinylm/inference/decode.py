@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from tinylm.core.errors import UserError
+from tinylm.core.mesh import constrain
 from tinylm.inference.samplers import Sampler, draw
 from tinylm.model.transformer import Transformer
 
@@ -34,8 +35,10 @@ class Decoder:
             last_B1D = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)
             return model.logits(last_B1D)[:, 0], cache
 
-        def decode(params, cache, logits_BV, length_B, done_B, keys_B, count, kind, values):
+        def decode(params, cache, logits_BV, length_B, done_B, seeds, count, kind, values):
             model: Transformer = nnx.merge(graph, params)
+            key = jax.random.fold_in(jax.random.key(seeds[0]), seeds[1])
+            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits_BV.shape[0]))
 
             def one(i, carry):
                 cache, logits_BV, length_B, done_B, written_BT = carry
@@ -46,7 +49,10 @@ class Decoder:
                 return cache, model.logits(x_B1D)[:, 0], length_B + 1, done_B, written_BT.at[:, i].set(token_B)
 
             written_BT = jnp.full((logits_BV.shape[0], _CHUNK_TOKENS), end_id, jnp.int32)
-            return jax.lax.fori_loop(0, count, one, (cache, logits_BV, length_B, done_B, written_BT))
+            cache, logits_BV, length_B, done_B, written_BT = jax.lax.fori_loop(
+                0, count, one, (cache, logits_BV, length_B, done_B, written_BT)
+            )
+            return cache, logits_BV, length_B, constrain(done_B, None), constrain(written_BT, None, None)
 
         self._prefill: Callable = jax.jit(prefill, static_argnums=3)
         self._decode: Callable = jax.jit(decode, static_argnums=7, donate_argnums=1)
@@ -62,20 +68,18 @@ class Decoder:
         for text in texts:
             if not 0 < len(text) < self._context:
                 raise UserError(f"a prompt of {len(text)} tokens must be shorter than the context ({self._context}).")
-        row_keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(texts)))
-        done_B, written, restarts = jnp.zeros(len(texts), bool), 0, 0
-        while written < max_tokens and not bool(done_B.all()):
+        done_B, written, restarts = np.zeros(len(texts), bool), 0, 0
+        while written < max_tokens and not np.all(done_B):
             texts = [text[-self._context // 2 :] if restarts else text for text in texts]
-            keys_B = jax.vmap(jax.random.fold_in, (0, None))(row_keys_B, restarts)
             restarts += 1
             longest = max(map(len, texts))
             num_slots = min(self._context, _bucket(longest + max_tokens - written))
             logits_BV, cache, length_B = self._read(params, texts, num_slots)
             room = min(num_slots - longest, max_tokens - written)
-            while room > 0 and not bool(done_B.all()):
+            while room > 0 and not np.all(done_B):
                 count = min(room, _CHUNK_TOKENS)
                 cache, logits_BV, length_B, done_B, chunk_BT = self._decode(
-                    params, cache, logits_BV, length_B, done_B, keys_B, count, sampler.kind, sampler.values
+                    params, cache, logits_BV, length_B, done_B, (seed, restarts), count, sampler.kind, sampler.values
                 )
                 chunk = np.asarray(chunk_BT)[:, :count]
                 for text, ids in zip(texts, chunk, strict=True):

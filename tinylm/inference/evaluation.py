@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from tinylm.core.mesh import place_batch
+from tinylm.core.mesh import constrain, place_batch
 from tinylm.model.losses import cross_entropy
 
 
@@ -19,7 +19,8 @@ def make_eval_step(graph: nnx.GraphDef) -> Callable:
         logits_BTV = model(
             batch["tokens"], segments_BT=batch.get("segments"), positions_BT=batch.get("positions")
         )
-        return cross_entropy(logits_BTV, batch["targets"], batch["weights"])
+        nats, count = cross_entropy(logits_BTV, batch["targets"], batch["weights"])
+        return constrain(nats), constrain(count)
 
     return jax.jit(eval_step)
 

@@ -33,7 +33,7 @@ def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule) -> Callable
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": nats / count,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "target_tokens": count,
         }
@@ -51,7 +51,8 @@ def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule) -> Callable
 
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
-    return jax.jit(train_steps, donate_argnums=0, out_shardings=(blueprint.shardings, None))
+    everywhere = blueprint.shardings.step
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=(blueprint.shardings, everywhere))
 
 
 def accumulate(blueprint: Blueprint, params: dict, batch: Batch, step_key: jax.Array):
