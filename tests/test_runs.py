@@ -98,6 +98,23 @@ def test_kill_and_resume_is_bitwise_equal(whole, tmp_path, saved):
     assert lines(workdir, "valid") == lines(whole[0], "valid")
 
 
+def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path):
+    workdir = tmp_path / "preempted"
+    process = subprocess.Popen(
+        command(workdir), cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True
+    )
+    while not (workdir / "metrics.jsonl").exists():
+        time.sleep(0.001)
+    process.terminate()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, error
+    reached = max(lines(workdir))
+    assert f"step {reached} is saved" in error
+    done = train(workdir)
+    assert f"resuming from step {reached}" in done.stderr
+    assert lines(workdir) == lines(whole[0])
+
+
 def test_stop_and_go_on_on_another_mesh(whole, tmp_path):
     """Stopped at step 12 on one device, gone on with on 2 x 4: the same batches, so the same losses but rounding."""
     assert train(tmp_path / "run", "--config.train.stop_step=12").returncode == 0

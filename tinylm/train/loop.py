@@ -17,8 +17,10 @@ from jax.sharding import Mesh
 from tinylm.analysis.chips import peak_flops
 from tinylm.analysis.flops import train_flops_per_token
 from tinylm.core.distributed import is_main
+from tinylm.core.errors import Preempted
 from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards, owned_rows, place_batch
+from tinylm.core.stop import StopRequest
 from tinylm.data.pipeline import eval_batches, train_batches
 from tinylm.inference.decode import Decoder
 from tinylm.inference.evaluation import evaluate, make_eval_step
@@ -31,6 +33,8 @@ from tinylm.train.plot import draw_losses
 from tinylm.train.progress import Progress
 from tinylm.train.state import Blueprint, TrainState
 from tinylm.train.step import make_train_steps
+
+PREEMPTED = "asked to stop"
 
 
 @dataclasses.dataclass
@@ -77,6 +81,7 @@ class Trainer:
         batches = self._batches(step)
         progress = Progress(step, last)
         pending, saved = None, step
+        stop = StopRequest()
         while step < last:
             count = min(config.train.steps_per_dispatch, self._next_stop(step) - step)
             placed = self._place([next(batches)[1] for _ in range(count)])
@@ -98,18 +103,24 @@ class Trainer:
             if config.eval.patience and int(state.guard["evals_since_best"]) >= config.eval.patience:
                 reason = f"no better validation loss in {config.eval.patience} evaluations"
                 break
+            if step < last and stop.reached(step):
+                reason = PREEMPTED
+                break
         if pending:
             self._log(*pending, progress)
         if saved != step:
             self._save(state, step)
         progress.close()
         batches.close()
-        self.finish(state, step)
+        self.finish(state, step, preempted=reason == PREEMPTED)
         seconds = time.perf_counter() - started
         return Outcome(step, self.train_loss, self.valid_loss, float(state.guard["best_loss"]), seconds, reason)
 
-    def finish(self, state: TrainState, step: int) -> None:
-        """Write the last samples and the plot, and wait for the last save."""
+    def finish(self, state: TrainState, step: int, preempted: bool) -> None:
+        """Write the last samples and the plot, and wait for the last save; a run to be resumed has no time to write."""
+        if preempted:
+            self.checkpoints.close()
+            raise Preempted(f"asked to stop; step {step} is saved in {self.folder.path}, the same command goes on.")
         if self.config.sample.max_tokens and not self._due(step, self.config.sample.every_steps):
             self.sample(state.params, step)
         if self.config.writers.plot and is_main():
