@@ -31,11 +31,13 @@ def random_batch(seed: int, rows: int = 8, length: int = 16, micro: int = 1) -> 
     """Return a host batch [micro, rows / micro, length] with a different number of targets in each row."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 65, (micro, rows // micro, length + 1)).astype(np.int32)
-    weights = (np.arange(length) >= rng.integers(0, length // 2, ids.shape[:2] + (1,))).astype(np.float32)
+    weights = (np.arange(length) >= rng.integers(0, length // 2, (*ids.shape[:2], 1))).astype(np.float32)
     return {"tokens": ids[..., :-1], "targets": ids[..., 1:], "weights": weights}
 
 
-def train(mesh_config: MeshConfig, model: ModelConfig, batches: list[dict[str, np.ndarray]], *, group: int = 1, **kwargs):
+def train(
+    mesh_config: MeshConfig, model: ModelConfig, batches: list[dict[str, np.ndarray]], *, group: int = 1, **kwargs
+):
     """Train on host batches, `group` a dispatch; return (losses, gradient norms, final state) on the host."""
     optimizer = OptimizerConfig(**{"learning_rate": 1e-3, "warmup_steps": 2, **kwargs})
     mesh = make_mesh(mesh_config)

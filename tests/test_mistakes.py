@@ -3,8 +3,8 @@
 import pathlib
 
 import pytest
-
 from helpers import run_command
+
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
@@ -46,7 +46,7 @@ def test_a_missing_config_names_those_that_ship():
 def test_a_config_that_fails_is_one_line(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("def get_config():\n    return 1 / 0\n")
-    with pytest.raises(UserError, match="the config file fails: .*division by zero"):
+    with pytest.raises(UserError, match=r"the config file fails: .*division by zero"):
         load_config(str(path))
 
 
@@ -85,7 +85,9 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     ],
 )
 def test_the_command_exits_with_2_and_one_line(arguments, wanted, tmp_path):
-    done = run_command("tinylm.main", *arguments, *([] if "--wrokdir=x" in arguments else [f"--workdir={tmp_path}/run"]))
+    done = run_command(
+        "tinylm.main", *arguments, *([] if "--wrokdir=x" in arguments else [f"--workdir={tmp_path}/run"])
+    )
     assert done.returncode == 2
     assert wanted in done.stderr
     assert done.stderr.strip().count("\n") == 0

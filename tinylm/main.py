@@ -20,8 +20,10 @@ def main() -> None:
     """Train as the flags say."""
     if FLAGS.config is None:
         raise UserError("--config is required, for example --config=tales.")
+    from ml_collections import config_flags
+
     config = checked(FLAGS.config)
-    name = pathlib.Path(FLAGS["config"].config_filename.partition(":")[0]).stem
+    name = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]).stem
     workdir = FLAGS.workdir or f"runs/{name}"
     from tinylm.train.start import start_run
     from tinylm.train.summary import closing, opening

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-
 from helpers import tiny_model
+
 from tinylm.model.transformer import abstract_transformer, init_parameters
 
 VARIANTS = {

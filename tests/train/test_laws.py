@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
+from helpers import random_batch, tiny_model, train
 
-from helpers import MESHES, random_batch, tiny_model, train
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.train.config import OptimizerConfig
 from tinylm.train.state import make_blueprint

@@ -6,13 +6,19 @@ Waiting always has a time limit: a peer that died must not hang the others.
 """
 
 import os
+from typing import Any
 
 import jax
 import numpy as np
 
 from tinylm.core.errors import UserError
 
-_CLUSTER_VARIABLES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+_CLUSTER_VARIABLES = (
+    "SLURM_NTASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "JAX_COORDINATOR_ADDRESS",
+    "MEGASCALE_COORDINATOR_ADDRESS",
+)
 START_SECS = 60
 
 
@@ -29,7 +35,7 @@ def start(*, cpu_devices: int = 0, coordinator: str = "", num_processes: int = 0
         raise UserError("--coordinator needs --num_processes and --process_id as well.")
     if not coordinator and not _in_cluster():
         return
-    arguments = {} if not coordinator else {
+    arguments: dict[str, Any] = {} if not coordinator else {
         "coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id
     }  # fmt: skip
     try:

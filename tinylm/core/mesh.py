@@ -145,7 +145,7 @@ def place_batch(
 
     def place(x: np.ndarray) -> jax.Array:
         shape = (*x.shape[:batch_dim], num_rows, *x.shape[batch_dim + 1 :])
-        axes = [None] * x.ndim
+        axes: list[str | None] = [None] * x.ndim
         axes[batch_dim] = "batch"
         sharding = activation_sharding(mesh, axes, shape)
         if len(owned) == num_rows:

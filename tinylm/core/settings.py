@@ -43,14 +43,14 @@ def to_dict(section: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     """Return a section of type `cls` from nested plain values; raise UserError for a key it doesn't have."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    arguments = {}
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"{cls.__name__} has no setting {name!r}{nearest(name, fields)}.")
-        factory = fields[name].default_factory
-        if factory is not dataclasses.MISSING:
-            arguments[name] = from_dict(factory, value)
+        section: Any = fields[name].default_factory
+        if section is not dataclasses.MISSING:
+            arguments[name] = from_dict(section, value)
         else:
             arguments[name] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)

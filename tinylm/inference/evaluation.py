@@ -16,9 +16,7 @@ def make_eval_step(graph: nnx.GraphDef) -> Callable:
 
     def eval_step(params, batch):
         model = nnx.merge(graph, params)
-        logits_BTV = model(
-            batch["tokens"], segments_BT=batch.get("segments"), positions_BT=batch.get("positions")
-        )
+        logits_BTV = model(batch["tokens"], segments_BT=batch.get("segments"), positions_BT=batch.get("positions"))
         nats, count = cross_entropy(logits_BTV, batch["targets"], batch["weights"])
         return constrain(nats), constrain(count)
 
@@ -26,7 +24,12 @@ def make_eval_step(graph: nnx.GraphDef) -> Callable:
 
 
 def evaluate(
-    eval_step: Callable, params: dict, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh, owned: np.ndarray, rows: int
+    eval_step: Callable,
+    params: dict,
+    batches: Iterable[dict[str, np.ndarray]],
+    mesh: Mesh,
+    owned: np.ndarray,
+    rows: int,
 ) -> tuple[float, float]:
     """Return (nats, target tokens) summed over host batches of `rows` rows, of which this process holds `owned`.
 

@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from tinylm.core.log import say_once
 from tinylm.model.layers import Dropout
 
 _FAR_BELOW = -1e30
@@ -60,10 +61,14 @@ def attend(
 
     Query head n reads kv head n // G. `dropout` acts on the weights, and takes the plain kernel: fused ones have none.
     """
-    plain_only = softcap or (dropout is not None and dropout.active) or visibility.query_positions_BT is not None
+    dropping = dropout is not None and dropout.active
+    plain_only = softcap or dropping or visibility.query_positions_BT is not None
+    plain_only = plain_only or (visibility.window and visibility.local_heads)
     if kernel == "auto":
         kernel = "cudnn" if jax.default_backend() == "gpu" and q_BNTH.dtype == jnp.bfloat16 else "xla"
-    if kernel == "cudnn" and not plain_only and not (visibility.window and visibility.local_heads):
+    if kernel == "cudnn" and dropping:
+        say_once("attention dropout takes the plain attention kernel: fused ones have none.")
+    if kernel == "cudnn" and not plain_only:
         return _fused(q_BNTH, k_BKSH, v_BKSH, visibility, scale)
     return _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout)
 

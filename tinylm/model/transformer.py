@@ -8,6 +8,7 @@ grow with depth. A pattern of attention windows makes the scan run over its peri
 multiple of 128 whatever the mesh, so that the state is the same on every mesh; padded logits are masked.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -35,11 +36,12 @@ class Attention(nnx.Module):
         """Build the four projections."""
         c = config
         self.config = c
-        heads, kv_heads = ({name: size, "head_dim": c.head_dim} for name, size in _head_axes(c))
-        project = {"std": c.init_std, "bias": c.qkv_bias, "rngs": rngs}
-        self.query = layers.Linear({"embed": c.embed_dim}, heads, **project)
-        self.key = layers.Linear({"embed": c.embed_dim}, kv_heads, **project)
-        self.value = layers.Linear({"embed": c.embed_dim}, kv_heads, **project)
+        heads = {"heads": c.num_heads, "head_dim": c.head_dim}
+        kv_heads = {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
+        project = functools.partial(layers.Linear, {"embed": c.embed_dim}, std=c.init_std, bias=c.qkv_bias, rngs=rngs)
+        self.query = project(heads)
+        self.key = project(kv_heads)
+        self.value = project(kv_heads)
         self.out = layers.Linear(heads, {"embed": c.embed_dim}, std=_output_std(c), bias=c.bias, rngs=rngs)
 
     def __call__(self, x_BTD, visibility, tables, dropout, cache=None, write=None):
@@ -123,9 +125,7 @@ class Transformer(nnx.Module):
 
         `segments_BT` and `positions_BT` come with packed rows; `row_keys_B` (one random key a row) turns dropout on.
         """
-        x_BTD = self.features(
-            tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, row_keys_B=row_keys_B
-        )
+        x_BTD = self.features(tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, row_keys_B=row_keys_B)
         return self.logits(x_BTD)
 
     def features(self, tokens_BT, *, segments_BT=None, positions_BT=None, row_keys_B=None) -> jax.Array:
@@ -235,7 +235,7 @@ def abstract_transformer(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict[
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
     graph, state = nnx.split(model, nnx.Param)
     axes = {
-        "/".join(path): ("layers",) * (len(param.get_value().shape) - len(param.axes)) + param.axes
+        "/".join(map(str, path)): ("layers",) * (len(param.get_value().shape) - len(param.axes)) + param.axes
         for path, param in nnx.to_flat_state(state)
     }
     return graph, nnx.to_pure_dict(state), axes
@@ -244,10 +244,6 @@ def abstract_transformer(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict[
 def init_parameters(config: ModelConfig, seed: jax.Array | int) -> dict:
     """Return freshly drawn parameters as a nested dict, the same for a seed on any mesh; made to be jitted."""
     return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param))
-
-
-def _head_axes(config: ModelConfig):
-    return (("heads", config.num_heads), ("kv_heads", config.num_kv_heads))
 
 
 def _output_std(config: ModelConfig) -> float:

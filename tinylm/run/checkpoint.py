@@ -8,7 +8,6 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
 from etils import epath
 
 from tinylm.core.errors import UserError
@@ -80,7 +79,9 @@ class Checkpoints:
     def restore(self, step: int, abstract: Any) -> Any:
         """Return the TrainState saved at `step`, laid out as `abstract` says, whatever the mesh that saved it."""
         args = self._ocp.args
-        items = args.Composite(params=args.StandardRestore(abstract.params), train=args.StandardRestore(_rest(abstract)))
+        items = args.Composite(
+            params=args.StandardRestore(abstract.params), train=args.StandardRestore(_rest(abstract))
+        )
         found = self._manager.restore(step, args=items)
         return dataclasses.replace(abstract, params=found["params"], **found["train"])
 

@@ -134,6 +134,6 @@ class Config:
         """Write numbers over every size that was left open; `vocab_size` is the tokenizer's."""
         if self.model.vocab_size and self.model.vocab_size < vocab_size:
             raise UserError(
-                f"model.vocab_size={self.model.vocab_size} must be at least the tokenizer's ({vocab_size}); set it to 0."
+                f"model.vocab_size={self.model.vocab_size} must be at least the tokenizer's ({vocab_size}), or 0."
             )
         self.model.resolve(vocab_size, self.data.seq_len)

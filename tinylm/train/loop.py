@@ -7,6 +7,7 @@ waits but what must (evaluation, samples, the copy of a save). What must not rep
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -33,8 +34,6 @@ from tinylm.train.plot import draw_losses
 from tinylm.train.progress import Progress
 from tinylm.train.state import Blueprint, TrainState
 from tinylm.train.step import make_train_steps
-
-PREEMPTED = "asked to stop"
 
 
 @dataclasses.dataclass
@@ -64,6 +63,8 @@ class Trainer:
         self.peak_flops = peak_flops(list(mesh.devices.flat))
         self.valid_loss: float | None = None
         self.train_loss: float | None = None
+        self.pending: tuple[int, dict[str, jax.Array], int] | None = None
+        self.last_samples: list[str] = []
 
     def restore_or_init(self) -> TrainState:
         """Return the state of the newest checkpoint, or a new one."""
@@ -74,55 +75,54 @@ class Trainer:
         return self.checkpoints.restore(steps[-1], self.blueprint.abstract)
 
     def run(self) -> Outcome:
-        """Train to the last step, or until patience ends; return how it went."""
+        """Train to the last step, until patience ends or until asked to stop; return how it went.
+
+        Raises Preempted, after a save, where the run was asked to stop.
+        """
         config, started = self.config, time.perf_counter()
         state = self.restore_or_init()
         step, last, reason = int(state.step), config.train.last_step, "all steps done"
+        saved, stop = step, StopRequest()
+        self.progress = Progress(step, last)
         batches = self._batches(step)
-        progress = Progress(step, last)
-        pending, saved = None, step
-        stop = StopRequest()
         while step < last:
-            count = min(config.train.steps_per_dispatch, self._next_stop(step) - step)
-            placed = self._place([next(batches)[1] for _ in range(count)])
-            state, metrics = self.train_steps(state, placed, count, config.seed)
-            step += count
-            if pending:
-                pending = self._log(*pending, progress)
-            if self._due(step, config.train.log_every_steps):
-                pending = (step, metrics, count)
+            state, step = self._dispatch(state, step, batches)
             improved = False
             if self.data.valid and self._due(step, config.eval.every_steps):
-                pending = pending and self._log(*pending, progress)
-                state, improved = self._evaluate(state, step, progress)
+                state, improved = self._evaluate(state, step)
             if self._due(step, config.sample.every_steps):
                 self.sample(state.params, step)
             if improved or self._due(step, config.checkpoint.every_steps):
-                pending = pending and self._log(*pending, progress)
                 saved = self._save(state, step)
             if config.eval.patience and int(state.guard["evals_since_best"]) >= config.eval.patience:
                 reason = f"no better validation loss in {config.eval.patience} evaluations"
                 break
             if step < last and stop.reached(step):
-                reason = PREEMPTED
-                break
-        if pending:
-            self._log(*pending, progress)
-        if saved != step:
-            self._save(state, step)
-        progress.close()
-        batches.close()
-        self.finish(state, step, preempted=reason == PREEMPTED)
+                self._end(state, step, saved, batches)
+                raise Preempted(f"asked to stop; step {step} is saved in {self.folder.path}, the same command goes on.")
+        if config.sample.max_tokens and not self._due(step, config.sample.every_steps):
+            self.sample(state.params, step)
+        self._end(state, step, saved, batches)
         seconds = time.perf_counter() - started
         return Outcome(step, self.train_loss, self.valid_loss, float(state.guard["best_loss"]), seconds, reason)
 
-    def finish(self, state: TrainState, step: int, preempted: bool) -> None:
-        """Write the last samples and the plot, and wait for the last save; a run to be resumed has no time to write."""
-        if preempted:
-            self.checkpoints.close()
-            raise Preempted(f"asked to stop; step {step} is saved in {self.folder.path}, the same command goes on.")
-        if self.config.sample.max_tokens and not self._due(step, self.config.sample.every_steps):
-            self.sample(state.params, step)
+    def _dispatch(self, state: TrainState, step: int, batches: Iterator) -> tuple[TrainState, int]:
+        """Send the device steps up to the next at which something is due; log the dispatch before, done by now."""
+        count = min(self.config.train.steps_per_dispatch, self._next_stop(step) - step)
+        placed = self._place([next(batches)[1] for _ in range(count)])
+        state, metrics = self.train_steps(state, placed, count, self.config.seed)
+        self._log_pending()
+        if self._due(step + count, self.config.train.log_every_steps):
+            self.pending = (step + count, metrics, count)
+        return state, step + count
+
+    def _end(self, state: TrainState, step: int, saved: int, batches: Iterator) -> None:
+        """Write what is not yet written: metrics, the last step, the plot."""
+        self._log_pending()
+        if saved != step:
+            self._save(state, step)
+        self.progress.close()
+        batches.close()  # type: ignore[attr-defined]
         if self.config.writers.plot and is_main():
             draw_losses(self.folder, self.data.floor_nats_per_token, self.folder.path.name)
         self.checkpoints.close()
@@ -150,11 +150,14 @@ class Trainer:
         cadences = (c.train.log_every_steps, c.eval.every_steps, c.sample.every_steps, c.checkpoint.every_steps)
         return min([c.train.last_step, *[(step // every + 1) * every for every in cadences if every]])
 
-    def _log(self, step: int, metrics: dict[str, jax.Array], count: int, progress: Progress) -> None:
-        """Write the metrics of `step`, which the device has made by now or will have soon."""
+    def _log_pending(self) -> None:
+        """Write the metrics of the last step logged, waiting for the device if need be."""
+        if self.pending is None:
+            return
+        (step, metrics, count), self.pending = self.pending, None
         values = {name: float(np.asarray(metric)[count - 1]) for name, metric in metrics.items()}
         self.train_loss = values["loss"]
-        speed = progress.tokens_per_sec(step, self.config.data.batch_size * self.config.data.seq_len)
+        speed = self.progress.tokens_per_sec(step, self.config.data.batch_size * self.config.data.seq_len)
         record = {
             "step": step,
             "split": "train",
@@ -165,15 +168,16 @@ class Trainer:
             "mfu": speed * self.flops_per_token / self.peak_flops if self.peak_flops else None,
         }
         self._write(record)
-        progress.show(step, f"loss {values['loss']:.4f}", speed, self.valid_loss)
+        self.progress.show(step, f"loss {values['loss']:.4f}", speed, self.valid_loss)
 
-    def _evaluate(self, state: TrainState, step: int, progress: Progress) -> tuple[TrainState, bool]:
+    def _evaluate(self, state: TrainState, step: int) -> tuple[TrainState, bool]:
         """Evaluate; return the state with its guard brought up to date, and whether the loss is the best so far."""
-        with progress.pause():
+        self._log_pending()
+        with self.progress.pause():
             self.valid_loss = self.evaluate(state.params)
         improved = self.valid_loss < float(state.guard["best_loss"])
         self._write({"step": step, "split": "valid", "loss": self.valid_loss})
-        progress.note(f"step {step}  validation loss {self.valid_loss:.4f}{self._floor()}")
+        self.progress.note(f"step {step}  validation loss {self.valid_loss:.4f}{self._floor()}")
         since = 0 if improved else int(state.guard["evals_since_best"]) + 1
         best = self.valid_loss if improved else float(state.guard["best_loss"])
         guard = {"best_loss": jnp.float32(best), "evals_since_best": jnp.int32(since)}
@@ -208,6 +212,7 @@ class Trainer:
 
     def _save(self, state: TrainState, step: int) -> int:
         """Begin to save; return the step."""
+        self._log_pending()
         self.checkpoints.check()
         evaluated = self.data.valid and self._due(step, self.config.eval.every_steps)
         self.checkpoints.save(state, self.valid_loss if evaluated else None)

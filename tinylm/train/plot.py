@@ -1,7 +1,5 @@
 """loss.png: training and validation loss against steps, with the corpus's floor where it is known."""
 
-import os
-
 from tinylm.run.folder import RunFolder
 
 
@@ -14,11 +12,11 @@ def draw_losses(folder: RunFolder, floor: float | None, title: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     lines = folder.metrics()
-    for split, style in (("train", {"color": "#7fb0d8", "lw": 1}), ("valid", {"color": "#c8501e", "lw": 2, "marker": "o", "ms": 3})):
+    for split, color, width in (("train", "#7fb0d8", 1.0), ("valid", "#c8501e", 2.0)):
         points = [(line["step"], line["loss"]) for line in lines if line.get("split") == split]
         if points:
-            last = f"{split} (last {points[-1][1]:.3f})"
-            axes.plot(*zip(*points, strict=True), label=last, **style)
+            label = f"{split} (last {points[-1][1]:.3f})"
+            axes.plot(*zip(*points, strict=True), color=color, lw=width, label=label, marker="o" * (split == "valid"))
     if floor is not None:
         axes.axhline(floor, color="#555555", ls="--", lw=1, label=f"floor of the corpus ({floor:.3f})")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)

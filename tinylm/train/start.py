@@ -29,7 +29,9 @@ def start_run(config: Config, workdir: str) -> Trainer:
     config.check_mesh(batch_shards(mesh))
     folder = RunFolder(workdir)
     if config.train.deterministic and jax.default_backend() == "gpu":
-        raise UserError("train.deterministic on GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true; set it and retry.")
+        raise UserError(
+            "train.deterministic on GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true; set it and retry."
+        )
     data = open_data(config.data, seed=config.seed, is_writer=is_main())
     config.resolve(data.vocab_size)
     if folder.exists():

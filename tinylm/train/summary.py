@@ -16,14 +16,17 @@ def opening(trainer: Trainer) -> None:
     )
     say(f"mesh    {mesh_summary(trainer.mesh)}")
     say(f"data    {c.data.source}, {c.data.tokenizer}: {len(trainer.data.train):,} rows of {c.data.seq_len} tokens")
-    say(f"train   {c.train.last_step:,} steps of {c.data.batch_size * c.data.seq_len:,} tokens into {trainer.folder.path}")
+    say(
+        f"train   {c.train.last_step:,} steps of {c.data.batch_size * c.data.seq_len:,} tokens "
+        f"into {trainer.folder.path}"
+    )
 
 
 def closing(trainer: Trainer, outcome: Outcome) -> str:
     """Return where everything is and what to do next."""
     folder = trainer.folder
     lines = []
-    for text in getattr(trainer, "last_samples", []):
+    for text in trainer.last_samples:
         lines += [text.strip(), ""]
     lines.append(f"Done in {outcome.seconds:.0f} s: step {outcome.step}, {outcome.reason}.")
     if outcome.valid_loss is not None:
