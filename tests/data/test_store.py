@@ -77,6 +77,12 @@ def test_a_store_is_whole_or_absent_after_kill_9_at_any_point(tmp_path, points):
         assert not list(folder.glob("*.tmp"))
 
 
+def test_a_store_that_was_not_renamed_is_none(tmp_path):
+    source = f"text:{write_text(tmp_path / 'a.txt', 100)}"
+    assert start(source, tmp_path / "s", "import os; os.rename = lambda *a: os._exit(9)\n").wait() == 9
+    assert not finished(tmp_path / "s") and len(list((tmp_path / "s").glob("*.tmp"))) == 1
+
+
 def test_many_that_prepare_at_once_make_one_store(tmp_path):
     source = f"text:{write_text(tmp_path / 'a.txt')}"
     # The last two have no lock, like hosts that share a file system without locks.
