@@ -1,5 +1,6 @@
 """Small models and batches that the tests share, and a way to run commands as a user would."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -17,6 +18,29 @@ from tinylm.train.step import make_train_steps
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4), (1, 8)]
+
+
+# Flags of a run that trains in seconds, dropout on.
+SMALL = [
+    "--config=tales",
+    "--config.data.source=tales:300",
+    "--config.data.tokenizer=byte",
+    "--config.data.packing=stream",
+    "--config.data.seq_len=32",
+    "--config.data.batch_size=8",
+    "--config.model.embed_dim=32",
+    "--config.model.num_layers=2",
+    "--config.model.dropout=0.1",
+    "--config.optimizer.warmup_steps=5",
+    "--config.train.num_steps=40",
+    "--config.train.steps_per_dispatch=4",
+    "--config.train.log_every_steps=1",
+    "--config.eval.every_steps=20",
+    "--config.eval.max_batches=4",
+    "--config.checkpoint.every_steps=10",
+    "--config.sample.max_tokens=8",
+    "--config.sample.prompts=('a',)",
+]
 
 
 def tiny_model(**changes) -> ModelConfig:
@@ -63,3 +87,16 @@ def run_command(module: str, *arguments: str, env: dict[str, str] | None = None,
         [sys.executable, "-m", module, *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
+
+
+def lines(workdir, split="train"):
+    """Return {step: loss} of a run, the last line of a step counting."""
+    found = {}
+    for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["split"] == split:
+            found[record["step"]] = record["loss"]
+    return found

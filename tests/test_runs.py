@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -11,28 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, run_command
-
-SMALL = [
-    "--config=tales",
-    "--config.data.source=tales:300",
-    "--config.data.tokenizer=byte",
-    "--config.data.packing=stream",
-    "--config.data.seq_len=32",
-    "--config.data.batch_size=8",
-    "--config.model.embed_dim=32",
-    "--config.model.num_layers=2",
-    "--config.model.dropout=0.1",
-    "--config.optimizer.warmup_steps=5",
-    "--config.train.num_steps=40",
-    "--config.train.steps_per_dispatch=4",
-    "--config.train.log_every_steps=1",
-    "--config.eval.every_steps=20",
-    "--config.eval.max_batches=4",
-    "--config.checkpoint.every_steps=10",
-    "--config.sample.max_tokens=8",
-    "--config.sample.prompts=('a',)",
-]
+from helpers import ROOT, SMALL, lines, run_command
 
 
 def command(workdir, *extra):
@@ -41,19 +19,6 @@ def command(workdir, *extra):
 
 def train(workdir, *extra):
     return run_command("tinylm.main", *SMALL, f"--workdir={workdir}", *extra)
-
-
-def lines(workdir, split="train"):
-    """Return {step: loss} of a run, the last line of a step counting."""
-    found = {}
-    for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["split"] == split:
-            found[record["step"]] = record["loss"]
-    return found
 
 
 @pytest.fixture(scope="module")

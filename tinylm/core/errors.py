@@ -34,3 +34,14 @@ class Preempted(UserError):
     """The run was asked to stop, has saved, and can be resumed by the same command. Exit code 75."""
 
     exit_code = 75
+
+
+class PeerLost(UserError):
+    """Another process of the job died. Exit code 6."""
+
+    exit_code = 6
+
+
+# After these the same command goes on from the last checkpoint, so launchers start it again: a hang, a lost peer, a
+# stop on request. A process that JAX aborts (134) or the system kills (137) has lost its peer, or is the lost one.
+RESUMABLE = frozenset(error.exit_code for error in (HangError, PeerLost, Preempted))
