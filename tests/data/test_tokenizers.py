@@ -125,6 +125,14 @@ def test_pieces_of_a_long_text_give_the_ids_of_the_whole(text):
 BPE = BpeTokenizer.train([TEXT + "a b\n\nit's 1,\r\n  é\t" * 9], 330)
 
 
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.text(alphabet=st.characters(max_codepoint=127), max_size=40) | st.text(alphabet="a' 1,\n\tse\x1c_", max_size=20)
+)
+def test_ids_by_words_are_those_of_the_library(text):
+    assert BPE._encode_words([text, "", text])[0].tolist() == BPE._inner.encode(text, add_special_tokens=False).ids
+
+
 def test_gpt2_ids_are_those_of_tiktoken_and_of_both_tinystories_files():
     tokenizer = vocabularies.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe")))
     texts = [

@@ -8,6 +8,7 @@ the token store is keyed by: for files their paths, sizes and times of change.
 import dataclasses
 import functools
 import glob
+import itertools
 import os
 import pathlib
 import zlib
@@ -18,7 +19,7 @@ from tinylm.core.errors import UserError
 from tinylm.data.config import DataConfig, split_spec
 
 _CHUNK_BYTES = 1 << 20
-DEFAULT_TALES, VALID_TALES = 30_000, 1_000
+DEFAULT_TALES, VALID_TALES = 20_000, 1_000
 _HELD_TALES = 100_000
 
 
@@ -69,22 +70,26 @@ class TalesSource(Source):
         return [self._count("train"), VALID_TALES, hash_bytes(pathlib.Path(tales.__file__).read_bytes())]
 
     def documents(self, split: str) -> Iterator[Document]:
-        if self._count(split) > _HELD_TALES:
-            return self._tales(split)
-        if split not in self._held:
-            self._held[split] = list(self._tales(split))
-        return iter(self._held[split])
+        from tinylm.data import tales
+
+        if self._count("train") <= _HELD_TALES:
+            return iter(self._held[split])
+        return (Document(text, log_prob=p) for text, p in tales.tales(split, self._count(split)))
 
     @functools.cached_property
     def _held(self) -> dict[str, list[Document]]:
-        """A small corpus, kept because a tokenizer that learns from it reads it once more."""
-        return {}
-
-    def _tales(self, split: str) -> Iterator[Document]:
+        """Both splits of a small corpus in one pass, kept because a tokenizer that learns from it reads it too."""
         from tinylm.data import tales
 
-        for text, log_prob in tales.tales(split, self._count(split)):
-            yield Document(text, log_prob=log_prob)
+        held: dict[str, list[Document]] = {"train": [], "valid": []}
+        for index in itertools.count():
+            text, log_prob = tales.tale(index)
+            split = "valid" if tales.is_valid(text) else "train"
+            if len(held[split]) < self._count(split):
+                held[split].append(Document(text, log_prob=log_prob))
+            elif all(len(held[name]) == self._count(name) for name in held):
+                return held
+        raise AssertionError("there is always another tale")
 
     def _count(self, split: str) -> int:
         return VALID_TALES if split == "valid" else int(split_spec(self.spec)[1] or DEFAULT_TALES)

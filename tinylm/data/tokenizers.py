@@ -147,6 +147,13 @@ class TableTokenizer(Tokenizer):
         return b"".join(self._bytes_of_id[i] for i in ids if i != self.eot_id)
 
 
+_FEW_CORES = 4
+# GPT-2's pattern on ASCII, where letters, digits and spaces are these; Python's own classes are wider.
+_ASCII_WORDS = re.compile(
+    r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
+)
+
+
 class BpeTokenizer(TableTokenizer):
     """Byte-level byte-pair encoding of a tokenizer.json (Sennrich et al. 2016, arXiv:1508.07909; GPT-2's bytes)."""
 
@@ -154,6 +161,8 @@ class BpeTokenizer(TableTokenizer):
         import tokenizers
 
         self.name, self._json = name, tokenizer_json
+        self._by_words = name.startswith("bpe:")
+        self._known: dict[str, list[int]] = {}
         try:
             self._inner = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
         except Exception as error:  # the library raises a bare Exception
@@ -191,8 +200,20 @@ class BpeTokenizer(TableTokenizer):
         return encode_pieces(texts, self._encode_pieces)
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
+        if self._by_words and (os.cpu_count() or 1) <= _FEW_CORES and all(text.isascii() for text in texts):
+            return self._encode_words(texts)
         encodings = self._inner.encode_batch_fast([utf8(text).decode() for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def _encode_words(self, texts: list[str]) -> list[np.ndarray]:
+        """Encode each word once; on few cores four times as fast as the library, which uses all of them."""
+        words = [_ASCII_WORDS.findall(text) for text in texts]
+        new = [word for word in set().union(*words) if word not in self._known]
+        if len(self._known) + len(new) > 1 << 18:
+            self._known, new = {}, list(set().union(*words))
+        encodings = self._inner.encode_batch_fast(new, add_special_tokens=False)
+        self._known.update(zip(new, (encoding.ids for encoding in encodings), strict=True))
+        return [np.array([i for word in line for i in self._known[word]], np.int32) for line in words]
 
 
 _PIECE_CHARS = 1 << 16
