@@ -3,7 +3,7 @@
 import pathlib
 
 import pytest
-from helpers import run_command
+from helpers import ROOT, run_command
 
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
@@ -36,6 +36,12 @@ def test_a_mistake_in_the_config_is_one_line(name):
     assert wanted in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__"])
+def test_every_config_that_ships_is_sound_and_opens_with_its_command(name):
+    load_config(name)
+    assert f"--config=configs/{name}.py" in (ROOT / "configs" / f"{name}.py").read_text()
 
 
 def test_a_missing_config_names_those_that_ship():

@@ -110,6 +110,17 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
         assert ours[step] == pytest.approx(theirs[step], rel=1e-5)
 
 
+def test_patience_ends_a_run_that_no_longer_learns(tmp_path):
+    """At a learning rate that float32 can't see, the second and third evaluation are not better than the first."""
+    done = train(
+        tmp_path / "run", "--config.optimizer.learning_rate=1e-12", "--config.eval.every_steps=4",
+        "--config.eval.patience=2",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert sorted(lines(tmp_path / "run", "valid")) == [4, 8, 12]
+    assert "no better validation loss in 2 evaluations" in done.stdout
+
+
 def test_another_config_in_the_same_workdir_is_refused(whole):
     done = train(whole[0], "--config.model.embed_dim=64", "--config.seed=3")
     assert done.returncode == 2
