@@ -76,6 +76,11 @@ class Checkpoints:
         metrics = None if loss is None else {"loss": loss}
         self._manager.save(int(state.step), args=items, metrics=metrics, force=True)
 
+    def save_params(self, step: int, params: Any) -> None:
+        """Begin to save parameters alone, which is all that an imported model has."""
+        args = self._ocp.args
+        self._manager.save(step, args=args.Composite(params=args.StandardSave(params)), force=True)
+
     def restore(self, step: int, abstract: Any) -> Any:
         """Return the TrainState saved at `step`, laid out as `abstract` says, whatever the mesh that saved it."""
         args = self._ocp.args

@@ -1,0 +1,69 @@
+"""Bring a model in or out: Hugging Face folders both ways, and llama2.c's files.
+
+python -m tinylm.convert --from_hf=DIR --workdir=runs/x
+python -m tinylm.convert --workdir=runs/x --to_hf=DIR
+python -m tinylm.convert --from_llama2c=stories15M.bin --tokenizer=tokenizer.bin --workdir=runs/stories
+
+An imported model is a run: generate and evaluate read it, and --config.train.init_from=runs/x trains on from it.
+"""
+
+import json
+import math
+from typing import Any
+
+from absl import flags
+
+from tinylm import cli
+from tinylm.core.errors import UserError
+
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    """Convert as the flags say."""
+    from tinylm.run.folder import RunFolder
+
+    if sum(map(bool, (FLAGS.from_hf, FLAGS.to_hf, FLAGS.from_llama2c))) != 1:
+        raise UserError("one of --from_hf=DIR, --to_hf=DIR and --from_llama2c=FILE is required.")
+    folder = RunFolder(FLAGS.workdir)
+    if FLAGS.to_hf:
+        from tinylm.interop.models import export_hf
+        from tinylm.run.open_run import open_run
+
+        result = export_hf(open_run(FLAGS.workdir, FLAGS.step), FLAGS.to_hf)
+    elif folder.exists():
+        raise UserError(f"--workdir={folder.path} holds a run already; name another.")
+    else:
+        result = bring_in(folder)
+    print(json.dumps(result) if FLAGS.json else "\n".join(f"{name:<14}{value}" for name, value in result.items()))
+
+
+def bring_in(folder: Any) -> dict[str, Any]:
+    """Import the model that the flags name into a run's folder."""
+    from tinylm.config import Config, DataConfig
+    from tinylm.core.settings import to_dict
+    from tinylm.interop.models import import_hf, import_llama2c, write_run
+    from tinylm.interop.tokenizer_files import data_tokenizer
+    from tinylm.interop.weights import unpadded_shapes
+    from tinylm.train.start import versions
+
+    source = FLAGS.from_hf or FLAGS.from_llama2c
+    imported = (import_hf if FLAGS.from_hf else import_llama2c)(source, FLAGS.tokenizer)
+    model = imported.model
+    tokenizer = data_tokenizer(imported.tokenizer, folder.tokenizer)
+    config = Config(data=DataConfig(tokenizer=tokenizer, seq_len=min(model.context, 512), batch_size=8), model=model)
+    record = {"config": to_dict(config), "versions": versions(imported.mesh), "imported_from": source}
+    write_run(folder, record, imported)
+    count = sum(map(math.prod, unpadded_shapes(model).values()))
+    return {"workdir": str(folder.path), "parameters": count, "vocab_size": model.vocab_size, "context": model.context}
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("from_hf", "", "local folder of a Hugging Face model (config.json, safetensors, tokenizer)")
+    flags.DEFINE_string("to_hf", "", "new folder to write the run's model into, for Hugging Face's transformers")
+    flags.DEFINE_string("from_llama2c", "", "a legacy .bin of llama2.c")
+    flags.DEFINE_string("tokenizer", "", "tokenizer file of the imported model: .json, .model or .bin")
+    flags.DEFINE_string("step", "best", "checkpoint to export: best, latest or a step")
+    cli.define_workdir()
+    cli.define_json()
+    cli.run(main, __doc__)
