@@ -1,19 +1,23 @@
 """What all commands share: their common flags, and how they start and end.
 
 A command defines its own flags, and calls `run(main, __doc__)`. A UserError becomes one line on stderr and its exit
-code; any other exception is a bug of ours and keeps its traceback.
+code; any other exception is a bug of ours and keeps its traceback. In a job of several processes the line names the
+process, and none begins before all were found to run the same command, config and code.
 """
 
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 from absl import flags
 
 from tinylm import config as config_lib
 from tinylm.core import distributed, log
 from tinylm.core.errors import UserError
+from tinylm.core.settings import settings_of
 
 FLAGS = flags.FLAGS
 
@@ -21,7 +25,8 @@ flags.DEFINE_integer("cpu_devices", 0, "simulated CPU devices of this process (0
 flags.DEFINE_string("coordinator", "", "host:port of process 0, where the cluster doesn't say")
 flags.DEFINE_integer("num_processes", 0, "processes of the job, with --coordinator")
 flags.DEFINE_integer("process_id", -1, "number of this process, with --coordinator")
-_SHARED = ["cpu_devices", "coordinator", "num_processes", "process_id"]
+flags.DEFINE_float("start_secs", distributed.START_SECS, "how long to wait for the job's other processes to start")
+_SHARED = ["cpu_devices", "coordinator", "num_processes", "process_id", "start_secs"]
 
 
 def define_config() -> None:
@@ -55,13 +60,27 @@ def run(main: Callable[[], None], doc: str | None) -> None:
             coordinator=FLAGS.coordinator,
             num_processes=FLAGS.num_processes,
             process_id=FLAGS.process_id,
+            secs=FLAGS.start_secs,
         )
+        distributed.agree(_facts(), FLAGS.start_secs)
         log.start(distributed.is_main())
         use_compile_cache()
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        print(f"error: {distributed.speaker()}{error}", file=sys.stderr, flush=True)
+        distributed.leave(error.exit_code)
+    except Exception:  # a bug of ours: the peers of this process must not wait for it
+        print(f"{distributed.speaker()}{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
+        distributed.leave(1)
+
+
+def _facts() -> dict[str, Any]:
+    """Return what must be the same in every process of a job: flags, config, code."""
+    own = {"process_id", "cpu_devices", "config"}
+    given = {name: FLAGS[name].value for name in FLAGS if FLAGS[name].present and name.split(".")[0] not in own}
+    settings = settings_of(FLAGS.config) if "config" in FLAGS and FLAGS.config is not None else []
+    config = {f"config.{key}": value for key, _, value in settings}
+    return {**config, **{f"--{name}": value for name, value in given.items()}, **distributed.code_versions()}
 
 
 def _parse(doc: str) -> None:

@@ -13,7 +13,8 @@ import pytest
 from helpers import ROOT, SMALL, lines
 
 LAUNCHER = ROOT / "launch" / "local.py"
-FEW_STEPS = ["--config.train.stop_step=6", "--config.eval.every_steps=0", "--config.sample.max_tokens=0"]
+FEW_STEPS = ["--config.train.stop_step=6", "--config.train.steps_per_dispatch=1", "--config.eval.every_steps=0",
+             "--config.sample.max_tokens=0", "--config.model.dropout=0.0", "--config.model.num_layers=1"]  # fmt: skip
 
 
 def launch(*arguments, **kwargs):

@@ -2,56 +2,124 @@
 
 The platform and the number of simulated CPU devices are fixed before the first use of a backend, which is why
 commands call `start` first. A cluster (Slurm, Kubernetes, Cloud TPU, Open MPI) is detected by JAX; explicit flags win.
-Waiting always has a time limit: a peer that died must not hang the others.
+Waiting always has a time limit: a peer that died must not hang the others. JAX aborts a process whose peers don't come
+(exit code 134, a stack trace), so a timer of ours is first, with one line. Processes compare how they were started
+through the key-value store of JAX's coordination service, which needs no device and knows time limits.
 """
 
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
 import os
+import pathlib
+import platform
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
-from tinylm.core.errors import UserError
+from tinylm.core.errors import HangError, UserError
 
-_CLUSTER_VARIABLES = (
-    "SLURM_NTASKS",
-    "OMPI_COMM_WORLD_SIZE",
-    "JAX_COORDINATOR_ADDRESS",
-    "MEGASCALE_COORDINATOR_ADDRESS",
-)
-START_SECS = 60
+_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_COORDINATORS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+START_SECS = 50.0
+BARRIER_SECS = 600.0
+LEAVE_SECS = 10.0
 
 
-def start(*, cpu_devices: int = 0, coordinator: str = "", num_processes: int = 0, process_id: int = -1) -> None:
+def start(
+    *, cpu_devices: int = 0, coordinator: str = "", num_processes: int = 0, process_id: int = -1, secs: float = 0
+) -> None:
     """Set platform and devices, and join the job's other processes where there are any.
 
-    `cpu_devices` > 0 asks for that many simulated CPU devices per process. Raises UserError where a process cannot
-    join within START_SECS.
+    `cpu_devices` > 0 asks for that many simulated CPU devices per process. Ends the program with one line and exit
+    code 2 where not all processes have joined within `secs` (0: START_SECS).
     """
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    if coordinator and (num_processes < 1 or process_id < 0):
-        raise UserError("--coordinator needs --num_processes and --process_id as well.")
+    if coordinator and not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--coordinator needs --num_processes and --process_id, numbered from 0; found "
+            f"--num_processes={num_processes} --process_id={process_id}."
+        )
     if not coordinator and not _in_cluster():
         return
-    arguments: dict[str, Any] = {} if not coordinator else {
+    arguments = {} if not coordinator else {
         "coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id
     }  # fmt: skip
-    try:
-        jax.distributed.initialize(**arguments, initialization_timeout=START_SECS)
-    except (RuntimeError, ValueError) as error:
-        who = f"process {process_id} of {num_processes}" if coordinator else "this process"
-        raise UserError(f"{who} could not join the job: {str(error).splitlines()[0]}") from error
+    secs = secs or START_SECS
+    with time_limit(secs, lambda: _nobody_came(coordinator, num_processes, process_id, secs)):
+        try:
+            jax.distributed.initialize(**arguments, initialization_timeout=int(secs) + 30)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{_host()} could not join the job: {str(error).splitlines()[0]}") from error
+        jax.process_index()  # the first use of the devices, where hosts tell each other what they have
 
 
 def _in_cluster() -> bool:
     """Say whether the environment names a job of several processes."""
-    sizes = [os.environ.get(name, "") for name in _CLUSTER_VARIABLES[:2]]
+    sizes = [os.environ.get(name, "") for name in _SIZES]
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return any(s.isdigit() and int(s) > 1 for s in sizes) or "," in hosts or any(
-        name in os.environ for name in _CLUSTER_VARIABLES[2:]
+        name in os.environ for name in _COORDINATORS
     )  # fmt: skip
+
+
+def _host() -> str:
+    return f"host {socket.gethostname()}"
+
+
+def _nobody_came(coordinator: str, num_processes: int, process_id: int, secs: float) -> str:
+    """Return the line for a process that waited for its job in vain."""
+    if not coordinator:
+        return (
+            f"{_host()} waited {secs:.0f} s for the other hosts that the cluster names; start this command on all of "
+            "them, or raise --start_secs where they start far apart."
+        )
+    who = f"process {process_id} of {num_processes} on {_host()}"
+    if process_id and not _reachable(coordinator):
+        return f"{who} found nobody at --coordinator={coordinator} for {secs:.0f} s; is process 0 running there?"
+    return (
+        f"{who} waited {secs:.0f} s, but not all {num_processes} processes came; start this command on every host with "
+        "the same --coordinator and --num_processes and each its own --process_id."
+    )
+
+
+def _reachable(address: str) -> bool:
+    """Say whether something listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=2).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def time_limit(secs: float, line: Callable[[], str], error: type[UserError] = UserError) -> Iterator[None]:
+    """End the program with one line and the exit code of `error` where the body takes longer than `secs`.
+
+    A timer on a thread, for nothing in Python interrupts a wait inside JAX.
+    """
+
+    def give_up() -> None:
+        print(f"error: {line()}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
+
+    timer = threading.Timer(secs, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_main() -> bool:
@@ -59,24 +127,83 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Wait until all processes have come to the point `name`."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+def speaker() -> str:
+    """Return what an error line of this process begins with: nothing, or its number and host in a job of several."""
+    if not jax.distributed.is_initialized():
+        return ""
+    return f"process {jax.process_index()} of {jax.process_count()} ({_host()}): "
 
-        multihost_utils.sync_global_devices(name)
+
+def leave(exit_code: int) -> None:
+    """End this process after an error, within LEAVE_SECS though its peers may not know of it."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        timer = threading.Timer(LEAVE_SECS, lambda: os._exit(exit_code))
+        timer.daemon = True
+        timer.start()
+    sys.exit(exit_code)
 
 
-def agree(name: str, value: str) -> None:
-    """Raise UserError unless every process gives the same `value` for `name`."""
+@functools.cache
+def _client() -> Any:
+    """Return the client of JAX's coordination service; JAX itself has no public name for it, Orbax has."""
+    from orbax.checkpoint import multihost
+
+    return multihost.get_jax_distributed_client()
+
+
+def barrier(name: str, secs: float = BARRIER_SECS) -> None:
+    """Wait until all processes have come to the point `name`, once in a program; raise HangError after `secs`."""
     if jax.process_count() == 1:
         return
-    import hashlib
+    try:
+        _client().wait_at_barrier(f"tinylm/{name}", int(secs * 1000))
+    except RuntimeError as error:
+        raise HangError(f"not all processes came to {name!r} within {secs:.0f} s: {_first_line(error)}") from error
 
-    from jax.experimental import multihost_utils
 
-    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
-    digests = multihost_utils.process_allgather(digest)
-    for process, other in enumerate(np.asarray(digests)):
-        if not np.array_equal(other, digests[0]):
-            raise UserError(f"process {process} has another {name} than process 0; start all with the same command.")
+def agree(facts: dict[str, Any], secs: float = START_SECS) -> None:
+    """Raise the same UserError on every process where one differs from process 0 in one of `facts`.
+
+    To be called once, by all processes; the line names the host and up to three facts with both values.
+    """
+    if jax.process_count() == 1:
+        return
+    process, client = jax.process_index(), _client()
+    ours = json.dumps([_host(), {name: repr(fact) for name, fact in facts.items()}])
+    if process == 0:
+        client.key_value_set("tinylm/facts", ours)
+    else:
+        host, theirs = json.loads(client.blocking_key_value_get("tinylm/facts", int(secs * 1000)))
+        differing = _differing(json.loads(ours)[1], theirs)
+        if differing:
+            client.key_value_set(
+                f"tinylm/differing/{process:06}",
+                f"process {process} on {_host()} was started otherwise than process 0 on {host}: {differing}; "
+                "start every host with the same command, files and versions.",
+            )
+    barrier("comparing how processes were started", secs)
+    complaints = sorted(client.key_value_dir_get("tinylm/differing/"))
+    if complaints:
+        raise UserError(complaints[0][1])
+
+
+def _differing(ours: dict[str, str], theirs: dict[str, str]) -> str:
+    """Return "X=a instead of b" for the facts that differ, the first three of them."""
+    names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+    shown = [f"{name}={ours.get(name)} instead of {theirs.get(name)}" for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def code_versions() -> dict[str, str]:
+    """Return what code this process runs: a digest of our own, and the versions of what the numbers depend on."""
+    package = pathlib.Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"tinylm code": digest.hexdigest()[:12], "python": platform.python_version(), **versions}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

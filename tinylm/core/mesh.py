@@ -60,7 +60,8 @@ class MeshConfig:
         elif fixed > num_devices:
             raise UserError(
                 f"the mesh of {fixed} devices (mesh.replica x mesh.data x mesh.model) is larger than the "
-                f"{num_devices} devices here; make the mesh smaller or set --cpu_devices={fixed}."
+                f"{num_devices} devices here; make the mesh smaller, or give the job {fixed} devices "
+                "(--cpu_devices simulates them)."
             )
         return sizes["replica"], sizes["data"], sizes["model"]
 

@@ -1,0 +1,120 @@
+"""A launch that doesn't fit is refused on every host, in one line that says what to do, with exit code 2."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT
+
+from tinylm.core import distributed
+from tinylm.core.errors import UserError
+
+
+class Pair:
+    """Two processes of one job, or one that waits for the other."""
+
+    def __init__(self, folder, secs=20):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.folder = folder
+        self.job = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--start_secs={secs}", "--cpu_devices=2"]
+        self.started = time.monotonic()
+        self.processes = []
+
+    def start(self, process: int, *arguments: str, root=ROOT, command=("-m", "tinylm.main")):
+        line = [sys.executable, *command, *self.job, f"--process_id={process}", *arguments]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+        process = subprocess.Popen(line, cwd=self.folder, env=environment, stderr=subprocess.PIPE, text=True)
+        self.processes.append(process)
+
+    def ends(self) -> list[tuple[int, str]]:
+        """Return exit code and stderr of each."""
+        try:
+            errors = [process.communicate(timeout=100)[1] for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+        return list(zip([process.returncode for process in self.processes], errors, strict=True))
+
+    def refused(self) -> list[str]:
+        """Return what each wrote after checking that it is one line, in time, and that nothing was written."""
+        ends = self.ends()
+        assert [code for code, _ in ends] == [2] * len(ends), ends
+        assert all(error.count("\n") == 1 for _, error in ends), ends
+        assert time.monotonic() - self.started < 60
+        assert not (self.folder / "run").exists()
+        return [error for _, error in ends]
+
+
+TALES = ["--config=tales", "--workdir=run"]
+
+
+def test_another_config_on_one_host_is_refused_on_both(tmp_path):
+    pair = Pair(tmp_path)
+    pair.start(0, *TALES)
+    pair.start(1, *TALES, "--config.optimizer.beta2=0.5", "--config.mesh.model=2")
+    errors = pair.refused()
+    for process, error in enumerate(errors):
+        assert error.startswith(f"error: process {process} of 2 (host ")
+        assert "process 1 on host" in error
+        assert "config.mesh.model=2 instead of 1" in error
+        assert "config.optimizer.beta2=0.5 instead of 0." in error
+        assert "same command" in error
+
+
+def test_another_code_version_on_one_host_is_refused_on_both(tmp_path):
+    for folder in "tinylm", "configs":
+        shutil.copytree(ROOT / folder, tmp_path / "other" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "other" / "tinylm" / "model" / "losses.py").open("a") as file:
+        file.write("# a change that only one host has\n")
+    pair = Pair(tmp_path)
+    pair.start(0, *TALES)
+    pair.start(1, *TALES, root=tmp_path / "other")
+    assert all("tinylm code=" in error for error in pair.refused())
+
+
+@pytest.mark.parametrize(("alone", "wanted"), [(0, "not all 2 processes came"), (1, "is process 0 running there?")])
+def test_one_host_alone_gives_up_in_time(tmp_path, alone, wanted):
+    pair = Pair(tmp_path, secs=1)
+    pair.start(alone, *TALES)
+    assert wanted in pair.refused()[0]
+
+
+def test_a_mesh_that_is_smaller_than_the_job_is_refused_on_both(tmp_path):
+    pair = Pair(tmp_path)
+    for process in 0, 1:
+        pair.start(process, *TALES, "--config.mesh.data=2")
+    assert all("smaller than the 4 devices" in error for error in pair.refused())
+
+
+def test_a_number_outside_the_job_is_refused():
+    with pytest.raises(UserError, match="--num_processes=2 --process_id=2"):
+        distributed.start(coordinator="127.0.0.1:1", num_processes=2, process_id=2)
+
+
+def test_an_error_on_one_process_ends_both_and_has_its_number(tmp_path):
+    (tmp_path / "player.py").write_text(
+        "import sys\n"
+        "from tinylm import cli\n"
+        "from tinylm.core import distributed\n"
+        "def main():\n"
+        "    if not distributed.is_main():\n"
+        "        raise ZeroDivisionError('a bug')\n"
+        "    distributed.barrier('a point that only one comes to', 5)\n"
+        "cli.run(main, __doc__)\n"
+    )
+    pair = Pair(tmp_path)
+    for process in 0, 1:
+        pair.start(process, command=(str(tmp_path / "player.py"),))
+    (first, first_error), (second, second_error) = pair.ends()
+    assert first in (4, -6)  # JAX may abort it before it has waited for long enough
+    assert second == 1
+    assert "process 1 of 2 (host" in second_error
+    assert "ZeroDivisionError: a bug" in second_error
+    if first == 4:
+        assert "not all processes came to 'a point that only one comes to'" in first_error
