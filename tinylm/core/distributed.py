@@ -51,7 +51,7 @@ def start(
         )
     if not coordinator and not _in_cluster():
         return
-    arguments = {} if not coordinator else {
+    arguments: dict[str, Any] = {} if not coordinator else {
         "coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id
     }  # fmt: skip
     secs = secs or START_SECS

@@ -1,0 +1,100 @@
+#!/bin/bash
+# Train on a Cloud TPU slice of any size: make it, install tinylm on every host, train, start again when it is taken.
+#
+#   launch/tpu_vm.sh --name=pod --zone=us-west4-a --type=v5litepod-16 -- --config=gpt2_124m --workdir=gs://bucket/runs/x
+#
+# Needs the gcloud command, logged in, with a project chosen. --dry_run prints every command and runs none.
+# --version=tpu-ubuntu2204-base   image of the hosts (v2-alpha-tpuv5-lite for v5e, v2-alpha-tpuv6e for v6e)
+# --spot                          cheaper, may be taken away: then a new slice is made and the run goes on
+# --restarts=20                   how often to start again
+# The workdir must be a bucket, since a slice's disks go with it. Ctrl-C asks the run to save and stop; the slice stays
+# (and costs) until `launch/tpu_vm.sh --name=... --zone=... --delete`. Keep this script running, in tmux for example.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+name='' zone='' type='' version=tpu-ubuntu2204-base spot='' dry_run='' delete='' restarts=20
+while [ $# -gt 0 ]; do
+    case $1 in
+    --name=*) name=${1#*=} ;;
+    --zone=*) zone=${1#*=} ;;
+    --type=*) type=${1#*=} ;;
+    --version=*) version=${1#*=} ;;
+    --restarts=*) restarts=${1#*=} ;;
+    --spot) spot=--spot ;;
+    --dry_run) dry_run=yes ;;
+    --delete) delete=yes ;;
+    --) shift && break ;;
+    *) echo "error: $1 is not a flag of tpu_vm.sh; flags of tinylm.main come after --." >&2 && exit 2 ;;
+    esac
+    shift
+done
+if [ -z "$name" ] || [ -z "$zone" ] || { [ -z "$type" ] && [ -z "$delete" ]; }; then
+    echo "error: --name, --zone and --type are required (the first lines of this script show an example)." >&2
+    exit 2
+fi
+
+run() { # print the command; run it unless --dry_run
+    printf '+' >&2 && printf ' %q' "$@" >&2 && echo >&2
+    [ -n "$dry_run" ] || "$@"
+}
+tpu() { # a command of gcloud about this slice
+    local verb=$1
+    shift
+    run gcloud compute tpus tpu-vm "$verb" "$name" --zone="$zone" "$@"
+}
+on_all_hosts() { tpu ssh --worker=all --command="$1"; }
+
+state() { gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(state)' 2>/dev/null; }
+
+make_slice() { # make the slice unless it is there and ready, and install the package on every host
+    local now=
+    [ -n "$dry_run" ] || now=$(state)
+    if [ "$now" != READY ]; then
+        [ -z "$now" ] || tpu delete --quiet
+        tpu create --accelerator-type="$type" --version="$version" ${spot:+"$spot"} || return 1
+    fi
+    archive=$(mktemp -d)/tinylm.tar.gz
+    run git archive --format=tar.gz --output="$archive" HEAD &&
+        run gcloud compute tpus tpu-vm scp "$archive" "$name:tinylm.tar.gz" --zone="$zone" --worker=all &&
+        on_all_hosts "$install"
+}
+
+install='mkdir -p tinylm && tar -xzf tinylm.tar.gz -C tinylm && python3 -m venv venv && venv/bin/pip install --quiet -e "tinylm[tpu]" gcsfs'
+train="exec ~/venv/bin/python -m tinylm.main$([ $# = 0 ] || printf ' %q' "$@")"
+
+if [ -n "$delete" ]; then
+    tpu delete --quiet
+    exit
+fi
+
+stopped=
+trap 'stopped=yes; on_all_hosts "pkill -TERM -f tinylm.main"' INT TERM
+
+for ((try = 0; try <= restarts; try++)); do
+    if make_slice; then
+        # In a session of its own, so that Ctrl-C here asks the hosts to save rather than cutting the connection.
+        if [ -n "$dry_run" ]; then
+            on_all_hosts "$train"
+            exit
+        fi
+        run setsid gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$train" &
+        job=$!
+        wait "$job"
+        code=$?
+        while kill -0 "$job" 2>/dev/null; do # a signal ends `wait` early
+            wait "$job"
+            code=$?
+        done
+    else
+        code=255
+    fi
+    [ -z "$stopped" ] || break
+    case $code in
+    4 | 6 | 75 | 134 | 137 | 143 | 255) ;; # a hang, a lost peer, a stop; 255: the slice or the connection was lost
+    *) break ;;
+    esac
+    secs=$((try < 6 ? 10 * 2 ** try : 600))
+    echo "exit code $code: again in $secs s ($((try + 1)) of $restarts)" >&2
+    run sleep "$secs"
+done
+exit "$code"

