@@ -5,6 +5,7 @@ follows from another or from the data becomes a number) and checked against each
 """
 
 import dataclasses
+import math
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig
@@ -46,8 +47,11 @@ class OptimizerConfig:
                 f"optimizer.warmup_steps={self.warmup_steps} must be at most the schedule's length "
                 f"(train.num_steps={num_steps}); make one shorter or the other longer."
             )
-        if self.learning_rate <= 0 or self.clip_norm < 0 or self.weight_decay < 0:
-            raise UserError("optimizer.learning_rate must be above 0, clip_norm and weight_decay at least 0.")
+        if not 0 < self.learning_rate < math.inf:
+            raise UserError(f"optimizer.learning_rate={self.learning_rate} must be above 0.")
+        for name in ("clip_norm", "weight_decay", "adam_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0.")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise UserError(f"optimizer.beta1={self.beta1} and beta2={self.beta2} must be at least 0 and below 1.")
         if not (0 <= self.min_ratio <= 1 and 0 < self.decay_fraction <= 1):
@@ -62,7 +66,8 @@ class TrainConfig:
     stop_step: int = setting(0, "stop after this step (0: num_steps); the schedule stays as long", free=True)
     accumulation_steps: int = setting(1, "micro-batches that one step adds up")
     steps_per_dispatch: int = setting(1, "most steps that one call to the device makes", free=True)
-    init_from: str = setting("", "start from the parameters of another run's folder")
+    init_from: str = setting("", "start from the parameters of another run's folder, an imported model's too")
+    init_optimizer: bool = setting(False, "with init_from: take the optimizer's moments as well")
     deterministic: bool = setting(False, "the same bits in every run on GPU and TPU too (slower)")
     log_every_steps: int = setting(10, "steps between lines of metrics", free=True)
 
@@ -111,6 +116,10 @@ class Config:
         for section in (self.data, self.model, self.mesh, self.train, self.eval, self.checkpoint, self.sample):
             section.check()
         self.optimizer.check(self.train.num_steps)
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"seed={self.seed} must be at least 0 and below 2^31.")
+        if self.eval.patience and not self.eval.every_steps:
+            raise UserError("eval.patience needs evaluations; set eval.every_steps.")
         if self.data.batch_size % self.train.accumulation_steps:
             raise UserError(
                 f"data.batch_size={self.data.batch_size} must be divisible by "

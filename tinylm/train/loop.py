@@ -29,6 +29,7 @@ from tinylm.inference.samplers import Sampler
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
+from tinylm.train.init_from import initial_state
 from tinylm.train.optimizer import make_schedule
 from tinylm.train.plot import draw_losses
 from tinylm.train.progress import Progress
@@ -70,7 +71,7 @@ class Trainer:
         """Return the state of the newest checkpoint, or a new one."""
         steps = self.checkpoints.steps()
         if not steps:
-            return self.blueprint.init(self.config.seed)
+            return initial_state(self.config, self.blueprint)
         say(f"resuming from step {steps[-1]} in {self.folder.path}")
         return self.checkpoints.restore(steps[-1], self.blueprint.abstract)
 

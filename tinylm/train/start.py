@@ -15,6 +15,7 @@ from tinylm.core.settings import differing_keys, from_dict, to_dict
 from tinylm.data import open_data
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
+from tinylm.train.init_from import check_origin
 from tinylm.train.loop import Trainer
 from tinylm.train.state import make_blueprint
 
@@ -36,6 +37,8 @@ def start_run(config: Config, workdir: str) -> Trainer:
     config.resolve(data.vocab_size)
     if folder.exists():
         check_same_run(config, folder)
+    else:
+        check_origin(config, data.tokenizer)
     folder.create()
     if is_main():
         data.tokenizer.save(str(folder.tokenizer))
@@ -47,7 +50,12 @@ def start_run(config: Config, workdir: str) -> Trainer:
 
 def check_same_run(config: Config, folder: RunFolder) -> None:
     """Raise UserError, naming the keys, where the run in `folder` was made by another config."""
-    theirs = from_dict(Config, folder.read_config()["config"])
+    record = folder.read_config()
+    if "imported_from" in record:
+        raise UserError(
+            f"--workdir={folder.path} holds an imported model; name a new one and set train.init_from={folder.path}."
+        )
+    theirs = from_dict(Config, record["config"])
     keys = differing_keys(config, theirs)
     if keys:
         values = dict(_flat(to_dict(theirs)))

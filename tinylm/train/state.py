@@ -53,6 +53,13 @@ class Blueprint:
                        out_shardings=self.shardings)  # fmt: skip
         return make(seed)
 
+    def start_from(self, params: dict) -> TrainState:
+        """Return the state before the first step around parameters that are there already, which it takes over."""
+        make = jax.jit(
+            lambda params: _new_state(params, self.optimizer), out_shardings=self.shardings, donate_argnums=0
+        )
+        return make(params)
+
 
 def make_blueprint(
     model: ModelConfig, optimizer: OptimizerConfig, mesh_config: MeshConfig, num_steps: int, mesh: Mesh
