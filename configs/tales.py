@@ -13,7 +13,9 @@ def get_config() -> Config:
     return Config(
         data=DataConfig(source="tales", tokenizer="bpe:1024", seq_len=112, batch_size=16, packing="single"),
         model=ModelConfig(embed_dim=128, num_layers=3, num_heads=4, qk_norm=True, mlp="relu2", unroll=0),
-        optimizer=OptimizerConfig(name="muon", learning_rate=0.02, adam_learning_rate=5e-3, schedule="linear", min_ratio=0.0),
+        optimizer=OptimizerConfig(
+            name="muon", learning_rate=0.02, adam_learning_rate=5e-3, schedule="linear", min_ratio=0.0
+        ),
         train=TrainConfig(num_steps=600, steps_per_dispatch=10, log_every_steps=10),
         eval=EvalConfig(every_steps=100),
         sample=SampleConfig(prompts=("", "", "Once upon a time"), max_tokens=120),

@@ -113,7 +113,7 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
 def test_patience_ends_a_run_that_no_longer_learns(tmp_path):
     """At a learning rate that float32 can't see, the second and third evaluation are not better than the first."""
     done = train(
-        tmp_path / "run", "--config.optimizer.learning_rate=1e-12", "--config.eval.every_steps=4",
+        tmp_path / "run", "--config.optimizer.learning_rate=1e-30", "--config.eval.every_steps=4",
         "--config.eval.patience=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

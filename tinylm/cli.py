@@ -66,6 +66,8 @@ def run(main: Callable[[], None], doc: str | None) -> None:
         log.start(distributed.is_main())
         use_compile_cache()
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as error:
         print(f"error: {distributed.speaker()}{error}", file=sys.stderr, flush=True)
         distributed.leave(error.exit_code)
@@ -97,7 +99,12 @@ def _help() -> str:
     """Return a line for each flag of the running command."""
     own = [flag.name for flag in FLAGS.flags_by_module_dict().get(sys.argv[0], [])]
     names = sorted({*own, *_SHARED})
-    return "\n".join(f"  --{name:<16} {FLAGS[name].help}" for name in names)
+    lines = [f"  --{name:<16} {FLAGS[name].help}" for name in names]
+    if "config" in names:
+        lines += ["", "Settings, each an override of the config file, with their defaults:"]
+        settings = settings_of(config_lib.Config())
+        lines += [f"  --config.{key}={value!r}\n      {field.metadata['doc']}" for key, field, value in settings]
+    return "\n".join(lines)
 
 
 def use_compile_cache() -> None:

@@ -15,31 +15,35 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Evaluate the checkpoint that the flags name."""
+    import jax
+
+    from tinylm.core.distributed import is_main
     from tinylm.core.errors import UserError
-    from tinylm.core.mesh import owned_rows
     from tinylm.core.settings import from_dict
     from tinylm.data import open_data
     from tinylm.data.config import DataConfig
-    from tinylm.data.pipeline import eval_batches
     from tinylm.inference.evaluation import evaluate, make_eval_step
     from tinylm.run.open_run import open_run
 
     run = open_run(FLAGS.workdir, FLAGS.step)
-    data = open_data(from_dict(DataConfig, run.config["data"]), seed=run.config["seed"])
+    data = open_data(from_dict(DataConfig, run.config["data"]), seed=run.config["seed"], is_writer=is_main())
     if data.valid is None:
         raise UserError("the run has no validation split; set data.valid_fraction or data.valid_source.")
+    if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise UserError("the run's data now makes another tokenizer than the run learned with; restore the text.")
     rows = run.config["data"]["batch_size"] // run.config["train"]["accumulation_steps"]
-    owned = owned_rows(run.mesh, rows)
-    batches = eval_batches(data.valid, batch_size=rows, owned_rows=owned, max_batches=FLAGS.max_batches)
-    nats, tokens = evaluate(make_eval_step(run.graph), run.params, batches, run.mesh, owned, rows)
+    with jax.set_mesh(run.mesh):
+        nats, tokens = evaluate(make_eval_step(run.graph), run.params, data.valid, rows, run.mesh, FLAGS.max_batches)
     loss = nats / tokens
     result = {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": loss / math.log(2) / data.valid_bytes_per_token,
         "tokens": int(tokens),
         "step": run.step,
     }
+    if not is_main():
+        return
     if FLAGS.json:
         print(json.dumps(result))
     else:
@@ -49,7 +53,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("step", "best", "checkpoint: best, latest or a step")
-    flags.DEFINE_integer("max_batches", 0, "batches to score (0: the whole split)")
+    flags.DEFINE_integer("max_batches", 0, "batches to score (0: the whole split)", lower_bound=0)
     cli.define_workdir()
     cli.define_json()
     cli.run(main, __doc__)

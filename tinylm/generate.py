@@ -14,6 +14,9 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Write as the flags say; only text goes to stdout."""
+    import jax
+
+    from tinylm.core.distributed import is_main
     from tinylm.inference.config import check_sampling
     from tinylm.inference.decode import Decoder
     from tinylm.inference.samplers import Sampler
@@ -24,10 +27,13 @@ def main() -> None:
     tokenizer = run.tokenizer
     prompts = [text for text in FLAGS.prompt or [""] for _ in range(FLAGS.num_samples)]
     ids = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in prompts]
-    decoder = Decoder(run.graph, run.model_config.context, tokenizer.eot_id)
+    decoder = Decoder(run.graph, run.model_config.context, tokenizer.eot_id, tokenizer.vocab_size)
     sampler = Sampler(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
-    rows = decoder.write(run.params, ids, max_tokens=FLAGS.max_tokens, sampler=sampler, seed=FLAGS.seed)
+    with jax.set_mesh(run.mesh):
+        rows = decoder.write(run.params, ids, max_tokens=FLAGS.max_tokens, sampler=sampler, seed=FLAGS.seed)
     texts = [prompt + tokenizer.decode(row) for prompt, row in zip(prompts, rows, strict=True)]
+    if not is_main():
+        return
     if FLAGS.json:
         print(json.dumps({"texts": texts, "step": run.step}))
     else:
@@ -41,7 +47,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("top_k", 0, "draw from the k most probable tokens (0: all)")
     flags.DEFINE_float("top_p", 1.0, "draw from the fewest tokens that have this probability together")
     flags.DEFINE_integer("num_samples", 1, "texts for each prompt", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "seed of the draws")
+    flags.DEFINE_integer("seed", 0, "seed of the draws", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_string("step", "best", "checkpoint: best, latest or a step")
     cli.define_workdir()
     cli.define_json()

@@ -83,7 +83,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"the mesh of {needed} devices is smaller than the {len(devices)} devices of this job; "
             "set mesh.data=-1 or start fewer processes."
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:needed])
+    slices = _slices(devices[:needed])
+    if sizes[0] % len(slices):
+        raise UserError(
+            f"mesh.replica={sizes[0]} must be a multiple of the {len(slices)} slices; set it to {len(slices)}."
+        )
+    types = (AxisType.Auto,) * len(AXES)
+    parts = [jax.make_mesh((sizes[0] // len(slices), *sizes[1:]), AXES, axis_types=types, devices=s) for s in slices]
+    return parts[0] if len(parts) == 1 else Mesh(np.concatenate([p.devices for p in parts]), AXES, axis_types=types)
+
+
+def _slices(devices: list[jax.Device]) -> list[list[jax.Device]]:
+    """Return the devices of each slice: those that fast links join; one list where the platform knows no slices."""
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    return [slices[index] for index in sorted(slices)]
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -149,7 +164,7 @@ def place_batch(
         axes: list[str | None] = [None] * x.ndim
         axes[batch_dim] = "batch"
         sharding = activation_sharding(mesh, axes, shape)
-        if len(owned) == num_rows:
+        if sharding.is_fully_addressable:
             return jax.device_put(x, sharding)
         return jax.make_array_from_callback(shape, sharding, _reader(x, owned, num_rows, batch_dim))
 

@@ -7,7 +7,7 @@ Sections go to JSON and back by `to_dict` and `from_dict`, which know tuples and
 
 import dataclasses
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from tinylm.core.errors import UserError
@@ -30,10 +30,17 @@ def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclass
             yield prefix + field.name, field, value
 
 
-def differing_keys(section: Any, other: Any) -> list[str]:
-    """Return the keys of identity settings in which two sections of one type differ."""
+def differing_settings(section: Any, other: Any, decisive: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
+    """Return (key, value, other value) of the settings in which two sections of one type differ.
+
+    Free settings count only where `decisive` names them.
+    """
     pairs = zip(settings_of(section), settings_of(other), strict=True)
-    return [key for (key, field, a), (_, _, b) in pairs if a != b and not field.metadata["free"]]
+    return [
+        (key, a, b)
+        for (key, field, a), (_, _, b) in pairs
+        if a != b and (key in decisive or not field.metadata["free"])
+    ]
 
 
 def to_dict(section: Any) -> dict[str, Any]:

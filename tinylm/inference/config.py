@@ -12,11 +12,14 @@ class EvalConfig:
 
     every_steps: int = setting(500, "steps between evaluations (0: none)", free=True)
     max_batches: int = setting(0, "batches of an evaluation (0: the whole split)", free=True)
+    exact_match: int = setting(
+        0, "validation pairs to answer greedily and compare, token by token (0: none)", free=True
+    )
     patience: int = setting(0, "stop after this many evaluations without a better loss (0: never)")
 
     def check(self) -> None:
         """Raise UserError for negative counts."""
-        for name in ("every_steps", "max_batches", "patience"):
+        for name in ("every_steps", "max_batches", "exact_match", "patience"):
             if getattr(self, name) < 0:
                 raise UserError(f"eval.{name}={getattr(self, name)} must be at least 0.")
 

@@ -23,8 +23,8 @@ _CHUNK_TOKENS = 32
 class Decoder:
     """Decodes with one model's graph; compiled programs are kept for the parameters of any step."""
 
-    def __init__(self, graph: nnx.GraphDef, context: int, end_id: int):
-        """Compile nothing yet; `end_id` ends a text."""
+    def __init__(self, graph: nnx.GraphDef, context: int, end_id: int, num_ids: int):
+        """Compile nothing yet; `end_id` ends a text, and ids from `num_ids` on are never drawn."""
         self._context, self._end_id = context, end_id
 
         def prefill(params, tokens_BT, length_B, num_slots):
@@ -43,7 +43,8 @@ class Decoder:
             def one(i, carry):
                 cache, logits_BV, length_B, done_B, written_BT = carry
                 draw_keys_B = jax.vmap(jax.random.fold_in)(keys_B, length_B)
-                token_B = jnp.where(done_B, end_id, draw(draw_keys_B, logits_BV, kind, values))
+                known_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < num_ids, logits_BV, -1e30)
+                token_B = jnp.where(done_B, end_id, draw(draw_keys_B, known_BV, kind, values))
                 x_B1D, cache = model.decode(token_B[:, None], length_B[:, None], cache)
                 done_B = done_B | (token_B == end_id)
                 return cache, model.logits(x_B1D)[:, 0], length_B + 1, done_B, written_BT.at[:, i].set(token_B)
@@ -62,12 +63,11 @@ class Decoder:
     ) -> Iterator[np.ndarray]:
         """Yield chunks [B, n] of the ids that follow each prompt; after its end a row holds the end id.
 
-        Prompts are non-empty and shorter than the context, else UserError.
+        What a row draws depends on its place in the batch; past the end of the context, where all rows are read
+        again together, also on the longest of them. Raises UserError as `check_prompts` does.
         """
+        check_prompts(prompts, self._context)
         texts = [list(prompt) for prompt in prompts]
-        for text in texts:
-            if not 0 < len(text) < self._context:
-                raise UserError(f"a prompt of {len(text)} tokens must be shorter than the context ({self._context}).")
         done_B, written, restarts = np.zeros(len(texts), bool), 0, 0
         while written < max_tokens and not np.all(done_B):
             texts = [text[-self._context // 2 :] if restarts else text for text in texts]
@@ -104,6 +104,13 @@ class Decoder:
         chunks = list(self.stream(params, prompts, max_tokens=max_tokens, sampler=sampler, seed=seed))
         rows = np.concatenate(chunks, axis=1) if chunks else np.zeros((len(prompts), 0), np.int32)
         return [before_end(row.tolist(), self._end_id) for row in rows]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
+    """Raise UserError unless each prompt is non-empty and shorter than the context."""
+    for prompt in prompts:
+        if not 0 < len(prompt) < context:
+            raise UserError(f"a prompt of {len(prompt)} tokens must be shorter than the context ({context}).")
 
 
 def before_end(ids: list[int], end_id: int) -> list[int]:

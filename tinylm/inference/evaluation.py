@@ -1,13 +1,19 @@
-"""The loss over a validation split: sums and counts added up over batches, divided once."""
+"""Scores on a validation split: the loss as sums and counts, divided once, and the share of answers met exactly."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from tinylm.core.mesh import constrain, place_batch
+from tinylm.core.errors import UserError
+from tinylm.core.mesh import constrain, owned_rows, place_batch
+from tinylm.data.pipeline import eval_batches
+from tinylm.data.rows import Rows
+from tinylm.inference.decode import Decoder
+from tinylm.inference.samplers import Sampler
 from tinylm.model.losses import cross_entropy
 
 
@@ -24,17 +30,36 @@ def make_eval_step(graph: nnx.GraphDef) -> Callable:
 
 
 def evaluate(
-    eval_step: Callable,
-    params: dict,
-    batches: Iterable[dict[str, np.ndarray]],
-    mesh: Mesh,
-    owned: np.ndarray,
-    rows: int,
+    eval_step: Callable, params: dict, split: Rows, rows: int, mesh: Mesh, max_batches: int = 0
 ) -> tuple[float, float]:
-    """Return (nats, target tokens) summed over host batches of `rows` rows, of which this process holds `owned`.
+    """Return (nats, target tokens) over a validation split, `rows` rows at a time (`max_batches` 0: all of it).
 
-    The device adds nothing across batches, so the sums, kept in double precision, don't depend on their number.
+    Batches are added up in double precision on the host, so the sums don't depend on their number. Raises UserError
+    for a split without target tokens.
     """
+    owned = owned_rows(mesh, rows)
+    batches = eval_batches(split, batch_size=rows, owned_rows=owned, max_batches=max_batches)
     sums = [eval_step(params, place_batch(mesh, batch, owned, rows, 0)) for batch in batches]
-    nats, counts = np.asarray([[float(n), float(c)] for n, c in sums], np.float64).sum(axis=0)
-    return float(nats), float(counts)
+    nats = math.fsum(float(n) for n, _ in sums)
+    count = math.fsum(float(c) for _, c in sums)
+    if not count:
+        raise UserError("the validation split has no target tokens; check data.valid_source and data.loss_on.")
+    return nats, count
+
+
+def exact_match(
+    decoder: Decoder, params: dict, pairs: Sequence[tuple[np.ndarray, np.ndarray]], start_id: int, rows: int
+) -> float:
+    """Return the share of (prompt ids, completion ids) whose greedy answer is the completion and then the end.
+
+    `rows` prompts are decoded at once, each after `start_id`, with room for the longest completion and its end.
+    """
+    longest = max(len(completion) for _, completion in pairs) + 1
+    right = 0
+    for start in range(0, len(pairs), rows):
+        part = pairs[start : start + rows]
+        filled = [*part, *[part[-1]] * (rows - len(part))]
+        prompts = [[start_id, *prompt.tolist()] for prompt, _ in filled]
+        answers = decoder.write(params, prompts, max_tokens=longest, sampler=Sampler(temperature=0.0))
+        right += sum(answer == completion.tolist() for answer, (_, completion) in zip(answers, part, strict=False))
+    return right / len(pairs)

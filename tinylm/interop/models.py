@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
-from tinylm.core.settings import differing_keys
+from tinylm.core.settings import differing_settings
 from tinylm.data.tokenizers import Tokenizer
 from tinylm.interop import weights
 from tinylm.interop.families import FAMILIES, LLAMA, Family
@@ -151,7 +151,7 @@ def _misfits(family: Family, model: ModelConfig) -> list[str]:
     irrelevant = {"dropout", "init_std", "compute_dtype"}
     if model.position != "rotary":
         irrelevant |= {"rotary_base", "rotary_fraction"}
-    keys = [key for key in differing_keys(model, there) if key not in irrelevant]
+    keys = [key for key, _, _ in differing_settings(model, there) if key not in irrelevant]
     return [f"model.{key}={getattr(there, key)!r} (here {getattr(model, key)!r})" for key in keys]
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from tinylm.core.errors import UserError
 from tinylm.core.log import say_once
 from tinylm.model.layers import Dropout
 
@@ -64,8 +65,13 @@ def attend(
     dropping = dropout is not None and dropout.active
     plain_only = softcap or dropping or visibility.query_positions_BT is not None
     plain_only = plain_only or (visibility.window and visibility.local_heads)
+    on_gpu = jax.default_backend() == "gpu"
+    if kernel == "cudnn" and not on_gpu:
+        raise UserError("model.attention=cudnn needs a GPU; set model.attention=auto.")
     if kernel == "auto":
-        kernel = "cudnn" if jax.default_backend() == "gpu" and q_BNTH.dtype == jnp.bfloat16 else "xla"
+        T, H = q_BNTH.shape[2:]
+        fits = q_BNTH.dtype == jnp.bfloat16 and H % 8 == 0 and H <= 128 and T % 2 == 0
+        kernel = "cudnn" if on_gpu and fits else "xla"
     if kernel == "cudnn" and dropping:
         say_once("attention dropout takes the plain attention kernel: fused ones have none.")
     if kernel == "cudnn" and not plain_only:

@@ -80,10 +80,15 @@ class ModelConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"model.{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
+        for name in ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "context", "unroll", "init_std"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 0.")
+        if not 0 < self.rotary_fraction <= 1:
+            raise UserError(f"model.rotary_fraction={self.rotary_fraction} must be above 0 and at most 1.")
         self._check_heads()
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1.")
-        if any(window < 0 for window in self.attention_window) or not self.attention_window:
+        if not self.attention_window or any(not isinstance(w, int) or w < 0 for w in self.attention_window):
             raise UserError(f"model.attention_window={self.attention_window} must hold sizes of 0 or more.")
         if self.num_layers % len(self.attention_window):
             raise UserError(

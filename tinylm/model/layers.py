@@ -91,10 +91,11 @@ def rotary_tables(positions_BT: jax.Array, rotary_dim: int, base: float) -> tupl
 
 def rotate(x_BNTH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate the first features of each head by its position; features i and i + rotary_dim/2 form a pair."""
-    cos, sin = (table.astype(x_BNTH.dtype) for table in tables)
+    cos, sin = tables
     half = cos.shape[-1]
     a, b, rest = x_BNTH[..., :half], x_BNTH[..., half : 2 * half], x_BNTH[..., 2 * half :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNTH.dtype)
+    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
 
 
 class Dropout:

@@ -165,11 +165,12 @@ class Transformer(nnx.Module):
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return float32 logits_BTV; those of padded ids are far below all others."""
         c = self.config
+        exact = {"preferred_element_type": jnp.float32}
         if self.head is None:
-            logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding[...].astype(x_BTD.dtype))
+            logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding[...].astype(x_BTD.dtype), **exact)
         else:
-            logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head[...].astype(x_BTD.dtype))
-        logits_BTV = constrain(logits_BTV.astype(jnp.float32), "batch", None, "vocab")
+            logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head[...].astype(x_BTD.dtype), **exact)
+        logits_BTV = constrain(logits_BTV, "batch", None, "vocab")
         if c.logit_softcap:
             logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
         return jnp.where(jnp.arange(c.padded_vocab) < c.vocab_size, logits_BTV, -1e30)

@@ -5,6 +5,7 @@ last line (a crash while writing) is mended at the next start, and a step that w
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -62,19 +63,23 @@ class RunFolder:
             raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
 
     def append(self, path: epath.Path, text: str) -> None:
-        """Add text to the end of a log; the first time, begin a new line where an earlier process left a torn one."""
+        """Add text to the end of a log; the first time, cut off the torn line that an earlier process may have left."""
         try:
             if path not in self._mended:
                 self._mended.add(path)
-                if path.exists() and not path.read_bytes().endswith(b"\n"):
-                    text = "\n" + text
+                old = path.read_bytes() if path.exists() else b"\n"
+                if not old.endswith(b"\n"):
+                    path.write_bytes(old[: old.rfind(b"\n") + 1])
             with path.open("ab") as file:
                 file.write(text.encode())
         except OSError as error:
             raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
 
     def log(self, record: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
+        """Add one line to metrics.jsonl; what is not finite, which JSON can't hold, becomes null."""
+        for name, value in record.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                record = {**record, name: None}
         self.append(self.metrics_file, json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:

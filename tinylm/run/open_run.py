@@ -40,7 +40,7 @@ class Run:
 
 
 def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = None) -> Run:
-    """Open the run in `workdir` at `step` (best, latest or a number) on a mesh (default: all devices on `data`).
+    """Open the run in `workdir` at `step` (best, latest or a number) on a mesh (default: split over all devices).
 
     Raises UserError where there is no run, no such checkpoint, or the mesh doesn't fit.
     """
@@ -49,12 +49,12 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     model_config = from_dict(ModelConfig, config["model"])
     checkpoints = Checkpoints(folder.checkpoints)
     found = checkpoints.find(str(step))
-    mesh = make_mesh(mesh_config or MeshConfig())
-    fsdp = bool(mesh_config and mesh_config.fsdp)
+    mesh_config = mesh_config or MeshConfig(fsdp=True)
+    mesh = make_mesh(mesh_config)
     graph, shapes, axes = abstract_transformer(model_config)
 
     def place(path, leaf):
-        sharding = parameter_sharding(mesh, fsdp, axes["/".join(key.key for key in path)], leaf.shape)
+        sharding = parameter_sharding(mesh, mesh_config.fsdp, axes["/".join(key.key for key in path)], leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     params = checkpoints.restore_params(found, jax.tree_util.tree_map_with_path(place, shapes))

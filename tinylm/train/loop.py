@@ -11,20 +11,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from tinylm.analysis.chips import peak_flops
 from tinylm.analysis.flops import train_flops_per_token
 from tinylm.core.distributed import is_main
-from tinylm.core.errors import Preempted
+from tinylm.core.errors import NumericError, Preempted, UserError
 from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards, owned_rows, place_batch
 from tinylm.core.stop import StopRequest
-from tinylm.data.pipeline import eval_batches, train_batches
-from tinylm.inference.decode import Decoder
-from tinylm.inference.evaluation import evaluate, make_eval_step
+from tinylm.data.pipeline import train_batches
+from tinylm.inference.decode import Decoder, check_prompts
+from tinylm.inference.evaluation import evaluate, exact_match, make_eval_step
 from tinylm.inference.samplers import Sampler
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
@@ -58,13 +57,15 @@ class Trainer:
         self.schedule = make_schedule(config.optimizer, config.train.num_steps)
         self.train_steps = make_train_steps(blueprint, self.schedule)
         self.eval_step = make_eval_step(blueprint.graph)
-        self.decoder = Decoder(blueprint.graph, config.model.context, data.tokenizer.eot_id)
+        self.decoder = Decoder(blueprint.graph, config.model.context, data.tokenizer.eot_id, data.vocab_size)
+        self.prompts = encode_prompts(config, data.tokenizer)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
         self.flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
         self.peak_flops = peak_flops(list(mesh.devices.flat))
         self.valid_loss: float | None = None
         self.train_loss: float | None = None
         self.pending: tuple[int, dict[str, jax.Array], int] | None = None
+        self.guard = {"best_loss": math.inf, "evals_since_best": 0}  # on the host, as it is in the state
         self.last_samples: list[str] = []
 
     def restore_or_init(self) -> TrainState:
@@ -84,28 +85,36 @@ class Trainer:
         state = self.restore_or_init()
         step, last, reason = int(state.step), config.train.last_step, "all steps done"
         saved, stop = step, StopRequest()
+        self.guard = {name: value.item() for name, value in jax.device_get(state.guard).items()}
         self.progress = Progress(step, last)
         batches = self._batches(step)
-        while step < last:
+        while step < last and not self._out_of_patience():
             state, step = self._dispatch(state, step, batches)
             improved = False
             if self.data.valid and self._due(step, config.eval.every_steps):
                 state, improved = self._evaluate(state, step)
-            if self._due(step, config.sample.every_steps):
-                self.sample(state.params, step)
             if improved or self._due(step, config.checkpoint.every_steps):
                 saved = self._save(state, step)
-            if config.eval.patience and int(state.guard["evals_since_best"]) >= config.eval.patience:
-                reason = f"no better validation loss in {config.eval.patience} evaluations"
-                break
+            if config.sample.every_steps and step % config.sample.every_steps == 0 and step < last:
+                self.sample(state.params, step)
             if step < last and stop.reached(step):
                 self._end(state, step, saved, batches)
                 raise Preempted(f"asked to stop; step {step} is saved in {self.folder.path}, the same command goes on.")
-        if config.sample.max_tokens and not self._due(step, config.sample.every_steps):
-            self.sample(state.params, step)
         self._end(state, step, saved, batches)
+        if config.sample.max_tokens:
+            self.sample(state.params, step)
+        if config.writers.plot and is_main():
+            draw_losses(self.folder, self.data.floor_nats_per_token, self.folder.path.name)
+        if self._out_of_patience():
+            reason = f"no better validation loss in {config.eval.patience} evaluations"
+        elif last < config.train.num_steps:
+            reason = "train.stop_step is reached"
         seconds = time.perf_counter() - started
-        return Outcome(step, self.train_loss, self.valid_loss, float(state.guard["best_loss"]), seconds, reason)
+        return Outcome(step, self.train_loss, self.valid_loss, self.guard["best_loss"], seconds, reason)
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.eval.patience
+        return patience > 0 and self.guard["evals_since_best"] >= patience
 
     def _dispatch(self, state: TrainState, step: int, batches: Iterator) -> tuple[TrainState, int]:
         """Send the device steps up to the next at which something is due; log the dispatch before, done by now."""
@@ -118,14 +127,12 @@ class Trainer:
         return state, step + count
 
     def _end(self, state: TrainState, step: int, saved: int, batches: Iterator) -> None:
-        """Write what is not yet written: metrics, the last step, the plot."""
+        """Write what is not yet written: metrics and the last step."""
         self._log_pending()
         if saved != step:
             self._save(state, step)
         self.progress.close()
         batches.close()  # type: ignore[attr-defined]
-        if self.config.writers.plot and is_main():
-            draw_losses(self.folder, self.data.floor_nats_per_token, self.folder.path.name)
         self.checkpoints.close()
 
     def _batches(self, start: int):
@@ -157,6 +164,11 @@ class Trainer:
             return
         (step, metrics, count), self.pending = self.pending, None
         values = {name: float(np.asarray(metric)[count - 1]) for name, metric in metrics.items()}
+        if not math.isfinite(values["loss"] + values["grad_norm"]):
+            raise NumericError(
+                f"loss {values['loss']} and gradient norm {values['grad_norm']} at step {step} are not finite; "
+                "start anew with a lower optimizer.learning_rate, by train.init_from if you like."
+            )
         self.train_loss = values["loss"]
         speed = self.progress.tokens_per_sec(step, self.config.data.batch_size * self.config.data.seq_len)
         record = {
@@ -176,24 +188,38 @@ class Trainer:
         self._log_pending()
         with self.progress.pause():
             self.valid_loss = self.evaluate(state.params)
-        improved = self.valid_loss < float(state.guard["best_loss"])
-        self._write({"step": step, "split": "valid", "loss": self.valid_loss})
-        self.progress.note(f"step {step}  validation loss {self.valid_loss:.4f}{self._floor()}")
-        since = 0 if improved else int(state.guard["evals_since_best"]) + 1
-        best = self.valid_loss if improved else float(state.guard["best_loss"])
-        guard = {"best_loss": jnp.float32(best), "evals_since_best": jnp.int32(since)}
-        guard = {name: jax.device_put(value, state.guard[name].sharding) for name, value in guard.items()}
+            matches = self._exact_match(state.params)
+        self._write({"step": step, "split": "valid", "loss": self.valid_loss, **matches})
+        shown = "".join(f"  {name} {value:.2%}" for name, value in matches.items())
+        self.progress.note(f"step {step}  validation loss {self.valid_loss:.4f}{self._floor()}{shown}")
+        if step % self.config.eval.every_steps and step != self.config.train.num_steps:
+            return state, False  # an extra look at train.stop_step, which an undisturbed run doesn't take
+        improved = self.valid_loss < self.guard["best_loss"]
+        self.guard = {
+            "best_loss": self.valid_loss if improved else self.guard["best_loss"],
+            "evals_since_best": 0 if improved else self.guard["evals_since_best"] + 1,
+        }
+        guard = {
+            name: jax.device_put(np.asarray(value, state.guard[name].dtype), state.guard[name].sharding)
+            for name, value in self.guard.items()
+        }
         return dataclasses.replace(state, guard=guard), improved
 
     def evaluate(self, params: dict) -> float:
         """Return the loss over the validation split, nats per target token."""
         rows = self.config.data.batch_size // self.config.train.accumulation_steps
-        owned = owned_rows(self.mesh, rows)
-        batches = eval_batches(
-            self.data.valid, batch_size=rows, owned_rows=owned, max_batches=self.config.eval.max_batches
-        )
-        nats, count = evaluate(self.eval_step, params, batches, self.mesh, owned, rows)
-        return nats / count if count else math.nan
+        nats, count = evaluate(self.eval_step, params, self.data.valid, rows, self.mesh, self.config.eval.max_batches)
+        return nats / count
+
+    def _exact_match(self, params: dict) -> dict[str, float]:
+        """Return the share of validation pairs answered exactly, where the config asks for it."""
+        if not self.config.eval.exact_match:
+            return {}
+        pairs = self.data.answers(self.config.eval.exact_match)
+        if not pairs:
+            raise UserError("eval.exact_match needs validation pairs of prompt and completion; set it to 0.")
+        end_id = self.data.tokenizer.eot_id
+        return {"exact_match": exact_match(self.decoder, params, pairs, end_id, self.config.data.batch_size)}
 
     def _floor(self) -> str:
         floor = self.data.floor_nats_per_token
@@ -201,15 +227,18 @@ class Trainer:
 
     def sample(self, params: dict, step: int) -> None:
         """Write what the model makes of the fixed prompts into samples.txt."""
+        self._log_pending()
         c = self.config.sample
-        tokenizer = self.data.tokenizer
-        prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in c.prompts]
         sampler = Sampler(c.temperature, c.top_k, c.top_p)
-        rows = self.decoder.write(params, prompts, max_tokens=c.max_tokens, sampler=sampler, seed=self.config.seed)
-        texts = [prompt + tokenizer.decode(ids) for prompt, ids in zip(c.prompts, rows, strict=True)]
+        with self.progress.pause():
+            rows = self.decoder.write(
+                params, self.prompts, max_tokens=c.max_tokens, sampler=sampler, seed=self.config.seed
+            )
+        pairs = zip(c.prompts, rows, strict=True)
+        self.last_samples = [prompt + self.data.tokenizer.decode(ids) for prompt, ids in pairs]
         if is_main():
-            self.folder.append(self.folder.samples_file, "".join(f"--- step {step} ---\n{text}\n" for text in texts))
-        self.last_samples = texts
+            text = "".join(f"--- step {step} ---\n{sample}\n" for sample in self.last_samples)
+            self.folder.append(self.folder.samples_file, text)
 
     def _save(self, state: TrainState, step: int) -> int:
         """Begin to save; return the step."""
@@ -222,6 +251,13 @@ class Trainer:
     def _write(self, record: dict[str, Any]) -> None:
         if is_main():
             self.folder.log(record)
+
+
+def encode_prompts(config: Config, tokenizer: Any) -> list[list[int]]:
+    """Return the ids of `sample.prompts`, each after an end of text; raise UserError for one that can't be used."""
+    prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in config.sample.prompts]
+    check_prompts(prompts, config.model.context)
+    return prompts
 
 
 def mesh_summary(mesh: Mesh) -> str:

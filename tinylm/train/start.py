@@ -1,5 +1,6 @@
 """Starting a run or going on with one: the checks that come before anything is compiled or written."""
 
+import os
 from typing import Any
 
 import flax
@@ -11,12 +12,13 @@ from tinylm import __version__
 from tinylm.core.distributed import is_main
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import batch_shards, make_mesh
-from tinylm.core.settings import differing_keys, from_dict, to_dict
+from tinylm.core.settings import differing_settings, from_dict, to_dict
 from tinylm.data import open_data
+from tinylm.data.tokenizers import load_tokenizer
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
 from tinylm.train.init_from import check_origin
-from tinylm.train.loop import Trainer
+from tinylm.train.loop import Trainer, encode_prompts
 from tinylm.train.state import make_blueprint
 
 
@@ -29,39 +31,59 @@ def start_run(config: Config, workdir: str) -> Trainer:
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
     folder = RunFolder(workdir)
-    if config.train.deterministic and jax.default_backend() == "gpu":
-        raise UserError(
-            "train.deterministic on GPU needs XLA_FLAGS=--xla_gpu_deterministic_ops=true; set it and retry."
-        )
+    flag = "--xla_gpu_deterministic_ops=true"
+    if config.train.deterministic and jax.default_backend() == "gpu" and flag not in os.environ.get("XLA_FLAGS", ""):
+        raise UserError(f"train.deterministic on GPU needs XLA_FLAGS={flag} in the environment; set it and retry.")
+    exists = folder.exists()
+    if exists:
+        check_same_config(config, folder)
     data = open_data(config.data, seed=config.seed, is_writer=is_main())
     config.resolve(data.vocab_size)
-    if folder.exists():
-        check_same_run(config, folder)
+    encode_prompts(config, data.tokenizer)
+    if exists:
+        check_same_config(config, folder)
+        check_same_tokenizer(data.tokenizer.fingerprint, folder)
     else:
         check_origin(config, data.tokenizer)
     folder.create()
     if is_main():
-        data.tokenizer.save(str(folder.tokenizer))
+        if not exists:
+            data.tokenizer.save(str(folder.tokenizer))
         folder.write_config({"config": to_dict(config), "versions": versions(mesh)})
     jax.set_mesh(mesh)
     blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
     return Trainer(config, data, mesh, folder, blueprint)
 
 
-def check_same_run(config: Config, folder: RunFolder) -> None:
-    """Raise UserError, naming the keys, where the run in `folder` was made by another config."""
+def check_same_config(config: Config, folder: RunFolder) -> None:
+    """Raise UserError, naming the keys, where the run in `folder` was made by another config.
+
+    Sizes of the model that are still 0, to be resolved later, are not compared. With patience, when to evaluate decides
+    when the run ends, so it must stay.
+    """
     record = folder.read_config()
     if "imported_from" in record:
         raise UserError(
             f"--workdir={folder.path} holds an imported model; name a new one and set train.init_from={folder.path}."
         )
     theirs = from_dict(Config, record["config"])
-    keys = differing_keys(config, theirs)
-    if keys:
-        values = dict(_flat(to_dict(theirs)))
-        ours = dict(_flat(to_dict(config)))
-        shown = ", ".join(f"{key} (there {values[key]!r}, here {ours[key]!r})" for key in keys[:4])
+    decisive = ("eval.every_steps", "eval.max_batches") if config.eval.patience else ()
+    differing = [
+        f"{key} (there {there!r}, here {here!r})"
+        for key, here, there in differing_settings(config, theirs, decisive)
+        if here or not key.startswith("model.")
+    ]
+    if differing:
+        shown = ", ".join(differing[:4])
         raise UserError(f"--workdir={folder.path} holds another run, which differs in {shown}; use another workdir.")
+
+
+def check_same_tokenizer(fingerprint: str, folder: RunFolder) -> None:
+    """Raise UserError where the run in `folder` learned with another tokenizer."""
+    if load_tokenizer(str(folder.tokenizer)).fingerprint != fingerprint:
+        raise UserError(
+            f"--workdir={folder.path} holds a run with another tokenizer: the text it learned from changed."
+        )
 
 
 def versions(mesh: Mesh) -> dict[str, Any]:
@@ -74,11 +96,3 @@ def versions(mesh: Mesh) -> dict[str, Any]:
         "device": mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
     }
-
-
-def _flat(tree: dict, prefix: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -36,6 +36,8 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
     elif outcome.loss is not None:
         lines.append(f"Training loss {outcome.loss:.4f} nats per token.")
     lines.append(f"Plot, metrics, samples and checkpoints: {folder.path}")
+    if outcome.reason.startswith("train.stop_step"):
+        lines.append("Go on: the same command with a later train.stop_step, or 0.")
     lines.append(f"Write more: python -m tinylm.generate --workdir={folder.path}")
     return "\n".join(lines)
 
