@@ -1,0 +1,77 @@
+"""Traffic is read right from compiled programs: against formulas, and in each way in which compilers write groups."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tinylm.analysis.programs import read_collectives
+from tinylm.core.mesh import MeshConfig, activation_sharding, make_mesh, replicated
+
+
+@pytest.fixture
+def mesh():
+    return make_mesh(MeshConfig(data=4, model=2))
+
+
+def test_a_collective_in_a_scan_counts_once_a_trip(mesh):
+    rows = activation_sharding(mesh, ("batch", None), (8, 16))
+
+    def sums(x):
+        def body(carry, _):
+            return jax.lax.with_sharding_constraint(jnp.sin(carry), replicated(mesh)) * carry, None
+
+        return jax.lax.scan(body, x, length=5)[0]
+
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=rows)
+    found = read_collectives(jax.jit(sums, out_shardings=rows).lower(x).compile().as_text(), mesh)
+    total = sum(one.bytes_per_step for one in found)
+    assert {one.axis for one in found} == {"data"}
+    assert total % 5 == 0
+    assert total >= 5 * 8 * 16 * 4 * 3 / 4
+
+
+def test_an_all_reduce_sends_twice_its_array(mesh):
+    def loss(w, x):
+        return jnp.sum(jnp.dot(x, w) ** 2)
+
+    w = jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=replicated(mesh))
+    x = jax.ShapeDtypeStruct((8, 32), jnp.float32, sharding=activation_sharding(mesh, ("batch", None), (8, 32)))
+    compiled = jax.jit(jax.grad(loss), out_shardings=replicated(mesh)).lower(w, x).compile()
+    (one,) = read_collectives(compiled.as_text(), mesh)
+    assert (one.kind, one.axis) == ("all-reduce", "data")
+    assert one.bytes_per_step == 2 * 32 * 32 * 4 * 3 / 4
+
+
+@pytest.mark.parametrize(
+    ("groups", "axis", "members"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", "model", 2),
+        ("replica_groups=[4,2]<=[8]", "model", 2),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", "data", 4),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", "data", 4),
+        ("replica_groups=[1,8]<=[8]", "data+model", 8),
+        ("replica_groups={}", "data+model", 8),
+    ],
+)
+def test_groups_are_read_in_every_notation(mesh, groups, axis, members):
+    gather = f"  ROOT %g = f32[100]{{0}} all-gather(%x), {groups}, dimensions={{0}}"
+    (one,) = read_collectives(f"ENTRY %main (x: f32[2]) -> f32[8] {{\n{gather}\n}}", mesh)
+    assert (one.kind, one.axis) == ("all-gather", axis)
+    assert one.bytes_per_step == pytest.approx(400 * (members - 1) / members)
+
+
+def test_pieces_of_one_channel_count_once(mesh):
+    line = "  %g.{} = (bf16[10]{{0}}, bf16[100]{{0}}) all-gather-start(%x), channel_id=7, replica_groups=[4,2]<=[8]\n"
+    text = "ENTRY %main (x: bf16[2]) -> bf16[8] {\n" + line.format(1) + line.format(2) + "}"
+    (one,) = read_collectives(text, mesh)
+    assert one.bytes_per_step == 200 * 1 / 2
+
+
+def test_a_permutation_lies_on_the_axis_of_its_pairs(mesh):
+    text = (
+        "ENTRY %main (x: f32[2]) -> f32[8] {\n"
+        "  ROOT %p = f32[4]{0} collective-permute(%x), channel_id=1, source_target_pairs={{1,1},{0,2},{2,4}}\n}"
+    )
+    (one,) = read_collectives(text, mesh)
+    assert (one.kind, one.axis, one.bytes_per_step) == ("collective-permute", "data", np.float32(16))

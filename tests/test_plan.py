@@ -1,0 +1,75 @@
+"""A plan compiles the step that the trainer runs, allocates nothing, and says what it costs."""
+
+import importlib.util
+import json
+
+import pytest
+from helpers import run_command
+
+TINY = ["--config=tales", "--config.model.vocab_size=256", "--config.model.embed_dim=64", "--config.model.unroll=1",
+        "--config.model.num_layers=2"]  # fmt: skip
+KEYS = {"per_device_bytes", "chip_bytes", "flops_per_step", "collectives", "step_secs_estimate", "fits"}
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler isn't installed (pip install libtpu)"
+)
+
+
+def plan(*arguments):
+    done = run_command("tinylm.plan", *TINY, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_plan_for_simulated_devices_has_every_key_and_the_memory_of_fsdp(tmp_path):
+    one, four = (plan(f"--cpu_devices={n}", "--config.mesh.fsdp=true") for n in (1, 4))
+    assert set(four) >= KEYS
+    assert one["collectives"] == []
+    for kind in "params", "optimizer":
+        assert four["per_device_bytes"][kind] == pytest.approx(one["per_device_bytes"][kind] / 4, rel=0.05)
+    assert {row["axis"] for row in four["collectives"]} == {"data"}
+    assert all(row.keys() == {"kind", "axis", "bytes_per_step", "minimum_bytes"} for row in four["collectives"])
+    assert four["flops_per_step"] == one["flops_per_step"]
+    assert four["fits"] is True
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_fsdp_on_a_topology_gathers_what_the_formula_says():
+    found = plan("--topology=v5e:4x4", "--config.mesh.fsdp=true")
+    (gather,) = [row for row in found["collectives"] if (row["kind"], row["axis"]) == ("all-gather", "data")]
+    assert gather["bytes_per_step"] == pytest.approx(gather["minimum_bytes"], rel=0.15)
+    assert found["chip_bytes"] == 16 * 2**30
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_one_all_reduce_crosses_slices():
+    found = plan("--topology=v5e:2x2", "--slices=2", "--config.mesh.replica=2")
+    across = [row for row in found["collectives"] if "replica" in row["axis"]]
+    assert {row["kind"] for row in across} == {"all-reduce"}
+    assert found["mesh"] == {"replica": 2, "data": 4, "model": 1}
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_model_that_does_not_fit_names_what_to_change():
+    wide = ["--topology=v5e:1x1", "--config.model.embed_dim=8192", "--config.model.mlp_dim=32768"]
+    done = run_command("tinylm.plan", *TINY, *wide)
+    assert done.returncode == 0, done.stderr
+    assert "does not fit" in done.stdout
+    assert "mesh.fsdp=true" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--cpu_devices=2", "--config.model.vocab_size=0"], "--config.model.vocab_size"),
+        ([], "either --topology"),
+        (["--topology=v5e:4x4", "--cpu_devices=2"], "either --topology"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, wanted):
+    done = run_command("tinylm.plan", *TINY, *arguments)
+    assert done.returncode == 2
+    assert wanted in done.stderr
+    assert done.stderr.count("\n") == 1
