@@ -6,10 +6,12 @@ its folder gets its name; where torch and transformers are installed, theirs mus
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -158,8 +160,8 @@ def _misfits(family: Family, model: ModelConfig) -> list[str]:
 def check_logits(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     """Read a written model back and compare its logits with the run's, and with transformers' where it is installed."""
     family, model = read_model_config(folder)
-    mesh_config = MeshConfig(fsdp=True)
-    again = weights.import_params(open_folder(folder), family, model, run.mesh, mesh_config.fsdp)
+    again = weights.import_params(open_folder(folder), family, model, run.mesh, fsdp=True)
+    again = jax.device_put(again, jax.tree.map(lambda leaf: leaf.sharding, run.params))
     length = min(model.context, max(*model.attention_window, 56) + 8)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, length), np.int32)
     with jax.set_mesh(run.mesh):
@@ -184,9 +186,15 @@ def check_logits(run: Run, folder: pathlib.Path) -> dict[str, Any]:
 def _logits(model: ModelConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
     """Return float32 logits over the real vocabulary."""
     plain = dataclasses.replace(model, compute_dtype="float32", dropout=0.0, remat="none", unroll=1, attention="xla")
-    graph = abstract_transformer(plain)[0]
-    logits = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens))(params, jnp.asarray(tokens))
+    logits = _forward(dataclasses.astuple(plain))(params, jnp.asarray(tokens))
     return np.asarray(logits)[..., : model.vocab_size]
+
+
+@functools.cache
+def _forward(settings: tuple) -> Callable:
+    """Return the compiled forward pass of a model's settings, the same program for the same settings."""
+    graph = abstract_transformer(ModelConfig(*settings))[0]
+    return jax.jit(lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT))
 
 
 def transformers_logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray | None:

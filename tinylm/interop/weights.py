@@ -5,6 +5,8 @@ converted, so no device ever holds a whole copy. Out: one tensor at a time is ga
 our vocabulary are zeros on the way in and are cut on the way out.
 """
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -102,6 +104,12 @@ def their_shapes(family: Family, config: ModelConfig) -> Shapes:
 
 def unpadded_shapes(config: ModelConfig) -> Shapes:
     """Return the shape of every parameter of ours by path, without the rows that pad the vocabulary."""
+    return _unpadded_shapes(dataclasses.astuple(config))
+
+
+@functools.cache
+def _unpadded_shapes(settings: tuple) -> Shapes:
+    config = ModelConfig(*settings)
     _, abstract, axes = abstract_transformer(config)
     flat = traverse_util.flatten_dict(abstract, sep="/")
     return {

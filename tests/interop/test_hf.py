@@ -1,0 +1,378 @@
+"""Hugging Face folders without Hugging Face: layouts, round trips, meshes, and every file that must be refused."""
+
+import json
+import pathlib
+import shutil
+import struct
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from small import SETTINGS, VOCAB, small_model, small_run
+
+from tinylm.core.errors import UserError
+from tinylm.core.mesh import MeshConfig, make_mesh
+from tinylm.core.settings import differing_settings
+from tinylm.interop import models, tensor_files, weights
+from tinylm.interop.families import FAMILIES
+
+ONE = MeshConfig(data=1)
+
+
+@pytest.fixture(autouse=True)
+def without_transformers(monkeypatch):
+    """These tests hold where it is missing; test_parity.py compares with it."""
+    monkeypatch.setattr(models, "transformers_logits", lambda folder, tokens: None)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A function of a variant's name: its run and the folder it was exported to."""
+    made = {}
+
+    def export(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name) / "hf"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(models, "transformers_logits", lambda folder, tokens: None)
+                run = small_run(small_model(name))
+                models.export_hf(run, str(folder))
+            made[name] = run, folder
+        return made[name]
+
+    return export
+
+
+def flat(params):
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def assert_same_weights(ours, theirs, config):
+    """Equal bit for bit, but for the rows that pad the vocabulary, which come back as zeros."""
+    shapes = weights.unpadded_shapes(config)
+    for path, wanted in flat(ours).items():
+        real = tuple(slice(n) for n in shapes[path])
+        np.testing.assert_array_equal(flat(theirs)[path][real], wanted[real], err_msg=path)
+        padding = np.array(flat(theirs)[path])
+        padding[real] = 0
+        assert not padding.any()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_export_and_import_give_the_same_bits(name, exported):
+    run, folder = exported(name)
+    again = models.import_hf(str(folder), mesh_config=ONE)
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    assert kind == max((family for family in FAMILIES if name.startswith(family)), key=len)
+    assert_same_weights(run.params, again.params, run.model_config)
+    assert again.tokenizer.fingerprint == run.tokenizer.fingerprint
+    assert differing_settings(again.model, run.model_config) == []
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+def test_the_library_reads_what_we_wrote(name, exported):
+    numpy_io = pytest.importorskip("safetensors.numpy")
+    _, folder = exported(name)
+    theirs = numpy_io.load_file(folder / "model.safetensors")
+    ours = tensor_files.open_folder(folder)
+    assert theirs.keys() == ours.keys()
+    assert all(np.array_equal(theirs[key], ours[key]) for key in ours)
+
+
+def test_an_export_holds_no_padding(exported):
+    run, folder = exported("gpt2")
+    assert run.params["embedding"].shape[0] == 384
+    assert tensor_files.open_folder(folder)["transformer.wte.weight"].shape == (VOCAB, 32)
+
+
+def test_layouts_by_their_definition(exported):
+    """Where each family puts feature h of head n of layer 1, written out."""
+    D, N, H, n, h = 32, 4, 8, 2, 5
+    for name, read in {
+        "gpt2": lambda t: (t["transformer.h.1.attn.c_attn.weight"][:, D + n * H + h],
+                           t["transformer.h.1.attn.c_attn.bias"][2 * D + n * H + h],
+                           t["transformer.h.1.attn.c_proj.weight"][n * H + h, :]),
+        "gpt_neox": lambda t: (t["gpt_neox.layers.1.attention.query_key_value.weight"][(n * 3 + 1) * H + h, :],
+                               t["gpt_neox.layers.1.attention.query_key_value.bias"][(n * 3 + 2) * H + h],
+                               t["gpt_neox.layers.1.attention.dense.weight"][:, n * H + h]),
+    }.items():  # fmt: skip
+        run, folder = exported(name)
+        attention = run.params["blocks"]["attention"]
+        key, value_bias, out = read(tensor_files.open_folder(folder))
+        np.testing.assert_array_equal(key, attention["key"]["kernel"][1, :, n, h])
+        assert value_bias == attention["value"]["bias"][1, n, h]
+        np.testing.assert_array_equal(out, attention["out"]["kernel"][1, n, h, :])
+    run, folder = exported("llama")
+    tensors, blocks = tensor_files.open_folder(folder), run.params["blocks"]
+    np.testing.assert_array_equal(
+        tensors["model.layers.1.self_attn.v_proj.weight"][H + h], blocks["attention"]["value"]["kernel"][1, :, 1, h]
+    )
+    np.testing.assert_array_equal(tensors["model.layers.0.mlp.up_proj.weight"].T, blocks["mlp"]["up"]["kernel"][0])
+    np.testing.assert_array_equal(tensors["lm_head.weight"].T, run.params["head"][:, :VOCAB])
+    assert N * H == D
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "llama"])
+def test_a_mesh_gets_parts_not_copies(name, exported):
+    run, folder = exported(name)
+    again = models.import_hf(str(folder), mesh_config=MeshConfig(data=4, model=2, fsdp=True))
+    assert_same_weights(run.params, again.params, run.model_config)
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(again.params))
+    local = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(again.params))
+    assert local < 1.2 * whole / 8
+
+
+def test_a_run_on_a_mesh_is_exported_like_one_on_a_device(exported, tmp_path):
+    _, folder = exported("gpt2")
+    mesh_config = MeshConfig(data=2, model=2, fsdp=True)
+    imported = models.import_hf(str(folder), mesh_config=mesh_config)
+    run = small_run(small_model("gpt2"), make_mesh(mesh_config))
+    run.params = imported.params
+    models.export_hf(run, str(tmp_path / "again"))
+    written = [(place / "model.safetensors").read_bytes() for place in (folder, tmp_path / "again")]
+    assert written[0] == written[1]
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    """A copy of an exported model that a test may spoil."""
+
+    def make(name="gpt2"):
+        shutil.copytree(exported(name)[1], tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def rewrite(folder: pathlib.Path, change, dtype="F32", file="model.safetensors"):
+    """Write the tensors of a folder again after `change(tensors)`, with the header that the format asks for."""
+    tensors = {name: np.array(tensor) for name, tensor in tensor_files.open_folder(folder).items()}
+    tensors = change(tensors) or tensors
+    header, body = {}, b""
+    for name, tensor in tensors.items():
+        content = tensor.tobytes()
+        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [len(body), len(body) + len(content)]}
+        body += content
+    text = json.dumps(header).encode()
+    (folder / file).write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_names_without_prefix_and_buffers_are_read(copy, exported):
+    """As OpenAI's gpt2 is published: no "transformer.", the causal mask as a tensor, the tied matrix written twice."""
+    folder = copy()
+
+    def bare(tensors):
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        return tensors | {"h.0.attn.bias": np.ones((1, 1, 2, 2), np.float32), "lm_head.weight": tensors["wte.weight"]}
+
+    rewrite(folder, bare)
+    run = exported("gpt2")[0]
+    assert_same_weights(run.params, models.import_hf(str(folder), mesh_config=ONE).params, run.model_config)
+
+
+def test_half_precision_is_read(copy, exported):
+    folder, run = copy(), exported("gpt2")[0]
+    rewrite(folder, lambda tensors: {name: x.astype(np.float16) for name, x in tensors.items()}, dtype="F16")
+    again = flat(models.import_hf(str(folder), mesh_config=ONE).params)
+    for path, wanted in flat(run.params).items():
+        assert again[path].dtype == np.float32
+        if path != "embedding":
+            np.testing.assert_array_equal(again[path], np.asarray(wanted).astype(np.float16).astype(np.float32))
+
+
+def split_in_two(folder):
+    tensors = {name: np.array(x) for name, x in tensor_files.open_folder(folder).items()}
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        rewrite(folder, lambda _: {name: tensors[name] for name in part}, file=file)
+    (folder / "model.safetensors").unlink()
+    where = {name: file for file, part in parts.items() for name in part}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return where
+
+
+def test_a_sharded_folder_is_read(copy, exported, monkeypatch):
+    folder, run = copy(), exported("gpt2")[0]
+    original = tensor_files.open_folder(folder)
+    monkeypatch.setattr(tensor_files, "open_folder", lambda _: original)
+    split_in_two(folder)
+    monkeypatch.undo()
+    params = models.import_hf(str(folder), mesh_config=ONE).params
+    assert_same_weights(run.params, params, run.model_config)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b"])
+def test_an_index_names_files_beside_it_alone(copy, name):
+    folder = copy()
+    index = {"weight_map": {"transformer.wte.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="must lie beside its index"):
+        models.import_hf(str(folder))
+
+
+def test_an_index_that_names_what_is_not_there(copy):
+    folder = copy()
+    index = {"weight_map": {"strange": "model.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"names strange in model.safetensors, which isn't there"):
+        models.import_hf(str(folder))
+
+
+def drop(name):
+    return lambda tensors: {key: x for key, x in tensors.items() if key != name}
+
+
+SPOILT = {
+    "missing": (drop("transformer.h.1.ln_1.bias"), r"lack transformer.h.1.ln_1.bias"),
+    "extra": (lambda t: t | {"transformer.h.2.ln_1.bias": t["transformer.h.1.ln_1.bias"]},
+              r"have transformer.h.2.ln_1.bias, which config.json doesn't ask for"),
+    "shape": (lambda t: t | {"transformer.h.0.mlp.c_fc.weight": np.zeros((32, 64), np.float32)},
+              r"transformer.h.0.mlp.c_fc.weight has shape \(32, 64\); config.json asks for \(32, 128\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_weights_that_do_not_fit_are_named(copy, case):
+    folder, (change, wanted) = copy(), SPOILT[case]
+    rewrite(folder, change)
+    with pytest.raises(UserError, match=wanted) as caught:
+        models.import_hf(str(folder), mesh_config=ONE)
+    assert "\n" not in str(caught.value)
+
+
+def test_quantized_weights_are_refused(copy):
+    folder = copy()
+    rewrite(folder, lambda t: {name: x.astype(np.int8) for name, x in t.items()}, dtype="I8")
+    with pytest.raises(UserError, match="holds no floating-point numbers"):
+        models.import_hf(str(folder), mesh_config=ONE)
+
+
+CONFIGS = {
+    "family": ("gpt2", {"model_type": "t5"}, r"model_type='t5'; tinylm reads gpt2, gpt_neo, gpt_neox, llama"),
+    "activation": ("gpt2", {"activation_function": "mish"}, "activation_function='mish'.*gelu_new"),
+    "scaling": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    "rope": ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3'"),
+    "bias": ("llama", {"attention_bias": True}, "mlp_bias=False"),
+    "size": ("gpt2", {"n_embd": None}, "lacks n_embd"),
+    "vocabulary": ("gpt2", {"vocab_size": 100}, "the tokenizer has 257 ids and the model's vocabulary 100"),
+    "kind": ("gpt_neo", {"attention_layers": ["global", "sparse"]}, "sparse.*reads global and local"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configs_that_we_cannot_follow_are_refused(copy, case):
+    name, changes, wanted = CONFIGS[case]
+    folder = copy(name)
+    edit_config(folder, **changes)
+    with pytest.raises(UserError, match=wanted) as caught:
+        models.import_hf(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_pickled_weights_are_refused_with_the_reason(copy):
+    folder = copy()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pickled weights alone \(pytorch_model.bin\).*can run any code"):
+        models.import_hf(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (struct.pack("<Q", 1 << 40) + b"{}", "its header would be 1,099,511,627,776 bytes"),
+        (struct.pack("<Q", 5) + b"hello", "its header is not JSON"),
+        (struct.pack("<Q", 2) + b"[]", "its header is no object"),
+        (b"abc", "is no safetensors file"),
+        (b"", "can't be read as safetensors"),
+    ],
+)
+def test_a_file_that_lies_about_itself_is_refused(copy, content, wanted):
+    folder = copy()
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=wanted):
+        models.import_hf(str(folder))
+
+
+@pytest.mark.parametrize("offsets", [[0, 64], [0, 1 << 40], [-4, 0], [8, 4], "x"])
+def test_a_tensor_must_lie_inside_its_file(tmp_path, offsets):
+    text = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": offsets}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    with pytest.raises(UserError, match=r"cut short or altered|describes w wrongly"):
+        tensor_files.open_folder(tmp_path)
+
+
+def test_folders_that_are_no_model(tmp_path):
+    with pytest.raises(UserError, match="is no folder"):
+        models.import_hf(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"config.json can't be read"):
+        models.import_hf(str(tmp_path))
+    with pytest.raises(UserError, match=r"holds no model.safetensors"):
+        tensor_files.open_folder(tmp_path)
+
+
+def test_a_folder_without_tokenizer_asks_for_one(copy):
+    folder = copy()
+    for name in ("tokenizer.json", "tinylm_tokenizer.json"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"holds no tokenizer.json.*set --tokenizer=FILE"):
+        models.import_hf(str(folder))
+
+
+def test_nothing_is_exported_that_does_not_read_back(tmp_path, monkeypatch):
+    run, honest = small_run(small_model("gpt2")), weights.export_tensors
+    monkeypatch.setattr(
+        weights,
+        "export_tensors",
+        lambda *args: ((name, x + 1e-3 * (name.endswith("wpe.weight"))) for name, x in honest(*args)),
+    )
+    with pytest.raises(UserError, match="nothing was exported: logits of what was written differ"):
+        models.export_hf(run, str(tmp_path / "hf"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_transformers_must_agree_where_it_is_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "transformers_logits", lambda folder, tokens: np.zeros((*tokens.shape, VOCAB)))
+    with pytest.raises(UserError, match="nothing was exported: transformers' logits differ"):
+        models.export_hf(small_run(small_model("gpt2")), str(tmp_path / "hf"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_overwrites_nothing(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(UserError, match="is there already"):
+        models.export_hf(small_run(small_model("gpt2")), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "wanted"),
+    [
+        ("llama", {"qk_norm": True}, r"the nearest, llama, would need model.qk_norm=False \(here True\)"),
+        ("gpt2", {"mlp": "swiglu"}, r"the nearest, gpt2, would need model.mlp='gelu' \(here 'swiglu'\)"),
+        ("gpt2", {"head_dim": 4}, r"model.head_dim=8 \(here 4\)"),
+        ("llama", {"attention_window": (4,)}, r"model.attention_window=\(0,\) \(here \(4,\)\)"),
+    ],
+)
+def test_a_model_of_no_family_is_told_what_stands_in_the_way(name, changes, wanted):
+    with pytest.raises(UserError, match=wanted):
+        models.fitting_family(small_model(name, **changes))
+
+
+def test_an_imported_run_opens(copy, tmp_path):
+    from tinylm.config import Config
+    from tinylm.core.settings import to_dict
+    from tinylm.run.folder import RunFolder
+    from tinylm.run.open_run import open_run
+
+    imported = models.import_hf(str(copy()))
+    folder = RunFolder(str(tmp_path / "run"))
+    models.write_run(folder, {"config": to_dict(Config(model=imported.model)), "imported_from": "there"}, imported)
+    run = open_run(str(tmp_path / "run"))
+    assert (run.step, run.model_config, run.tokenizer.eot_id) == (0, imported.model, 256)
+    assert all(map(np.array_equal, jax.tree.leaves(run.params), jax.tree.leaves(imported.params)))
