@@ -1,0 +1,194 @@
+"""llama2.c's files: a small one against the definition of its model, and stories260K byte for byte."""
+
+import functools
+import json
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import run_command
+from small import data_folder
+
+from tinylm.core.errors import UserError
+from tinylm.core.mesh import MeshConfig
+from tinylm.inference.decode import Decoder
+from tinylm.inference.samplers import Sampler
+from tinylm.interop import models
+from tinylm.interop.llama2c import open_llama2c
+from tinylm.interop.tokenizer_files import tokenizer_json
+from tinylm.model.transformer import abstract_transformer
+
+DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, VOCAB, SEQ = 16, 24, 2, 4, 2, 300, 12
+HEAD, KV_DIM = DIM // HEADS, DIM // HEADS * KV_HEADS
+PARTS = {
+    "tok": (VOCAB, DIM), "att_norm": (LAYERS, DIM), "wq": (LAYERS, DIM, DIM), "wk": (LAYERS, KV_DIM, DIM),
+    "wv": (LAYERS, KV_DIM, DIM), "wo": (LAYERS, DIM, DIM), "ffn_norm": (LAYERS, DIM), "w1": (LAYERS, HIDDEN, DIM),
+    "w2": (LAYERS, DIM, HIDDEN), "w3": (LAYERS, HIDDEN, DIM), "norm": (DIM,), "freq": (2, SEQ, HEAD // 2),
+    "wcls": (VOCAB, DIM),
+}  # fmt: skip
+
+
+def write_model(path, vocab=VOCAB):
+    """Write random weights; a negative vocab says that the output matrix is its own."""
+    rng = np.random.default_rng(0)
+    parts = {
+        name: rng.normal(0, 0.4, shape).astype("<f4") for name, shape in PARTS.items() if name != "wcls" or vocab < 0
+    }
+    header = struct.pack("<7i", DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, vocab, SEQ)
+    path.write_bytes(header + b"".join(part.tobytes() for part in parts.values()))
+    return parts
+
+
+def write_tokenizer(path):
+    """Write llama2.c's special ids and bytes, then pieces that merge by score."""
+    pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    pieces += [*" abcdet", "at", " a", "the", " the", "cat", " cat", "ed", "th", "he", "h"]
+    pieces += [f"unused{i}" for i in range(VOCAB - len(pieces))]
+    body = b"".join(struct.pack("<fi", -float(i), len(p.encode())) + p.encode() for i, p in enumerate(pieces))
+    path.write_bytes(struct.pack("<i", 16) + body)
+
+
+def reference_logits(p, tokens):
+    """The model as run.c computes it: neighbouring features rotate, matrices are [outputs, inputs]."""
+
+    def norm(x, w):
+        return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-5) * w
+
+    def rotate(x):
+        angle = np.arange(len(x))[:, None] * 10_000.0 ** (-np.arange(0, HEAD, 2) / HEAD)
+        pairs = x.reshape(len(x), -1, HEAD // 2, 2)
+        turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle)[:, None]
+        return np.stack([turned.real, turned.imag], -1).reshape(len(x), -1, HEAD)
+
+    x, T = p["tok"][tokens].astype(np.float64), len(tokens)
+    for i in range(LAYERS):
+        h = norm(x, p["att_norm"][i])
+        q, k = rotate(h @ p["wq"][i].T), rotate(h @ p["wk"][i].T)
+        v = (h @ p["wv"][i].T).reshape(T, KV_HEADS, HEAD)
+        k, v = (np.repeat(part, HEADS // KV_HEADS, axis=1) for part in (k, v))
+        scores = np.einsum("tnh,snh->nts", q, k) / HEAD**0.5
+        scores = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        x = x + np.einsum("nts,snh->tnh", weights, v).reshape(T, DIM) @ p["wo"][i].T
+        h = norm(x, p["ffn_norm"][i])
+        gate = h @ p["w1"][i].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ p["w3"][i].T)) @ p["w2"][i].T
+    return norm(x, p["norm"]) @ p.get("wcls", p["tok"]).T
+
+
+@pytest.fixture
+def small(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer.bin")
+    return tmp_path / "model.bin", str(tmp_path / "tokenizer.bin")
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, -VOCAB])
+def test_an_imported_model_computes_what_llama2c_does(small, vocab):
+    path, tokenizer = small
+    parts = write_model(path, vocab)
+    imported = models.import_llama2c(str(path), tokenizer, MeshConfig(data=1))
+    tokens = np.random.default_rng(1).integers(0, VOCAB, SEQ)
+    ours = models._logits(imported.model, imported.params, tokens[None])[0]
+    np.testing.assert_allclose(ours, reference_logits(parts, tokens), atol=2e-4)
+
+
+def test_its_tokenizer_as_tokenizer_json_gives_the_same_ids(small):
+    import tokenizers
+
+    path, tokenizer = small
+    write_model(path)
+    ours = models.import_llama2c(str(path), tokenizer, MeshConfig(data=1)).tokenizer
+    theirs = tokenizers.Tokenizer.from_str(tokenizer_json(ours).decode())
+    for text in ("the cat acted", "cat", "über\n the", "a  b", ""):
+        assert theirs.encode(text, add_special_tokens=False).ids == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+
+
+def test_the_command_makes_a_run(small, tmp_path):
+    path, tokenizer = small
+    write_model(path)
+    arguments = [f"--from_llama2c={path}", f"--tokenizer={tokenizer}", f"--workdir={tmp_path / 'run'}"]
+    done = run_command("tinylm.convert", *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["vocab_size"] == VOCAB
+    assert (tmp_path / "run" / "checkpoints" / "0").exists()
+    again = run_command("tinylm.convert", *arguments)
+    assert (again.returncode, again.stderr.count("\n")) == (2, 1)
+    assert "holds a run already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"PK\x03\x04" + bytes(40), "is a pickle of PyTorch"),
+        (b"\x80\x02" + bytes(40), "is a pickle of PyTorch"),
+        (b"abc", "is too short"),
+        (struct.pack("<7i", 0x616B3432, 1, 2, 3, 4, 5, 6), "newer format"),
+        (struct.pack("<7i", 16, 24, 2, 3, 2, 300, 12), "its sizes would be"),
+        (struct.pack("<7i", 16, 24, 2, 4, 2, 300, 12) + bytes(8), "has 36 bytes; its sizes ask for"),
+    ],
+)
+def test_files_that_are_no_such_model_are_refused(tmp_path, content, wanted):
+    path = tmp_path / "model.bin"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=wanted) as caught:
+        open_llama2c(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_and_tokenizers_that_are_missing_are_named(small, tmp_path):
+    path, tokenizer = small
+    with pytest.raises(UserError, match=r"model.bin can't be read"):
+        models.import_llama2c(str(path), tokenizer)
+    write_model(path)
+    with pytest.raises(UserError, match="needs --tokenizer=FILE"):
+        models.import_llama2c(str(path), "")
+    with pytest.raises(UserError, match=r"must be a \.json .*\.model"):
+        models.import_llama2c(str(path), str(tmp_path / "x.txt"))
+
+
+@pytest.fixture(scope="module")
+def stories():
+    """A function of a mesh: stories260K on it."""
+    folder = data_folder() / "stories260k"
+
+    @functools.cache
+    def on(data, model):
+        mesh_config = MeshConfig(data=data, model=model, fsdp=True)
+        return models.import_llama2c(str(folder / "stories260K.bin"), str(folder / "tok512.bin"), mesh_config)
+
+    return on, (folder / "expected_greedy_200.txt").read_text()
+
+
+@pytest.mark.parametrize(("data", "model"), [(1, 1), (2, 2)])
+def test_stories260k_writes_what_llama2c_writes(stories, data, model):
+    on, expected = stories
+    imported, end = on(data, model), 1
+    graph = abstract_transformer(imported.model)[0]
+    decoder = Decoder(graph, imported.model.context, end, imported.tokenizer.vocab_size)
+    with jax.set_mesh(imported.mesh):
+        ids = decoder.write(imported.params, [[end]], max_tokens=200, sampler=Sampler(0.0))[0]
+    assert imported.tokenizer.decode(ids) == expected
+
+
+@pytest.mark.parametrize(("data", "model"), [(1, 1), (2, 2)])
+def test_stories260k_writes_the_same_without_a_cache(stories, data, model):
+    on, expected = stories
+    imported = on(data, model)
+    graph = abstract_transformer(imported.model)[0]
+
+    @jax.jit
+    def write(params):
+        def one(i, tokens_BT):
+            logits_BTV = nnx.merge(graph, params)(tokens_BT)
+            return tokens_BT.at[:, i + 1].set(jnp.argmax(logits_BTV[:, i], axis=-1).astype(jnp.int32))
+
+        return jax.lax.fori_loop(0, 200, one, jnp.ones((1, 201), jnp.int32))
+
+    with jax.set_mesh(imported.mesh):
+        ids = np.asarray(write(imported.params))[0, 1:]
+    assert imported.tokenizer.decode(ids.tolist()) == expected

@@ -1,0 +1,172 @@
+"""The same numbers as `transformers` in torch: logits, padding, five optimizer steps, and what we export loads there.
+
+Needs torch and transformers (the `parity` extra); without them these tests are skipped.
+"""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from helpers import train
+from small import data_folder, random_tokens, small_model, small_run
+
+from tinylm.core.mesh import MeshConfig
+from tinylm.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer
+from tinylm.data.vocabularies import read_vocabulary
+from tinylm.interop import models, weights
+from tinylm.interop.families import FAMILIES
+from tinylm.interop.tokenizer_files import write_tokenizer
+from tinylm.train import state as train_state
+
+torch = pytest.importorskip("torch", reason="torch is not installed (the parity extra)")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (the parity extra)")
+
+ONE = MeshConfig(data=1)
+VOCAB, CONTEXT = 259, 24
+SHARED = {"vocab_size": VOCAB, "bos_token_id": 256, "eos_token_id": 256, "initializer_range": 0.2}
+MODERN = {**SHARED, "max_position_embeddings": CONTEXT, "hidden_size": 32, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "intermediate_size": 40}  # fmt: skip
+NEO = {**SHARED, "max_position_embeddings": CONTEXT, "hidden_size": 32, "num_heads": 4, "window_size": 5}
+GPT2 = {**SHARED, "n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 4}
+REFERENCES = {
+    "gpt2": lambda: transformers.GPT2Config(**GPT2),
+    "gpt2_untied": lambda: transformers.GPT2Config(**GPT2, tie_word_embeddings=False, activation_function="gelu"),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(**NEO, num_layers=4, attention_types=[[["global", "local"], 2]]),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**MODERN),
+    "gpt_neox_serial": lambda: transformers.GPTNeoXConfig(
+        **MODERN, use_parallel_residual=False, rope_parameters={"rope_type": "default", "rope_theta": 500.0,
+                                                                "partial_rotary_factor": 1.0}),
+    "llama": lambda: transformers.LlamaConfig(**MODERN, num_key_value_heads=2),
+    "llama_biased": lambda: transformers.LlamaConfig(**MODERN, attention_bias=True, mlp_bias=True, head_dim=16,
+                                                     tie_word_embeddings=True),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """A function of a name: (torch's model with random weights, the same imported by us)."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            torch.manual_seed(0)
+            config = REFERENCES[name]()
+            for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+                if hasattr(config, key):
+                    setattr(config, key, 0.0)
+            theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+            with torch.no_grad():
+                for parameter in theirs.parameters():
+                    parameter += 0.05 * torch.randn_like(parameter)
+            folder = tmp_path_factory.mktemp(name)
+            theirs.save_pretrained(folder)
+            ByteTokenizer().save(folder)
+            made[name] = theirs, models.import_hf(str(folder), mesh_config=ONE)
+        return made[name]
+
+    return get
+
+
+def logits_of(theirs, tokens, **inputs):
+    with torch.no_grad():
+        return theirs(torch.from_numpy(tokens).long(), **inputs).logits.numpy()
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_logits_agree_at_odd_lengths_and_beyond_the_window(name, pairs):
+    theirs, ours = pairs(name)
+    for length in (1, 7, 23):
+        tokens = random_tokens(2, length)
+        reference = logits_of(theirs, tokens)
+        assert np.abs(reference).max() > 1
+        np.testing.assert_allclose(models._logits(ours.model, ours.params, tokens), reference, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gpt_neox", "llama"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_agree_with_padding(name, side, pairs):
+    """Two rows of 11 and 6 tokens: padding is another segment to us, a mask to them."""
+    theirs, ours = pairs(name)
+    tokens, lengths = random_tokens(2, 11), np.array([[11], [6]])
+    places = np.arange(11)
+    real = places < lengths if side == "right" else places >= 11 - lengths
+    positions = np.clip(np.cumsum(real, axis=1) - 1, 0, None)
+    mask, where = torch.from_numpy(real.astype(np.int64)), torch.from_numpy(positions)
+    reference = logits_of(theirs, tokens, attention_mask=mask, position_ids=where)
+    plain = train_state.abstract_transformer(ours.model)[0]
+
+    @jax.jit
+    def forward(params):
+        model = models.nnx.merge(plain, params)
+        return model(tokens, segments_BT=real.astype(np.int32), positions_BT=positions)
+
+    logits = np.asarray(forward(ours.params))[..., :VOCAB]
+    np.testing.assert_allclose(logits[real], reference[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gpt_neox", "llama"])
+def test_five_optimizer_steps_agree(name, pairs, monkeypatch):
+    """AdamW with clipping, decay on matrices alone, on the same five batches."""
+    theirs, ours = pairs(name)
+    rows = [random_tokens(4, CONTEXT, seed) for seed in range(5)]
+    batches = [
+        {"tokens": ids[None, :, :-1], "targets": ids[None, :, 1:], "weights": np.ones((1, 4, CONTEXT - 1), np.float32)}
+        for ids in rows
+    ]
+    monkeypatch.setattr(train_state, "init_parameters", lambda config, seed: ours.params)
+    settings = {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0, "beta2": 0.95, "weight_decay": 0.1}
+    losses, _, _ = train(ONE, ours.model, batches, name="adamw", clip_norm=1.0, **settings)
+
+    reference, model = [], transformers.AutoModelForCausalLM.from_config(theirs.config, attn_implementation="eager")
+    model.load_state_dict(theirs.state_dict())
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    for ids in rows:
+        ids = torch.from_numpy(ids).long()
+        logits = model.train()(ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        reference.append(loss.item())
+    assert reference[0] != reference[4]
+    np.testing.assert_allclose(losses, reference, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gpt_neox", "llama"])
+def test_what_we_export_loads_there(name, tmp_path):
+    """The export's own check compares with transformers; every tensor of theirs is filled, none left over."""
+    run = small_run(small_model(name))
+    checked = models.export_hf(run, str(tmp_path / "hf"))
+    assert checked["transformers"] < 1e-4
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    written = weights.their_shapes(FAMILIES[checked["family"]], run.model_config)
+    assert sum(map(math.prod, written.values())) == sum(p.numel() for p in model.parameters())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (tokenizer.eos_token_id, tokenizer.encode("Once é\n")) == (256, list("Once é\n".encode()))
+
+
+def tokenizers_to_export():
+    yield "byte", ByteTokenizer
+    yield "char", lambda: CharTokenizer.of(["Once upon a time,\n there wasé."])
+    yield "bpe", lambda: BpeTokenizer.train(["Once upon a time, there was a time. " * 9], 280)
+    yield "gpt2", lambda: read_vocabulary(f"gpt2:{data_folder() / 'gpt2_bpe'}")
+    yield "llama2c", lambda: read_vocabulary(f"llama2c:{data_folder() / 'stories260k/tok512.bin'}")
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), list(tokenizers_to_export()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_tokenizers_give_the_same_ids_there(name, make, tmp_path):
+    tokenizer, text = make(), "Once upon a time,\n there was a time."
+    write_tokenizer(tokenizer, tmp_path, 24)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text)) == text
+    assert theirs.eos_token_id == tokenizer.eot_id
