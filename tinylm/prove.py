@@ -1,0 +1,52 @@
+"""Prove on this machine what tinylm promises, for your own config; prints a table, exits 0 or 1.
+
+python -m tinylm.prove mesh --config=tales --cpu_devices=8     one step on every mesh shape: loss, gradient, parameters
+python -m tinylm.prove resume --config=tales                   train, kill, resume: the same losses bit for bit
+python -m tinylm.prove hosts --config=tales --cpu_devices=8    the same batches for 1, 2, 4, ... processes
+"""
+
+import sys
+
+from absl import flags
+
+from tinylm import cli
+from tinylm.config import checked
+from tinylm.core.errors import UserError
+
+FLAGS = flags.FLAGS
+PROOFS = ("mesh", "resume", "hosts")
+
+
+def main(name: str, arguments: list[str]) -> None:
+    """Run the proof `name` and print its table; `arguments` are the flags as they were given."""
+    from tinylm.train import proofs
+
+    if FLAGS.config is None:
+        raise UserError("--config is required, for example --config=tales.")
+    config = checked(FLAGS.config)
+    if name == "resume":
+        proof = proofs.prove_resume(arguments)
+    else:
+        proof = (proofs.prove_mesh if name == "mesh" else proofs.prove_hosts)(config)
+    widths = [max(map(len, column)) for column in zip(*proof.rows, strict=True)]
+    for row in proof.rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"{'proved' if proof.holds else 'NOT proved'}: {proof.claim}.")
+    sys.exit(0 if proof.holds else 1)
+
+
+def chosen(argv: list[str]) -> str:
+    """Take the name of the proof out of `argv`; exit with 2 where there is none."""
+    if len(argv) > 1 and argv[1] in PROOFS:
+        return argv.pop(1)
+    if not any(argument in ("--help", "-h") for argument in argv):
+        print(f"error: say first what to prove: {', '.join(PROOFS)}.", file=sys.stderr)
+        sys.exit(2)
+    return ""
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    proof_name = chosen(sys.argv)
+    given = sys.argv[1:]
+    cli.run(lambda: main(proof_name, given), __doc__)

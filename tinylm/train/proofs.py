@@ -1,0 +1,154 @@
+"""The proofs that a user can run on a config: another mesh takes the same step, a killed run has the same losses, any
+number of processes reads the same batches. Each returns a table; none touches a run of the user's.
+
+The killed run is real processes of the training command, ended by SIGKILL; the others run here.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinylm.core.errors import UserError
+from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh, owned_rows, place_batch
+from tinylm.data import open_data
+from tinylm.data.pipeline import train_batches
+from tinylm.train.config import Config
+from tinylm.train.optimizer import make_schedule
+from tinylm.train.state import make_blueprint
+from tinylm.train.step import make_train_steps
+
+MESH_LIMIT = {"float32": 1e-5, "bfloat16": 1e-2}  # relative difference of the loss that rounding may make in a step
+RESUME_STEPS, RESUME_SAVE = 20, 5
+HOSTS_STEPS = 3
+
+
+@dataclasses.dataclass
+class Proof:
+    """A claim, whether it holds, and the table that shows it, its first row the heads."""
+
+    claim: str
+    holds: bool
+    rows: Sequence[tuple[str, ...]]
+
+
+def prove_mesh(config: Config) -> Proof:
+    """Take one step on one device and on each mesh shape of all devices here."""
+    data = open_data(config.data, seed=config.seed)
+    config.resolve(data.vocab_size)
+    batch = next(_batches(config, data, np.arange(_micro_rows(config))))[1]
+    one_loss, one_norm, one_params = _one_step(config, MeshConfig(data=1), batch)
+    rows, worst = [("mesh", "loss", "loss apart", "gradient norm apart", "parameters apart")], 0.0
+    for mesh in _meshes(jax.device_count(), _micro_rows(config)):
+        loss, norm, params = _one_step(config, mesh, batch)
+        worst = max(worst, abs(loss / one_loss - 1))
+        furthest = max(float(np.max(np.abs(a - b))) for a, b in zip(params, one_params, strict=True))
+        name = f"data {mesh.data} x model {mesh.model}{', fsdp' if mesh.fsdp else ''}"
+        rows.append((name, f"{loss:.7f}", f"{abs(loss / one_loss - 1):.1e}", f"{abs(norm / one_norm - 1):.1e}",
+                     f"{furthest:.1e}"))  # fmt: skip
+    limit = MESH_LIMIT[config.model.compute_dtype]
+    return Proof(f"a step has the same loss on every mesh as on one device, within {limit:g}", worst <= limit, rows)
+
+
+def _meshes(devices: int, rows: int) -> list[MeshConfig]:
+    """Return the shapes of all devices whose data axis divides the rows, plain and with fsdp."""
+    shapes = [(devices // model, model) for model in range(1, devices + 1) if devices % model == 0]
+    return [MeshConfig(data=d, model=m, fsdp=fsdp) for d, m in shapes if rows % d == 0 for fsdp in {False, d > 1}]
+
+
+def _one_step(config: Config, mesh_config: MeshConfig, batch: dict[str, np.ndarray]) -> tuple[float, float, list]:
+    """Return loss, gradient norm and updated parameters of the first step on a mesh."""
+    mesh = make_mesh(mesh_config)
+    config.check_mesh(batch_shards(mesh))
+    rows = _micro_rows(config)
+    with jax.set_mesh(mesh):
+        blueprint = make_blueprint(config.model, config.optimizer, mesh_config, config.train.num_steps, mesh)
+        steps = make_train_steps(blueprint, make_schedule(config.optimizer, config.train.num_steps))
+        placed = place_batch(mesh, {name: x[None] for name, x in batch.items()}, owned_rows(mesh, rows), rows, 2)
+        state, metrics = steps(blueprint.init(config.seed), placed, 1, config.seed)
+        params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
+    return float(metrics["loss"][0]), float(metrics["grad_norm"][0]), params
+
+
+def prove_hosts(config: Config) -> Proof:
+    """Make the first batches as 1, 2, 4, ... processes would, each its rows alone, and compare their hashes."""
+    data = open_data(config.data, seed=config.seed)
+    rows = _micro_rows(config)
+    counts = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0]
+    table = {count: _hashes(config, data, count) for count in counts}
+    heads = ("processes", *(f"batch {step}" for step in range(HOSTS_STEPS)))
+    same = all(hashes == table[1] for hashes in table.values())
+    return Proof("the batches don't depend on the number of processes", same,
+                 [heads, *((str(count), *hashes) for count, hashes in table.items())])  # fmt: skip
+
+
+def _hashes(config: Config, data: Any, processes: int) -> list[str]:
+    """Return a hash of each of the first batches, put together from the parts that `processes` make."""
+    parts = [_batches(config, data, owned) for owned in np.split(np.arange(_micro_rows(config)), processes)]
+    hashes = []
+    for _ in range(HOSTS_STEPS):
+        arrays = [next(part)[1] for part in parts]
+        whole = [np.concatenate([array[name] for array in arrays], axis=1) for name in sorted(arrays[0])]
+        hashes.append(hashlib.sha256(b"".join(array.tobytes() for array in whole)).hexdigest()[:12])
+    for part in parts:
+        part.close()
+    return hashes
+
+
+def _micro_rows(config: Config) -> int:
+    return config.data.batch_size // config.train.accumulation_steps
+
+
+def _batches(config: Config, data: Any, owned: np.ndarray):
+    shape = (config.train.accumulation_steps, _micro_rows(config))
+    return train_batches(data.train, batch_shape=shape, owned_rows=owned)
+
+
+def prove_resume(arguments: list[str]) -> Proof:
+    """Train RESUME_STEPS steps with the training command, and again with a SIGKILL after the first checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = pathlib.Path(folder, "whole"), pathlib.Path(folder, "killed")
+        _finish(_train(arguments, whole))
+        process = _train(arguments, killed)
+        while not (killed / "checkpoints" / str(RESUME_SAVE)).exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+        _finish(_train(arguments, killed))
+        ours, theirs = _losses(whole), _losses(killed)
+    rows = [("step", "whole", "killed and resumed")]
+    rows += [(str(step), repr(loss), repr(theirs.get(step))) for step, loss in ours.items()]
+    return Proof("a killed and resumed run has the same losses, bit for bit", bool(ours) and ours == theirs, rows)
+
+
+def _train(arguments: list[str], workdir: pathlib.Path) -> subprocess.Popen:
+    short = {"train.stop_step": RESUME_STEPS, "checkpoint.every_steps": RESUME_SAVE, "train.log_every_steps": 1,
+             "eval.every_steps": 0, "sample.every_steps": 0, "sample.max_tokens": 0}  # fmt: skip
+    settings = [f"--config.{key}={value}" for key, value in short.items()]
+    command = [sys.executable, "-m", "tinylm.main", *arguments, *settings, f"--workdir={workdir}"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _finish(process: subprocess.Popen) -> None:
+    """Wait for the training command; raise UserError with its last line where it fails."""
+    error = process.communicate()[1]
+    if process.returncode:
+        raise UserError(f"training fails: {error.strip().splitlines()[-1]}")
+
+
+def _losses(workdir: pathlib.Path) -> dict[int, float]:
+    """Return the train loss of each step, the last line of a step counting."""
+    records = []
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        if line.endswith("}"):  # the last line of a killed process may be torn
+            records.append(json.loads(line))
+    return {record["step"]: record["loss"] for record in records if record["split"] == "train"}
