@@ -1,0 +1,94 @@
+"""Print what is in a model: each parameter's axes, shape, type, place on the mesh, and bytes.
+
+python -m tinylm.show --config=configs/gpt2_124m.py
+python -m tinylm.show --config=tinystories_33m --cpu_devices=8 --config.mesh.model=2 --config.mesh.fsdp=true --json
+
+Makes no array, and needs no data where the config states model.vocab_size.
+"""
+
+import collections
+import json
+import math
+from typing import Any
+
+from absl import flags
+
+from tinylm import cli
+from tinylm.config import Config, checked
+from tinylm.core.errors import UserError
+
+FLAGS = flags.FLAGS
+_COLUMNS = ("parameter", "axes", "shape", "dtype", "split by", "bytes", "per device")
+_PADS = (*[str.ljust] * 5, *[str.rjust] * 2)
+
+
+def main() -> None:
+    """Show the model of the config that the flags name."""
+    from tinylm.core.distributed import is_main
+    from tinylm.core.mesh import make_mesh
+
+    if FLAGS.config is None:
+        raise UserError("--config is required, for example --config=tales.")
+    config = checked(FLAGS.config)
+    mesh = make_mesh(config.mesh)
+    if not config.model.vocab_size:
+        from tinylm.data import open_data
+
+        config.model.vocab_size = open_data(config.data, seed=config.seed, is_writer=is_main()).vocab_size
+    config.resolve(config.model.vocab_size)
+    table = describe(config, mesh)
+    if is_main():
+        print(json.dumps(table) if FLAGS.json else text_of(table))
+
+
+def describe(config: Config, mesh: Any) -> dict[str, Any]:
+    """Return a row for each parameter of a resolved config on a mesh, and totals."""
+    from flax import traverse_util
+
+    from tinylm.analysis.flops import count_parameters
+    from tinylm.core.layout import describe_parameter
+    from tinylm.model.transformer import abstract_transformer
+
+    _, shapes, axes = abstract_transformer(config.model)
+    rows = []
+    for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
+        place = describe_parameter(mesh, config.mesh.fsdp, axes[path], leaf.shape)
+        rows.append({
+            "parameter": path, "axes": list(axes[path]), "shape": list(leaf.shape), "dtype": str(leaf.dtype),
+            "split_by": list(place.split_by), "bytes": math.prod(leaf.shape) * leaf.dtype.itemsize,
+            "bytes_per_device": place.elements_per_device * leaf.dtype.itemsize, "notes": list(place.notes),
+        })  # fmt: skip
+    return {
+        "parameters": rows,
+        "num_parameters": count_parameters({row["parameter"]: tuple(row["shape"]) for row in rows}, config.model),
+        "padding_rows": config.model.padded_vocab - config.model.vocab_size,
+        "bytes": sum(row["bytes"] for row in rows),
+        "bytes_per_device": sum(row["bytes_per_device"] for row in rows),
+        "mesh": dict(mesh.shape),
+        "devices": mesh.size,
+    }
+
+
+def text_of(table: dict[str, Any]) -> str:
+    """Return the table as aligned text, its notes and totals below."""
+    lines = [_COLUMNS]
+    for row in table["parameters"]:
+        split = " ".join(by or "-" for by in row["split_by"])
+        shape = " ".join(map(str, row["shape"]))
+        sizes = f"{row['bytes']:,}", f"{row['bytes_per_device']:,}"
+        lines.append((row["parameter"], " ".join(row["axes"]), shape, row["dtype"], split, *sizes))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+    text = ["  ".join(pad(cell, w) for pad, cell, w in zip(_PADS, line, widths, strict=True)) for line in lines]
+    notes = collections.Counter(note for row in table["parameters"] for note in row["notes"])
+    text += [f"note: {note} ({count} parameter{'s' * (count > 1)})" for note, count in notes.items()]
+    mesh = " x ".join(f"{name} {size}" for name, size in table["mesh"].items())
+    padding = f" and {table['padding_rows']} padding rows" if table["padding_rows"] else ""
+    text.append(f"{table['num_parameters']:,} parameters{padding}; {table['bytes']:,} bytes in all, "
+                f"{table['bytes_per_device']:,} per device on {mesh}")  # fmt: skip
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    cli.define_config()
+    cli.define_json()
+    cli.run(main, __doc__)
