@@ -40,7 +40,11 @@ class Checkpoints:
             policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False),
         ])  # fmt: skip
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep, cleanup_tmp_directories=config is not None, read_only=config is None
+            preservation_policy=keep,
+            best_fn=lambda metrics: metrics["loss"],  # metrics are written only where a best is asked for
+            best_mode="min",
+            cleanup_tmp_directories=config is not None,
+            read_only=config is None,
         )
         self._ocp = ocp
         self._folder = folder

@@ -255,7 +255,8 @@ class Trainer:
 
 def encode_prompts(config: Config, tokenizer: Any) -> list[list[int]]:
     """Return the ids of `sample.prompts`, each after an end of text; raise UserError for one that can't be used."""
-    prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in config.sample.prompts]
+    texts = config.sample.prompts if config.sample.max_tokens else ()
+    prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in texts]
     check_prompts(prompts, config.model.context)
     return prompts
 

@@ -1,0 +1,51 @@
+"""Schedules, and which parameters are matrices."""
+
+import numpy as np
+import pytest
+from helpers import tiny_model
+
+from tinylm.analysis.flops import count_parameters, forward_flops_per_token
+from tinylm.model.transformer import abstract_transformer
+from tinylm.train.config import OptimizerConfig
+from tinylm.train.optimizer import is_matrix, make_schedule
+
+
+def rates(**settings):
+    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, min_ratio=0.1, warmup_steps=10, **settings), 110)
+    return np.array([float(schedule(step)) for step in range(111)])
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
+def test_warm_up_rises_to_the_peak_by_equal_steps(name):
+    np.testing.assert_allclose(rates(schedule=name)[:10], np.arange(1, 11) / 10, rtol=1e-6)
+
+
+def test_schedules_end_where_they_should():
+    np.testing.assert_allclose(rates(schedule="cosine")[[10, 60, 110]], [1, 0.55, 0.1], atol=1e-6)
+    np.testing.assert_allclose(rates(schedule="linear")[[10, 60, 110]], [1, 0.55, 0.1], atol=1e-6)
+    np.testing.assert_allclose(rates(schedule="constant")[10:], 1)
+    wsd = rates(schedule="wsd", decay_fraction=0.2)
+    np.testing.assert_allclose(wsd[10:91], 1)
+    np.testing.assert_allclose(wsd[[100, 110]], [0.55, 0.1], atol=1e-6)
+
+
+def test_matrices_are_kernels_and_embeddings_alone():
+    axes = abstract_transformer(tiny_model(bias=True, qkv_bias=True, norm="layernorm", tie_embeddings=False))[2]
+    matrices = {path for path, names in axes.items() if is_matrix(names)}
+    assert matrices == {path for path in axes if path.endswith("kernel")} | {"embedding", "head"}
+
+
+def test_parameters_and_flops_are_counted_by_formula():
+    """By hand: width 32, 2 layers, 4 heads of 8, mlp 128, 65 tokens, 16 positions."""
+    config = tiny_model()
+    shapes = {}
+
+    def walk(tree, prefix=""):
+        for name, leaf in tree.items():
+            walk(leaf, f"{prefix}{name}/") if isinstance(leaf, dict) else shapes.update({prefix + name: leaf.shape})
+
+    walk(abstract_transformer(config)[1])
+    block = 4 * 32 * 32 + 2 * 32 * 128 + 2 * 32
+    assert count_parameters(shapes, config) == 65 * 32 + 2 * block + 32
+    flops = 2 * (2 * (4 * 32 * 32 + 2 * 32 * 128) + 4 * 32 * 8.5) + 2 * 32 * 65
+    assert forward_flops_per_token(config, 16) == flops
