@@ -20,7 +20,8 @@ from tinylm.train.start import start_run
 SMALL = [
     "data.source=tales:200", "data.tokenizer=byte", "data.packing=stream", "data.seq_len=16", "data.batch_size=8",
     "model.embed_dim=16", "model.num_layers=1", "optimizer.name=adamw", "optimizer.warmup_steps=0", "train.num_steps=3",
-    "train.log_every_steps=1", "eval.every_steps=0", "sample.max_tokens=0", "writers.plot=False", "mesh.data=1", "sample.prompts=('a',)",
+    "train.log_every_steps=1", "eval.every_steps=0", "sample.max_tokens=0", "writers.plot=False",
+    "mesh.data=1", "sample.prompts=('a',)",
 ]  # fmt: skip
 
 
