@@ -2,7 +2,7 @@
 
 python -m tinylm.main --config=configs/tales.py
 
-Two CPU cores: 2 to 3 minutes, validation loss about 0.39 nats a token beside the corpus's own floor of 0.319.
+Two CPU cores: 1 to 2.5 minutes, validation loss 0.357 nats a token beside the corpus's own floor of 0.319.
 """
 
 from tinylm.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig

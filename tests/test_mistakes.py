@@ -1,6 +1,7 @@
 """Every mistake a user can make ends in one clear line, before anything is compiled or written."""
 
 import pathlib
+import sys
 
 import pytest
 from helpers import ROOT, run_command
@@ -8,6 +9,7 @@ from helpers import ROOT, run_command
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
+from tinylm.core.optional import optional_module
 
 MISTAKES = {
     "unknown key": (["model.embd_dim=3"], "did you mean 'model.embed_dim'"),
@@ -106,3 +108,9 @@ def test_help_names_every_flag():
     assert done.returncode == 0
     for flag in ("--config", "--workdir", "--cpu_devices", "--coordinator"):
         assert flag in done.stdout
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match=r"needs the package sentencepiece: pip install 'tinylm\[tokens\]'"):
+        optional_module("sentencepiece", "tokens")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tinylm.core.errors import UserError
+from tinylm.core.optional import optional_module
 from tinylm.data.config import split_spec
 from tinylm.data.sources import Document, FileSource, Source, file_identity, hash_bytes, split_stream
 
@@ -88,8 +89,7 @@ class ParquetSource(RecordSource, FileSource):
         return [RecordSource.identity(self), FileSource.identity(self)]
 
     def read(self, path: str) -> Iterator[Document]:
-        import pyarrow as pa
-        from pyarrow import parquet
+        pa, parquet = (optional_module(name, "files") for name in ("pyarrow", "pyarrow.parquet"))
 
         c = self.config
         row = 0

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tinylm.core.errors import UserError
+from tinylm.core.optional import optional_module
 from tinylm.data.config import DataConfig, split_spec
 
 _CHUNK_BYTES = 1 << 20
@@ -180,7 +181,7 @@ def _plain_chunks(path: str) -> Iterator[bytes]:
 
 def _zst_chunks(path: str) -> Iterator[bytes]:
     """Yield what one or more frames hold; a frame that is cut short is an EOFError, which the library's files miss."""
-    import zstandard
+    zstandard = optional_module("zstandard", "files")
 
     decoder: Any = None
     left = b""

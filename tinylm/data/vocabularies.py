@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import UserError
+from tinylm.core.optional import optional_module
 from tinylm.data.config import split_spec
 from tinylm.data.tokenizers import END, BpeTokenizer, TableTokenizer, Tokenizer, byte_chars, encode_pieces, utf8
 
@@ -30,7 +31,7 @@ class Gpt2Tokenizer(TableTokenizer):
     _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
     def __init__(self, id_of_bytes: dict[bytes, int]):
-        import tiktoken
+        tiktoken = optional_module("tiktoken", "tokens")
 
         self.eot_id = max(id_of_bytes.values()) + 1
         self.vocab_size = self.eot_id + 1
@@ -55,7 +56,7 @@ class Gpt2Tokenizer(TableTokenizer):
     @classmethod
     def of_tiktoken(cls) -> "Gpt2Tokenizer":
         """Read the vocabulary through tiktoken, which fetches it once."""
-        import tiktoken
+        tiktoken = optional_module("tiktoken", "tokens")
 
         try:
             return cls(tiktoken.get_encoding("gpt2")._mergeable_ranks)
@@ -119,7 +120,7 @@ class SentencePieceTokenizer(Tokenizer):
     name = "sentencepiece"
 
     def __init__(self, model: bytes):
-        import sentencepiece
+        sentencepiece = optional_module("sentencepiece", "tokens")
 
         self._model = model
         try:

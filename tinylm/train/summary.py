@@ -32,7 +32,8 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
     if outcome.valid_loss is not None:
         floor = trainer.data.floor_nats_per_token
         known = "" if floor is None else f"; floor of the corpus {floor:.4f}"
-        lines.append(f"Validation loss {outcome.valid_loss:.4f} (best {outcome.best_loss:.4f}{known}) nats per token.")
+        best = min(outcome.best_loss, outcome.valid_loss)
+        lines.append(f"Validation loss {outcome.valid_loss:.4f} (best {best:.4f}{known}) nats per token.")
     elif outcome.loss is not None:
         lines.append(f"Training loss {outcome.loss:.4f} nats per token.")
     lines.append(f"Plot, metrics, samples and checkpoints: {folder.path}")
