@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import zstandard
 
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.data import open_data, records, sources, store
 from tinylm.data.config import DataConfig
+from tinylm.data.preparing import locked
+from tinylm.data.ready import open_ids
 from tinylm.data.sources import make_source
 
 STORIES = ["One day a cat sat.", "Two dogs ran\nfar away.", "Drei Mäuse — 日本 🙂"]
@@ -301,3 +303,36 @@ def test_records_name_splits_as_data_sets_do():
     assert records._names_valid(pathlib.Path("a/validation-00000.parquet"))
     assert records._names_valid(pathlib.Path("a/valid/0.parquet"))
     assert not records._names_valid(pathlib.Path("a/train-00000.parquet"))
+
+
+def test_an_edited_tokenizer_file_makes_another_store(tmp_path):
+    """The same spec, another content: the store that the old file made is not taken for the new one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    sizes = []
+    for extra in (["once"], ["once", "upon", "was"]):
+        vocab = {piece: i for i, piece in enumerate(["<unk>", "<|endoftext|>", *extra])}
+        tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        config = DataConfig(
+            source="tales:40", tokenizer=f"hf:{tmp_path}/tokenizer.json", seq_len=8, batch_size=4,
+            store_dir=str(tmp_path / "stores"),
+        )  # fmt: skip
+        sizes.append(open_data(config, seed=0, progress=False).vocab_size)
+    assert sizes[0] < sizes[1]
+
+
+def test_an_id_out_of_range_does_not_turn_uint32_into_uint16(tmp_path):
+    ids = np.array([1, 2, 3, 70_000] * 50, np.uint32)
+    ids.tofile(tmp_path / "ids.bin")
+    assert open_ids(str(tmp_path / "ids.bin"), 50_257).tolist() == ids.tolist()
+
+
+def test_a_store_dir_that_cannot_hold_a_lock_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)
+    with pytest.raises(StorageError, match=r"set data\.store_dir elsewhere"), locked(tmp_path, "x"):
+        pass

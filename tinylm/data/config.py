@@ -114,7 +114,7 @@ def _check_spec(key: str, spec: str, known: tuple[str, ...]) -> None:
         raise UserError(f"{key}={spec} must say more after the kind, like {kind}:{'512' if kind == 'bpe' else 'PATH'}.")
     if argument and kind in ("byte", "char"):
         raise UserError(f"{key}={spec} must be {kind} alone.")
-    if argument and kind in _WITH_COUNT and not (argument.isdigit() and int(argument) > 0):
+    if argument and kind in _WITH_COUNT and not (argument.isdecimal() and int(argument) > 0):
         raise UserError(f"{key}={spec} must have a whole number above 0 after {kind}:.")
     if kind == "bpe" and int(argument) < 257:
         raise UserError(f"{key}={spec} must have at least 257 ids: 256 bytes and the end of text.")

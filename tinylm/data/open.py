@@ -22,6 +22,7 @@ from tinylm.data.rows import JoinedRows, MixedRows, Rows, SplitRows
 from tinylm.data.sources import Source, make_source
 from tinylm.data.store import MANIFEST, Store
 from tinylm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
+from tinylm.data.vocabularies import tokenizer_file_hashes
 
 WAIT_SECS = 1800.0
 
@@ -134,9 +135,9 @@ class _Opener:
 
     @functools.cached_property
     def _tokenizer_key(self) -> Any:
-        """What decides the tokenizer: its name, and the text where it learns from that."""
+        """What decides the tokenizer: its name, its files, and the text where it learns from that."""
         c = self.config
-        key: list[Any] = [c.tokenizer, c.vocab_top_k]
+        key: list[Any] = [c.tokenizer, c.vocab_top_k, *tokenizer_file_hashes(c.tokenizer)]
         if split_spec(c.tokenizer)[0] in ("char", "bpe") or c.vocab_top_k:
             every = [*self.sources, *self.valid_sources]
             key.append([(source.spec, source.identity()) for source in every])

@@ -60,12 +60,25 @@ def store_key(source: Source, splits: tuple[str, ...], tokenizer_key: Any) -> st
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, name: str) -> Iterator[None]:
-    """Hold the lock of one store on this host, after removing what dead holders left."""
-    with (folder / f"{name}.lock").open("w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: the rename still settles races
+    """Hold the lock of one store on this host, after removing what dead holders left.
+
+    On a file system without locks the rename alone settles races, and leftovers stay: they may be another's work.
+    """
+    path = folder / f"{name}.lock"
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise StorageError(
+            f"{path} can't be written: {error.strerror}; set data.store_dir to another folder."
+        ) from error
+    with file:
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        for left in folder.glob(f"{name}.{socket.gethostname()}.*.tmp"):
-            shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            pass
+        else:
+            for left in folder.glob(f"{name}.{socket.gethostname()}.*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
         yield
 
 

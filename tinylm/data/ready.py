@@ -70,7 +70,8 @@ def open_ids(path: str, vocab_size: int) -> np.memmap:
         raise UserError(f"{path} has {size} bytes, which are no ids of 2 or 4 bytes; tokens: reads uint16 or uint32.")
     halves = np.memmap(path, np.uint16, mode="r")
     upper = halves[1 : 2 * _LOOK_TOKENS : 2]
-    is_uint32 = size % 4 == 0 and len(upper) > 1 and int(upper.max()) <= (vocab_size - 1) >> 16
+    # Of uint32 ids nearly every upper half is small, though an id out of range may be among them.
+    is_uint32 = size % 4 == 0 and len(upper) > 1 and np.mean(upper <= (vocab_size - 1) >> 16) > 0.5
     return np.memmap(path, np.uint32, mode="r") if is_uint32 else halves
 
 

@@ -52,6 +52,8 @@ class RecordSource(Source):
                 return Document(value.decode())
             except UnicodeDecodeError as error:
                 return Document("", problem=f"{where} is not UTF-8 (byte {error.start} of it)")
+        if value is None:
+            return Document("", problem=f"{where} is an empty document (null)")
         if not isinstance(value, str):
             raise UserError(f"{where} holds {type(value).__name__} instead of text; set data.text_field to another.")
         if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
@@ -75,7 +77,7 @@ class JsonlSource(RecordSource, FileSource):
             record = json.loads(line)
         except UnicodeDecodeError as error:
             return Document("", problem=f"{where} is not UTF-8 (byte {offset + error.start})")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Document("", problem=f"{where} at byte {offset}, is not JSON ({error})")
         if not isinstance(record, dict):
             return Document("", problem=f"{where} at byte {offset}, is not a JSON object")
@@ -149,7 +151,7 @@ def _download(spec: str) -> list[pathlib.Path]:
         place = huggingface_hub.snapshot_download(f"{org}/{name}", repo_type="dataset", allow_patterns=pattern)
     except Exception as error:  # the hub raises many kinds, and httpx's and requests' own
         raise UserError(f"data.source={spec} could not be fetched ({type(error).__name__}); {local}.") from error
-    files = sorted(pathlib.Path(place).rglob("*.parquet"))
+    files = sorted((pathlib.Path(place) / folder[0]).rglob("*.parquet"))
     if not files:
         raise UserError(f"data.source={spec} has no parquet files; {local}.")
     return files

@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from tinylm.core.errors import UserError
-from tinylm.data.config import DataConfig
+from tinylm.core.optional import optional_module
+from tinylm.data.config import DataConfig, parse_mixture
 from tinylm.data.preparing import checked
 from tinylm.data.sources import Document, Source, make_source
 
 
 def write_tfds(config: DataConfig, data_dir: str, name: str, version: str = "1.0.0") -> pathlib.Path:
     """Write the source of `config` as a TFDS data set below `data_dir`; return the folder of the version."""
+    if len(parse_mixture(config.source)) > 1 or config.source.startswith("tokens:"):
+        raise UserError(f"data.source={config.source} must be one source of text to become a TFDS data set.")
     source = make_source(config.source, config)
     builder = _builder_class(source, name, version)(data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()
@@ -29,8 +32,7 @@ def _documents(source: Source, split: str) -> Iterator[Document]:
 
 def _builder_class(source: Source, name: str, version: str) -> Any:
     """Return a builder class for one source; TFDS wants name and version as attributes of a class."""
-    import tensorflow_datasets as tfds
-
+    tfds = optional_module("tensorflow_datasets", "tfds")
     splits = {"train": "train", "validation": "valid"} if source.own_splits else {"train": "all"}
     first = next(itertools.chain(*(_documents(source, split) for split in splits.values())), None)
     if first is None:

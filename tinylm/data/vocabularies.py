@@ -5,6 +5,7 @@ from may go.
 """
 
 import base64
+import hashlib
 import heapq
 import itertools
 import json
@@ -237,6 +238,16 @@ def _read_llama2c(content: bytes) -> tuple[list[bytes], list[float]]:
     if len(pieces) < 259:
         raise UserError("the file of data.tokenizer=llama2c: has fewer pieces than the 256 bytes.")
     return pieces, scores
+
+
+def tokenizer_file_hashes(spec: str) -> list[str]:
+    """Return hashes of the files that a tokenizer named by file or folder is made of, so that an edit is noticed."""
+    kind, argument = split_spec(spec)
+    if not argument or kind in ("byte", "char", "bpe"):
+        return []
+    path = pathlib.Path(argument)
+    files = [path / name for name in ("encoder.json", "vocab.bpe")] if kind == "gpt2" else [path]
+    return [hashlib.sha256(read_user_file(file)).hexdigest() for file in files]
 
 
 def read_user_file(path: pathlib.Path) -> bytes:
