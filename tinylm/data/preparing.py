@@ -68,9 +68,7 @@ def locked(folder: pathlib.Path, name: str) -> Iterator[None]:
     try:
         file = path.open("a")
     except OSError as error:
-        raise StorageError(
-            f"{path} can't be written: {error.strerror}; set data.store_dir to another folder."
-        ) from error
+        raise StorageError(f"{path} can't be written: {error.strerror}; set data.store_dir elsewhere.") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
