@@ -21,7 +21,7 @@ from tinylm.core.errors import StorageError, UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-SHARD_TOKENS = 1 << 28
+SHARD_TOKENS = 1 << 32  # few files: each mapped one costs a descriptor
 _BUFFER_TOKENS = 1 << 20
 _READ_AHEAD_BYTES = 1 << 26
 
