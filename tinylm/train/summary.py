@@ -1,5 +1,7 @@
 """The lines a run opens and closes with."""
 
+from flax.traverse_util import flatten_dict
+
 from tinylm.analysis.flops import count_parameters
 from tinylm.core.log import say
 from tinylm.train.loop import Outcome, Trainer, mesh_summary
@@ -9,7 +11,7 @@ def opening(trainer: Trainer) -> None:
     """Say what is about to be trained, on what, from what."""
     c = trainer.config
     model = c.model
-    shapes = {path: leaf.shape for path, leaf in _by_path(trainer.blueprint.abstract.params)}
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(trainer.blueprint.abstract.params, sep="/").items()}
     say(
         f"model   {count_parameters(shapes, model) / 1e6:.2f} M parameters: {model.num_layers} layers, "
         f"{model.num_heads} heads, width {model.embed_dim}, vocabulary {model.vocab_size}, {model.compute_dtype}"
@@ -41,11 +43,3 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
         lines.append("Go on: the same command with a later train.stop_step, or 0.")
     lines.append(f"Write more: python -m tinylm.generate --workdir={folder.path}")
     return "\n".join(lines)
-
-
-def _by_path(params: dict, prefix: str = ""):
-    for name, value in params.items():
-        if isinstance(value, dict):
-            yield from _by_path(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
