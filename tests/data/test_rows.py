@@ -1,6 +1,7 @@
 """Rows: each target once an epoch, packing that crosses no document, exact mixtures, batches alike on any hosts."""
 
 import hashlib
+import socket
 from fractions import Fraction
 
 import numpy as np
@@ -116,8 +117,27 @@ def test_first_fit_is_the_first_row_with_room(lengths):
 
 def test_packing_is_planned_once_for_store_and_context(tmp_path, monkeypatch):
     first = opened(tmp_path, packing="packed")
-    monkeypatch.setattr(plans, "make_plan", lambda *args: pytest.fail("planned again"))
+    monkeypatch.setattr(plans, "write_plan", lambda *args, **kwargs: pytest.fail("planned again"))
     assert np.array_equal(epoch(opened(tmp_path, packing="packed").train)["targets"], epoch(first.train)["targets"])
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "header"])
+def test_a_plan_that_is_not_whole_is_made_again_and_dead_ones_go(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(plans, "PACK_DOCUMENTS", 7)
+    first = opened(tmp_path, packing="packed")
+    folder = first.folders[0]
+    plan = folder / "plan-train-packed-16"
+    wanted = epoch(first.train)["targets"]
+    dead = folder / f"{plan.name}.{socket.gethostname()}.12345.tmp"
+    dead.mkdir()
+    if damage == "header":
+        (plan / plans.PLAN).write_text("{")
+    elif damage == "gone":
+        (plan / "pieces-00000.bin").unlink()
+    else:
+        (plan / "ends-00000.bin").write_bytes((plan / "ends-00000.bin").read_bytes()[:-8])
+    assert np.array_equal(epoch(opened(tmp_path, packing="packed").train)["targets"], wanted)
+    assert plans.load_plan(plan) is not None and not dead.exists()
 
 
 @settings(max_examples=60, deadline=None)
@@ -151,7 +171,7 @@ def test_a_mixture_reads_each_source_in_epochs_of_its_own(tmp_path):
 def test_batches_are_alike_on_any_number_of_processes_and_threads(tmp_path, packing):
     data = opened(tmp_path, packing=packing)
 
-    def digest(processes, threads, start=0, count=12):
+    def digest(processes, threads, start=0, count=6):
         parts = [
             train_batches(
                 data.train, batch_shape=(2, 8), owned_rows=owned, start=start, num_threads=threads, prefetch=3
@@ -174,7 +194,7 @@ def test_batches_are_alike_on_any_number_of_processes_and_threads(tmp_path, pack
     for processes in (1, 2, 4):
         for threads in (0, 1, 4):
             assert digest(processes, threads) == wanted
-    assert digest(2, 2, start=7, count=5) == wanted[7:]
+    assert digest(2, 2, start=4, count=2) == wanted[4:]
     plain = data.train.read(16 + np.arange(16))
     batch = next(train_batches(data.train, batch_shape=(2, 8), owned_rows=np.arange(8), start=1, num_threads=0))[1]
     assert np.array_equal(batch["targets"].reshape(16, 16), plain["targets"])

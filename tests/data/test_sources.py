@@ -12,9 +12,9 @@ import pytest
 import zstandard
 
 from tinylm.core.errors import StorageError, UserError
-from tinylm.data import open_data, records, sources, store
+from tinylm.data import encoding, open_data, records, sources, store
 from tinylm.data.config import DataConfig
-from tinylm.data.preparing import locked
+from tinylm.data.preparing import make
 from tinylm.data.ready import open_ids
 from tinylm.data.sources import make_source
 
@@ -78,7 +78,8 @@ def test_jsonl_and_parquet_give_texts_and_pairs(tmp_path):
 
 
 def test_pairs_after_plain_texts_are_masked_from_their_own_begin(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_BUFFER_TOKENS", 2)
+    monkeypatch.setattr(store, "_MASK_TOKENS", 2)
+    monkeypatch.setattr(encoding, "_BATCH_CHARS", 2)
     rows = [{"text": "abc"}, {"prompt": "de", "completion": "f"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = config_of(
@@ -115,7 +116,8 @@ def test_a_validation_source_of_its_own_takes_no_text_from_training(tmp_path):
     assert data.manifests[0]["tokens"] == len(STORIES[0]) + 1 and data.valid_tokens == len(STORIES[1]) + 1
 
 
-def test_tales_have_a_floor_and_keep_their_splits_apart(tmp_path):
+def test_tales_have_a_floor_and_keep_their_splits_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "VALID_TALES", 30)
     config = config_of(tmp_path, source="tales:300", packing="single", seq_len=600)
     data = open_data(config, seed=0, progress=False)
     documents = list(make_source("tales:300", config).documents("valid"))
@@ -169,6 +171,16 @@ def test_bad_text_is_named_with_file_and_byte_or_skipped_and_counted(tmp_path, c
     assert data.manifest["documents"] == 1 + content.count(b"good")
 
 
+def test_a_record_without_its_field_is_skipped_and_counted(tmp_path):
+    rows = [{"text": "a good line here"}, {"txt": "no such field"}, {"text": 5}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = {"source": f"jsonl:{tmp_path}/a.jsonl", "valid_fraction": 0, "on_bad_text": "skip"}
+    data = open_data(config_of(tmp_path, **spec), seed=0, progress=False)
+    assert data.manifest["skipped"]["count"] == 2 and "line 2, has the fields txt" in str(data.manifest["skipped"])
+    refused(tmp_path, "holds no text .skipped 3, first: .*has the fields text; set data.text_field",
+            **spec | {"text_field": "story"})  # fmt: skip
+
+
 def test_bad_lines_of_jsonl_are_named_or_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(
         b'{"text": "a good line here"}\n{"text": "cut\n{"text": "\xff"}\n{"text": "\\ud800"}\n[1]'
@@ -185,6 +197,9 @@ def test_bad_lines_of_jsonl_are_named_or_skipped(tmp_path):
         ({"source": "text:{}/absent*"}, r"matches no file; set data\.source"),
         ({"source": "txt:a"}, "did you mean 'text'"),
         ({"source": "text:"}, "must say more"),
+        ({"valid_source": "txt:a"}, "data.valid_source=txt:a must begin with"),
+        ({"valid_source": "text:{}/absent*"}, r"data.valid_source=.*matches no file; set data\.valid_source"),
+        ({"source": "addition", "valid_source": "tales", "loss_on": "answer"}, "which data.valid_source=tales"),
         ({"source": "0*tales, 1*addition"}, "above 0"),
         ({"source": "0.7*tales, 0.3*"}, r"must be WEIGHT\*SOURCE"),
         ({"source": "0.7.1*tales, 0.3*addition"}, r"must be WEIGHT\*SOURCE"),
@@ -242,6 +257,75 @@ def test_the_hub_is_read_from_its_parquet_files_with_their_splits(tmp_path, monk
     assert data.valid_tokens == len(STORIES[2].encode()) + 1
 
 
+def test_only_the_writer_fetches_and_a_store_is_opened_without_fetching_again(tmp_path, monkeypatch):
+    import huggingface_hub
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    (tmp_path / "hub").mkdir()
+    parquet.write_table(pa.table({"text": STORIES}), tmp_path / "hub/0.parquet")
+    fetches = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: fetches.append(k) or tmp_path / "hub")
+    config = config_of(tmp_path, source="hf:org/name@v2", tokenizer="char")
+    with pytest.raises(UserError, match="process 0 has not prepared"):
+        open_data(config, seed=0, is_writer=False, wait_secs=0, progress=False)
+    assert not fetches
+    made = open_data(config, seed=0, progress=False)
+    assert [fetch["revision"] for fetch in fetches] == ["v2"]
+    assert open_data(config, seed=0, is_writer=False, wait_secs=0, progress=False).folders == made.folders
+    assert len(fetches) == 1
+
+
+def test_test_data_of_the_hub_is_not_trained_on(tmp_path, monkeypatch):
+    files = [pathlib.Path(f"{name}-0.parquet") for name in ("test", "train", "validation")]
+    source = make_source("hf:org/name", DataConfig())
+    source._files = files
+    monkeypatch.setattr(sources.FileSource, "documents", None)
+    monkeypatch.setattr(records.ParquetSource, "read", lambda self, path: [path])
+    assert list(source.documents("train")) == ["train-0.parquet"]
+    assert list(source.documents("valid")) == ["validation-0.parquet"]
+
+
+def test_a_tfds_data_set_by_name_is_not_prepared_by_those_who_wait(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: pytest.fail("prepared"))
+    with pytest.raises(UserError, match="process 0 has not prepared"):
+        config = config_of(tmp_path, source="tfds:tiny_shakespeare", tokenizer="char")
+        open_data(config, seed=0, is_writer=False, wait_secs=0, progress=False)
+
+
+def test_pairs_after_plain_texts_keep_their_prompts_in_tfds(tmp_path):
+    from tinylm.data.tfds_builder import write_tfds
+
+    rows = [{"text": "abc"}, {"prompt": "de", "completion": "f"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = write_tfds(config_of(tmp_path, source=f"jsonl:{tmp_path}/a.jsonl"), str(tmp_path / "t"), "my_pairs")
+    assert texts_of(f"tfds:{folder}", "train") == ["abc", ("de", "f")]
+
+
+def test_ready_ids_show_how_far_they_are(tmp_path, monkeypatch):
+    seen = []
+
+    class Bar:
+        def __init__(self, **settings):
+            seen.append(settings["total"])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def update(self, count):
+            seen.append(count)
+
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    np.arange(200, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    open_data(config_of(tmp_path, source=f"tokens:{tmp_path}/a.bin"), seed=0)
+    assert seen[0] == sum(seen[1:]) == 800
+
+
 def test_the_hub_without_a_network_says_how_to_use_a_local_copy(tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -253,7 +337,8 @@ def test_the_hub_without_a_network_says_how_to_use_a_local_copy(tmp_path, monkey
 
 
 @pytest.mark.parametrize("source", ["tales:40", "addition:5", "text"])
-def test_a_written_tfds_data_set_gives_the_tokens_of_its_source(tmp_path, source):
+def test_a_written_tfds_data_set_gives_the_tokens_of_its_source(tmp_path, monkeypatch, source):
+    monkeypatch.setattr(sources, "VALID_TALES", 30)
     from tinylm.data.tfds_builder import write_tfds
 
     if source == "text":
@@ -299,16 +384,27 @@ def test_the_data_room_needs_neither_jax_nor_its_heavy_libraries_to_open(tmp_pat
     assert output.stdout.strip() == "[]"
 
 
-def test_records_name_splits_as_data_sets_do():
-    assert records._names_valid(pathlib.Path("a/validation-00000.parquet"))
-    assert records._names_valid(pathlib.Path("a/valid/0.parquet"))
-    assert not records._names_valid(pathlib.Path("a/train-00000.parquet"))
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("a/validation-00000.parquet", "validation"),
+        ("a/valid/0.parquet", "valid"),
+        ("a/test_1.parquet", "test"),
+        ("a/dev.parquet", "dev"),
+        ("a/train-00000.parquet", ""),
+        ("a/testimonials.parquet", ""),
+        ("a/values-0.parquet", ""),
+    ],
+)
+def test_records_name_splits_as_data_sets_do(path, split):
+    assert records.held_out_split(pathlib.Path(path)) == split
 
 
 def test_an_edited_tokenizer_file_makes_another_store(tmp_path):
     """The same spec, another content: the store that the old file made is not taken for the new one."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
+    (tmp_path / "a.txt").write_text("once upon a time " * 9)
     sizes = []
     for extra in (["once"], ["once", "upon", "was"]):
         vocab = {piece: i for i, piece in enumerate(["<unk>", "<|endoftext|>", *extra])}
@@ -316,7 +412,7 @@ def test_an_edited_tokenizer_file_makes_another_store(tmp_path):
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         config = DataConfig(
-            source="tales:40", tokenizer=f"hf:{tmp_path}/tokenizer.json", seq_len=8, batch_size=4,
+            source=f"text:{tmp_path}/a.txt", tokenizer=f"hf:{tmp_path}/tokenizer.json", seq_len=8, batch_size=1,
             store_dir=str(tmp_path / "stores"),
         )  # fmt: skip
         sizes.append(open_data(config, seed=0, progress=False).vocab_size)
@@ -334,5 +430,5 @@ def test_a_store_dir_that_cannot_hold_a_lock_is_one_line(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(pathlib.Path, "open", refuse)
-    with pytest.raises(StorageError, match=r"set data\.store_dir elsewhere"), locked(tmp_path, "x"):
-        pass
+    with pytest.raises(StorageError, match=r"Permission denied.*set data\.store_dir"):
+        make(tmp_path / "x", pathlib.Path.exists, print)

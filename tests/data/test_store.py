@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 
 import numpy as np
 import pytest
 
 from tinylm.core.errors import StorageError, UserError
-from tinylm.data import open_data, preparing, store
+from tinylm.data import encoding, open_data, preparing, sources, store
 from tinylm.data.config import DataConfig
+from tinylm.data.tokenizers import ByteTokenizer, CharTokenizer
 
 PREPARE = """
 import sys
@@ -39,6 +41,10 @@ def write_text(path, documents=20_000):
     return path
 
 
+def config_of(path, folder, **settings):
+    return DataConfig(source=f"text:{path}", store_dir=str(folder), **{"seq_len": 8, "batch_size": 2} | settings)
+
+
 def ids_of(folder):
     opened = store.Store(folder)
     out = np.empty(len(opened.tokens), np.int32)
@@ -50,31 +56,74 @@ def finished(folder):
     return [path.parent for path in folder.glob("*/manifest.json") if path.parent.suffix != ".tmp"]
 
 
+# Says when it begins; slowed between writes, so that most kills fall inside the work.
+SLOW = """
+import time
+from tinylm.data import encoding, store
+encoding._BATCH_CHARS, append = 1 << 17, store.ArrayWriter.append
+def slowly(*args):
+    time.sleep(0.02)
+    append(*args)
+store.ArrayWriter.append = slowly
+print("begun", flush=True)
+"""
+
+
 @pytest.mark.parametrize("points", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_store_is_whole_or_absent_after_kill_9_at_any_point(tmp_path, points):
-    source = f"text:{write_text(tmp_path / 'a.txt', 60_000)}"
-    begun = time.monotonic()
-    assert start(source, tmp_path / "whole").wait() == 0
-    whole_secs = time.monotonic() - begun
-    wanted = ids_of(finished(tmp_path / "whole")[0])
-    # Slowed between writes, so that most kills fall inside the work.
-    slow = "import time, tinylm.data.store as s; f = s.ArrayWriter.append; s._BUFFER_TOKENS = 1 << 17\n" + (
-        "def slowly(*a):\n time.sleep(0.02); f(*a)\ns.ArrayWriter.append = slowly\n"
-    )
+    path = write_text(tmp_path / "a.txt", 60_000)
+    wanted = open_data(config_of(path, tmp_path / "whole"), seed=0, progress=False).folders[0]
     draw = random.Random(0)
     for point in range(points):
         folder = tmp_path / f"stores{point}"
-        process = start(source, folder, slow)
-        time.sleep(draw.uniform(0.3, 1.3) * whole_secs)
+        process = start(f"text:{path}", folder, SLOW)
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(draw.uniform(0, 1.3))
         process.send_signal(signal.SIGKILL)
         process.wait()
         for found in finished(folder) if folder.exists() else []:
             store.verify(found)
-        again = start(source, folder)
-        assert again.wait() == 0, again.stderr.read()
-        store.verify(finished(folder)[0])
-        assert np.array_equal(ids_of(finished(folder)[0]), wanted)
+        again = open_data(config_of(path, folder), seed=0, progress=False).folders[0]
+        store.verify(again)
+        assert np.array_equal(ids_of(again), ids_of(wanted))
         assert not list(folder.glob("*.tmp"))
+
+
+def test_any_number_of_processes_encodes_to_the_same_store(tmp_path, monkeypatch):
+    path = write_text(tmp_path / "a.txt", 3_000)
+    path.write_text(path.read_text() + "<|endoftext|>café — 日本 🙂")
+    alone = open_data(config_of(path, tmp_path / "alone", tokenizer="char"), seed=0, progress=False)
+    monkeypatch.setattr(encoding, "ALONE_SECS", 0)
+    monkeypatch.setattr(encoding, "_BATCH_CHARS", 1 << 14)
+    monkeypatch.setattr(encoding.os, "cpu_count", lambda: 3)
+    here = []
+    monkeypatch.setattr(encoding, "encode_texts", lambda *args: here.append(args))
+    many = open_data(config_of(path, tmp_path / "many", tokenizer="char"), seed=0, progress=False)
+    assert not here and len(many.manifest["shards"]) == 1
+    assert many.manifest["shards"] == alone.manifest["shards"]
+    assert many.manifest["document_shards"] == alone.manifest["document_shards"]
+
+
+def test_where_processes_cannot_encode_this_one_does_and_says_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "ALONE_SECS", 0)
+    monkeypatch.setattr(encoding.sys, "executable", "/nowhere/python")
+    path = write_text(tmp_path / "a.txt", 50)
+    assert len(ids_of(open_data(config_of(path, tmp_path / "s"), seed=0, progress=False).folders[0])) == 50 * 41 + 90
+    with pytest.raises(UserError, match="has no id for 'x'"):
+        list(encoding.encode([sources.Document("abx")], CharTokenizer("ab"), tmp_path))
+
+
+def test_a_process_that_encodes_ends_with_the_one_that_asked(tmp_path):
+    """Also when that is killed: its end of the pipe is closed by the system."""
+    ByteTokenizer().save(tmp_path)
+    ours, theirs = Pipe()
+    command = [sys.executable, "-c", encoding._WORKER, str(tmp_path), str(theirs.fileno())]
+    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process:
+        theirs.close()
+        ids, counts = encoding._ask(ours, ["ab", "", "é"])
+        assert ids.tolist() == [97, 98, 195, 169] and counts.tolist() == [2, 0, 2]
+        ours.close()
+        assert process.wait(20) == 0
 
 
 def test_a_store_that_was_not_renamed_is_none(tmp_path):
@@ -96,7 +145,7 @@ def test_many_that_prepare_at_once_make_one_store(tmp_path):
 
 def test_others_wait_for_the_writer_but_not_for_ever(tmp_path):
     path = write_text(tmp_path / "a.txt")
-    config = DataConfig(source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=8, batch_size=2)
+    config = config_of(path, tmp_path / "s")
     with pytest.raises(UserError, match=r"within 0 s.*data\.store_dir"):
         open_data(config, seed=0, is_writer=False, wait_secs=0.3, progress=False)
     writer = start(config.source, tmp_path / "s")
@@ -106,7 +155,7 @@ def test_others_wait_for_the_writer_but_not_for_ever(tmp_path):
 
 def test_a_full_disk_is_one_line_with_its_own_exit_code_and_leaves_nothing(tmp_path):
     path = write_text(tmp_path / "a.txt")
-    config = DataConfig(source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=8, batch_size=2)
+    config = config_of(path, tmp_path / "s")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
@@ -121,7 +170,7 @@ def test_a_full_disk_is_one_line_with_its_own_exit_code_and_leaves_nothing(tmp_p
 
 def test_a_store_is_made_once_and_again_when_its_text_changes(tmp_path, monkeypatch):
     path = write_text(tmp_path / "a.txt", 500)
-    config = DataConfig(source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=8, batch_size=2)
+    config = config_of(path, tmp_path / "s")
     first = open_data(config, seed=0, progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "Preparer", lambda *args: pytest.fail("prepared again"))
@@ -132,7 +181,7 @@ def test_a_store_is_made_once_and_again_when_its_text_changes(tmp_path, monkeypa
 
 def test_damage_is_found(tmp_path):
     path = write_text(tmp_path / "a.txt", 500)
-    config = DataConfig(source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=8, batch_size=2)
+    config = config_of(path, tmp_path / "s")
     folder = open_data(config, seed=0, progress=False).folders[0]
     shard = folder / "tokens-00000.bin"
     content = shard.read_bytes()
@@ -146,7 +195,7 @@ def test_damage_is_found(tmp_path):
 
 def test_a_store_of_another_tokenizer_is_refused(tmp_path):
     path = write_text(tmp_path / "a.txt", 500)
-    config = DataConfig(source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=8, batch_size=2)
+    config = config_of(path, tmp_path / "s")
     folder = open_data(config, seed=0, progress=False).folders[0]
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["tokenizer"]["fingerprint"] = "other"
@@ -203,13 +252,25 @@ def test_a_trillion_tokens_open_at_once_and_read_like_few(tmp_path):
     assert rates["large"] < 20 * rates["small"] + 0.5  # each touches a page of its own; the benchmark has figures
 
 
+def test_more_files_open_than_the_soft_limit_allows(tmp_path):
+    for i in range(200):
+        np.array([i, 256], np.uint16).tofile(tmp_path / f"{i:03d}.bin")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (150, limits[1]))
+    try:
+        config = config_of("", tmp_path / "s", seq_len=4)
+        config.source = f"tokens:{tmp_path}/*.bin"
+        data = open_data(config, seed=0, progress=False)
+        assert data.manifest["documents"] == 200 and ids_of(data.folders[0])[::2].tolist() == list(range(200))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_private_plans_of_a_read_only_store_stay_in_memory(tmp_path, monkeypatch):
     path = write_text(tmp_path / "a.txt", 500)
-    config = DataConfig(
-        source=f"text:{path}", store_dir=str(tmp_path / "s"), seq_len=80, batch_size=2, packing="packed"
-    )
+    config = config_of(path, tmp_path / "s", seq_len=80, packing="packed")
     wanted = open_data(config, seed=0, progress=False)
-    for plan in wanted.folders[0].glob("plan-*"):
+    for plan in wanted.folders[0].glob("plan-*-80"):
         shutil.rmtree(plan)
     monkeypatch.setattr(pathlib.Path, "mkdir", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "no")))
     config.store_dir = ""

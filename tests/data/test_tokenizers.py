@@ -209,6 +209,43 @@ def test_a_cut_of_a_byte_level_vocabulary_spells_what_it_drops(makers):
     assert len(cut.encode(TEXT)) > len(base.encode(TEXT))
 
 
+def metaspace_json():
+    """Return a tokenizer.json that marks spaces as SentencePiece does, as Llama's own is."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["</s>"], show_progress=False)
+    inner.train_from_iterator([TEXT], trainer)
+    return inner.to_str().encode()
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"])
+def test_bytes_of_ids_are_those_of_the_texts(makers, name):
+    """So that bits per byte of ready ids are those of the text they were made from."""
+    tokenizer = vocabularies.HfTokenizer(metaspace_json()) if name == "metaspace" else makers[name]()
+    texts = ["Once upon a cat.", "She said: “café!”", "there was"]
+    ids = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eot_id]]
+    assert tokenizer.count_bytes(np.array(ids)) == sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.parametrize("damage", [b"{", b'{"name": "char"}', b"[]", b'{"name": "no:kind"}', b'{"chars": "ab"}'])
+def test_a_damaged_header_is_one_clear_line(tmp_path, damage):
+    CharTokenizer("ab").save(tmp_path)
+    (tmp_path / tokenizers.HEADER_FILE).write_bytes(damage)
+    with pytest.raises(UserError, match="holds no whole tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\n\xff", b"", b'{"a": 0}'])
+def test_a_damaged_gpt2_vocabulary_is_one_clear_line(tmp_path, name, content):
+    for file in ("encoder.json", "vocab.bpe"):
+        (tmp_path / file).write_bytes(content if file == name else real(f"gpt2_bpe/{file}").read_bytes())
+    with pytest.raises(UserError, match="belong together"):
+        build_tokenizer(f"gpt2:{tmp_path}", 0, list)
+
+
 @pytest.mark.parametrize("spec", ["hf:{}", "llama2c:{}", "sentencepiece:{}", "gpt2:{}"])
 def test_a_wrong_or_missing_vocabulary_is_one_clear_line(spec, tmp_path):
     (tmp_path / "x").write_bytes(b"no such thing")

@@ -57,18 +57,20 @@ class DataConfig:
         if self.vocab_top_k < 0 or self.vocab_top_k == 1:
             raise UserError(f"data.vocab_top_k={self.vocab_top_k} must be 0 (keep all), or at least 2.")
         _check_spec("data.tokenizer", self.tokenizer, TOKENIZER_KINDS)
-        specs = [spec for _, spec in parse_mixture(self.source)] + [self.valid_source] * bool(self.valid_source)
-        for spec in specs:
-            _check_spec("data.source", spec, SOURCE_KINDS)
-        self._check_together(specs)
+        keys = [("data.source", spec) for _, spec in parse_mixture(self.source)]
+        keys += [("data.valid_source", self.valid_source)] * bool(self.valid_source)
+        for key, spec in keys:
+            _check_spec(key, spec, SOURCE_KINDS)
+            self._check_together(key, spec)
 
-    def _check_together(self, specs: list[str]) -> None:
-        if self.vocab_top_k and any(spec.startswith("tokens:") for spec in specs):
+    def _check_together(self, key: str, spec: str) -> None:
+        kind = split_spec(spec)[0]
+        if kind == "tokens" and self.vocab_top_k:
             raise UserError(f"data.vocab_top_k={self.vocab_top_k} can't cut ids that are read in place (tokens:).")
-        if self.tokenizer.partition(":")[0] in ("char", "bpe") and any(spec.startswith("tokens:") for spec in specs):
+        if kind == "tokens" and split_spec(self.tokenizer)[0] in ("char", "bpe"):
             raise UserError(f"data.tokenizer={self.tokenizer} must be the one that made the ids of tokens:.")
-        if self.loss_on == "answer" and any(spec.partition(":")[0] in ("tales", "text", "tokens") for spec in specs):
-            raise UserError("data.loss_on=answer needs prompt and completion, which this data.source doesn't have.")
+        if kind in ("tales", "text", "tokens") and self.loss_on == "answer":
+            raise UserError(f"data.loss_on=answer needs prompt and completion, which {key}={spec} doesn't have.")
 
 
 def parse_mixture(text: str) -> list[tuple[Fraction, str]]:

@@ -2,13 +2,14 @@
 
 Each source has its own store, so a mixture reuses what other runs prepared. One process prepares, the others wait for
 the store to appear. A tokenizer that learns from the text (char, bpe, or a cut to the most common ids) is made from
-all training text of the run, before its first store.
+all text of the run, that for validation too, before its first store.
 """
 
 import dataclasses
 import functools
 import itertools
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -129,7 +130,9 @@ class _Opener:
         self.config, self.is_writer, self.wait_secs, self.progress = config, is_writer, wait_secs, progress
         self.weights = [weight for weight, _ in mixture]
         self.sources = [make_source(spec, config) for _, spec in mixture]
-        self.valid_sources = [make_source(config.valid_source, config)] if config.valid_source else []
+        self.valid_sources = (
+            [make_source(config.valid_source, config, "data.valid_source")] if config.valid_source else []
+        )
         self.train_splits = ("train",) if self.valid_sources else ("train", "valid")
         self._folder = preparing.store_folder(config)
 
@@ -156,23 +159,23 @@ class _Opener:
     def store(self, source: Source, splits: tuple[str, ...]) -> Store:
         """Return the store of some splits of a source, made by this process, by another, or long ago."""
         folder = self._folder / preparing.store_key(source, splits, self._tokenizer_key)
-        if not (folder / MANIFEST).exists():
+        if not _has_manifest(folder):
             if self.is_writer:
-                self._make(source, splits, folder)
+                preparing.make(folder, _has_manifest, functools.partial(self._fill, source, splits))
             else:
                 preparing.wait_for(folder, self.wait_secs)
         return Store(folder)
 
-    def _make(self, source: Source, splits: tuple[str, ...], folder: pathlib.Path) -> None:
-        with preparing.locked(folder.parent, folder.name):
-            if (folder / MANIFEST).exists():
-                return
-            with preparing.appearing(folder) as temporary:
-                self._tokenizer.save(temporary / "tokenizer")
-                if isinstance(source, TokenSource):
-                    prepare_ready(source, self._tokenizer, temporary, splits)
-                else:
-                    preparing.Preparer(source, self._tokenizer, temporary, self.progress).run(splits)
+    def _fill(self, source: Source, splits: tuple[str, ...], folder: pathlib.Path) -> None:
+        self._tokenizer.save(folder / "tokenizer")
+        if isinstance(source, TokenSource):
+            prepare_ready(source, self._tokenizer, folder, splits, self.progress)
+        else:
+            preparing.Preparer(source, self._tokenizer, folder, self.progress).run(splits)
+
+
+def _has_manifest(folder: pathlib.Path) -> bool:
+    return (folder / MANIFEST).exists()
 
 
 def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:
@@ -198,13 +201,17 @@ def _plan(config: DataConfig, store: Store, split: str) -> plans.StreamPlan | pl
     if config.packing == "stream":
         return plans.StreamPlan(end - begin, config.seq_len)
     folder = store.folder / f"plan-{split}-{config.packing}-{config.seq_len}"
-    if not folder.exists():
-        first, last = store.manifest["splits"][split]["documents"]
-        ends = store.document_ends()[first:last, 0] - begin
-        plan = plans.make_plan(ends, config.seq_len, config.packing == "packed")
-        try:
-            with preparing.appearing(folder) as temporary:
-                plans.save_plan(plan, temporary)
-        except StorageError:  # a shared store that only its owner can write: the plan stays in memory
-            return plan
-    return plans.load_plan(folder)
+    if plan := plans.load_plan(folder):
+        return plan
+    first, last = store.manifest["splits"][split]["documents"]
+    ends = store.document_ends()[first:last, 0] - begin
+    write = functools.partial(plans.write_plan, ends=ends, seq_len=config.seq_len, packed=config.packing == "packed")
+    try:
+        preparing.make(folder, lambda folder: plans.load_plan(folder) is not None, write)
+        plan = plans.load_plan(folder)
+    except StorageError:  # a shared store that only its owner can write: the plan is this process's own
+        with tempfile.TemporaryDirectory() as private:
+            write(pathlib.Path(private))
+            plan = plans.load_plan(pathlib.Path(private))
+    assert plan is not None, "a plan that was just written can be read"
+    return plan

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinylm.data.store import map_file
+from tinylm.data.store import ArrayWriter, map_file
 
+PLAN = "plan.json"
 PACK_DOCUMENTS = 1 << 16
 
 Chunk = tuple[np.ndarray, np.ndarray, int]
@@ -102,8 +103,9 @@ def first_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     return rows
 
 
-def plan_chunks(ends: np.ndarray, begin: int, seq_len: int, packed: bool) -> Iterator[Chunk]:
+def plan_chunks(ends: np.ndarray, seq_len: int, packed: bool) -> Iterator[Chunk]:
     """Yield (piece counts of rows, pieces, documents cut) for some tens of thousands of documents at a time."""
+    begin = 0
     for first in range(0, len(ends), PACK_DOCUMENTS):
         chunk = np.asarray(ends[first : first + PACK_DOCUMENTS], np.int64)
         pieces, num_split = split_documents(chunk, begin, seq_len)
@@ -115,24 +117,25 @@ def plan_chunks(ends: np.ndarray, begin: int, seq_len: int, packed: bool) -> Ite
             yield np.ones(len(pieces), np.int64), pieces, num_split
 
 
-def make_plan(ends: np.ndarray, seq_len: int, packed: bool) -> DocumentPlan:
-    """Return the plan of documents that end at `ends`, counted from the begin of their split."""
-    counts, pieces, num_split = [], [], 0
-    for chunk_counts, chunk_pieces, chunk_split in plan_chunks(ends, 0, seq_len, packed):
-        counts.append(chunk_counts)
-        pieces.append(chunk_pieces)
-        num_split += chunk_split
-    return DocumentPlan(np.cumsum(np.concatenate(counts)), np.concatenate(pieces), num_split)
+def write_plan(folder: pathlib.Path, ends: np.ndarray, seq_len: int, packed: bool) -> None:
+    """Write the plan of documents that end at `ends`, counted from the begin of their split, into `folder`."""
+    writers = [ArrayWriter(folder, name, np.int64, shard_items=2**62) for name in ("ends", "pieces")]
+    num_pieces = num_split = 0
+    for counts, pieces, chunk_split in plan_chunks(ends, seq_len, packed):
+        writers[0].append(np.cumsum(counts) + num_pieces)
+        writers[1].append(pieces.ravel())
+        num_pieces, num_split = num_pieces + len(pieces), num_split + chunk_split
+    for writer in writers:
+        writer.close()
+    (folder / PLAN).write_text(json.dumps([writers[0].total, num_pieces, num_split]))
 
 
-def save_plan(plan: DocumentPlan, folder: pathlib.Path) -> None:
-    """Write a plan's arrays into `folder`."""
-    plan._ends.astype(np.int64).tofile(folder / "ends.bin")
-    plan._pieces.astype(np.int64).tofile(folder / "pieces.bin")
-    (folder / "split.json").write_text(json.dumps(plan.num_split))
-
-
-def load_plan(folder: pathlib.Path) -> DocumentPlan:
-    """Open a saved plan, memory-mapped."""
-    ends, pieces = (map_file(folder / f"{name}.bin", np.int64) for name in ("ends", "pieces"))
-    return DocumentPlan(ends, pieces.reshape(-1, 2), json.loads((folder / "split.json").read_text()))
+def load_plan(folder: pathlib.Path) -> DocumentPlan | None:
+    """Open a written plan, memory-mapped; None where it isn't there, or not whole."""
+    try:
+        num_rows, num_pieces, num_split = json.loads((folder / PLAN).read_text())
+        ends = map_file(folder / "ends-00000.bin", np.int64, num_rows)
+        pieces = map_file(folder / "pieces-00000.bin", np.int64, 2 * num_pieces)
+    except (OSError, ValueError):
+        return None
+    return DocumentPlan(ends, pieces.reshape(-1, 2), num_split)

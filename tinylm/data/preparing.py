@@ -17,7 +17,8 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,10 @@ import numpy as np
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
 from tinylm.data.config import DataConfig
-from tinylm.data.sources import Document, Source
+from tinylm.data.encoding import Encoded, encode
+from tinylm.data.sources import Document, Source, hash_bytes
 from tinylm.data.store import FORMAT, MANIFEST, StoreWriter, smallest_dtype
 from tinylm.data.tokenizers import Tokenizer
-
-_BATCH_CHARS = 1 << 22
 
 
 def store_folder(config: DataConfig) -> pathlib.Path:
@@ -51,43 +51,33 @@ def store_folder(config: DataConfig) -> pathlib.Path:
 
 def store_key(source: Source, splits: tuple[str, ...], tokenizer_key: Any) -> str:
     """Return the name of the store of some splits of a source's present content under a tokenizer."""
-    from tinylm.data.sources import hash_bytes
-
     c = source.config
     identity = [FORMAT, source.spec, source.identity(), splits, tokenizer_key, c.valid_fraction, c.on_bad_text]
     return hash_bytes(json.dumps(identity).encode())
 
 
-@contextlib.contextmanager
-def locked(folder: pathlib.Path, name: str) -> Iterator[None]:
-    """Hold the lock of one store on this host, after removing what dead holders left.
+def make(folder: pathlib.Path, is_whole: Callable[[pathlib.Path], bool], fill: Callable[[pathlib.Path], None]) -> None:
+    """Let `fill` make the content of `folder`, which appears at once and whole, unless it is there by then.
 
-    On a file system without locks the rename alone settles races, and leftovers stay: they may be another's work.
+    Raises StorageError where that can't be written. Another host's folder that came first is left as it is.
     """
-    path = folder / f"{name}.lock"
-    try:
-        file = path.open("a")
-    except OSError as error:
-        raise StorageError(f"{path} can't be written: {error.strerror}; set data.store_dir elsewhere.") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        else:
-            for left in folder.glob(f"{name}.{socket.gethostname()}.*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)
-        yield
-
-
-@contextlib.contextmanager
-def appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Give a new folder to fill, which becomes `folder` at the end; another that came first is left as it is."""
     temporary = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _rename(temporary, folder)
+        with _locked(folder):
+            if folder.exists():
+                if is_whole(folder):
+                    return
+                shutil.rmtree(folder)
+            temporary.mkdir(parents=True)
+            fill(temporary)
+            for path in [*temporary.rglob("*"), temporary]:
+                _sync(path)
+            try:
+                os.rename(temporary, folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            _sync(folder.parent)
     except OSError as error:
         where = error.filename or folder.parent
         raise StorageError(f"{where}: {error.strerror or error}; free space there, or set data.store_dir.") from error
@@ -95,14 +85,26 @@ def appearing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _rename(temporary: pathlib.Path, folder: pathlib.Path) -> None:
-    """Rename a folder to its final name, for good; where another came first, leave that one."""
-    try:
-        os.rename(temporary, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-    descriptor = os.open(folder.parent, os.O_RDONLY)
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Hold the lock of one folder on this host, after removing what dead holders left.
+
+    On a file system without locks the rename alone settles races, and leftovers stay: they may be another's work.
+    """
+    with folder.with_name(f"{folder.name}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        else:
+            for left in folder.parent.glob(f"{folder.name}.{socket.gethostname()}.*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _sync(path: pathlib.Path) -> None:
+    """Wait until a file or the entries of a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -145,93 +147,77 @@ def checked(documents: Iterable[Document], policy: str, skipped: Skipped | None 
             skipped.add(document.problem)
 
 
-def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, np.ndarray, int]]:
-    """Yield each document with its ids and how many of them are its prompt's, a few MB of text at a time."""
-    documents = iter(documents)
-    while True:
-        batch, chars = [], 0
-        for document in documents:
-            batch.append(document)
-            chars += len(document.prompt) + len(document.text)
-            if chars >= _BATCH_CHARS:
-                break
-        if not batch:
-            return
-        ids = iter(tokenizer.encode_batch([text for d in batch for text in (d.prompt, d.text) if text]))
-        for document in batch:
-            prompt = next(ids) if document.prompt else np.zeros(0, np.int32)
-            text = next(ids) if document.text else np.zeros(0, np.int32)
-            yield document, np.concatenate([prompt, text]), len(prompt)
-
-
 class Preparer:
-    """Fills one store from one source."""
+    """Fills one store from one source; `folder` already holds the tokenizer."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, folder: pathlib.Path, progress: bool):
-        self.source, self.tokenizer, self.progress = source, tokenizer, progress
+        self.source, self.tokenizer, self.folder, self.progress = source, tokenizer, folder, progress
         self.writer = StoreWriter(folder, smallest_dtype(tokenizer.vocab_size))
         self.skipped = Skipped()
-        self.num_documents = 0
         self.splits: dict[str, Any] = {}
-        self._eot = np.array([tokenizer.eot_id], np.int32)
-        self._bar: Any = None
+        self.num_documents = 0
 
     def run(self, splits: tuple[str, ...]) -> None:
         """Write the store of `splits`; raise UserError for bad text, StorageError for a disk that is full."""
-        from tqdm import tqdm
-
         started = time.monotonic()
-        self._bar = tqdm(
-            total=self.source.total_bytes(), unit="B", unit_scale=True, desc="preparing", leave=False,
-            disable=None if self.progress else True,
-        )  # fmt: skip
-        with self._bar:
+        with progress_bar(self.source.total_bytes(), self.progress) as self._bar:
             if self.source.own_splits:
-                self._add_splits({name: name for name in splits})
+                for name in splits:
+                    self._add_split(name, name)
             elif len(splits) == 1:
-                self._add_splits({splits[0]: "all"})
+                self._add_split(splits[0], "all")
             else:
                 self._add_and_cut()
+        skips = f"skipped {self.skipped.count}, first: {self.skipped.examples[0]}" if self.skipped.count else ""
         if not self.num_documents:
-            raise UserError(f"data.source={self.source.spec} holds no text.")
-        self.writer.finish(self._manifest())
-        secs = time.monotonic() - started
+            raise UserError(f"{self.source.setting} holds no text{skips and f' ({skips})'}.")
+        manifest = {"source": self.source.spec, "tokenizer": describe_tokenizer(self.tokenizer), "splits": self.splits}
+        self.writer.finish({**manifest, "documents": self.num_documents, "skipped": dataclasses.asdict(self.skipped)})
         if self.progress:
-            self._report(secs)
+            w, secs = self.writer, time.monotonic() - started
+            say(
+                f"prepared {self.source.spec}: {w.tokens.total:,} tokens of {self.num_documents:,} documents "
+                f"in {secs:.1f} s ({w.num_bytes / 1e6 / max(secs, 1e-9):.1f} MB/s){skips and f'; {skips}'}"
+            )
 
-    def _report(self, secs: float) -> None:
-        w, count = self.writer, self.skipped.count
-        rate = w.num_bytes / 1e6 / max(secs, 1e-9)
-        skips = f"; skipped {count}, first: {self.skipped.examples[0]}" if count else ""
-        say(
-            f"prepared {self.source.spec}: {w.num_tokens:,} tokens of {self.num_documents:,} documents "
-            f"in {secs:.1f} s ({rate:.1f} MB/s){skips}"
-        )
-
-    def _documents(self, split: str) -> Iterator[Document]:
+    def _good(self, split: str) -> Iterator[Document]:
         for document in checked(self.source.documents(split), self.source.config.on_bad_text, self.skipped):
             self.num_documents += 1
             yield document
 
     def _add(self, documents: Iterable[Document], *, closed: bool = True) -> float | None:
-        """Write documents; return the sum of their log p, None where one has none."""
+        """Write documents on a thread of its own; return the sum of their log p, None where one has none."""
         total: float | None = 0.0
-        for document, ids, num_prompt in encode(documents, self.tokenizer):
-            size = len(document.prompt.encode()) + len(document.text.encode())
-            self.writer.add(np.concatenate([ids, self._eot]) if closed else ids, size, num_prompt)
-            self._bar.update(size)
-            total = None if total is None or document.log_prob is None else total + document.log_prob
+        with futures.ThreadPoolExecutor(1) as thread:
+            writing: futures.Future | None = None
+            for batch, encoded in encode(documents, self.tokenizer, self.folder / "tokenizer"):
+                for document in batch:
+                    total = None if total is None or document.log_prob is None else total + document.log_prob
+                if writing:
+                    writing.result()
+                writing = thread.submit(self._write, batch, encoded, closed)
+            if writing:
+                writing.result()
         return total
 
-    def _add_splits(self, splits: dict[str, str]) -> None:
-        """Write splits, given as their names and what they are called in the source."""
-        for name, source_split in splits.items():
-            begin = self._here()
-            log_prob = self._add(self._documents(source_split))
-            self._note_split(name, begin, self._here(), log_prob)
+    def _write(self, batch: list[Document], encoded: Encoded, closed: bool) -> None:
+        ids, counts = encoded
+        prompts = counts[::2]
+        lengths = prompts + counts[1::2]
+        if closed:
+            ids, lengths = np.insert(ids, np.cumsum(lengths), self.tokenizer.eot_id), lengths + 1
+        sizes = np.array([len(document.prompt.encode()) + len(document.text.encode()) for document in batch])
+        self.writer.add(ids, lengths, sizes, prompts)
+        self._bar.update(int(sizes.sum()))
+
+    def _add_split(self, name: str, source_split: str) -> None:
+        """Write a split, which the source may call otherwise."""
+        begin = self._here()
+        log_prob = self._add(self._good(source_split))
+        self._note_split(name, begin, self._here(), log_prob)
 
     def _here(self) -> tuple[int, int, int]:
-        return self.writer.num_documents, self.writer.num_tokens, self.writer.num_bytes
+        return self.writer.num_documents, self.writer.tokens.total, self.writer.num_bytes
 
     def _note_split(self, name: str, begin: tuple, end: tuple, log_prob: float | None = None) -> None:
         if begin[0] == end[0]:
@@ -242,7 +228,7 @@ class Preparer:
     def _add_and_cut(self) -> None:
         """Cut a single text inside, as nanoGPT does, where it has no end to learn; several between two of them."""
         fraction = self.source.config.valid_fraction
-        documents = self._documents("all")
+        documents = self._good("all")
         first_two = list(itertools.islice(documents, 2))
         start = self._here()
         if len(first_two) == 1 and fraction and not first_two[0].prompt:
@@ -265,14 +251,13 @@ class Preparer:
         cut = cut_documents(ends[:, 1], fraction)
         return cut, int(ends[cut - 1, 0]), int(ends[cut - 1, 1])
 
-    def _manifest(self) -> dict[str, Any]:
-        return {
-            "source": self.source.spec,
-            "documents": self.num_documents,
-            "tokenizer": describe_tokenizer(self.tokenizer),
-            "splits": self.splits,
-            "skipped": dataclasses.asdict(self.skipped),
-        }
+
+def progress_bar(total: int | None, shown: bool) -> Any:
+    """Return a bar of bytes that goes on a terminal alone, and is gone at the end."""
+    from tqdm import tqdm
+
+    disable = None if shown else True
+    return tqdm(total=total, unit="B", unit_scale=True, desc="preparing", leave=False, disable=disable)
 
 
 def cut_documents(ends: np.ndarray, fraction: float) -> int:

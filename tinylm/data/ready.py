@@ -11,56 +11,53 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import UserError
-from tinylm.data.config import split_spec
-from tinylm.data.preparing import cut_documents, describe_tokenizer
-from tinylm.data.sources import Source, file_identity, find_files
-from tinylm.data.store import StoreWriter
+from tinylm.data.preparing import cut_documents, describe_tokenizer, progress_bar
+from tinylm.data.sources import FileSource
+from tinylm.data.store import StoreWriter, TokenArray
 from tinylm.data.tokenizers import Tokenizer
 
-_CHUNK_TOKENS = 1 << 24
+_CHUNK_TOKENS = 1 << 22
 _LOOK_TOKENS = 1 << 20
 
 
-class TokenSource(Source):
+class TokenSource(FileSource):
     """Files of ids; it has no documents of text."""
 
-    def files(self) -> list[str]:
-        """Return the files of the glob."""
-        return find_files(self.spec, split_spec(self.spec)[1])
 
-    def identity(self) -> Any:
-        return [file_identity(path) for path in self.files()]
-
-
-def prepare_ready(source: TokenSource, tokenizer: Tokenizer, folder: pathlib.Path, splits: tuple[str, ...]) -> None:
+def prepare_ready(
+    source: TokenSource, tokenizer: Tokenizer, folder: pathlib.Path, splits: tuple[str, ...], progress: bool
+) -> None:
     """Write a store that points at ready files; raise UserError for ids that the tokenizer doesn't have."""
-    arrays = [open_ids(path, tokenizer.vocab_size) for path in source.files()]
-    writer = StoreWriter(folder, arrays[0].dtype)
+    writer = StoreWriter(folder, np.dtype(np.uint16))
+    with progress_bar(2 * (source.total_bytes() or 0), progress) as bar:
+        shards = _scan(source.files, tokenizer, writer, bar)
+        array = TokenArray(folder, shards, np.uint16)
+        if int(writer.document_ends()[-1:, 0].sum()) < len(array):
+            writer.ends.append(np.array([len(array), 0]))
+        ends = writer.document_ends()[:, 0]
+        splits_of = _cut(ends, splits, source.config.valid_fraction)
+        for part in splits_of.values():
+            part["bytes"] = _count_bytes(tokenizer, bar, array, *part["tokens"])
+    manifest = {"source": source.spec, "tokens": len(array), "documents": len(ends), "shards": shards}
+    manifest |= {"tokenizer": describe_tokenizer(tokenizer), "splits": splits_of}
+    writer.finish(manifest | {"skipped": {"count": 0, "examples": []}})
+
+
+def _scan(paths: list[str], tokenizer: Tokenizer, writer: StoreWriter, bar: Any) -> list[dict[str, Any]]:
+    """Check the ids of files, hand the ends of documents to `writer`, and return the files as shards."""
+    shards: list[dict[str, Any]] = []
     total = 0
-    for array in arrays:
-        for begin in range(0, len(array), _CHUNK_TOKENS):
-            chunk = array[begin : begin + _CHUNK_TOKENS]
-            _check_ids(chunk, begin, array, tokenizer)
+    for path in paths:
+        ids = open_ids(path, tokenizer.vocab_size)
+        for begin in range(0, len(ids), _CHUNK_TOKENS):
+            chunk = ids[begin : begin + _CHUNK_TOKENS]
+            _check_ids(chunk, begin, ids, tokenizer)
             ends = np.flatnonzero(chunk == tokenizer.eot_id) + begin + total + 1
             writer.ends.append(np.stack([ends, np.zeros_like(ends)], axis=1).ravel())
-        total += len(array)
-    if not writer.ends.total or int(writer.document_ends()[-1, 0]) < total:
-        writer.ends.append(np.array([total, 0]))
-    ends = np.array(writer.document_ends()[:, 0])
-    shards = [{"file": str(a.filename), "items": len(a), "dtype": a.dtype.name} for a in arrays]
-    parts = _cut(ends, splits, source.config.valid_fraction)
-    for part in parts.values():
-        part["bytes"] = sum(tokenizer.count_bytes(ids) for ids in _parts(arrays, *part["tokens"]))
-    manifest = {
-        "source": source.spec,
-        "tokens": total,
-        "documents": len(ends),
-        "shards": shards,
-        "tokenizer": describe_tokenizer(tokenizer),
-        "splits": parts,
-        "skipped": {"count": 0, "examples": []},
-    }
-    writer.finish(manifest)
+            bar.update(chunk.nbytes)
+        shards.append({"file": path, "items": len(ids), "dtype": ids.dtype.name})
+        total += len(ids)
+    return shards
 
 
 def open_ids(path: str, vocab_size: int) -> np.memmap:
@@ -95,11 +92,12 @@ def _cut(ends: np.ndarray, splits: tuple[str, ...], fraction: float) -> dict[str
     return {"train": first, "valid": {"documents": [documents, len(ends)], "tokens": [cut, total]}}
 
 
-def _parts(arrays: list[np.memmap], begin: int, end: int) -> Any:
-    """Yield the ids from `begin` to `end` over all files, some millions at a time."""
-    start = 0
-    for array in arrays:
-        low, high = max(begin - start, 0), min(end - start, len(array))
-        for at in range(low, high, _CHUNK_TOKENS):
-            yield array[at : min(at + _CHUNK_TOKENS, high)]
-        start += len(array)
+def _count_bytes(tokenizer: Tokenizer, bar: Any, array: TokenArray, begin: int, end: int) -> int:
+    """Return how many bytes of text the tokens from `begin` to `end` stand for."""
+    total = 0
+    for at in range(begin, end, _CHUNK_TOKENS):
+        ids = np.empty(min(_CHUNK_TOKENS, end - at), np.int32)
+        array.read(ids, at)
+        total += tokenizer.count_bytes(ids)
+        bar.update(2 * len(ids))
+    return total

@@ -5,14 +5,15 @@ huggingface_hub are imported when such a source is read. Nothing goes to the net
 isn't prepared yet, and `hf:`.
 """
 
+import functools
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tinylm.core.errors import UserError
 from tinylm.core.optional import optional_module
-from tinylm.data.config import split_spec
 from tinylm.data.sources import Document, FileSource, Source, file_identity, hash_bytes, split_stream
 
 DEFAULT_BELOW = 100
@@ -25,19 +26,18 @@ class RecordSource(Source):
 
     def identity(self) -> Any:
         c = self.config
-        return [c.text_field, c.prompt_field, c.completion_field]
+        return [c.text_field, c.prompt_field, c.completion_field, super().identity()]
 
     def document(self, record: Mapping[str, Any], where: str) -> Document:
-        """Return the text or pair of a record; raise UserError where the fields aren't there."""
+        """Return the text or pair of a record, or what is wrong with it."""
         c = self.config
         names = [c.prompt_field, c.completion_field]
         if not all(name in record for name in names):
             names = [c.text_field]
         if not all(name in record for name in names):
-            raise UserError(
-                f"{where} has the fields {', '.join(record)}; set data.text_field, or data.prompt_field and "
-                "data.completion_field, to what they are called."
-            )
+            fields = ", ".join(map(str, record))
+            keys = "set data.text_field, or data.prompt_field and data.completion_field, to what they are called"
+            return Document("", problem=f"{where} has the fields {fields}; {keys}")
         values = [self._text(record[name], f"{where}, field {name},") for name in names]
         problem = next((value.problem for value in values if value.problem), "")
         if not problem and not values[-1].text.strip():
@@ -55,7 +55,8 @@ class RecordSource(Source):
         if value is None:
             return Document("", problem=f"{where} is an empty document (null)")
         if not isinstance(value, str):
-            raise UserError(f"{where} holds {type(value).__name__} instead of text; set data.text_field to another.")
+            kind = type(value).__name__
+            return Document("", problem=f"{where} holds {kind} instead of text; set data.text_field to another")
         if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
             return Document("", problem=f"{where} holds half of a surrogate pair, which is no Unicode")
         return Document(value)
@@ -63,9 +64,6 @@ class RecordSource(Source):
 
 class JsonlSource(RecordSource, FileSource):
     """One JSON object a line; blank lines are nothing."""
-
-    def identity(self) -> Any:
-        return [RecordSource.identity(self), FileSource.identity(self)]
 
     def read(self, path: str) -> Iterator[Document]:
         for number, (offset, line) in enumerate(split_stream(path, b"\n"), 1):
@@ -87,9 +85,6 @@ class JsonlSource(RecordSource, FileSource):
 class ParquetSource(RecordSource, FileSource):
     """Rows of parquet files, some thousands at a time."""
 
-    def identity(self) -> Any:
-        return [RecordSource.identity(self), FileSource.identity(self)]
-
     def read(self, path: str) -> Iterator[Document]:
         pa, parquet = (optional_module(name, "files") for name in ("pyarrow", "pyarrow.parquet"))
 
@@ -109,66 +104,91 @@ class ParquetSource(RecordSource, FileSource):
 
 
 class HubSource(RecordSource):
-    """The parquet files of a data set on the Hugging Face hub: ORG/NAME, or ORG/NAME/FOLDER for a part of it."""
+    """The parquet files of a data set on the Hugging Face hub: ORG/NAME, ORG/NAME@REVISION, ORG/NAME/FOLDER of it.
 
-    def __init__(self, spec: str, config: Any):
-        super().__init__(spec, config)
-        self._files: list[pathlib.Path] = []
+    It is fetched where a store is made, and only then: other processes and later runs know the store by this name.
+    """
 
-    def _fetch(self) -> list[pathlib.Path]:
-        if not self._files:
-            self._files = _download(self.spec)
-        return self._files
+    @functools.cached_property
+    def _files(self) -> list[pathlib.Path]:
+        """The files, from the local cache where they are there."""
+        org, name, *rest = self.argument.split("/", 2) + [""] * 2
+        name, _, revision = name.partition("@")
+        local = "download its parquet files where there is a network and set data.source=parquet:DIR/*.parquet"
+        try:
+            import huggingface_hub
+        except ImportError as error:
+            raise UserError(f"{self.setting} needs huggingface_hub: pip install 'tinylm[hf]'; or {local}.") from error
+        pattern = f"{rest[0]}/*.parquet" if rest[0] else "*.parquet"
+        try:
+            place = huggingface_hub.snapshot_download(
+                f"{org}/{name}", repo_type="dataset", revision=revision or None, allow_patterns=pattern
+            )
+        except Exception as error:  # the hub raises many kinds, and httpx's and requests' own
+            raise UserError(f"{self.setting} could not be fetched ({type(error).__name__}); {local}.") from error
+        files = sorted((pathlib.Path(place) / rest[0]).rglob("*.parquet"))
+        if not files:
+            raise UserError(f"{self.setting} has no parquet files; {local}.")
+        return files
 
     @property
     def own_splits(self) -> bool:
-        return any(_names_valid(path) for path in self._fetch())
-
-    def identity(self) -> Any:
-        # The cache's folder of a revision is named by its commit, and never changes.
-        return [super().identity(), sorted([str(path), path.stat().st_size] for path in self._fetch())]
+        return any(held_out_split(path) for path in self._files)
 
     def documents(self, split: str) -> Iterator[Document]:
-        chosen = [p for p in self._fetch() if split == "all" or _names_valid(p) == (split == "valid")]
-        for path in chosen:
+        names = [held_out_split(path) for path in self._files]
+        valid = next((name for name in _VALID_NAMES if name in names), "")
+        wanted = valid if split == "valid" else ""
+        for path in [path for path, name in zip(self._files, names, strict=True) if name == wanted]:
             yield from ParquetSource(f"parquet:{path}", self.config).read(str(path))
 
 
-def _names_valid(path: pathlib.Path) -> bool:
-    return path.name.startswith(_VALID_NAMES) or path.parent.name in _VALID_NAMES
-
-
-def _download(spec: str) -> list[pathlib.Path]:
-    """Return the parquet files of a hub data set, from the local cache where they are there."""
-    org, name, *folder = split_spec(spec)[1].split("/", 2) + [""] * 2
-    local = "download its parquet files where there is a network and set data.source=parquet:DIR/*.parquet"
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise UserError(f"data.source={spec} needs huggingface_hub: pip install 'tinylm[hf]'; or {local}.") from error
-    pattern = f"{folder[0]}/*.parquet" if folder[0] else "*.parquet"
-    try:
-        place = huggingface_hub.snapshot_download(f"{org}/{name}", repo_type="dataset", allow_patterns=pattern)
-    except Exception as error:  # the hub raises many kinds, and httpx's and requests' own
-        raise UserError(f"data.source={spec} could not be fetched ({type(error).__name__}); {local}.") from error
-    files = sorted((pathlib.Path(place) / folder[0]).rglob("*.parquet"))
-    if not files:
-        raise UserError(f"data.source={spec} has no parquet files; {local}.")
-    return files
+def held_out_split(path: pathlib.Path) -> str:
+    """Return which split other than train a file belongs to, by its name or its folder's; "" for none."""
+    name = re.match(rf"({'|'.join(_VALID_NAMES)})(?![a-z])", path.name)
+    return name[1] if name else path.parent.name if path.parent.name in _VALID_NAMES else ""
 
 
 class TfdsSource(RecordSource):
-    """A TFDS data set by name, or by the folder of a prepared version; array_record is read without TensorFlow."""
+    """A TFDS data set by name, or by the folder of a prepared version; array_record is read without TensorFlow.
 
-    def __init__(self, spec: str, config: Any):
-        super().__init__(spec, config)
-        self._opened: Any = None
+    One by name is prepared where a store is made, and only then, as `hf:` is fetched.
+    """
 
-    @property
+    def _folder(self) -> pathlib.Path | None:
+        folder = pathlib.Path(self.argument).expanduser()
+        return folder if (folder / "dataset_info.json").exists() else None
+
+    @functools.cached_property
     def _builder(self) -> Any:
-        if self._opened is None:
-            self._opened = _tfds_builder(self.spec, self.config.tfds_data_dir, self.config.tfds_manual_dir)
-        return self._opened
+        """A builder whose data is prepared as array_record, prepared here where TensorFlow is there to do so."""
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise UserError(f"{self.setting} needs TFDS: pip install 'tinylm[tfds]'.") from error
+        c = self.config
+        try:
+            if folder := self._folder():
+                return tfds.builder_from_directory(folder)
+            builder = tfds.builder(
+                self.argument, data_dir=c.tfds_data_dir or None, file_format="array_record", try_gcs=False
+            )
+            config = tfds.download.DownloadConfig(manual_dir=c.tfds_manual_dir or None, try_download_gcs=False)
+            builder.download_and_prepare(download_config=config)
+        except tfds.core.DatasetNotFoundError as error:
+            raise UserError(f"{self.setting} is no data set of TFDS, nor a folder with a prepared one.") from error
+        except ImportError as error:
+            raise UserError(
+                f"{self.setting} needs TensorFlow to be prepared (pip install 'tinylm[tfds]'); a data set already "
+                "prepared as array_record needs none: set data.tfds_data_dir."
+            ) from error
+        except Exception as error:  # builders raise whatever their own downloads raise
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{self.setting} could not be prepared by TFDS ({why}); "
+                "without a network put its files in a folder and set data.tfds_manual_dir."
+            ) from error
+        return builder
 
     @property
     def own_splits(self) -> bool:
@@ -178,45 +198,17 @@ class TfdsSource(RecordSource):
         return next((name for name in _VALID_NAMES if name in self._builder.info.splits), None)
 
     def identity(self) -> Any:
-        folder = pathlib.Path(self._builder.data_dir)
-        return [super().identity(), [file_identity(str(path)) for path in sorted(folder.iterdir())]]
+        c, folder = self.config, self._folder()
+        place = [file_identity(str(path)) for path in sorted(folder.iterdir())] if folder else [c.tfds_data_dir]
+        return [super().identity(), place, "" if folder else c.tfds_manual_dir]
 
     def documents(self, split: str) -> Iterator[Document]:
         name = self._valid_split() if split == "valid" else "train"
         known = list(self._builder.info.splits)
         if name not in known:
-            raise UserError(f"data.source={self.spec} has no split train, only {', '.join(known)}.")
+            raise UserError(f"{self.setting} has no split train, only {', '.join(known)}.")
         for i, record in enumerate(self._builder.as_data_source(split=name)):
             yield self.document(record, f"{self.spec}, split {name}, record {i},")
-
-
-def _tfds_builder(spec: str, data_dir: str, manual_dir: str) -> Any:
-    """Return a builder whose data is prepared as array_record, preparing it where TensorFlow is there to do so."""
-    name = split_spec(spec)[1]
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise UserError(f"data.source={spec} needs TFDS: pip install 'tinylm[tfds]'.") from error
-    folder = pathlib.Path(name).expanduser()
-    if (folder / "dataset_info.json").exists():
-        return tfds.builder_from_directory(folder)
-    try:
-        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record", try_gcs=False)
-        config = tfds.download.DownloadConfig(manual_dir=manual_dir or None, try_download_gcs=False)
-        builder.download_and_prepare(download_config=config)
-    except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"data.source={spec} is no data set of TFDS, nor a folder with a prepared one.") from error
-    except ImportError as error:
-        raise UserError(
-            f"data.source={spec} needs TensorFlow to be prepared (pip install 'tinylm[tfds]'); a data set already "
-            "prepared as array_record needs none: set data.tfds_data_dir."
-        ) from error
-    except Exception as error:  # builders raise whatever their own downloads raise
-        raise UserError(
-            f"data.source={spec} could not be prepared by TFDS ({str(error).strip().splitlines()[0]}); "
-            "without a network put its files in a folder and set data.tfds_manual_dir."
-        ) from error
-    return builder
 
 
 class AdditionSource(Source):
@@ -227,7 +219,7 @@ class AdditionSource(Source):
         return True
 
     def _below(self) -> int:
-        return int(split_spec(self.spec)[1] or DEFAULT_BELOW)
+        return int(self.argument or DEFAULT_BELOW)
 
     def identity(self) -> Any:
         return [self._below(), _HELD_OUT]

@@ -35,10 +35,21 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass
 class Source:
-    """One source of documents."""
+    """One source of documents, named by the spec of a key of the config."""
 
     spec: str
     config: DataConfig
+    key: str = "data.source"
+
+    @property
+    def setting(self) -> str:
+        """Return the key and its value, as messages name them."""
+        return f"{self.key}={self.spec}"
+
+    @functools.cached_property
+    def argument(self) -> str:
+        """Return what follows the kind."""
+        return split_spec(self.spec)[1]
 
     @property
     def own_splits(self) -> bool:
@@ -47,7 +58,7 @@ class Source:
 
     def identity(self) -> Any:
         """Return plain values that change when the documents change."""
-        raise NotImplementedError
+        return None
 
     def documents(self, split: str) -> Iterator[Document]:
         """Yield the documents of "train" or "valid", or of "all" where there are no own splits."""
@@ -93,25 +104,33 @@ class TalesSource(Source):
         raise AssertionError("there is always another tale")
 
     def _count(self, split: str) -> int:
-        return VALID_TALES if split == "valid" else int(split_spec(self.spec)[1] or DEFAULT_TALES)
+        return VALID_TALES if split == "valid" else int(self.argument or DEFAULT_TALES)
 
 
 class FileSource(Source):
-    """What `text:`, `jsonl:` and `parquet:` share: files of a glob, read in the order of their names."""
+    """What `text:`, `jsonl:`, `parquet:` and `tokens:` share: files of a glob, read in the order of their names."""
 
+    @functools.cached_property
     def files(self) -> list[str]:
-        """Return the files of the glob; raise UserError where there are none."""
-        return find_files(self.spec, split_spec(self.spec)[1])
+        """The files of the glob, sorted; raise UserError where there are none or one can't be read."""
+        pattern = os.path.expanduser(self.argument)
+        paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+        if not paths:
+            raise UserError(f"{self.setting} matches no file; set {self.key} to a file or glob that exists.")
+        for path in paths:
+            if not os.access(path, os.R_OK):
+                raise UserError(f"{path} can't be read by this user; change its permissions.")
+        return [os.path.abspath(path) for path in paths]
 
     def identity(self) -> Any:
-        return [file_identity(path) for path in self.files()]
+        return [file_identity(path) for path in self.files]
 
     def total_bytes(self) -> int | None:
-        compressed = any(path.endswith((".gz", ".zst", ".parquet")) for path in self.files())
-        return None if compressed else sum(os.path.getsize(path) for path in self.files())
+        compressed = any(path.endswith((".gz", ".zst", ".parquet")) for path in self.files)
+        return None if compressed else sum(os.path.getsize(path) for path in self.files)
 
     def documents(self, split: str) -> Iterator[Document]:
-        for path in self.files():
+        for path in self.files:
             yield from self.read(path)
 
     def read(self, path: str) -> Iterator[Document]:
@@ -120,7 +139,10 @@ class FileSource(Source):
 
 
 class TextSource(FileSource):
-    """Plain text, cut at `data.separator` where a file has it; what follows the last one may be blank."""
+    """Plain text, cut at `data.separator` where a file has it; what follows the last one may be blank.
+
+    A document is held in memory whole: so is a file in which there is no separator.
+    """
 
     def identity(self) -> Any:
         return [self.config.separator, super().identity()]
@@ -133,18 +155,6 @@ class TextSource(FileSource):
             offset, block = next_offset, next_block
         if offset == 0 or block.strip():
             yield decode(block, f"{path} at byte {offset}", offset)
-
-
-def find_files(spec: str, pattern: str) -> list[str]:
-    """Return the sorted files of a glob; raise UserError where there are none or one can't be read."""
-    pattern = os.path.expanduser(pattern)
-    paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
-    if not paths:
-        raise UserError(f"data.source={spec} matches no file; set data.source to a file or glob that exists.")
-    for path in paths:
-        if not os.access(path, os.R_OK):
-            raise UserError(f"{path} can't be read by this user; change its permissions.")
-    return [os.path.abspath(path) for path in paths]
 
 
 def file_identity(path: str) -> list[Any]:
@@ -224,14 +234,13 @@ def decode(block: bytes, where: str, offset: int = 0) -> Document:
     return Document(text) if text.strip() else Document("", problem=f"{where} is an empty document")
 
 
-def make_source(spec: str, config: DataConfig) -> Source:
-    """Return the source of documents that a spec names."""
-    kind = split_spec(spec)[0]
-    if kind in ("tales", "text"):
-        return TalesSource(spec, config) if kind == "tales" else TextSource(spec, config)
+def make_source(spec: str, config: DataConfig, key: str = "data.source") -> Source:
+    """Return the source of documents that a spec of `key` names."""
     from tinylm.data import ready, records
 
     classes: dict[str, type[Source]] = {
+        "tales": TalesSource,
+        "text": TextSource,
         "addition": records.AdditionSource,
         "jsonl": records.JsonlSource,
         "parquet": records.ParquetSource,
@@ -239,4 +248,4 @@ def make_source(spec: str, config: DataConfig) -> Source:
         "hf": records.HubSource,
         "tokens": ready.TokenSource,
     }
-    return classes[kind](spec, config)
+    return classes[split_spec(spec)[0]](spec, config, key)

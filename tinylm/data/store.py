@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import pathlib
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ from tinylm.core.errors import StorageError, UserError
 FORMAT = 1
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 1 << 32  # few files: each mapped one costs a descriptor
-_BUFFER_TOKENS = 1 << 20
+_MASK_TOKENS = 1 << 20
 _READ_AHEAD_BYTES = 1 << 26
 
 
@@ -34,7 +35,7 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
 class ArrayWriter:
     """Appends arrays of one type to numbered shard files, with checksums."""
 
-    def __init__(self, folder: pathlib.Path, stem: str, dtype: np.dtype, shard_items: int = SHARD_TOKENS):
+    def __init__(self, folder: pathlib.Path, stem: str, dtype: np.dtype | type, shard_items: int = SHARD_TOKENS):
         self.folder, self.stem, self.dtype, self.shard_items = folder, stem, np.dtype(dtype), shard_items
         self.shards: list[dict[str, Any]] = []
         self.total = 0
@@ -47,13 +48,13 @@ class ArrayWriter:
             if self._file is None:
                 self._open()
             room = self.shard_items - self.shards[-1]["items"]
-            content = np.ascontiguousarray(values[:room], self.dtype).tobytes()
-            self._file.write(content)
-            self._digest.update(content)
-            self.shards[-1]["items"] += min(room, len(values))
-            self.total += min(room, len(values))
+            content = np.ascontiguousarray(values[:room], self.dtype)
+            self._file.write(content.data)
+            self._digest.update(content.data)
+            self.shards[-1]["items"] += len(content)
+            self.total += len(content)
             values = values[room:]
-            if self.shards[-1]["items"] == self.shard_items:
+            if len(content) == room:
                 self.close()
 
     def _open(self) -> None:
@@ -62,24 +63,20 @@ class ArrayWriter:
         self._digest = hashlib.sha256()
         self.shards.append({"file": name, "items": 0})
 
-    def flush(self) -> None:
-        """Make what was appended visible to other openings of the file."""
+    def so_far(self) -> np.ndarray:
+        """Map what the first shard holds by now."""
+        if not self.shards:
+            return np.zeros(0, self.dtype)
         if self._file is not None:
             self._file.flush()
+        return np.memmap(self.folder / self.shards[0]["file"], self.dtype, mode="r")
 
     def close(self) -> None:
-        """End the current shard: flush it to the disk and note its checksum."""
+        """End the current shard and note its checksum."""
         if self._file is not None:
-            sync_and_close(self._file)
+            self._file.close()
             self.shards[-1]["sha256"] = self._digest.hexdigest()
             self._file = None
-
-
-def sync_and_close(file: Any) -> None:
-    """Close a file after its content has reached the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
 
 
 class StoreWriter:
@@ -87,87 +84,57 @@ class StoreWriter:
 
     def __init__(self, folder: pathlib.Path, dtype: np.dtype):
         self.tokens = ArrayWriter(folder, "tokens", dtype)
-        self.masks: ArrayWriter | None = None
-        self.ends = ArrayWriter(folder, "documents", np.dtype(np.int64), shard_items=2**62)
+        self.masks = ArrayWriter(folder, "mask", np.uint8)
+        self.ends = ArrayWriter(folder, "documents", np.int64, shard_items=2**62)
         self.folder, self.num_documents, self.num_bytes = folder, 0, 0
-        self._held: list[np.ndarray] = []
-        self._held_prompts: list[int] = []
-        self._held_ends: list[tuple[int, int]] = []
-        self._held_tokens = 0
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens so far."""
-        return self.tokens.total + self._held_tokens
+    def add(self, ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, prompts: np.ndarray) -> None:
+        """Append documents: their `ids` in a row, and of each how many, its bytes of text, its first ids without loss.
 
-    def add(self, ids: np.ndarray, num_bytes: int, num_prompt: int = 0) -> None:
-        """Append one document: its ids, its bytes of text, how many of the first ids carry no loss."""
-        self._held.append(ids)
-        self._held_prompts.append(num_prompt)
-        self._held_tokens += len(ids)
-        self.num_documents += 1
-        self.num_bytes += num_bytes
-        self._held_ends.append((self.num_tokens, self.num_bytes))
-        if self._held_tokens >= _BUFFER_TOKENS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Hand what is held to the files."""
-        if self._held:
-            self._flush_masks()
-            self.tokens.append(np.concatenate(self._held))
-            self.ends.append(np.array(self._held_ends, np.int64).ravel())
-        self._held, self._held_prompts, self._held_ends, self._held_tokens = [], [], [], 0
-
-    def _flush_masks(self) -> None:
-        """Hand on the masks; where this is the first prompt, also those of the tokens before, which all carry loss."""
-        if self.masks is None and any(self._held_prompts):
-            self.masks = ArrayWriter(self.folder, "mask", np.dtype(np.uint8))
-            for done in range(0, self.tokens.total, _BUFFER_TOKENS):
-                self.masks.append(np.ones(min(_BUFFER_TOKENS, self.tokens.total - done), np.uint8))
-        if self.masks is not None:
-            masks = [np.arange(len(ids)) >= n for ids, n in zip(self._held, self._held_prompts, strict=True)]
-            self.masks.append(np.concatenate(masks))
+        Where these have the first prompt of all, the mask begins with the tokens before, which all carry loss.
+        """
+        ends = np.cumsum(lengths)
+        if prompts.any() or self.masks.total:
+            for done in range(self.masks.total, self.tokens.total, _MASK_TOKENS):
+                self.masks.append(np.ones(min(_MASK_TOKENS, self.tokens.total - done), np.uint8))
+            self.masks.append(np.arange(len(ids)) >= np.repeat(ends - lengths + prompts, lengths))
+        both = np.stack([ends + self.tokens.total, np.cumsum(sizes) + self.num_bytes], axis=1)
+        self.tokens.append(ids)
+        self.ends.append(both.ravel())
+        self.num_documents += len(lengths)
+        self.num_bytes += int(sizes.sum())
 
     def document_ends(self) -> np.ndarray:
         """Return the tokens and bytes up to the end of each document so far: [documents, 2]."""
-        self.flush()
-        self.ends.flush()
-        return np.memmap(self.folder / self.ends.shards[0]["file"], np.int64, mode="r").reshape(-1, 2)
+        return self.ends.so_far().reshape(-1, 2)
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Write what is held, then the manifest, each safe on the disk before the next."""
-        self.flush()
-        writers = [self.tokens, self.ends] + ([self.masks] if self.masks else [])
-        for writer in writers:
+        """Close the files and write the manifest."""
+        for writer in (self.tokens, self.ends, self.masks):
             writer.close()
         manifest = {
             "format": FORMAT,
             "dtype": self.tokens.dtype.name,
-            "tokens": self.num_tokens,
+            "tokens": self.tokens.total,
             "documents": self.num_documents,
             "bytes": self.num_bytes,
             "shards": self.tokens.shards,
-            "mask_shards": self.masks.shards if self.masks else [],
+            "mask_shards": self.masks.shards,
             "document_shards": self.ends.shards,
             **manifest,
         }
-        with (self.folder / MANIFEST).open("w") as file:
-            json.dump(manifest, file, indent=1)
-            sync_and_close(file)
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 class TokenArray:
     """One long array over several memory-mapped files, read a stretch at a time."""
 
-    def __init__(self, folder: pathlib.Path, shards: list[dict[str, Any]], dtype: np.dtype):
+    def __init__(self, folder: pathlib.Path, shards: list[dict[str, Any]], dtype: np.dtype | type):
+        _allow_files(len(shards))
         self._maps: list[np.ndarray] = []
         self._starts = [0]
         for shard in shards:
-            path = folder / shard["file"]
-            dtype_here = np.dtype(shard.get("dtype", dtype))
-            _check_size(path, shard["items"] * dtype_here.itemsize)
-            self._maps.append(map_file(path, dtype_here))
+            self._maps.append(map_file(folder / shard["file"], np.dtype(shard.get("dtype", dtype)), shard["items"]))
             self._starts.append(self._starts[-1] + shard["items"])
 
     def __len__(self) -> int:
@@ -176,10 +143,6 @@ class TokenArray:
     def read(self, out: np.ndarray, start: int) -> None:
         """Fill `out` with what begins at `start`."""
         shard = bisect.bisect_right(self._starts, start) - 1
-        begin = start - self._starts[shard]
-        if begin + len(out) <= len(self._maps[shard]):
-            out[:] = self._maps[shard][begin : begin + len(out)]
-            return
         done = 0
         while done < len(out):
             begin = start + done - self._starts[shard]
@@ -188,26 +151,35 @@ class TokenArray:
             done += len(piece)
             shard += 1
 
-    def whole(self) -> np.ndarray:
-        """Return the one file there is as an array; empty where there is none."""
-        assert len(self._maps) <= 1, "only a single shard can be seen as a whole"
-        return self._maps[0] if self._maps else np.zeros(0, np.int64)
 
+def map_file(path: pathlib.Path, dtype: np.dtype | type, items: int) -> np.ndarray:
+    """Map a file of so many items for random reading; raise StorageError where it is not there or of another size.
 
-def map_file(path: pathlib.Path, dtype: np.dtype | type) -> np.ndarray:
-    """Map a file for random reading: a small one is read ahead whole, a large one never, for most would be in vain."""
-    with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    A small one is read ahead whole, a large one never, for most would be in vain.
+    """
+    try:
+        with path.open("rb") as file:
+            found, expected = os.fstat(file.fileno()).st_size, items * np.dtype(dtype).itemsize
+            if found != expected:
+                raise OSError(0, f"has {found:,} bytes instead of {expected:,}")
+            if not items:
+                return np.zeros(0, dtype)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise StorageError(
+            f"{path} {error.strerror}: it is damaged; delete {path.parent} to prepare it again."
+        ) from error
     if hasattr(mmap, "MADV_RANDOM"):
         mapped.madvise(mmap.MADV_WILLNEED if len(mapped) <= _READ_AHEAD_BYTES else mmap.MADV_RANDOM)
     return np.frombuffer(mapped, dtype)
 
 
-def _check_size(path: pathlib.Path, expected: int) -> None:
-    found = path.stat().st_size if path.exists() else -1
-    if found != expected:
-        what = f"has {found:,} bytes instead of {expected:,}" if found >= 0 else "is missing"
-        raise StorageError(f"{path} {what}: the token store is damaged; delete {path.parent} to prepare it again.")
+def _allow_files(count: int) -> None:
+    """Let this process hold `count` more files open, as far as the system lets it: each mapped one is held."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+    if count > soft // 4 and soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Store:
@@ -218,7 +190,7 @@ class Store:
         self.manifest = read_manifest(folder)
         self.tokens = TokenArray(folder, self.manifest["shards"], np.dtype(self.manifest["dtype"]))
         masks = self.manifest["mask_shards"]
-        self.mask = TokenArray(folder, masks, np.dtype(np.uint8)) if masks else None
+        self.mask = TokenArray(folder, masks, np.uint8) if masks else None
 
     def pairs(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (prompt ids, completion ids) of the documents of a split that have a prompt."""
@@ -238,8 +210,8 @@ class Store:
 
     def document_ends(self) -> np.ndarray:
         """Return, for each document, the tokens and bytes up to its end: [documents, 2]."""
-        array = TokenArray(self.folder, self.manifest["document_shards"], np.dtype(np.int64))
-        return array.whole().reshape(-1, 2)
+        (shard,) = self.manifest["document_shards"]
+        return map_file(self.folder / shard["file"], np.int64, shard["items"]).reshape(-1, 2)
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:

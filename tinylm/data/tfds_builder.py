@@ -4,7 +4,6 @@ Such a data set keeps the order of its source, is read without TensorFlow by thi
 same tokens as the source itself (`data.source=tfds:DIR/NAME/VERSION`).
 """
 
-import itertools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -34,11 +33,11 @@ def _builder_class(source: Source, name: str, version: str) -> Any:
     """Return a builder class for one source; TFDS wants name and version as attributes of a class."""
     tfds = optional_module("tensorflow_datasets", "tfds")
     splits = {"train": "train", "validation": "valid"} if source.own_splits else {"train": "all"}
-    first = next(itertools.chain(*(_documents(source, split) for split in splits.values())), None)
-    if first is None:
-        raise UserError(f"data.source={source.spec} holds no text.")
+    kinds = {bool(document.prompt) for split in splits.values() for document in _documents(source, split)}
+    if not kinds:
+        raise UserError(f"{source.setting} holds no text.")
     c = source.config
-    fields = (c.prompt_field, c.completion_field) if first.prompt else (c.text_field,)
+    fields = (c.prompt_field, c.completion_field) if True in kinds else (c.text_field,)
 
     def examples(split: str) -> Iterator[tuple[int, dict[str, str]]]:
         for i, document in enumerate(_documents(source, split)):

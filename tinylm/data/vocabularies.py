@@ -9,7 +9,6 @@ import hashlib
 import heapq
 import itertools
 import json
-import os
 import pathlib
 import re
 import struct
@@ -22,7 +21,16 @@ import numpy as np
 from tinylm.core.errors import UserError
 from tinylm.core.optional import optional_module
 from tinylm.data.config import split_spec
-from tinylm.data.tokenizers import END, BpeTokenizer, TableTokenizer, Tokenizer, byte_chars, encode_pieces, utf8
+from tinylm.data.tokenizers import (
+    END,
+    THREADS,
+    BpeTokenizer,
+    TableTokenizer,
+    Tokenizer,
+    byte_chars,
+    encode_pieces,
+    utf8,
+)
 
 
 class Gpt2Tokenizer(TableTokenizer):
@@ -45,14 +53,19 @@ class Gpt2Tokenizer(TableTokenizer):
     def of_folder(cls, folder: str) -> "Gpt2Tokenizer":
         """Read OpenAI's `encoder.json` (ids) and `vocab.bpe` (merges, whose order the ids must follow)."""
         byte_of_char = {char: byte for byte, char in byte_chars().items()}
-        place = pathlib.Path(folder).expanduser()
-        ids = json.loads(read_user_file(place / "encoder.json"))
-        lines = read_user_file(place / "vocab.bpe").decode().splitlines()[1:]
-        merges = [line.replace(" ", "") for line in lines if line]
-        tokens = [*byte_chars().values(), *merges]
-        if [ids.get(token) for token in tokens] != list(range(len(tokens))):
-            raise UserError(f"{place} has encoder.json and vocab.bpe that don't belong together.")
-        return cls({bytes(byte_of_char[char] for char in token): i for i, token in enumerate(tokens)})
+        place = pathlib.Path(folder)
+        encoder, merges = (read_user_file(place / name) for name in ("encoder.json", "vocab.bpe"))
+        try:
+            ids = dict(json.loads(encoder))
+            lines = [line.replace(" ", "") for line in merges.decode().splitlines()[1:] if line]
+            tokens = [*byte_chars().values(), *lines]
+            ids.pop(END, None)
+            if ids != {token: i for i, token in enumerate(tokens)}:
+                raise ValueError("their tokens differ")
+            return cls({bytes(byte_of_char[char] for char in token): i for i, token in enumerate(tokens)})
+        except (ValueError, LookupError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise UserError(f"{place} has no encoder.json and vocab.bpe that belong together ({why}).") from error
 
     @classmethod
     def of_tiktoken(cls) -> "Gpt2Tokenizer":
@@ -85,7 +98,7 @@ class Gpt2Tokenizer(TableTokenizer):
         if any(END in text for text in texts) or len(texts) < 2:
             return [np.array(ids, np.int32) for ids in self._inner.encode_ordinary_batch(texts)]
         groups = [texts[i : i + 64] for i in range(0, len(texts), 64)]
-        with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        with futures.ThreadPoolExecutor(THREADS) as threads:
             joined = list(threads.map(lambda group: self._encode_joined(END.join(group)), groups))
         return [ids for group in joined for ids in group]
 
@@ -108,6 +121,9 @@ class HfTokenizer(BpeTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self._encode_pieces(list(texts))
+
+    def count_bytes(self, ids: np.ndarray) -> int:
+        return super().count_bytes(ids) if self._byte_level else Tokenizer.count_bytes(self, ids)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         if self._byte_level:
@@ -136,7 +152,7 @@ class SentencePieceTokenizer(Tokenizer):
         return {"tokenizer.model": self._model}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._inner.encode([utf8(text).decode() for text in texts], num_threads=os.cpu_count() or 1)
+        encoded = self._inner.encode([utf8(text).decode() for text in texts], num_threads=THREADS)
         return [np.array(ids, np.int32) for ids in encoded]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -218,9 +234,13 @@ class Llama2cTokenizer(TableTokenizer):
             offer(left, following[left])
         return [i for i in ids if i >= 0]
 
+    def count_bytes(self, ids: np.ndarray) -> int:
+        spaces = np.array([content.startswith(b" ") for content in self._bytes_of_id])[ids]
+        begins = np.concatenate([[True], ids[:-1] == self.eot_id])
+        return super().count_bytes(ids) - int((spaces & begins).sum())
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        content = super().decode_bytes(ids)
-        return content.removeprefix(b" ")
+        return super().decode_bytes(ids).removeprefix(b" ")
 
 
 def _read_llama2c(content: bytes) -> tuple[list[bytes], list[float]]:

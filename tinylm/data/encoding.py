@@ -1,0 +1,140 @@
+"""Documents to ids on all cores: batches of text go to a process each, their ids come back in order.
+
+A source that is read within a second is encoded right here, so a small one pays for no start of processes. Beyond
+that, this process reads ahead and writes while as many others as there are cores encode; what comes out is the same
+however many there are. They are plain programs at the end of a pipe, which end when it closes: also by kill -9.
+"""
+
+import collections
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent import futures
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from tinylm.data.sources import Document
+from tinylm.data.tokenizers import Tokenizer, load_tokenizer
+
+ALONE_SECS = 1.0
+_BATCH_CHARS = 1 << 20
+_WORKER = "import sys; from tinylm.data.encoding import work; work(sys.argv[1], int(sys.argv[2]))"
+
+Encoded = tuple[np.ndarray, np.ndarray]
+
+
+def encode(
+    documents: Iterable[Document], tokenizer: Tokenizer, folder: pathlib.Path
+) -> Iterator[tuple[list[Document], Encoded]]:
+    """Yield documents, about a million characters at a time, with `encode_texts` of the prompt and text of each.
+
+    `folder` is where the tokenizer is saved.
+    """
+    begun = time.monotonic()
+    waiting: collections.deque = collections.deque()
+    with contextlib.ExitStack() as stack:
+        pool = None
+        for batch in _batches(documents):
+            texts = [text for document in batch for text in (document.prompt, document.text)]
+            if pool is None and time.monotonic() - begun < ALONE_SECS:
+                yield batch, encode_texts(tokenizer, texts)
+                continue
+            pool = pool or stack.enter_context(_Pool(tokenizer, folder))
+            waiting.append((batch, pool.submit(texts)))
+            if len(waiting) > 2 * pool.size:
+                done, ids = waiting.popleft()
+                yield done, ids.result()
+        for done, ids in waiting:
+            yield done, ids.result()
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, chars = [], 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document.prompt) + len(document.text)
+        if chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
+    """Return the ids of all texts in a row, and how many each has; an empty text has none."""
+    ids = tokenizer.encode_batch([text for text in texts if text])
+    counts = np.zeros(len(texts), np.int64)
+    counts[[i for i, text in enumerate(texts) if text]] = [len(one) for one in ids]
+    return np.concatenate([np.zeros(0, np.int32), *ids]), counts
+
+
+class _Pool:
+    """Threads that each feed a process of their own."""
+
+    def __init__(self, tokenizer: Tokenizer, folder: pathlib.Path):
+        self.size = os.cpu_count() or 1
+        self._tokenizer, self._folder = tokenizer, folder
+        self._own = threading.local()
+        self._closing = contextlib.ExitStack()
+        self._threads = futures.ThreadPoolExecutor(self.size)
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+        self._closing.close()
+
+    def submit(self, texts: list[str]) -> "futures.Future[Encoded]":
+        """Begin to encode `texts`."""
+        return self._threads.submit(self._encode, texts)
+
+    def _encode(self, texts: list[str]) -> Encoded:
+        """Encode in the process of this thread; where that fails, here, which says why if it was the text."""
+        try:
+            if not hasattr(self._own, "pipe"):
+                self._own.pipe = self._start()
+            return _ask(self._own.pipe, texts)
+        except (OSError, EOFError):
+            return encode_texts(self._tokenizer, texts)
+
+    def _start(self) -> Connection:
+        ours, theirs = Pipe()
+        with theirs:
+            # One thread a process, also in the libraries; and the modules that this process has.
+            environment = os.environ | {"RAYON_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+            process = subprocess.Popen(
+                [sys.executable, "-c", _WORKER, str(self._folder), str(theirs.fileno())],
+                pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        self._closing.callback(process.wait)
+        self._closing.callback(ours.close)
+        return ours
+
+
+def _ask(pipe: Connection, texts: list[str]) -> Encoded:
+    pipe.send_bytes(np.fromiter(map(len, texts), np.int64).tobytes())
+    pipe.send_bytes("".join(texts).encode("utf-8", "surrogatepass"))
+    return np.frombuffer(pipe.recv_bytes(), np.int32), np.frombuffer(pipe.recv_bytes(), np.int64)
+
+
+def work(folder: str, descriptor: int) -> None:
+    """Encode what comes through a pipe until that is closed: the whole life of such a process."""
+    pipe = Connection(descriptor)
+    tokenizer = load_tokenizer(folder)
+    with contextlib.suppress(EOFError):
+        while True:
+            ends = np.cumsum(np.frombuffer(pipe.recv_bytes(), np.int64)).tolist()
+            text = pipe.recv_bytes().decode("utf-8", "surrogatepass")
+            ids, counts = encode_texts(
+                tokenizer, [text[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+            )
+            pipe.send_bytes(ids.tobytes())
+            pipe.send_bytes(counts.tobytes())
