@@ -33,8 +33,8 @@ def main() -> None:
         return
     data = open_data(config.data, seed=config.seed, is_writer=is_main())
     if FLAGS.verify:
-        for folder in data.folders:
-            store.verify(folder)
+        for one in data.every_store:
+            store.verify(one.folder)
     result = summary(data) | {"batches": batch_hashes(data, config.data.batch_size, FLAGS.print_batches)}
     if is_main():
         print(json.dumps(result) if FLAGS.json else text_of(result))
@@ -42,7 +42,7 @@ def main() -> None:
 
 def summary(data: Any) -> dict[str, Any]:
     """Return counts over all stores of a run, and where they are."""
-    manifests = data.manifests
+    manifests = [store.manifest for store in data.every_store]
     return {
         "tokens": sum(manifest["tokens"] for manifest in manifests),
         "documents": sum(manifest["documents"] for manifest in manifests),
@@ -52,7 +52,7 @@ def summary(data: Any) -> dict[str, Any]:
         "valid_rows": len(data.valid) if data.valid else 0,
         "split_documents": data.split_documents,
         "tokenizer": data.tokenizer.fingerprint,
-        "stores": [str(folder) for folder in data.folders],
+        "stores": [str(store.folder) for store in data.every_store],
     }
 
 
@@ -80,7 +80,7 @@ def text_of(result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("print_batches", 0, "print the hash of this many global batches")
+    flags.DEFINE_integer("print_batches", 0, "print the hash of this many global batches", lower_bound=0)
     flags.DEFINE_bool("verify", False, "compare every shard with its checksum")
     flags.DEFINE_string("to_tfds", "", "write the source as a TFDS data set below this folder instead")
     flags.DEFINE_string("tfds_name", "tinylm_text", "its name")

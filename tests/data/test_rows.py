@@ -125,7 +125,7 @@ def test_packing_is_planned_once_for_store_and_context(tmp_path, monkeypatch):
 def test_a_plan_that_is_not_whole_is_made_again_and_dead_ones_go(tmp_path, monkeypatch, damage):
     monkeypatch.setattr(plans, "PACK_DOCUMENTS", 7)
     first = opened(tmp_path, packing="packed")
-    folder = first.folders[0]
+    folder = first.stores[0].folder
     plan = folder / "plan-train-packed-16"
     wanted = epoch(first.train)["targets"]
     dead = folder / f"{plan.name}.{socket.gethostname()}.12345.tmp"

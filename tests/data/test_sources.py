@@ -31,6 +31,10 @@ def texts_of(spec, split="all", **settings):
     ]
 
 
+def manifest(data):
+    return data.stores[0].manifest
+
+
 def real(path):
     folder = os.environ.get("TINYLM_TEST_DATA")
     if not folder:
@@ -97,15 +101,15 @@ def test_the_cut_of_one_text_is_nanogpts(tmp_path):
     config = config_of(tmp_path, source=f"text:{real('tinyshakespeare/input.txt')}", tokenizer="char")
     data = open_data(config, seed=0, progress=False)
     assert data.vocab_size == 66
-    assert data.manifest["splits"]["train"]["tokens"] == [0, 1_003_854]
+    assert manifest(data)["splits"]["train"]["tokens"] == [0, 1_003_854]
     assert data.valid_tokens == 111_540 and data.valid_bytes_per_token == 1
 
 
 def test_the_cut_of_several_texts_falls_between_two(tmp_path):
     (tmp_path / "a.txt").write_text("<|endoftext|>".join("x" * n for n in (50, 30, 15, 5)))
     data = open_data(config_of(tmp_path, source=f"text:{tmp_path}/a.txt", valid_fraction=0.2), seed=0, progress=False)
-    assert data.manifest["splits"]["train"] == {"documents": [0, 2], "tokens": [0, 82], "bytes": 80}
-    assert data.manifest["splits"]["valid"] == {"documents": [2, 4], "tokens": [82, 104], "bytes": 20}
+    assert manifest(data)["splits"]["train"] == {"documents": [0, 2], "tokens": [0, 82], "bytes": 80}
+    assert manifest(data)["splits"]["valid"] == {"documents": [2, 4], "tokens": [82, 104], "bytes": 20}
 
 
 def test_a_validation_source_of_its_own_takes_no_text_from_training(tmp_path):
@@ -113,7 +117,7 @@ def test_a_validation_source_of_its_own_takes_no_text_from_training(tmp_path):
         (tmp_path / name).write_text(story)
     config = config_of(tmp_path, source=f"text:{tmp_path}/a", valid_source=f"text:{tmp_path}/b", tokenizer="char")
     data = open_data(config, seed=0, progress=False)
-    assert data.manifests[0]["tokens"] == len(STORIES[0]) + 1 and data.valid_tokens == len(STORIES[1]) + 1
+    assert manifest(data)["tokens"] == len(STORIES[0]) + 1 and data.valid_tokens == len(STORIES[1]) + 1
 
 
 def test_tales_have_a_floor_and_keep_their_splits_apart(tmp_path, monkeypatch):
@@ -142,9 +146,9 @@ def test_ready_ids_are_read_in_place_in_the_type_they_have(tmp_path, kind, vocab
     out = np.empty(len(ids), np.int32)
     opened.tokens.read(out, 0)
     assert np.array_equal(out, ids)
-    assert not list(opened.folder.glob("tokens-*")) and data.manifest["documents"] == 120
-    assert data.manifest["splits"]["train"]["tokens"][1] in np.flatnonzero(ids == made.tokenizer.eot_id) + 1
-    assert sum(s["bytes"] for s in data.manifest["splits"].values()) == 40 * sum(len(s.encode()) for s in STORIES)
+    assert not list(opened.folder.glob("tokens-*")) and manifest(data)["documents"] == 120
+    assert manifest(data)["splits"]["train"]["tokens"][1] in np.flatnonzero(ids == made.tokenizer.eot_id) + 1
+    assert sum(s["bytes"] for s in manifest(data)["splits"].values()) == 40 * sum(len(s.encode()) for s in STORIES)
     ids[70] = vocab - 1
     ids.astype(np.uint32).tofile(tmp_path / "c.bin")
     if vocab > 300:
@@ -167,8 +171,8 @@ def test_bad_text_is_named_with_file_and_byte_or_skipped_and_counted(tmp_path, c
     spec = {"source": f"text:{tmp_path}/*.txt", "valid_fraction": 0}
     refused(tmp_path, match, **spec)
     data = open_data(config_of(tmp_path, on_bad_text="skip", **spec), seed=0, progress=False)
-    assert data.manifest["skipped"]["count"] == 1
-    assert data.manifest["documents"] == 1 + content.count(b"good")
+    assert manifest(data)["skipped"]["count"] == 1
+    assert manifest(data)["documents"] == 1 + content.count(b"good")
 
 
 def test_a_record_without_its_field_is_skipped_and_counted(tmp_path):
@@ -176,7 +180,7 @@ def test_a_record_without_its_field_is_skipped_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     spec = {"source": f"jsonl:{tmp_path}/a.jsonl", "valid_fraction": 0, "on_bad_text": "skip"}
     data = open_data(config_of(tmp_path, **spec), seed=0, progress=False)
-    assert data.manifest["skipped"]["count"] == 2 and "line 2, has the fields txt" in str(data.manifest["skipped"])
+    assert manifest(data)["skipped"]["count"] == 2 and "line 2, has the fields txt" in str(manifest(data)["skipped"])
     refused(tmp_path, "holds no text .skipped 3, first: .*has the fields text; set data.text_field",
             **spec | {"text_field": "story"})  # fmt: skip
 
@@ -188,7 +192,7 @@ def test_bad_lines_of_jsonl_are_named_or_skipped(tmp_path):
     spec = {"source": f"jsonl:{tmp_path}/a.jsonl", "valid_fraction": 0}
     refused(tmp_path, r"line 2, at byte 29, is not JSON", **spec)
     data = open_data(config_of(tmp_path, on_bad_text="skip", **spec), seed=0, progress=False)
-    assert data.manifest["skipped"]["count"] == 4 and data.manifest["documents"] == 1
+    assert manifest(data)["skipped"]["count"] == 4 and manifest(data)["documents"] == 1
 
 
 @pytest.mark.parametrize(
@@ -272,7 +276,10 @@ def test_only_the_writer_fetches_and_a_store_is_opened_without_fetching_again(tm
     assert not fetches
     made = open_data(config, seed=0, progress=False)
     assert [fetch["revision"] for fetch in fetches] == ["v2"]
-    assert open_data(config, seed=0, is_writer=False, wait_secs=0, progress=False).folders == made.folders
+    assert (
+        open_data(config, seed=0, is_writer=False, wait_secs=0, progress=False).stores[0].folder
+        == made.stores[0].folder
+    )
     assert len(fetches) == 1
 
 
@@ -352,10 +359,10 @@ def test_a_written_tfds_data_set_gives_the_tokens_of_its_source(tmp_path, monkey
     by_name = config_of(tmp_path, source="tfds:my_text", tfds_data_dir=str(tmp_path / "tfds"))
     assert texts_of(f"tfds:{folder}", "train") == texts_of("tfds:my_text", "train", tfds_data_dir=by_name.tfds_data_dir)
     for data in (again, direct):
-        data.ids = np.empty(data.manifest["tokens"], np.int32)
+        data.ids = np.empty(manifest(data)["tokens"], np.int32)
         data.stores[0].tokens.read(data.ids, 0)
     assert np.array_equal(again.ids, direct.ids)
-    assert again.manifest["splits"]["train"]["tokens"] == direct.manifest["splits"]["train"]["tokens"]
+    assert manifest(again)["splits"]["train"]["tokens"] == manifest(direct)["splits"]["train"]["tokens"]
     assert "tensorflow" not in sys.modules
 
 
@@ -366,7 +373,7 @@ def test_the_stock_tiny_shakespeare_builder_works_offline(tmp_path):
         "import sys; from tinylm.data import open_data; from tinylm.data.config import DataConfig\n"
         "d = open_data(DataConfig(source='tfds:tiny_shakespeare', tokenizer='char', store_dir=sys.argv[1] + '/s',"
         " tfds_data_dir=sys.argv[1] + '/t', tfds_manual_dir=sys.argv[2]), seed=0, progress=False)\n"
-        "print(d.vocab_size, [s['tokens'] for s in d.manifest['splits'].values()])"
+        "print(d.vocab_size, [s['tokens'] for s in manifest(d)['splits'].values()])"
     )
     command = [sys.executable, "-c", program, str(tmp_path), str(real("tinyshakespeare"))]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -25,7 +25,7 @@ import sys
 from tinylm.data import open_data
 from tinylm.data.config import DataConfig
 data = open_data(DataConfig(source=sys.argv[1], store_dir=sys.argv[2], seq_len=8, batch_size=2), seed=0, progress=False)
-print(data.folders[0], data.manifest["tokens"])
+print(data.stores[0].folder)
 """
 
 
@@ -43,6 +43,10 @@ def write_text(path, documents=20_000):
 
 def config_of(path, folder, **settings):
     return DataConfig(source=f"text:{path}", store_dir=str(folder), **{"seq_len": 8, "batch_size": 2} | settings)
+
+
+def manifest(data):
+    return data.stores[0].manifest
 
 
 def ids_of(folder):
@@ -72,7 +76,7 @@ print("begun", flush=True)
 @pytest.mark.parametrize("points", [3, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_store_is_whole_or_absent_after_kill_9_at_any_point(tmp_path, points):
     path = write_text(tmp_path / "a.txt", 60_000)
-    wanted = open_data(config_of(path, tmp_path / "whole"), seed=0, progress=False).folders[0]
+    wanted = open_data(config_of(path, tmp_path / "whole"), seed=0, progress=False).stores[0].folder
     draw = random.Random(0)
     for point in range(points):
         folder = tmp_path / f"stores{point}"
@@ -83,7 +87,7 @@ def test_a_store_is_whole_or_absent_after_kill_9_at_any_point(tmp_path, points):
         process.wait()
         for found in finished(folder) if folder.exists() else []:
             store.verify(found)
-        again = open_data(config_of(path, folder), seed=0, progress=False).folders[0]
+        again = open_data(config_of(path, folder), seed=0, progress=False).stores[0].folder
         store.verify(again)
         assert np.array_equal(ids_of(again), ids_of(wanted))
         assert not list(folder.glob("*.tmp"))
@@ -99,16 +103,18 @@ def test_any_number_of_processes_encodes_to_the_same_store(tmp_path, monkeypatch
     here = []
     monkeypatch.setattr(encoding, "encode_texts", lambda *args: here.append(args))
     many = open_data(config_of(path, tmp_path / "many", tokenizer="char"), seed=0, progress=False)
-    assert not here and len(many.manifest["shards"]) == 1
-    assert many.manifest["shards"] == alone.manifest["shards"]
-    assert many.manifest["document_shards"] == alone.manifest["document_shards"]
+    assert not here and len(manifest(many)["shards"]) == 1
+    assert manifest(many)["shards"] == manifest(alone)["shards"]
+    assert manifest(many)["document_shards"] == manifest(alone)["document_shards"]
 
 
 def test_where_processes_cannot_encode_this_one_does_and_says_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "ALONE_SECS", 0)
     monkeypatch.setattr(encoding.sys, "executable", "/nowhere/python")
     path = write_text(tmp_path / "a.txt", 50)
-    assert len(ids_of(open_data(config_of(path, tmp_path / "s"), seed=0, progress=False).folders[0])) == 50 * 41 + 90
+    assert (
+        len(ids_of(open_data(config_of(path, tmp_path / "s"), seed=0, progress=False).stores[0].folder)) == 50 * 41 + 90
+    )
     with pytest.raises(UserError, match="has no id for 'x'"):
         list(encoding.encode([sources.Document("abx")], CharTokenizer("ab"), tmp_path))
 
@@ -150,7 +156,7 @@ def test_others_wait_for_the_writer_but_not_for_ever(tmp_path):
         open_data(config, seed=0, is_writer=False, wait_secs=0.3, progress=False)
     writer = start(config.source, tmp_path / "s")
     data = open_data(config, seed=0, is_writer=False, wait_secs=60, progress=False)
-    assert writer.wait() == 0 and data.manifest["tokens"] > 0
+    assert writer.wait() == 0 and manifest(data)["tokens"] > 0
 
 
 def test_a_full_disk_is_one_line_with_its_own_exit_code_and_leaves_nothing(tmp_path):
@@ -165,7 +171,7 @@ def test_a_full_disk_is_one_line_with_its_own_exit_code_and_leaves_nothing(tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert error.value.exit_code == 5 and "\n" not in str(error.value) and "data.store_dir" in str(error.value)
     assert not finished(tmp_path / "s") and not list((tmp_path / "s").glob("*.tmp"))
-    assert open_data(config, seed=0, progress=False).manifest["tokens"] > 100_000
+    assert manifest(open_data(config, seed=0, progress=False))["tokens"] > 100_000
 
 
 def test_a_store_is_made_once_and_again_when_its_text_changes(tmp_path, monkeypatch):
@@ -174,15 +180,15 @@ def test_a_store_is_made_once_and_again_when_its_text_changes(tmp_path, monkeypa
     first = open_data(config, seed=0, progress=False)
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "Preparer", lambda *args: pytest.fail("prepared again"))
-        assert open_data(config, seed=3, progress=False).folders == first.folders
+        assert open_data(config, seed=3, progress=False).stores[0].folder == first.stores[0].folder
     path.write_text(path.read_text().replace("a", "b"))
-    assert open_data(config, seed=0, progress=False).folders != first.folders
+    assert open_data(config, seed=0, progress=False).stores[0].folder != first.stores[0].folder
 
 
 def test_damage_is_found(tmp_path):
     path = write_text(tmp_path / "a.txt", 500)
     config = config_of(path, tmp_path / "s")
-    folder = open_data(config, seed=0, progress=False).folders[0]
+    folder = open_data(config, seed=0, progress=False).stores[0].folder
     shard = folder / "tokens-00000.bin"
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -196,7 +202,7 @@ def test_damage_is_found(tmp_path):
 def test_a_store_of_another_tokenizer_is_refused(tmp_path):
     path = write_text(tmp_path / "a.txt", 500)
     config = config_of(path, tmp_path / "s")
-    folder = open_data(config, seed=0, progress=False).folders[0]
+    folder = open_data(config, seed=0, progress=False).stores[0].folder
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["tokenizer"]["fingerprint"] = "other"
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -261,7 +267,7 @@ def test_more_files_open_than_the_soft_limit_allows(tmp_path):
         config = config_of("", tmp_path / "s", seq_len=4)
         config.source = f"tokens:{tmp_path}/*.bin"
         data = open_data(config, seed=0, progress=False)
-        assert data.manifest["documents"] == 200 and ids_of(data.folders[0])[::2].tolist() == list(range(200))
+        assert manifest(data)["documents"] == 200 and ids_of(data.stores[0].folder)[::2].tolist() == list(range(200))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -270,7 +276,7 @@ def test_private_plans_of_a_read_only_store_stay_in_memory(tmp_path, monkeypatch
     path = write_text(tmp_path / "a.txt", 500)
     config = config_of(path, tmp_path / "s", seq_len=80, packing="packed")
     wanted = open_data(config, seed=0, progress=False)
-    for plan in wanted.folders[0].glob("plan-*-80"):
+    for plan in wanted.stores[0].folder.glob("plan-*-80"):
         shutil.rmtree(plan)
     monkeypatch.setattr(pathlib.Path, "mkdir", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "no")))
     config.store_dir = ""

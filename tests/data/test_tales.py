@@ -8,11 +8,11 @@ import statistics
 import time
 
 import pytest
+from derivations import TALES, ParsedGrammar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm.data import tales
-from tinylm.data.tales import Grammar
 
 SMALL = {
     "start": """{name} {verb} {toy}. {Toy} is
@@ -75,7 +75,7 @@ def grammars(draw) -> dict[str, str]:
 
 def test_derivations_parse_back(many):
     for text, log_prob in many[:1_500]:
-        assert tales.log_prob(text) == log_prob
+        assert TALES.log_prob(text) == log_prob
 
 
 @pytest.mark.parametrize("change", [(" wise hen", " wise pony"), (" he ", " she "), ("kindest", "bravest"), (".", "")])
@@ -83,11 +83,11 @@ def test_text_outside_the_grammar_is_refused(change):
     assert FIRST_TALE.replace(*change) != FIRST_TALE
     for text in (FIRST_TALE.replace(*change), FIRST_TALE + " ", FIRST_TALE[:-1], ""):
         with pytest.raises(ValueError, match="not a text of the grammar"):
-            tales.log_prob(text)
+            TALES.log_prob(text)
 
 
 def test_small_grammar_is_a_distribution():
-    grammar = Grammar(SMALL, "start")
+    grammar = ParsedGrammar(SMALL, "start")
     derivations = list(grammar.derivations())
     texts = dict(derivations)
     entropy, number = grammar.outlook()
@@ -99,7 +99,7 @@ def test_small_grammar_is_a_distribution():
 
 
 def test_samples_follow_log_prob():
-    grammar = Grammar(SMALL, "start")
+    grammar = ParsedGrammar(SMALL, "start")
     numbers = 648  # a multiple of the product of total weights along every derivation: each has its exact share
     counts = collections.Counter(grammar.sample(number) for number in range(numbers))
     assert set(counts) == set(grammar.derivations())
@@ -109,14 +109,14 @@ def test_samples_follow_log_prob():
 @pytest.mark.parametrize("symbols", AMBIGUOUS)
 def test_ambiguous_grammar_is_refused(symbols):
     with pytest.raises(ValueError, match="may begin the other"):
-        Grammar(symbols, "start")
+        ParsedGrammar(symbols, "start")
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(grammars())
 def test_what_is_not_refused_is_prefix_free(symbols):
     try:
-        texts = [text for text, _ in Grammar(symbols, "start").derivations()]
+        texts = [text for text, _ in ParsedGrammar(symbols, "start").derivations()]
     except (ValueError, KeyError):  # ambiguous; or a fact before its symbol, or `z` said twice
         return
     assert not any(other.startswith(one) for one, other in itertools.permutations(texts, 2))
@@ -124,18 +124,19 @@ def test_what_is_not_refused_is_prefix_free(symbols):
 
 def test_fact_before_its_symbol_is_refused():
     with pytest.raises(ValueError, match=r"\{toy.size\} comes before \{toy\}"):
-        Grammar({"start": "{toy.size} {toy}", "toy": "top; size=small"}, "start").outlook()
+        ParsedGrammar({"start": "{toy.size} {toy}", "toy": "top; size=small"}, "start").outlook()
 
 
 def test_mean_of_log_prob_meets_entropy(many):
     surprises = [-log_prob for _, log_prob in many]
     standard_error = statistics.stdev(surprises) / math.sqrt(len(surprises))
-    assert abs(statistics.mean(surprises) - tales.entropy()) < 3 * standard_error
-    assert 25 < tales.entropy() < math.log(tales.num_tales())
+    entropy, number = TALES.outlook()
+    assert abs(statistics.mean(surprises) - entropy) < 3 * standard_error
+    assert 25 < entropy < math.log(number)
 
 
 def test_too_many_tales_to_learn_by_heart(many):
-    assert tales.num_tales() >= 10**9
+    assert TALES.outlook()[1] >= 10**9
     assert len({text for text, _ in many}) > 0.99 * len(many)
 
 

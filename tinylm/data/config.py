@@ -54,6 +54,8 @@ class DataConfig:
                 raise UserError(f"data.{key}={getattr(self, key)} must be at least 1.")
         if not 0 <= self.valid_fraction < 1:
             raise UserError(f"data.valid_fraction={self.valid_fraction} must be at least 0 and below 1.")
+        if not self.separator.isascii() and any("\ud800" <= char <= "\udfff" for char in self.separator):
+            raise UserError(f"data.separator={self.separator!r} must be text in UTF-8.")
         if self.vocab_top_k < 0 or self.vocab_top_k == 1:
             raise UserError(f"data.vocab_top_k={self.vocab_top_k} must be 0 (keep all), or at least 2.")
         _check_spec("data.tokenizer", self.tokenizer, TOKENIZER_KINDS)

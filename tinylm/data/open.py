@@ -45,19 +45,9 @@ class Data:
         return self.tokenizer.vocab_size
 
     @property
-    def manifests(self) -> list[dict[str, Any]]:
-        """The manifests of all stores, each once."""
-        return list({store.folder: store.manifest for store in self.stores + self.valid_stores}.values())
-
-    @property
-    def folders(self) -> list[pathlib.Path]:
-        """The folders of all stores, each once."""
-        return list({store.folder: store for store in self.stores + self.valid_stores})
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """The manifest of the first store."""
-        return self.manifests[0]
+    def every_store(self) -> list[Store]:
+        """All stores, each once."""
+        return list({store.folder: store for store in self.stores + self.valid_stores}.values())
 
     @property
     def valid_splits(self) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ any point leaves at most such a folder, which the next run on the host removes. 
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import itertools
@@ -30,6 +29,8 @@ from tinylm.data.encoding import Encoded, encode
 from tinylm.data.sources import Document, Source, hash_bytes
 from tinylm.data.store import FORMAT, MANIFEST, StoreWriter, smallest_dtype
 from tinylm.data.tokenizers import Tokenizer
+
+_TOLD_PROBLEMS = 10
 
 
 def store_folder(config: DataConfig) -> pathlib.Path:
@@ -123,28 +124,15 @@ def wait_for(folder: pathlib.Path, wait_secs: float) -> None:
         time.sleep(0.2)
 
 
-@dataclasses.dataclass
-class Skipped:
-    """How many documents were left out, and what was wrong with the first ten."""
-
-    count: int = 0
-    examples: list[str] = dataclasses.field(default_factory=list)
-
-    def add(self, problem: str) -> None:
-        """Count one more."""
-        self.count += 1
-        self.examples = [*self.examples, problem][:10]
-
-
-def checked(documents: Iterable[Document], policy: str, skipped: Skipped | None = None) -> Iterator[Document]:
-    """Yield the good documents; raise for bad ones, or count them in `skipped`, as the policy says."""
+def checked(documents: Iterable[Document], policy: str, problems: list[str] | None = None) -> Iterator[Document]:
+    """Yield the good documents; raise for bad ones, or note what is wrong with them, as the policy says."""
     for document in documents:
         if not document.problem:
             yield document
         elif policy == "error":
             raise UserError(f"{document.problem}; mend it, or set data.on_bad_text=skip.")
-        elif skipped is not None:
-            skipped.add(document.problem)
+        elif problems is not None:
+            problems.append(document.problem if len(problems) < _TOLD_PROBLEMS else "")
 
 
 class Preparer:
@@ -153,7 +141,7 @@ class Preparer:
     def __init__(self, source: Source, tokenizer: Tokenizer, folder: pathlib.Path, progress: bool):
         self.source, self.tokenizer, self.folder, self.progress = source, tokenizer, folder, progress
         self.writer = StoreWriter(folder, smallest_dtype(tokenizer.vocab_size))
-        self.skipped = Skipped()
+        self.problems: list[str] = []
         self.splits: dict[str, Any] = {}
         self.num_documents = 0
 
@@ -168,11 +156,12 @@ class Preparer:
                 self._add_split(splits[0], "all")
             else:
                 self._add_and_cut()
-        skips = f"skipped {self.skipped.count}, first: {self.skipped.examples[0]}" if self.skipped.count else ""
+        skips = f"skipped {len(self.problems)}, first: {self.problems[0]}" if self.problems else ""
         if not self.num_documents:
             raise UserError(f"{self.source.setting} holds no text{skips and f' ({skips})'}.")
         manifest = {"source": self.source.spec, "tokenizer": describe_tokenizer(self.tokenizer), "splits": self.splits}
-        self.writer.finish({**manifest, "documents": self.num_documents, "skipped": dataclasses.asdict(self.skipped)})
+        skipped = {"count": len(self.problems), "examples": self.problems[:_TOLD_PROBLEMS]}
+        self.writer.finish({**manifest, "documents": self.num_documents, "skipped": skipped})
         if self.progress:
             w, secs = self.writer, time.monotonic() - started
             say(
@@ -181,7 +170,7 @@ class Preparer:
             )
 
     def _good(self, split: str) -> Iterator[Document]:
-        for document in checked(self.source.documents(split), self.source.config.on_bad_text, self.skipped):
+        for document in checked(self.source.documents(split), self.source.config.on_bad_text, self.problems):
             self.num_documents += 1
             yield document
 
@@ -212,17 +201,16 @@ class Preparer:
 
     def _add_split(self, name: str, source_split: str) -> None:
         """Write a split, which the source may call otherwise."""
-        begin = self._here()
+        first = self.writer.num_documents
         log_prob = self._add(self._good(source_split))
-        self._note_split(name, begin, self._here(), log_prob)
+        self._note_split(name, first, self.writer.num_documents, log_prob)
 
-    def _here(self) -> tuple[int, int, int]:
-        return self.writer.num_documents, self.writer.tokens.total, self.writer.num_bytes
-
-    def _note_split(self, name: str, begin: tuple, end: tuple, log_prob: float | None = None) -> None:
-        if begin[0] == end[0]:
+    def _note_split(self, name: str, first: int, last: int, log_prob: float | None = None) -> None:
+        if first == last:
             return
-        split = {"documents": [begin[0], end[0]], "tokens": [begin[1], end[1]], "bytes": end[2] - begin[2]}
+        ends = self.writer.document_ends()
+        begin, end = (ends[number - 1].tolist() if number else [0, 0] for number in (first, last))
+        split = {"documents": [first, last], "tokens": [begin[0], end[0]], "bytes": end[1] - begin[1]}
         self.splits[name] = split | ({"log_prob": log_prob} if log_prob is not None else {})
 
     def _add_and_cut(self) -> None:
@@ -230,26 +218,19 @@ class Preparer:
         fraction = self.source.config.valid_fraction
         documents = self._good("all")
         first_two = list(itertools.islice(documents, 2))
-        start = self._here()
         if len(first_two) == 1 and fraction and not first_two[0].prompt:
             text = first_two[0].text
             cut = int(len(text) * (1 - fraction))
             self._add([Document(text[:cut])] if cut else [], closed=False)
-            middle = self._here()
+            middle = self.writer.num_documents
             self._add([Document(text[cut:])], closed=False)
         else:
             self._add(itertools.chain(first_two, documents))
-            middle = self._boundary(fraction)
-        self._note_split("train", start, middle)
-        self._note_split("valid", middle, self._here())
-
-    def _boundary(self, fraction: float) -> tuple[int, int, int]:
-        """Return the boundary between two documents with at most 1 - fraction of the text before it."""
-        if not fraction or self.writer.num_documents < 2:
-            return self._here()
-        ends = self.writer.document_ends()
-        cut = cut_documents(ends[:, 1], fraction)
-        return cut, int(ends[cut - 1, 0]), int(ends[cut - 1, 1])
+            middle = self.writer.num_documents
+            if fraction and middle > 1:
+                middle = cut_documents(self.writer.document_ends()[:, 1], fraction)
+        self._note_split("train", 0, middle)
+        self._note_split("valid", middle, self.writer.num_documents)
 
 
 def progress_bar(total: int | None, shown: bool) -> Any:

@@ -38,7 +38,7 @@ class RecordSource(Source):
             fields = ", ".join(map(str, record))
             keys = "set data.text_field, or data.prompt_field and data.completion_field, to what they are called"
             return Document("", problem=f"{where} has the fields {fields}; {keys}")
-        values = [self._text(record[name], f"{where}, field {name},") for name in names]
+        values = [self._text(record[name], f"{where} field {name},") for name in names]
         problem = next((value.problem for value in values if value.problem), "")
         if not problem and not values[-1].text.strip():
             problem = f"{where} is an empty document"

@@ -119,7 +119,7 @@ class FileSource(Source):
             raise UserError(f"{self.setting} matches no file; set {self.key} to a file or glob that exists.")
         for path in paths:
             if not os.access(path, os.R_OK):
-                raise UserError(f"{path} can't be read by this user; change its permissions.")
+                raise UserError(f"{path} can't be read by this user; change its permissions, or mend the link.")
         return [os.path.abspath(path) for path in paths]
 
     def identity(self) -> Any:

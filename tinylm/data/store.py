@@ -86,7 +86,12 @@ class StoreWriter:
         self.tokens = ArrayWriter(folder, "tokens", dtype)
         self.masks = ArrayWriter(folder, "mask", np.uint8)
         self.ends = ArrayWriter(folder, "documents", np.int64, shard_items=2**62)
-        self.folder, self.num_documents, self.num_bytes = folder, 0, 0
+        self.folder, self.num_bytes = folder, 0
+
+    @property
+    def num_documents(self) -> int:
+        """Documents so far."""
+        return self.ends.total // 2
 
     def add(self, ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, prompts: np.ndarray) -> None:
         """Append documents: their `ids` in a row, and of each how many, its bytes of text, its first ids without loss.
@@ -101,7 +106,6 @@ class StoreWriter:
         both = np.stack([ends + self.tokens.total, np.cumsum(sizes) + self.num_bytes], axis=1)
         self.tokens.append(ids)
         self.ends.append(both.ravel())
-        self.num_documents += len(lengths)
         self.num_bytes += int(sizes.sum())
 
     def document_ends(self) -> np.ndarray:

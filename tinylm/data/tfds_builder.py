@@ -5,6 +5,7 @@ same tokens as the source itself (`data.source=tfds:DIR/NAME/VERSION`).
 """
 
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,8 @@ def write_tfds(config: DataConfig, data_dir: str, name: str, version: str = "1.0
     """Write the source of `config` as a TFDS data set below `data_dir`; return the folder of the version."""
     if len(parse_mixture(config.source)) > 1 or config.source.startswith("tokens:"):
         raise UserError(f"data.source={config.source} must be one source of text to become a TFDS data set.")
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise UserError(f"--tfds_name={name} must be small letters, digits and _, as names of TFDS are.")
     source = make_source(config.source, config)
     builder = _builder_class(source, name, version)(data_dir=data_dir, file_format="array_record")
     builder.download_and_prepare()

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,9 +153,6 @@ class TableTokenizer(Tokenizer):
         return b"".join(self._bytes_of_id[i] for i in ids if i != self.eot_id)
 
 
-# As many threads as the tokenizers library takes, whose variable this is; a process of `encoding` has one.
-THREADS = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
-_FEW_THREADS = 4
 # GPT-2's pattern on ASCII, where letters, digits and spaces are these; Python's own classes are wider.
 _ASCII_WORDS = re.compile(
     r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
@@ -205,16 +202,15 @@ class BpeTokenizer(TableTokenizer):
         return {"tokenizer.json": self._json}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return encode_pieces(texts, self._encode_pieces)
+        return in_pieces(texts, self._encode_pieces)
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
-        if self._by_words and THREADS <= _FEW_THREADS and all(text.isascii() for text in texts):
+        if self._by_words and all(text.isascii() for text in texts):
             return self._encode_words(texts)
-        encodings = self._inner.encode_batch_fast([utf8(text).decode() for text in texts], add_special_tokens=False)
-        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+        return encode_by(self._inner, texts)
 
     def _encode_words(self, texts: list[str]) -> list[np.ndarray]:
-        """Encode each word once; on one core eight times as fast as the library, which uses all of them."""
+        """Encode each word once: on one core several times as fast as the library."""
         words = [_ASCII_WORDS.findall(text) for text in texts]
         new = [word for word in set().union(*words) if word not in self._known]
         if len(self._known) + len(new) > 1 << 18:
@@ -222,6 +218,12 @@ class BpeTokenizer(TableTokenizer):
         encodings = self._inner.encode_batch_fast(new, add_special_tokens=False)
         self._known.update(zip(new, (encoding.ids for encoding in encodings), strict=True))
         return [np.array([i for word in line for i in self._known[word]], np.int32) for line in words]
+
+
+def encode_by(inner: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the ids that a tokenizer of the `tokenizers` library gives to each text."""
+    encodings = inner.encode_batch_fast([utf8(text).decode() for text in texts], add_special_tokens=False)
+    return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
 _PIECE_CHARS = 1 << 16
@@ -240,7 +242,7 @@ def pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def encode_pieces(texts: Sequence[str], encode: Any) -> list[np.ndarray]:
+def in_pieces(texts: Sequence[str], encode: Any) -> list[np.ndarray]:
     """Encode texts through `encode`, long ones cut in pieces so that all cores share them."""
     cut = [list(pieces(text)) for text in texts]
     ids = iter(encode([piece for one in cut for piece in one]))
@@ -263,23 +265,19 @@ def byte_chars() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
-def build_tokenizer(spec: str, vocab_top_k: int, texts: Any) -> Tokenizer:
+def build_tokenizer(spec: str, vocab_top_k: int, texts: Callable[[], Iterable[str]]) -> Tokenizer:
     """Return the tokenizer of a config; `texts()` gives the texts that char, bpe and a cut learn from."""
+    from tinylm.data import cut, vocabularies
+
     kind, argument = split_spec(spec)
-    if kind == "byte":
-        tokenizer: Tokenizer = ByteTokenizer()
-    elif kind == "char":
-        tokenizer = CharTokenizer.of(texts())
+    if kind == "char":
+        tokenizer: Tokenizer = CharTokenizer.of(texts())
     elif kind == "bpe":
         tokenizer = BpeTokenizer.train(texts(), int(argument))
     else:
-        from tinylm.data import vocabularies
-
-        tokenizer = vocabularies.read_vocabulary(spec)
+        tokenizer = ByteTokenizer() if kind == "byte" else vocabularies.read_vocabulary(spec)
     if 0 < vocab_top_k < tokenizer.vocab_size:
-        from tinylm.data.cut import CutTokenizer
-
-        tokenizer = CutTokenizer.of(tokenizer, texts(), vocab_top_k)
+        tokenizer = cut.CutTokenizer.of(tokenizer, texts(), vocab_top_k)
         say(tokenizer.describe())
     return tokenizer
 
@@ -298,29 +296,25 @@ def load_tokenizer(folder: Any) -> Tokenizer:
 
 
 def _restore(header: dict[str, Any], folder: Any) -> Tokenizer:
+    from tinylm.data import cut, vocabularies
+
     kind = split_spec(header["name"])[0]
-    if kind == "byte":
-        tokenizer: Tokenizer = ByteTokenizer()
-    elif kind == "char":
-        tokenizer = CharTokenizer(header["chars"])
+    if kind == "char":
+        tokenizer: Tokenizer = CharTokenizer(header["chars"])
     elif kind == "bpe":
         tokenizer = BpeTokenizer(header["name"], (folder / "tokenizer.json").read_bytes())
     else:
-        from tinylm.data import vocabularies
-
-        tokenizer = vocabularies.restore(kind, folder)
+        tokenizer = ByteTokenizer() if kind == "byte" else vocabularies.restore(kind, folder)
     if "cut" in header:
-        from tinylm.data.cut import CutTokenizer
-
-        counts = {name: count for name, count in header["cut"].items() if name != "kept"}
-        tokenizer = CutTokenizer(tokenizer, header["cut"]["kept"], counts)
+        counts = dict(header["cut"])
+        tokenizer = cut.CutTokenizer(tokenizer, counts.pop("kept"), counts)
     return tokenizer
 
 
 def _path(folder: Any) -> Any:
     """Return a path object: epath's for a bucket, pathlib's else."""
-    if not isinstance(folder, (str, os.PathLike)) or "://" not in os.fspath(folder):
-        return pathlib.Path(folder) if isinstance(folder, str) else folder
+    if "://" not in os.fspath(folder):
+        return pathlib.Path(folder)
     from etils import epath
 
     return epath.Path(folder)

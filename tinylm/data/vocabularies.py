@@ -6,11 +6,10 @@ from may go.
 
 import base64
 import hashlib
-import heapq
 import itertools
 import json
+import os
 import pathlib
-import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
@@ -21,16 +20,10 @@ import numpy as np
 from tinylm.core.errors import UserError
 from tinylm.core.optional import optional_module
 from tinylm.data.config import split_spec
-from tinylm.data.tokenizers import (
-    END,
-    THREADS,
-    BpeTokenizer,
-    TableTokenizer,
-    Tokenizer,
-    byte_chars,
-    encode_pieces,
-    utf8,
-)
+from tinylm.data.tokenizers import END, BpeTokenizer, TableTokenizer, Tokenizer, byte_chars, encode_by, in_pieces, utf8
+
+# As many threads as the tokenizers library takes, whose variable this is; a process of `encoding` has one.
+THREADS = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
 
 
 class Gpt2Tokenizer(TableTokenizer):
@@ -91,7 +84,7 @@ class Gpt2Tokenizer(TableTokenizer):
         return cls({base64.b64decode(token): int(i) for token, i in pairs})
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return encode_pieces(texts, self._encode_pieces)
+        return in_pieces(texts, self._encode_pieces)
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
         """Encode on all cores, many texts a call: joined by the end of text, at which the ids are cut again."""
@@ -160,79 +153,28 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class Llama2cTokenizer(TableTokenizer):
-    """A tokenizer.bin of karpathy/llama2.c: scores and pieces, merged best pair first, as run.c's `encode` does.
+    """A tokenizer.bin of karpathy/llama2.c: pieces with scores, merged best pair first behind one added space.
 
     Ids 0 to 2 are unknown, begin and end, and 3 to 258 the bytes; llama2.c's models end a story with the begin (1).
+    run.c's `encode` is byte-pair encoding whose merges come in the order of the scores of what they make.
     """
 
     name, eot_id, _FIRST_BYTE = "llama2c", 1, 3
-    _WORDS = re.compile(r" *[^ ]+| +")
 
     def __init__(self, content: bytes):
         self._content = content
-        self._pieces, self._scores = _read_llama2c(content)
-        self.vocab_size = len(self._pieces)
-        self._ids = {piece: i for i, piece in reversed(list(enumerate(self._pieces)))}
-        self._bytes_of_id = [self._plain(i, piece) for i, piece in enumerate(self._pieces)]
-        self._by_word = not any(re.search(rb"[^ ] ", piece) for piece in self._pieces[259:])
-        self._known: dict[str, list[int]] = {}
-
-    def _plain(self, i: int, piece: bytes) -> bytes:
-        if i < self._FIRST_BYTE:
-            return b""
-        return bytes([i - self._FIRST_BYTE]) if i < self._FIRST_BYTE + 256 else piece
+        pieces, scores = _read_llama2c(content)
+        self.vocab_size, first, letters = len(pieces), self._FIRST_BYTE, self._FIRST_BYTE + 256
+        self._bytes_of_id = [b""] * first + [bytes([byte]) for byte in range(256)] + pieces[letters:]
+        names = ["<unk>", "<s>", "</s>", *(piece.decode("utf-8", errors="replace") for piece in pieces[first:])]
+        best_first = sorted(range(letters, len(pieces)), key=lambda i: -scores[i])
+        self.inner = _byte_fallback_bpe(names, [names[i] for i in best_first])
 
     def files(self) -> dict[str, bytes]:
         return {"tokenizer.bin": self._content}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.array(self._encode(text), np.int32) for text in texts]
-
-    def _encode(self, text: str) -> list[int]:
-        """Encode behind one added space; words are merged by themselves unless a piece crosses words."""
-        text = f" {text}" if text else ""
-        words = self._WORDS.findall(text) if self._by_word else [text]
-        out: list[int] = []
-        for word in words:
-            if word not in self._known:
-                if len(self._known) > 1 << 18:
-                    self._known.clear()
-                self._known[word] = self._merge(self._letters(word))
-            out += self._known[word]
-        return out
-
-    def _letters(self, word: str) -> list[int]:
-        ids: list[int] = []
-        for char in word:
-            content = utf8(char)
-            ids += [self._ids[content]] if content in self._ids else [byte + self._FIRST_BYTE for byte in content]
-        return ids
-
-    def _merge(self, ids: list[int]) -> list[int]:
-        """Merge the neighbours whose union scores best, the leftmost of equals, until none is a piece."""
-        following = [*range(1, len(ids)), -1]
-        previous = list(range(-1, len(ids) - 1))
-        heap: list[tuple[float, int, int, int, int]] = []
-
-        def offer(left: int, right: int) -> None:
-            if left >= 0 and right >= 0:
-                union = self._ids.get(self._pieces[ids[left]] + self._pieces[ids[right]], -1)
-                if union >= 0:
-                    heapq.heappush(heap, (-self._scores[union], left, ids[left], ids[right], union))
-
-        for i in range(len(ids) - 1):
-            offer(i, i + 1)
-        while heap:
-            _, left, left_id, right_id, union = heapq.heappop(heap)
-            right = following[left]
-            if ids[left] != left_id or right < 0 or ids[right] != right_id:
-                continue
-            ids[left], ids[right], following[left] = union, -1, following[right]
-            if following[right] >= 0:
-                previous[following[right]] = left
-            offer(previous[left], left)
-            offer(left, following[left])
-        return [i for i in ids if i >= 0]
+        return encode_by(self.inner, texts)
 
     def count_bytes(self, ids: np.ndarray) -> int:
         spaces = np.array([content.startswith(b" ") for content in self._bytes_of_id])[ids]
@@ -241,6 +183,22 @@ class Llama2cTokenizer(TableTokenizer):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return super().decode_bytes(ids).removeprefix(b" ")
+
+
+def _byte_fallback_bpe(names: list[str], best_first: list[str]) -> Any:
+    """Return the library's tokenizer whose merges make `best_first`, in that order, of any two other names."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers
+
+    vocab = {name: i for i, name in reversed(list(enumerate(names)))}
+    merges = [(name[:cut], name[cut:]) for name in best_first for cut in range(1, len(name))]
+    merges = [(left, right) for left, right in merges if left in vocab and right in vocab]
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    inner.normalizer = normalizers.Prepend(" ")
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    inner.add_special_tokens(names[:3])
+    inner.encode_special_tokens = True
+    return inner
 
 
 def _read_llama2c(content: bytes) -> tuple[list[bytes], list[float]]:

@@ -82,7 +82,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
     if isinstance(tokenizer, Gpt2Tokenizer):
         return _of_ranks(tokenizer)
     if isinstance(tokenizer, Llama2cTokenizer):
-        return _of_scores(tokenizer)
+        return tokenizer.inner.to_str().encode()
     if isinstance(tokenizer, ByteTokenizer):
         return _byte_level({char: byte for byte, char in byte_chars().items()} | {END: tokenizer.eot_id}, [])
     if isinstance(tokenizer, CharTokenizer):
@@ -144,27 +144,4 @@ def _of_chars(tokenizer: CharTokenizer) -> bytes:
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     inner.decoder = decoders.Fuse()
     inner.add_special_tokens([END])
-    return inner.to_str().encode()
-
-
-def _of_scores(tokenizer: Llama2cTokenizer) -> bytes:
-    """Merges in the order of the scores of what they make, bytes for characters that are no piece."""
-    import tokenizers
-    from tokenizers import decoders, models, normalizers
-
-    specials = ["<unk>", "<s>", "</s>"]
-    names = specials + [piece.decode("utf-8", errors="replace") for piece in tokenizer._pieces[len(specials) :]]
-    vocab = {name: i for i, name in reversed(list(enumerate(names)))}
-    letters = 3 + 256
-    best_first = sorted(range(letters, len(names)), key=lambda i: -tokenizer._scores[i])
-    merges = [
-        (name[:cut], name[cut:])
-        for name in (names[i] for i in best_first)
-        for cut in range(1, len(name))
-        if name[:cut] in vocab and name[cut:] in vocab
-    ]
-    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
-    inner.normalizer = normalizers.Prepend(" ")
-    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    inner.add_special_tokens(specials)
     return inner.to_str().encode()
