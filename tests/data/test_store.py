@@ -95,7 +95,7 @@ def test_a_store_is_whole_or_absent_after_kill_9_at_any_point(tmp_path, points):
 
 def test_any_number_of_processes_encodes_to_the_same_store(tmp_path, monkeypatch):
     path = write_text(tmp_path / "a.txt", 3_000)
-    path.write_text(path.read_text() + "<|endoftext|>café — 日本 🙂")
+    path.write_text(path.read_text() + "<|endoftext|>café\r\n— 日本 🙂\n")
     alone = open_data(config_of(path, tmp_path / "alone", tokenizer="char"), seed=0, progress=False)
     monkeypatch.setattr(encoding, "ALONE_SECS", 0)
     monkeypatch.setattr(encoding, "_BATCH_CHARS", 1 << 14)

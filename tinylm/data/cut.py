@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from tinylm.data.encoding import batches, encode_texts
+from tinylm.data.sources import Document
 from tinylm.data.tokenizers import TableTokenizer, Tokenizer
 from tinylm.data.vocabularies import HfTokenizer
 
@@ -97,12 +99,6 @@ def byte_tokens(tokenizer: Tokenizer) -> np.ndarray | None:
 def count_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     """Return how often each id occurs in `texts`."""
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    held: list[str] = []
-    for text in texts:
-        held.append(text)
-        if len(held) >= 4096 or len(text) > 1 << 20:
-            counts += np.bincount(np.concatenate(tokenizer.encode_batch(held)), minlength=len(counts))
-            held = []
-    if held:
-        counts += np.bincount(np.concatenate(tokenizer.encode_batch(held)), minlength=len(counts))
+    for batch in batches(map(Document, texts)):
+        counts += np.bincount(encode_texts(tokenizer, [document.text for document in batch])[0], minlength=len(counts))
     return counts

@@ -7,6 +7,7 @@ however many there are. They are plain programs at the end of a pipe, which end 
 
 import collections
 import contextlib
+import io
 import os
 import pathlib
 import subprocess
@@ -33,29 +34,27 @@ Encoded = tuple[np.ndarray, np.ndarray]
 def encode(
     documents: Iterable[Document], tokenizer: Tokenizer, folder: pathlib.Path
 ) -> Iterator[tuple[list[Document], Encoded]]:
-    """Yield documents, about a million characters at a time, with `encode_texts` of the prompt and text of each.
-
-    `folder` is where the tokenizer is saved.
-    """
+    """Yield `batches` with `encode_texts` of the prompt and text of each; the tokenizer is saved in `folder`."""
     begun = time.monotonic()
     waiting: collections.deque = collections.deque()
     with contextlib.ExitStack() as stack:
         pool = None
-        for batch in _batches(documents):
+        for batch in batches(documents):
             texts = [text for document in batch for text in (document.prompt, document.text)]
             if pool is None and time.monotonic() - begun < ALONE_SECS:
                 yield batch, encode_texts(tokenizer, texts)
                 continue
-            pool = pool or stack.enter_context(_Pool(tokenizer, folder))
-            waiting.append((batch, pool.submit(texts)))
-            if len(waiting) > 2 * pool.size:
+            pool = pool or stack.enter_context(_Processes(tokenizer, folder))
+            waiting.append((batch, pool.submit(pool.encode, texts)))
+            if len(waiting) > 2 * (os.cpu_count() or 1):
                 done, ids = waiting.popleft()
                 yield done, ids.result()
         for done, ids in waiting:
             yield done, ids.result()
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield documents about a million characters at a time."""
     batch, chars = [], 0
     for document in documents:
         batch.append(document)
@@ -75,28 +74,19 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
     return np.concatenate([np.zeros(0, np.int32), *ids]), counts
 
 
-class _Pool:
+class _Processes(futures.ThreadPoolExecutor):
     """Threads that each feed a process of their own."""
 
     def __init__(self, tokenizer: Tokenizer, folder: pathlib.Path):
-        self.size = os.cpu_count() or 1
+        super().__init__(os.cpu_count())
         self._tokenizer, self._folder = tokenizer, folder
-        self._own = threading.local()
-        self._closing = contextlib.ExitStack()
-        self._threads = futures.ThreadPoolExecutor(self.size)
-
-    def __enter__(self) -> "_Pool":
-        return self
+        self._own, self._closing = threading.local(), contextlib.ExitStack()
 
     def __exit__(self, *_: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        self.shutdown(cancel_futures=True)
         self._closing.close()
 
-    def submit(self, texts: list[str]) -> "futures.Future[Encoded]":
-        """Begin to encode `texts`."""
-        return self._threads.submit(self._encode, texts)
-
-    def _encode(self, texts: list[str]) -> Encoded:
+    def encode(self, texts: list[str]) -> Encoded:
         """Encode in the process of this thread; where that fails, here, which says why if it was the text."""
         try:
             if not hasattr(self._own, "pipe"):
@@ -131,10 +121,7 @@ def work(folder: str, descriptor: int) -> None:
     tokenizer = load_tokenizer(folder)
     with contextlib.suppress(EOFError):
         while True:
-            ends = np.cumsum(np.frombuffer(pipe.recv_bytes(), np.int64)).tolist()
-            text = pipe.recv_bytes().decode("utf-8", "surrogatepass")
-            ids, counts = encode_texts(
-                tokenizer, [text[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
-            )
-            pipe.send_bytes(ids.tobytes())
-            pipe.send_bytes(counts.tobytes())
+            lengths = np.frombuffer(pipe.recv_bytes(), np.int64).tolist()
+            text = io.StringIO(pipe.recv_bytes().decode("utf-8", "surrogatepass"), newline="")
+            for part in encode_texts(tokenizer, [text.read(length) for length in lengths]):
+                pipe.send_bytes(part.tobytes())
