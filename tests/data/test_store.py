@@ -18,7 +18,7 @@ import pytest
 from tinylm.core.errors import StorageError, UserError
 from tinylm.data import encoding, open_data, preparing, sources, store
 from tinylm.data.config import DataConfig
-from tinylm.data.tokenizers import ByteTokenizer, CharTokenizer
+from tinylm.data.tokenizers import ByteTokenizer
 
 PREPARE = """
 import sys
@@ -96,13 +96,13 @@ def test_a_store_is_whole_or_absent_after_kill_9_at_any_point(tmp_path, points):
 def test_any_number_of_processes_encodes_to_the_same_store(tmp_path, monkeypatch):
     path = write_text(tmp_path / "a.txt", 3_000)
     path.write_text(path.read_text() + "<|endoftext|>café\r\n— 日本 🙂\n")
-    alone = open_data(config_of(path, tmp_path / "alone", tokenizer="char"), seed=0, progress=False)
+    alone = open_data(config_of(path, tmp_path / "alone", tokenizer="bpe:300"), seed=0, progress=False)
     monkeypatch.setattr(encoding, "ALONE_SECS", 0)
     monkeypatch.setattr(encoding, "_BATCH_CHARS", 1 << 14)
     monkeypatch.setattr(encoding.os, "cpu_count", lambda: 3)
     here = []
     monkeypatch.setattr(encoding, "encode_texts", lambda *args: here.append(args))
-    many = open_data(config_of(path, tmp_path / "many", tokenizer="char"), seed=0, progress=False)
+    many = open_data(config_of(path, tmp_path / "many", tokenizer="bpe:300"), seed=0, progress=False)
     assert not here and len(manifest(many)["shards"]) == 1
     assert manifest(many)["shards"] == manifest(alone)["shards"]
     assert manifest(many)["document_shards"] == manifest(alone)["document_shards"]
@@ -112,11 +112,10 @@ def test_where_processes_cannot_encode_this_one_does_and_says_what_is_wrong(tmp_
     monkeypatch.setattr(encoding, "ALONE_SECS", 0)
     monkeypatch.setattr(encoding.sys, "executable", "/nowhere/python")
     path = write_text(tmp_path / "a.txt", 50)
-    assert (
-        len(ids_of(open_data(config_of(path, tmp_path / "s"), seed=0, progress=False).stores[0].folder)) == 50 * 41 + 90
-    )
-    with pytest.raises(UserError, match="has no id for 'x'"):
-        list(encoding.encode([sources.Document("abx")], CharTokenizer("ab"), tmp_path))
+    data = open_data(config_of(path, tmp_path / "s", tokenizer="bpe:257"), seed=0, progress=False)
+    assert len(data.stores[0].tokens) == 50 * 41 + 90
+    with pytest.raises(UserError, match="no Unicode"):
+        list(encoding.encode([sources.Document("\ud800")], data.tokenizer, data.stores[0].folder / "tokenizer"))
 
 
 def test_a_process_that_encodes_ends_with_the_one_that_asked(tmp_path):

@@ -1,8 +1,9 @@
 """Documents to ids on all cores: batches of text go to a process each, their ids come back in order.
 
-A source that is read within a second is encoded right here, so a small one pays for no start of processes. Beyond
-that, this process reads ahead and writes while as many others as there are cores encode; what comes out is the same
-however many there are. They are plain programs at the end of a pipe, which end when it closes: also by kill -9.
+A source that is read within a second is encoded right here, so a small one pays for no start of processes; so are
+bytes and characters, which numpy encodes faster than a pipe takes them. Beyond that, this process reads ahead and
+writes while as many others as there are cores encode; what comes out is the same however many there are. They are
+plain programs at the end of a pipe, which end when it closes: also by kill -9.
 """
 
 import collections
@@ -41,7 +42,7 @@ def encode(
         pool = None
         for batch in batches(documents):
             texts = [text for document in batch for text in (document.prompt, document.text)]
-            if pool is None and time.monotonic() - begun < ALONE_SECS:
+            if tokenizer.light or (pool is None and time.monotonic() - begun < ALONE_SECS):
                 yield batch, encode_texts(tokenizer, texts)
                 continue
             pool = pool or stack.enter_context(_Processes(tokenizer, folder))
