@@ -6,7 +6,6 @@ becomes one unknown id. The map of ids is saved with the tokenizer, and what was
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +27,7 @@ class CutTokenizer(Tokenizer):
     def __init__(self, base: Tokenizer, kept: Sequence[int], counts: dict[str, int]):
         self.base, self.name, self.counts = base, base.name, counts
         self._kept = np.array(kept, np.int32)
+        self.files, self.header = base.files, {**base.header, "cut": {"kept": self._kept.tolist(), **counts}}
         self._new = np.full(base.vocab_size, -1, np.int32)
         self._new[self._kept] = np.arange(len(kept))
         self.eot_id = int(self._new[base.eot_id])
@@ -41,19 +41,13 @@ class CutTokenizer(Tokenizer):
         """Count the ids of `texts` and keep the most common, `size` ids in all."""
         counts = count_ids(base, texts)
         byte_ids = byte_tokens(base)
-        always = [base.eot_id, *(byte_ids if byte_ids is not None and size > len(byte_ids) + 1 else [])]
+        always = {base.eot_id, *(byte_ids if byte_ids is not None and size > len(byte_ids) + 1 else [])}
         room = size - len(always) - (len(always) == 1)
         order = np.argsort(-counts, kind="stable")
-        chosen = [int(i) for i in order if counts[i] and i not in set(always)][: max(room, 0)]
+        chosen = [int(i) for i in order if counts[i] and i not in always][: max(room, 0)]
         kept = sorted({*always, *chosen})
         total, held = int(counts.sum()), int(counts[kept].sum())
         return cls(base, kept, {"counted_tokens": total, "dropped_tokens": total - held})
-
-    def header(self) -> dict[str, Any]:
-        return {**self.base.header(), "cut": {"kept": self._kept.tolist(), **self.counts}}
-
-    def files(self) -> dict[str, bytes]:
-        return self.base.files()
 
     def describe(self) -> str:
         """Say in one line what was cut and what becomes of it."""

@@ -149,11 +149,12 @@ class _Opener:
     def store(self, source: Source, splits: tuple[str, ...]) -> Store:
         """Return the store of some splits of a source, made by this process, by another, or long ago."""
         folder = self._folder / preparing.store_key(source, splits, self._tokenizer_key)
-        if not _has_manifest(folder):
-            if self.is_writer:
-                preparing.make(folder, _has_manifest, functools.partial(self._fill, source, splits))
-            else:
-                preparing.wait_for(folder, self.wait_secs)
+        if not self.is_writer:
+            preparing.wait_for(folder, self.wait_secs)
+        elif not (folder / MANIFEST).exists():
+            preparing.make(
+                folder, lambda folder: (folder / MANIFEST).exists(), functools.partial(self._fill, source, splits)
+            )
         return Store(folder)
 
     def _fill(self, source: Source, splits: tuple[str, ...], folder: pathlib.Path) -> None:
@@ -162,10 +163,6 @@ class _Opener:
             prepare_ready(source, self._tokenizer, folder, splits, self.progress)
         else:
             preparing.Preparer(source, self._tokenizer, folder, self.progress).run(splits)
-
-
-def _has_manifest(folder: pathlib.Path) -> bool:
-    return (folder / MANIFEST).exists()
 
 
 def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:

@@ -19,8 +19,6 @@ from tinylm.data.store import ArrayWriter, map_file
 PLAN = "plan.json"
 PACK_DOCUMENTS = 1 << 16
 
-Chunk = tuple[np.ndarray, np.ndarray, int]
-
 
 class Pieces(NamedTuple):
     """Pieces of a batch of rows: row of the batch, first column, first token of the split, length."""
@@ -103,7 +101,7 @@ def first_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     return rows
 
 
-def plan_chunks(ends: np.ndarray, seq_len: int, packed: bool) -> Iterator[Chunk]:
+def plan_chunks(ends: np.ndarray, seq_len: int, packed: bool) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
     """Yield (piece counts of rows, pieces, documents cut) for some tens of thousands of documents at a time."""
     begin = 0
     for first in range(0, len(ends), PACK_DOCUMENTS):

@@ -131,7 +131,7 @@ class HubSource(RecordSource):
             raise UserError(f"{self.setting} has no parquet files; {local}.")
         return files
 
-    @property
+    @functools.cached_property
     def own_splits(self) -> bool:
         return any(held_out_split(path) for path in self._files)
 
@@ -190,7 +190,7 @@ class TfdsSource(RecordSource):
             ) from error
         return builder
 
-    @property
+    @functools.cached_property
     def own_splits(self) -> bool:
         return self._valid_split() is not None
 
@@ -214,9 +214,7 @@ class TfdsSource(RecordSource):
 class AdditionSource(Source):
     """All sums a+b of two numbers below N: prompt `a+b=`, completion `c`; one sum in ten is held out."""
 
-    @property
-    def own_splits(self) -> bool:
-        return True
+    own_splits = True
 
     def _below(self) -> int:
         return int(self.argument or DEFAULT_BELOW)

@@ -8,6 +8,8 @@ the token store is keyed by: for files their paths, sizes and times of change.
 import dataclasses
 import functools
 import glob
+import gzip
+import hashlib
 import itertools
 import os
 import pathlib
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 from tinylm.core.errors import UserError
 from tinylm.core.optional import optional_module
+from tinylm.data import tales
 from tinylm.data.config import DataConfig, split_spec
 
 _CHUNK_BYTES = 1 << 20
@@ -51,9 +54,9 @@ class Source:
         """Return what follows the kind."""
         return split_spec(self.spec)[1]
 
-    @property
+    @functools.cached_property
     def own_splits(self) -> bool:
-        """Say whether there is a validation split of its own."""
+        """Whether there is a validation split of its own."""
         return False
 
     def identity(self) -> Any:
@@ -72,18 +75,12 @@ class Source:
 class TalesSource(Source):
     """The embedded corpus; a validation tale is never in training."""
 
-    @property
-    def own_splits(self) -> bool:
-        return True
+    own_splits = True
 
     def identity(self) -> Any:
-        from tinylm.data import tales
-
         return [self._count("train"), VALID_TALES, hash_bytes(pathlib.Path(tales.__file__).read_bytes())]
 
     def documents(self, split: str) -> Iterator[Document]:
-        from tinylm.data import tales
-
         if self._count("train") <= _HELD_TALES:
             return iter(self._held[split])
         return (Document(text, log_prob=p) for text, p in tales.tales(split, self._count(split)))
@@ -91,8 +88,6 @@ class TalesSource(Source):
     @functools.cached_property
     def _held(self) -> dict[str, list[Document]]:
         """Both splits of a small corpus in one pass, kept because a tokenizer that learns from it reads it too."""
-        from tinylm.data import tales
-
         held: dict[str, list[Document]] = {"train": [], "valid": []}
         for index in itertools.count():
             text, log_prob = tales.tale(index)
@@ -165,8 +160,6 @@ def file_identity(path: str) -> list[Any]:
 
 def hash_bytes(content: bytes) -> str:
     """Return a short hash of `content`."""
-    import hashlib
-
     return hashlib.sha256(content).hexdigest()[:32]
 
 
@@ -182,8 +175,6 @@ def read_chunks(path: str) -> Iterator[bytes]:
 
 
 def _plain_chunks(path: str) -> Iterator[bytes]:
-    import gzip
-
     with gzip.open(path, "rb") if path.endswith(".gz") else pathlib.Path(path).open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):
             yield chunk

@@ -224,7 +224,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise StorageError(f"{folder / MANIFEST} can't be read ({error}); delete {folder}.") from error
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{folder} is a token store of another version of tinylm; delete it to prepare it again.")
     return manifest
 

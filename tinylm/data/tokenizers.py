@@ -33,6 +33,8 @@ class Tokenizer:
     vocab_size: int
     eot_id: int
     light = False  # encodes in less time than it takes to hand text to another process
+    files: dict[str, bytes] = {}  # noqa: RUF012  the files that make this tokenizer, by name,
+    header: dict[str, Any] = {}  # noqa: RUF012  and what makes it beside them
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, without end of text."""
@@ -47,14 +49,6 @@ class Tokenizer:
         documents = np.split(ids, np.flatnonzero(ids == self.eot_id))
         return sum(len(self.decode_bytes(document.tolist())) for document in documents)
 
-    def header(self) -> dict[str, Any]:
-        """Return what, beside `files`, makes this tokenizer."""
-        return {}
-
-    def files(self) -> dict[str, bytes]:
-        """Return the files that make this tokenizer, by name."""
-        return {}
-
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without end of text."""
         return self.encode_batch([text])[0].tolist()
@@ -66,8 +60,8 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides what ids mean."""
-        digest = hashlib.sha256(json.dumps([self.name, self.header()], sort_keys=True).encode())
-        for name, content in sorted(self.files().items()):
+        digest = hashlib.sha256(json.dumps([self.name, self.header], sort_keys=True).encode())
+        for name, content in sorted(self.files.items()):
             digest.update(name.encode() + hashlib.sha256(content).digest())
         return digest.hexdigest()[:32]
 
@@ -75,9 +69,9 @@ class Tokenizer:
         """Write this tokenizer into `folder`, which may also be in a bucket."""
         folder = _path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files().items():
+        for name, content in self.files.items():
             (folder / name).write_bytes(content)
-        header = {"name": self.name, "fingerprint": self.fingerprint, **self.header()}
+        header = {"name": self.name, "fingerprint": self.fingerprint, **self.header}
         (folder / HEADER_FILE).write_text(json.dumps(header, indent=1))
 
 
@@ -99,7 +93,7 @@ class CharTokenizer(Tokenizer):
     name, light = "char", True
 
     def __init__(self, chars: str):
-        self.chars = chars
+        self.chars, self.header = chars, {"chars": chars}
         self.vocab_size, self.eot_id = len(chars) + 1, len(chars)
         codes = np.array([ord(char) for char in chars], np.int64)
         self._id_of_code = np.full(codes.max(initial=0) + 2, -1, np.int32)
@@ -112,9 +106,6 @@ class CharTokenizer(Tokenizer):
         for text in texts:
             seen[_codes(text)] = True
         return cls("".join(map(chr, np.flatnonzero(seen).tolist())))
-
-    def header(self) -> dict[str, Any]:
-        return {"chars": self.chars}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode(text) for text in texts]
@@ -168,17 +159,18 @@ class BpeTokenizer(TableTokenizer):
     def __init__(self, name: str, tokenizer_json: bytes):
         import tokenizers
 
-        self.name, self._json = name, tokenizer_json
+        self.name, self.files = name, {"tokenizer.json": tokenizer_json}
         self._by_words = name.startswith("bpe:")
         self._known: dict[str, list[int]] = {}
         try:
             self._inner = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
+            vocab = self._inner.get_vocab(with_added_tokens=True)
+            last_id = max(vocab.values())
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"the file of data.tokenizer={name} is no tokenizer.json: {error}.") from error
         self._inner.encode_special_tokens = True
-        vocab = self._inner.get_vocab(with_added_tokens=True)
-        self.eot_id = next((vocab[end] for end in _ENDS if end in vocab), max(vocab.values()) + 1)
-        self.vocab_size = max(self.eot_id, *vocab.values()) + 1
+        self.eot_id = next((vocab[end] for end in _ENDS if end in vocab), last_id + 1)
+        self.vocab_size = max(self.eot_id, last_id) + 1
         byte_of_char = {char: byte for byte, char in byte_chars().items()}
         self._bytes_of_id = [b""] * self.vocab_size
         for token, i in vocab.items():
@@ -200,9 +192,6 @@ class BpeTokenizer(TableTokenizer):
         )
         inner.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
         return cls(f"bpe:{vocab_size}", inner.to_str().encode())
-
-    def files(self) -> dict[str, bytes]:
-        return {"tokenizer.json": self._json}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return in_pieces(texts, self._encode_pieces)

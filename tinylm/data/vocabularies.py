@@ -40,6 +40,8 @@ class Gpt2Tokenizer(TableTokenizer):
             "gpt2", pat_str=self._PATTERN, mergeable_ranks=id_of_bytes, special_tokens={END: self.eot_id}
         )
         self._bytes_of_id = sorted(id_of_bytes, key=id_of_bytes.__getitem__)
+        lines = [base64.b64encode(token) + b" %d" % i for i, token in enumerate(self._bytes_of_id)]
+        self.files = {"gpt2.tiktoken": b"\n".join(lines)}
 
     @classmethod
     def of_folder(cls, folder: str) -> "Gpt2Tokenizer":
@@ -71,10 +73,6 @@ class Gpt2Tokenizer(TableTokenizer):
                 "data.tokenizer=gpt2 could not be fetched by tiktoken; without a network set "
                 "data.tokenizer=gpt2:DIR to a folder with encoder.json and vocab.bpe."
             ) from error
-
-    def files(self) -> dict[str, bytes]:
-        lines = [base64.b64encode(token) + b" %d" % i for i, token in enumerate(self._bytes_of_id)]
-        return {"gpt2.tiktoken": b"\n".join(lines)}
 
     @classmethod
     def restore(cls, content: bytes) -> "Gpt2Tokenizer":
@@ -125,7 +123,7 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes):
         sentencepiece = optional_module("sentencepiece", "tokens")
 
-        self._model = model
+        self.files = {"tokenizer.model": model}
         try:
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
@@ -133,9 +131,6 @@ class SentencePieceTokenizer(Tokenizer):
         pieces = self._inner.get_piece_size()
         self.eot_id = self._inner.eos_id() if self._inner.eos_id() >= 0 else pieces
         self.vocab_size = max(pieces, self.eot_id + 1)
-
-    def files(self) -> dict[str, bytes]:
-        return {"tokenizer.model": self._model}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._inner.encode([utf8(text).decode() for text in texts], num_threads=THREADS)
@@ -155,16 +150,13 @@ class Llama2cTokenizer(TableTokenizer):
     name, eot_id, _FIRST_BYTE = "llama2c", 1, 3
 
     def __init__(self, content: bytes):
-        self._content = content
+        self.files = {"tokenizer.bin": content}
         pieces, scores = _read_llama2c(content)
         self.vocab_size, first, letters = len(pieces), self._FIRST_BYTE, self._FIRST_BYTE + 256
         self._bytes_of_id = [b""] * first + [bytes([byte]) for byte in range(256)] + pieces[letters:]
         names = ["<unk>", "<s>", "</s>", *(piece.decode("utf-8", errors="replace") for piece in pieces[first:])]
         best_first = sorted(range(letters, len(pieces)), key=lambda i: -scores[i])
         self.inner = _byte_fallback_bpe(names, [names[i] for i in best_first])
-
-    def files(self) -> dict[str, bytes]:
-        return {"tokenizer.bin": self._content}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return encode_by(self.inner, texts)

@@ -53,7 +53,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 def data_tokenizer(tokenizer: Tokenizer, folder: Any) -> str:
     """Return the `data.tokenizer` that reads the tokenizer saved in `folder` again."""
     for name, kind in _KIND_OF_FILE.items():
-        if name in tokenizer.files():
+        if name in tokenizer.files:
             return f"{kind}:{folder / name}"
     return tokenizer.name
 
@@ -87,7 +87,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
         return _byte_level({char: byte for byte, char in byte_chars().items()} | {END: tokenizer.eot_id}, [])
     if isinstance(tokenizer, CharTokenizer):
         return _of_chars(tokenizer)
-    return tokenizer.files().get("tokenizer.json")
+    return tokenizer.files.get("tokenizer.json")
 
 
 def _of_merges(folder: pathlib.Path) -> HfTokenizer:

@@ -50,7 +50,7 @@ def check_origin(config: Config, tokenizer: Any) -> None:
 def check_tokenizer(where: str, folder: RunFolder, tokenizer: Any, spec: str) -> None:
     """Raise UserError for another tokenizer; a bpe learned here and the same one read from its file aren't."""
     theirs = load_tokenizer(str(folder.tokenizer))
-    alike = bool(tokenizer.files()) and (tokenizer.files(), tokenizer.header()) == (theirs.files(), theirs.header())
+    alike = bool(tokenizer.files) and (tokenizer.files, tokenizer.header) == (theirs.files, theirs.header)
     if tokenizer.fingerprint == theirs.fingerprint or alike:
         return
     file = folder.tokenizer / "tokenizer.json"
