@@ -80,23 +80,16 @@ def parse_mixture(text: str) -> list[tuple[Fraction, str]]:
     if not _WEIGHTED.fullmatch(text):
         return [(Fraction(1), text.strip())]
     try:
-        parts = [_weighted(part) for part in _PARTS.split(text)]
-    except ValueError as error:
+        parts = [_WEIGHTED.fullmatch(part).groups() for part in _PARTS.split(text)]  # type: ignore[union-attr]
+        weights = [Fraction(weight) for weight, _ in parts]
+    except (AttributeError, ValueError) as error:
         raise UserError(f"data.source={text} must be WEIGHT*SOURCE, WEIGHT*SOURCE, ....") from error
-    weights = [weight for weight, _ in parts]
     if min(weights) <= 0:
         raise UserError(f"data.source={text} must have weights above 0.")
     shares = [weight / sum(weights) for weight in weights]
     if max(share.denominator for share in shares) > MAX_MIXTURE_PERIOD:
         raise UserError(f"data.source={text} has weights too fine to be met exactly; use at most four decimals.")
-    return [(share, spec) for share, (_, spec) in zip(shares, parts, strict=True)]
-
-
-def _weighted(part: str) -> tuple[Fraction, str]:
-    match = _WEIGHTED.fullmatch(part)
-    if match is None:
-        raise ValueError(f"{part} is no WEIGHT*SOURCE")
-    return Fraction(match[1]), match[2].strip()
+    return [(share, spec.strip()) for share, (_, spec) in zip(shares, parts, strict=True)]
 
 
 def split_spec(spec: str) -> tuple[str, str]:

@@ -120,9 +120,8 @@ class _Opener:
         self.config, self.is_writer, self.wait_secs, self.progress = config, is_writer, wait_secs, progress
         self.weights = [weight for weight, _ in mixture]
         self.sources = [make_source(spec, config) for _, spec in mixture]
-        self.valid_sources = (
-            [make_source(config.valid_source, config, "data.valid_source")] if config.valid_source else []
-        )
+        valid_specs = [config.valid_source] * bool(config.valid_source)
+        self.valid_sources = [make_source(spec, config, "data.valid_source") for spec in valid_specs]
         self.train_splits = ("train",) if self.valid_sources else ("train", "valid")
         self._folder = preparing.store_folder(config)
 
