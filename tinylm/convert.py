@@ -52,7 +52,8 @@ def bring_in(folder: Any) -> dict[str, Any]:
     model = imported.model
     tokenizer = data_tokenizer(imported.tokenizer, folder.tokenizer)
     config = Config(data=DataConfig(tokenizer=tokenizer, seq_len=min(model.context, 512), batch_size=8), model=model)
-    record = {"config": to_dict(config), "versions": versions(imported.mesh), "imported_from": source}
+    record = {"config": to_dict(config), "versions": versions(imported.mesh), "imported_from": source,
+              "start_id": imported.start_id}  # fmt: skip
     write_run(folder, record, imported)
     count = sum(map(math.prod, unpadded_shapes(model).values()))
     return {"workdir": str(folder.path), "parameters": count, "vocab_size": model.vocab_size, "context": model.context}

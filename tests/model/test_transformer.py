@@ -59,22 +59,33 @@ def test_logits_depend_on_no_later_token(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cached_decoding_equals_the_full_forward(name):
-    """A prefill of 6 tokens, then token by token."""
+    """Prompts of 6 and 4 tokens, padded on the left to 8, then token by token; then the second row alone."""
     graph, params = build(name)
+    whole = logits_of(graph, params, TOKENS)
 
     @jax.jit
-    def decode(cache, tokens, start):
+    def prefill(tokens, lengths):
         model = nnx.merge(graph, params)
-        positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
-        x, cache = model.decode(tokens, positions, cache)
-        return model.logits(x), cache
+        x, cache = model.prefill(tokens, jnp.arange(8) - (8 - lengths)[:, None], 18)
+        return model.logits(x[:, -1:])[:, 0], cache
 
-    first, cache = decode(nnx.merge(graph, params).init_cache(2, 16), TOKENS[:, :6], 0)
-    got = [first]
-    for t in range(6, 16):
-        logits, cache = decode(cache, TOKENS[:, t : t + 1], t)
-        got.append(logits)
-    np.testing.assert_allclose(jnp.concatenate(got, 1), logits_of(graph, params, TOKENS), atol=2e-4)
+    @jax.jit
+    def decode(tokens, positions, slot, cache):
+        model = nnx.merge(graph, params)
+        x, cache = model.decode(tokens, positions, slot, cache, model.unstacked_blocks())
+        return model.logits(x[:, None])[:, 0], cache
+
+    for rows in ([0, 1], [1]):
+        lengths = np.array([6, 4])[rows]
+        prompts = np.stack([np.r_[[9] * (8 - n), TOKENS[row, :n]] for row, n in zip(rows, lengths, strict=True)])
+        logits, cache = prefill(prompts, lengths)
+        for t in range(10):
+            np.testing.assert_allclose(logits, whole[rows, lengths + t - 1], atol=2e-4)
+            tokens = np.asarray(TOKENS)[rows, lengths + t]
+            logits, cache = decode(tokens, lengths + t, 8 + t, cache)
+    config = tiny_model(**VARIANTS[name])
+    kept = [window if window and not config.local_heads else 18 for window in config.attention_window * 2]
+    assert [k.shape[-2] for k, _ in cache] == kept[: len(cache)]
 
 
 def loss_and_grads(config):

@@ -4,6 +4,7 @@ import dataclasses
 
 from tinylm.core.errors import UserError
 from tinylm.core.settings import setting
+from tinylm.inference.samplers import Sampler
 
 
 @dataclasses.dataclass
@@ -35,18 +36,13 @@ class SampleConfig:
     top_k: int = setting(0, "draw from the k most probable tokens (0: all)", free=True)
     top_p: float = setting(1.0, "draw from the fewest tokens that have this probability together", free=True)
 
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler of these settings."""
+        return Sampler(self.temperature, self.top_k, self.top_p)
+
     def check(self) -> None:
         """Raise UserError for values that no sampler could follow."""
-        check_sampling(self.temperature, self.top_k, self.top_p, prefix="sample.")
+        self.sampler.check(prefix="sample.")
         if self.every_steps < 0 or self.max_tokens < 0:
             raise UserError("sample.every_steps and sample.max_tokens must be at least 0.")
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float, prefix: str) -> None:
-    """Raise UserError where a sampling setting is out of range; `prefix` names where it was given."""
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"{prefix}temperature={temperature} must be at least 0.")
-    if top_k < 0:
-        raise UserError(f"{prefix}top_k={top_k} must be at least 0.")
-    if not 0 < top_p <= 1:
-        raise UserError(f"{prefix}top_p={top_p} must be above 0 and at most 1.")

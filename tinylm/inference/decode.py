@@ -1,11 +1,12 @@
 """Writing text with a KV cache: prefill the prompts at once, then decode token by token on the device.
 
-Prompts of unequal length share a batch, padded on the right. Lengths are rounded up to buckets, so that few programs
-are compiled whatever the prompts. A text longer than the model's context goes on: when the cache is full, the last
-half of the context is read again as a prompt.
+Prompts of unequal length share a batch, padded on the left, so that all rows write the same slot of the cache: one
+update in place. Lengths are rounded up to buckets, so that few programs are compiled whatever the prompts. A text
+longer than the model's context goes on: when the cache is full, the last half of the context is read again as a prompt.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,21 @@ from flax import nnx
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import constrain
-from tinylm.inference.samplers import Sampler, draw
-from tinylm.model.transformer import Transformer
+from tinylm.inference.samplers import Sampler, draw, penalize
+from tinylm.model.transformer import Cache, Transformer
 
-_CHUNK_TOKENS = 32
+_CHUNK_TOKENS = 128
+
+
+class Writing(NamedTuple):
+    """Where the rows of a batch stand, on the device."""
+
+    cache: Cache
+    logits_BV: jax.Array  # of the next token
+    position_B: jax.Array  # of the next token in its text
+    slot: jax.Array  # of the next token in the cache
+    done_B: jax.Array
+    seen_BV: jax.Array  # tokens that a text has, where they are penalized; else [B, 0]
 
 
 class Decoder:
@@ -27,81 +39,102 @@ class Decoder:
         """Compile nothing yet; `end_id` ends a text, and ids from `num_ids` on are never drawn."""
         self._context, self._end_id = context, end_id
 
-        def prefill(params, tokens_BT, length_B, num_slots):
+        def prefill(params, tokens_BT, length_B, done_B, num_slots, penalizes):
             model: Transformer = nnx.merge(graph, params)
-            batch_size, num_tokens = tokens_BT.shape
-            positions_BT = jnp.broadcast_to(jnp.arange(num_tokens), (batch_size, num_tokens))
-            x_BTD, cache = model.decode(tokens_BT, positions_BT, model.init_cache(batch_size, num_slots))
-            last_B1D = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)
-            return model.logits(last_B1D)[:, 0], cache
+            num_tokens = tokens_BT.shape[1]
+            positions_BT = jnp.arange(num_tokens) - (num_tokens - length_B)[:, None]
+            x_BTD, cache = model.prefill(tokens_BT, positions_BT, num_slots)
+            logits_BV = model.logits(x_BTD[:, -1:])[:, 0]
+            ids_V = jnp.arange(logits_BV.shape[1] if penalizes else 0)
+            seen_BV = jnp.any((tokens_BT[..., None] == ids_V) & (positions_BT >= 0)[..., None], axis=1)
+            return Writing(cache, logits_BV, length_B, jnp.int32(num_tokens), done_B, seen_BV)
 
-        def decode(params, cache, logits_BV, length_B, done_B, seeds, count, kind, values):
+        def decode(params, writing, seeds, count, candidates, values, penalty, scored):
             model: Transformer = nnx.merge(graph, params)
+            blocks = model.unstacked_blocks()
+            batch_size, vocab = writing.logits_BV.shape
             key = jax.random.fold_in(jax.random.key(seeds[0]), seeds[1])
-            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(logits_BV.shape[0]))
+            fold_B = jax.vmap(jax.random.fold_in)
+            keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch_size))
+            keys_TB = jax.vmap(lambda t: fold_B(keys_B, writing.position_B + t))(jnp.arange(_CHUNK_TOKENS))
+            uniform_TB = jax.vmap(jax.vmap(jax.random.uniform))(keys_TB)
 
-            def one(i, carry):
-                cache, logits_BV, length_B, done_B, written_BT = carry
-                draw_keys_B = jax.vmap(jax.random.fold_in)(keys_B, length_B)
-                known_BV = jnp.where(jnp.arange(logits_BV.shape[1]) < num_ids, logits_BV, -1e30)
-                token_B = jnp.where(done_B, end_id, draw(draw_keys_B, known_BV, kind, values))
-                x_B1D, cache = model.decode(token_B[:, None], length_B[:, None], cache)
-                done_B = done_B | (token_B == end_id)
-                return cache, model.logits(x_B1D)[:, 0], length_B + 1, done_B, written_BT.at[:, i].set(token_B)
+            def one(carry):
+                t, (cache, logits_BV, position_B, slot, done_B, seen_BV), ids_BT, scores_BT = carry
+                known_BV = jnp.where(jnp.arange(vocab) < num_ids, logits_BV, -1e30)
+                wanted_BV = penalize(known_BV, seen_BV, penalty) if seen_BV.shape[1] else known_BV
+                id_B = jnp.where(done_B, end_id, draw(uniform_TB[t], wanted_BV, candidates, values))
+                x_BD, cache = model.decode(id_B, position_B, slot, cache, blocks)
+                if scored:
+                    score_BV = jax.nn.log_softmax(known_BV)
+                    scores_BT = scores_BT.at[:, t].set(jnp.take_along_axis(score_BV, id_B[:, None], axis=1)[:, 0])
+                new = Writing(
+                    cache, model.logits(x_BD[:, None])[:, 0], position_B + 1, slot + 1, done_B | (id_B == end_id),
+                    seen_BV | (id_B[:, None] == jnp.arange(seen_BV.shape[1])),
+                )  # fmt: skip
+                return t + 1, new, ids_BT.at[:, t].set(id_B), scores_BT
 
-            written_BT = jnp.full((logits_BV.shape[0], _CHUNK_TOKENS), end_id, jnp.int32)
-            cache, logits_BV, length_B, done_B, written_BT = jax.lax.fori_loop(
-                0, count, one, (cache, logits_BV, length_B, done_B, written_BT)
+            ids_BT = jnp.full((batch_size, _CHUNK_TOKENS), end_id, jnp.int32)
+            start = (0, writing, ids_BT, jnp.zeros(ids_BT.shape, jnp.float32))
+            _, writing, ids_BT, scores_BT = jax.lax.while_loop(
+                lambda carry: (carry[0] < count) & ~jnp.all(carry[1].done_B), one, start
             )
-            return cache, logits_BV, length_B, constrain(done_B, None), constrain(written_BT, None, None)
+            everywhere = [constrain(x, *[None] * x.ndim) for x in (ids_BT, scores_BT, writing.done_B)]
+            return writing, *everywhere
 
-        self._prefill: Callable = jax.jit(prefill, static_argnums=3)
-        self._decode: Callable = jax.jit(decode, static_argnums=7, donate_argnums=1)
+        self._prefill: Callable = jax.jit(prefill, static_argnums=(4, 5))
+        self._decode: Callable = jax.jit(decode, static_argnums=(4, 7), donate_argnums=1)
 
     def stream(
-        self, params: dict, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampler: Sampler, seed: int = 0
-    ) -> Iterator[np.ndarray]:
-        """Yield chunks [B, n] of the ids that follow each prompt; after its end a row holds the end id.
+        self, params: dict, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampler: Sampler, seed: int = 0,
+        chunk_tokens: int = _CHUNK_TOKENS, scored: bool = False, ends: Callable[[int, list[int]], bool] | None = None,
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+        """Yield chunks of the ids that follow each prompt and, if `scored`, their log-probabilities in nats, [B, n].
 
-        What a row draws depends on its place in the batch; past the end of the context, where all rows are read
-        again together, also on the longest of them. Raises UserError as `check_prompts` does.
+        After its end a row holds the end id. A row also ends where `ends(row, its ids so far)`, asked after each chunk
+        of at most `chunk_tokens`, is true. Scores are those of the model, before sampler and penalty. What a row draws
+        depends on its place in the batch; past the end of the context, where all rows are read again together, also on
+        the longest of them. Raises UserError as `check_prompts` does.
         """
         check_prompts(prompts, self._context)
-        texts = [list(prompt) for prompt in prompts]
-        done_B, written, restarts = np.zeros(len(texts), bool), 0, 0
+        texts, written, restarts = [list(prompt) for prompt in prompts], 0, 0
+        new: list[list[int]] = [[] for _ in prompts]
+        done_B = np.zeros(len(texts), bool)
         while written < max_tokens and not np.all(done_B):
             texts = [text[-self._context // 2 :] if restarts else text for text in texts]
             restarts += 1
-            longest = max(map(len, texts))
-            num_slots = min(self._context, _bucket(longest + max_tokens - written))
-            logits_BV, cache, length_B = self._read(params, texts, num_slots)
-            room = min(num_slots - longest, max_tokens - written)
+            room = min(self._context - max(map(len, texts)), max_tokens - written)
+            writing = self._read(params, texts, done_B, room, sampler)
             while room > 0 and not np.all(done_B):
-                count = min(room, _CHUNK_TOKENS)
-                cache, logits_BV, length_B, done_B, chunk_BT = self._decode(
-                    params, cache, logits_BV, length_B, done_B, (seed, restarts), count, sampler.kind, sampler.values
-                )
-                chunk = np.asarray(chunk_BT)[:, :count]
-                for text, ids in zip(texts, chunk, strict=True):
-                    text.extend(ids.tolist())
+                count = min(room, chunk_tokens, _CHUNK_TOKENS)
+                writing, ids_BT, scores_BT, done_B = self._decode(
+                    params, writing, (seed, restarts), count, sampler.candidates, sampler.values,
+                    float(sampler.repetition_penalty), scored,
+                )  # fmt: skip
+                chunk, done_B = np.asarray(ids_BT)[:, :count], np.array(done_B)
+                for row, ids in enumerate(chunk):
+                    texts[row].extend(ids.tolist())
+                    new[row].extend(ids.tolist())
+                    if ends and not done_B[row] and ends(row, new[row]):
+                        done_B[row] = True
+                        writing = writing._replace(done_B=done_B.copy())
                 room, written = room - count, written + count
-                yield chunk
+                yield chunk, np.asarray(scores_BT)[:, :count]
 
-    def _read(self, params: dict, texts: list[list[int]], num_slots: int):
-        """Prefill padded prompts; return logits after each, the cache, and the lengths."""
-        longest = max(map(len, texts))
-        tokens_BT = np.full((len(texts), min(_bucket(longest), num_slots)), self._end_id, np.int32)
+    def _read(self, params: dict, texts: list[list[int]], done_B: np.ndarray, room: int, sampler: Sampler) -> Writing:
+        """Prefill prompts, padded on the left, into a cache with `room` for as many tokens."""
+        tokens_BT = np.full((len(texts), _bucket(max(map(len, texts)))), self._end_id, np.int32)
         for row, text in zip(tokens_BT, texts, strict=True):
-            row[: len(text)] = text
-        length_B = np.array([len(text) for text in texts], np.int32)
-        logits_BV, cache = self._prefill(params, tokens_BT, length_B, num_slots)
-        return logits_BV, cache, length_B
+            row[len(row) - len(text) :] = text
+        lengths = np.array([len(text) for text in texts], np.int32)
+        num_slots = _bucket(tokens_BT.shape[1] + room)
+        return self._prefill(params, tokens_BT, lengths, done_B, num_slots, sampler.penalizes)
 
     def write(
         self, params: dict, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampler: Sampler, seed: int = 0
     ) -> list[list[int]]:
         """Return the ids that follow each prompt, up to its end."""
-        chunks = list(self.stream(params, prompts, max_tokens=max_tokens, sampler=sampler, seed=seed))
+        chunks = [ids for ids, _ in self.stream(params, prompts, max_tokens=max_tokens, sampler=sampler, seed=seed)]
         rows = np.concatenate(chunks, axis=1) if chunks else np.zeros((len(prompts), 0), np.int32)
         return [before_end(row.tolist(), self._end_id) for row in rows]
 

@@ -40,12 +40,13 @@ _FURTHEST = 1e-4  # between our logits and transformers', as a part of the large
 
 @dataclasses.dataclass
 class Imported:
-    """A model that came from elsewhere, on the mesh."""
+    """A model that came from elsewhere, on the mesh; its texts begin with `start_id`."""
 
     model: ModelConfig
     params: dict
     tokenizer: Tokenizer
     mesh: Mesh
+    start_id: int
 
 
 def import_hf(folder: str, tokenizer: str = "", mesh_config: MeshConfig | None = None) -> Imported:
@@ -61,7 +62,9 @@ def import_hf(folder: str, tokenizer: str = "", mesh_config: MeshConfig | None =
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
     params = weights.import_params(open_folder(place), family, model, mesh, mesh_config.fsdp)
-    return Imported(model, params, found, mesh)
+    start = read_json(place / "config.json").get("bos_token_id")
+    start = start if isinstance(start, int) and 0 <= start < found.vocab_size else found.eot_id
+    return Imported(model, params, found, mesh, start)
 
 
 def import_llama2c(path: str, tokenizer: str, mesh_config: MeshConfig | None = None) -> Imported:
@@ -74,7 +77,7 @@ def import_llama2c(path: str, tokenizer: str, mesh_config: MeshConfig | None = N
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
     params = weights.import_params(tensors, LLAMA, model, mesh, mesh_config.fsdp)
-    return Imported(model, params, found, mesh)
+    return Imported(model, params, found, mesh, found.eot_id)
 
 
 def write_run(folder: RunFolder, record: dict[str, Any], imported: Imported) -> None:

@@ -22,7 +22,8 @@ _FAR_BELOW = -1e30
 class Visibility:
     """Which keys a query sees: those not after it, within `window` (0: all), and of its own segment.
 
-    Positions are absolute; None means 0, 1, 2, ... for queries and keys alike. The window counts the query itself.
+    Positions are absolute; None means 0, 1, 2, ... for queries and keys alike. No query sees a key at a position below
+    0. The window counts the query itself.
     """
 
     query_positions_BT: jax.Array | None = None
@@ -36,7 +37,7 @@ class Visibility:
         q = jnp.arange(num_queries)[None] if self.query_positions_BT is None else self.query_positions_BT
         s = jnp.arange(num_keys)[None] if self.key_positions_BS is None else self.key_positions_BS
         distance = q[:, None, :, None] - s[:, None, None, :]
-        allowed = distance >= 0
+        allowed = (distance >= 0) & (s >= 0)[:, None, None, :]
         if self.window:
             near = distance < self.window
             if self.local_heads:

@@ -20,7 +20,7 @@ from tinylm.model import layers
 from tinylm.model.attention import Visibility, attend
 from tinylm.model.config import ModelConfig
 
-Cache = dict[str, jax.Array]  # "k" and "v", each [L, B, K, S, H]
+Cache = list[tuple[jax.Array, ...]]  # keys and values of each layer (see `prefill`)
 
 _REMAT: dict[str, Callable] = {
     "none": lambda body: body,
@@ -44,8 +44,8 @@ class Attention(nnx.Module):
         self.value = project(kv_heads)
         self.out = layers.Linear(heads, {"embed": c.embed_dim}, std=_output_std(c), bias=c.bias, rngs=rngs)
 
-    def __call__(self, x_BTD, visibility, tables, dropout, cache=None, write=None):
-        """Return (o_BTD, new cache slice); with a cache, keys and values are written into it and read from it."""
+    def __call__(self, x_BTD, visibility, tables, dropout, write=None):
+        """Return (o_BTD, (keys, values) that were attended to): those of `x_BTD`, or what `write` makes of them."""
         c = self.config
         q_BNTH, k_BKTH, v_BKTH = (project(x_BTD).swapaxes(1, 2) for project in (self.query, self.key, self.value))
         if c.qk_norm:
@@ -53,14 +53,13 @@ class Attention(nnx.Module):
         if tables is not None:
             q_BNTH, k_BKTH = layers.rotate(q_BNTH, tables), layers.rotate(k_BKTH, tables)
         q_BNTH = constrain(q_BNTH, "batch", "heads", None, "head_dim")
-        if cache is not None:
-            cache = {"k": write(cache["k"], k_BKTH), "v": write(cache["v"], v_BKTH)}
-            k_BKTH, v_BKTH = cache["k"].astype(q_BNTH.dtype), cache["v"].astype(q_BNTH.dtype)
+        if write is not None:
+            k_BKTH, v_BKTH = write(k_BKTH, v_BKTH)
         o_BNTH = attend(
             q_BNTH, k_BKTH, v_BKTH, visibility, scale=c.attention_scale, softcap=c.attention_softcap,
             dropout=dropout, kernel=c.attention,
         )  # fmt: skip
-        return self.out(o_BNTH.swapaxes(1, 2)), cache
+        return self.out(o_BNTH.swapaxes(1, 2)), (k_BKTH, v_BKTH)
 
 
 class Mlp(nnx.Module):
@@ -93,15 +92,13 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x_BTD, visibility, tables, dropout, cache=None, write=None):
-        """Return (x_BTD, new cache slice)."""
-        o_BTD, cache = self.attention(
-            self.attention_norm(x_BTD), visibility, tables, dropout.at(0), cache=cache, write=write
-        )
+    def __call__(self, x_BTD, visibility, tables, dropout, write=None):
+        """Return (x_BTD, keys and values as attention does)."""
+        o_BTD, kv = self.attention(self.attention_norm(x_BTD), visibility, tables, dropout.at(0), write)
         o_BTD = self.scale * dropout.at(1)(o_BTD)
         middle_BTD = x_BTD + o_BTD
         h_BTD = self.scale * dropout.at(2)(self.mlp(self.mlp_norm(x_BTD if self.parallel else middle_BTD)))
-        return constrain(middle_BTD + h_BTD, "batch", "seq", "embed"), cache
+        return constrain(middle_BTD + h_BTD, "batch", "seq", "embed"), kv
 
 
 class Transformer(nnx.Module):
@@ -135,32 +132,68 @@ class Transformer(nnx.Module):
         x_BTD = dropout.at(self.config.num_layers)(self._embed(tokens_BT, positions))
         tables = self._rotary(positions)
 
-        def layer(block, x, window, index, _):
+        def layer(block, x, window, index):
             visible = Visibility(segments_BT=segments_BT, window=window, local_heads=self.config.local_heads)
-            return block(x, visible, tables, dropout.at(index))
+            return block(x, visible, tables, dropout.at(index))[0], None
 
-        return self._scan(layer, x_BTD, None)[0]
+        return self._scan(layer, x_BTD)[0]
 
-    def decode(self, tokens_BT, positions_BT, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Run tokens at `positions_BT` (consecutive in a row) through the cache; return (x_BTD, new cache).
+    def prefill(self, tokens_BT, positions_BT, num_slots: int) -> tuple[jax.Array, Cache]:
+        """Read prompts, padded on the left up to position 0; return (x_BTD, cache of `num_slots` positions).
 
-        Keys are written at their positions, so a row may be padded on the right: what is written beyond its end is
-        overwritten before any query sees it.
+        Column t is slot t of the cache. A layer whose heads all have a window keeps no more slots than that, and
+        writes slot s over slot s - window. Axes of size 1 are dropped: XLA drops them in products, and
+        would then keep, and copy, each cache in two shapes.
         """
-        off = layers.Dropout(0.0, None)
-        tables = self._rotary(positions_BT)
-        slots_1S = jnp.arange(cache["k"].shape[3])[None]
+        c = self.config
+        tables, real_BT = self._rotary(positions_BT), positions_BT >= 0
+        x_BTD = self._embed(tokens_BT, jnp.maximum(positions_BT, 0))
 
-        def write(old_BKSH, new_BKTH):
-            start_B = positions_BT[:, 0]
-            put = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (0, start, 0)))
-            return put(old_BKSH, new_BKTH.astype(old_BKSH.dtype), start_B)
+        def layer(block, x, window, _):
+            visible = Visibility(segments_BT=real_BT, window=window, local_heads=c.local_heads)
+            return block(x, visible, tables, layers.Dropout(0.0, None))
 
-        def layer(block, x, window, _, layer_cache):
-            visible = Visibility(positions_BT, slots_1S, window=window, local_heads=self.config.local_heads)
-            return block(x, visible, tables, off, cache=layer_cache, write=write)
+        def keep(x_BKTH, window):
+            size = min(window, num_slots) if window and not c.local_heads else num_slots
+            kept = x_BKTH[:, :, -size:]
+            kept = jnp.pad(kept, ((0, 0), (0, 0), (0, size - kept.shape[2]), (0, 0)))
+            kept = jnp.roll(kept, x_BKTH.shape[2], axis=2) if x_BKTH.shape[2] > size else kept
+            kept = constrain(kept, "batch", "kv_heads", None, "head_dim")
+            return kept.reshape(*[n for n in kept.shape[:2] if n > 1], *kept.shape[2:])
 
-        return self._scan(layer, self._embed(tokens_BT, positions_BT), cache)
+        x_BTD, kv_LBKTH = self._scan(layer, x_BTD)
+        windows = c.attention_window * (c.num_layers // len(c.attention_window))
+        return x_BTD, [tuple(keep(x[i], window) for x in kv_LBKTH) for i, window in enumerate(windows)]
+
+    def unstacked_blocks(self) -> list[Block]:
+        """Return the blocks one by one; to be called before a loop over tokens, for it copies their parameters."""
+        graph, stacked = nnx.split(self.blocks)
+        return [nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], stacked)) for i in range(self.config.num_layers)]
+
+    def decode(self, token_B, position_B, slot, cache: Cache, blocks: list[Block]) -> tuple[jax.Array, Cache]:
+        """Run one token a row, at `position_B` of its text and `slot` of the cache; return (x_BD, new cache).
+
+        The blocks are those of `unstacked_blocks`, so that each layer's cache is written in place.
+        """
+        c, before, cache = self.config, cache, []
+        tables = self._rotary(position_B[:, None])
+        x_B1D = self._embed(token_B[:, None], position_B[:, None])
+        for i, (block, old) in enumerate(zip(blocks, before, strict=True)):
+            size, window = old[0].shape[-2], c.attention_window[i % len(c.attention_window)]
+            age_S = (slot - jnp.arange(size)) % size  # steps since a slot was written; positions below 0 never were
+            visible = Visibility(position_B[:, None], position_B[:, None] - age_S, window=window,
+                                 local_heads=c.local_heads)  # fmt: skip
+
+            def write(*new, old=old, at=slot % size):
+                at = (*[0] * (old[0].ndim - 2), at, 0)
+                cache.append(tuple(
+                    jax.lax.dynamic_update_slice(x, x1.reshape(*x.shape[:-2], 1, -1), at)
+                    for x, x1 in zip(old, new, strict=True)
+                ))  # fmt: skip
+                return (x.reshape(*new[0].shape[:2], *x.shape[-2:]) for x in cache[-1])
+
+            x_B1D = block(x_B1D, visible, tables, layers.Dropout(0.0, None), write)[0]
+        return self.norm(x_B1D)[:, 0], cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return float32 logits_BTV; those of padded ids are far below all others."""
@@ -175,13 +208,6 @@ class Transformer(nnx.Module):
             logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
         return jnp.where(jnp.arange(c.padded_vocab) < c.vocab_size, logits_BTV, -1e30)
 
-    def init_cache(self, batch_size: int, num_slots: int) -> Cache:
-        """Return an empty cache for `num_slots` positions, in the compute type."""
-        c = self.config
-        shape = (c.num_layers, batch_size, c.num_kv_heads, num_slots, c.head_dim)
-        axes = (None, "batch", "kv_heads", None, "head_dim")
-        return {name: constrain(jnp.zeros(shape, c.compute_dtype), *axes) for name in ("k", "v")}
-
     def _embed(self, tokens_BT, positions_BT):
         x_BTD = self.embedding[...][tokens_BT] * self.config.embed_scale
         if self.positions is not None:
@@ -194,32 +220,26 @@ class Transformer(nnx.Module):
             return None
         return layers.rotary_tables(positions_BT, int(c.head_dim * c.rotary_fraction), c.rotary_base)
 
-    def _scan(self, layer, x_BTD, cache):
-        """Run `layer(block, x, window, index, cache slice)` over all layers, one period of windows an iteration."""
+    def _scan(self, layer, x_BTD):
+        """Run `layer(block, x, window, index) -> (x, kept)` over all layers, one period of windows an iteration."""
         c = self.config
         graph, stacked = nnx.split(self.blocks)
         period = len(c.attention_window)
-
-        def group(tree):
-            return jax.tree.map(lambda x: x.reshape(-1, period, *x.shape[1:]), tree)
+        grouped = jax.tree.map(lambda x: x.reshape(-1, period, *x.shape[1:]), stacked)
 
         def body(x, xs):
-            index, params, caches = xs
-            new = []
+            index, params = xs
+            kept = []
             for i, window in enumerate(c.attention_window):
                 block = nnx.merge(graph, jax.tree.map(lambda p: p[i], params))
-                x, slice_ = layer(block, x, window, index + i, jax.tree.map(lambda s: s[i], caches))
-                new.append(slice_)
-            return x, jax.tree.map(lambda *slices: jnp.stack(slices), *new)
+                x, keep = layer(block, x, window, index + i)
+                kept.append(keep)
+            return x, jax.tree.map(lambda *parts: jnp.stack(parts), *kept)
 
         starts = jnp.arange(0, c.num_layers, period)
-        x_BTD, new_cache = jax.lax.scan(
-            _REMAT[c.remat](body),
-            x_BTD,
-            (starts, group(stacked), group(cache)),
-            unroll=c.unroll or c.num_layers // period,
-        )
-        return self.norm(x_BTD), jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), new_cache)
+        unroll = c.unroll or c.num_layers // period
+        x_BTD, kept = jax.lax.scan(_REMAT[c.remat](body), x_BTD, (starts, grouped), unroll=unroll)
+        return self.norm(x_BTD), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
 
 
 def make_norm(config: ModelConfig) -> layers.Norm:

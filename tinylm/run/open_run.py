@@ -32,6 +32,7 @@ class Run:
     graph: nnx.GraphDef
     params: dict
     tokenizer: Any
+    start_id: int  # what a text begins with: the end of the one before, or what an imported model has for it
 
     @property
     def model(self) -> Transformer:
@@ -45,7 +46,8 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     Raises UserError where there is no run, no such checkpoint, or the mesh doesn't fit.
     """
     folder = RunFolder(workdir)
-    config = folder.read_config()["config"]
+    record = folder.read_config()
+    config = record["config"]
     model_config = from_dict(ModelConfig, config["model"])
     checkpoints = Checkpoints(folder.checkpoints)
     found = checkpoints.find(str(step))
@@ -59,4 +61,6 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
 
     params = checkpoints.restore_params(found, jax.tree_util.tree_map_with_path(place, shapes))
     checkpoints.close()
-    return Run(folder, config, found, mesh, model_config, graph, params, load_tokenizer(str(folder.tokenizer)))
+    tokenizer = load_tokenizer(str(folder.tokenizer))
+    start_id = record.get("start_id", tokenizer.eot_id)
+    return Run(folder, config, found, mesh, model_config, graph, params, tokenizer, start_id)

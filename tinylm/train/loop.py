@@ -24,7 +24,6 @@ from tinylm.core.stop import StopRequest
 from tinylm.data.pipeline import train_batches
 from tinylm.inference.decode import Decoder, check_prompts
 from tinylm.inference.evaluation import evaluate, exact_match, make_eval_step
-from tinylm.inference.samplers import Sampler
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
@@ -229,10 +228,9 @@ class Trainer:
         """Write what the model makes of the fixed prompts into samples.txt."""
         self._log_pending()
         c = self.config.sample
-        sampler = Sampler(c.temperature, c.top_k, c.top_p)
         with self.progress.pause():
             rows = self.decoder.write(
-                params, self.prompts, max_tokens=c.max_tokens, sampler=sampler, seed=self.config.seed
+                params, self.prompts, max_tokens=c.max_tokens, sampler=c.sampler, seed=self.config.seed
             )
         pairs = zip(c.prompts, rows, strict=True)
         self.last_samples = [prompt + self.data.tokenizer.decode(ids) for prompt, ids in pairs]

@@ -1,0 +1,112 @@
+"""Decoding speed beside `transformers` and llama2.c: the same weights, prompt and sampling, in turns on one machine.
+
+python tests/benchmarks/decode.py                                                  needs the `parity` extra
+python tests/benchmarks/decode.py --run=llama2.c/run --model=stories260K.bin --tokenizer=tok512.bin
+
+Each row gives tokens per second as the median of `--pairs` turns, and the median of the ratios turn by turn.
+`transformers` decodes with its cache, eager attention, in float32, as many threads as it likes; llama2.c's program
+(built with -Ofast) is told the same number of tokens and prints its own rate.
+"""
+
+import pathlib
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+
+import numpy as np
+from absl import app, flags
+
+from tinylm.core.mesh import MeshConfig, make_mesh
+from tinylm.inference.decode import Decoder
+from tinylm.inference.samplers import Sampler
+from tinylm.model.transformer import abstract_transformer
+
+FLAGS = flags.FLAGS
+flags.DEFINE_integer("pairs", 5, "turns of each")
+flags.DEFINE_integer("tokens", 200, "tokens to write after a prompt of 8")
+flags.DEFINE_string("run", None, "llama2.c's program, instead of transformers")
+flags.DEFINE_string("model", None, "with --run: stories260K.bin")
+flags.DEFINE_string("tokenizer", None, "with --run: tok512.bin")
+
+SIZES = {"4 layers of 128, 65 tokens": (4, 128, 4, 65), "6 layers of 384, 50,257 tokens": (6, 384, 6, 50257)}
+
+
+def in_turns(name, rows, ours, theirs):
+    """Print the rates of both, in tokens per second over all rows."""
+    ours(), theirs()  # compile, warm up
+    rates = [(ours(), theirs()) for _ in range(FLAGS.pairs)]
+    mine, other = (statistics.median(column) for column in zip(*rates, strict=True))
+    ratio = statistics.median(a / b for a, b in rates)
+    print(f"{name:32} {rows:3} rows: {mine:8,.0f} beside {other:8,.0f} tokens/s, {ratio:5.2f} times", flush=True)
+
+
+def timed(write, rows):
+    """Return tokens per second of a call."""
+    start = time.perf_counter()
+    write()
+    return rows * FLAGS.tokens / (time.perf_counter() - start)
+
+
+def beside_transformers():
+    """Compare GPT-2 shapes with random weights, drawing at temperature 0.8 from the 50 most probable."""
+    import torch
+    import transformers
+
+    from tinylm.interop import models, weights
+    from tinylm.interop.tensor_files import open_folder
+
+    mesh, new = make_mesh(MeshConfig(data=1)), FLAGS.tokens
+    for name, (num_layers, width, heads, vocab) in SIZES.items():
+        config = transformers.GPT2Config(
+            n_layer=num_layers, n_embd=width, n_head=heads, vocab_size=vocab, n_positions=256, bos_token_id=None,
+            eos_token_id=None,
+        )  # fmt: skip
+        theirs = transformers.GPT2LMHeadModel(config).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            family, model = models.read_model_config(pathlib.Path(folder))
+            tensors = weights.with_prefix(open_folder(pathlib.Path(folder)), family)
+            params = weights.import_params(tensors, family, model, mesh, False)
+        decoder = Decoder(abstract_transformer(model)[0], 256, vocab, vocab)
+        for rows in (1, 16):
+            prompt = np.random.default_rng(0).integers(0, 65, (rows, 8))
+            ids = torch.from_numpy(prompt)
+
+            def ours(decoder=decoder, params=params, prompt=prompt):
+                list(decoder.stream(params, prompt.tolist(), max_tokens=new, sampler=Sampler(0.8, top_k=50)))
+
+            @torch.no_grad()
+            def reference(theirs=theirs, ids=ids):
+                theirs.generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.8, top_k=50,
+                    max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+                )  # fmt: skip
+
+            in_turns(name, rows, lambda f=ours, n=rows: timed(f, n), lambda f=reference, n=rows: timed(f, n))
+
+
+def beside_llama2c():
+    """Compare greedy text of stories260K: llama2.c writes one text, we one and sixteen."""
+    from tinylm.interop import models
+
+    imported = models.import_llama2c(FLAGS.model, FLAGS.tokenizer, MeshConfig(data=1))
+    end = imported.tokenizer.eot_id
+    decoder = Decoder(abstract_transformer(imported.model)[0], imported.model.context, end, imported.model.vocab_size)
+
+    def theirs():
+        command = [FLAGS.run, FLAGS.model, "-z", FLAGS.tokenizer, "-t", "0", "-n", str(FLAGS.tokens)]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return float(re.search(r"tok/s: ([\d.]+)", report)[1])
+
+    for rows in (1, 16):
+
+        def ours(rows=rows):
+            list(decoder.stream(imported.params, [[end]] * rows, max_tokens=FLAGS.tokens, sampler=Sampler(0.0)))
+
+        in_turns("stories260K", rows, lambda f=ours, n=rows: timed(f, n), theirs)
+
+
+if __name__ == "__main__":
+    app.run(lambda _: beside_llama2c() if FLAGS.run else beside_transformers())
