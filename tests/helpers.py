@@ -1,5 +1,6 @@
 """Small models and batches that the tests share, and a way to run commands as a user would."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -102,3 +103,26 @@ def lines(workdir, split="train"):
         if record["split"] == split:
             found[record["step"]] = record["loss"]
     return found
+
+
+def finished(workdir, step: int) -> bool:
+    """Say whether the checkpoint of a step is written to its end."""
+    folder = pathlib.Path(workdir) / "checkpoints"
+    return (folder / str(step) / "checksums").exists() and not (folder / f"{step}.unfinished").exists()
+
+
+def state_digest(workdir, step: int) -> str:
+    """Return a hash of every array of a checkpoint and of its path, whatever the mesh that wrote it."""
+    import orbax.checkpoint as ocp
+
+    digest = hashlib.sha256()
+    for item in "params", "train":
+        folder = (pathlib.Path(workdir) / "checkpoints" / str(step) / item).absolute()
+        reader = ocp.PyTreeCheckpointer()
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
+        )
+        tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            digest.update(jax.tree_util.keystr(path).encode() + str((leaf.dtype, leaf.shape)).encode() + leaf.tobytes())
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, SMALL, lines, run_command
+from helpers import ROOT, SMALL, finished, lines, run_command, state_digest
 
 
 def command(workdir, *extra):
@@ -50,7 +50,7 @@ def test_a_run_leaves_what_it_promises(whole):
 def test_kill_and_resume_is_bitwise_equal(whole, tmp_path, saved):
     workdir = tmp_path / "killed"
     process = subprocess.Popen(command(workdir), cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-    while not (workdir / "checkpoints" / str(saved)).exists():
+    while not finished(workdir, saved):
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
@@ -60,6 +60,7 @@ def test_kill_and_resume_is_bitwise_equal(whole, tmp_path, saved):
     assert f"resuming from step {saved}" in done.stderr
     assert lines(workdir) == lines(whole[0])
     assert lines(workdir, "valid") == lines(whole[0], "valid")
+    assert state_digest(workdir, 40) == state_digest(whole[0], 40)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path):

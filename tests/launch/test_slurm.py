@@ -105,7 +105,7 @@ def test_a_killed_node_is_requeued_and_the_run_goes_on(cluster):
     call("sbatch", "--nodes=2", f"--output={log}", str(ROOT / "launch" / "slurm.sbatch"), *SMALL, "--cpu_devices=2",
          "--config.model.num_layers=1", "--config.train.num_steps=4000", "--config.eval.every_steps=0",
          f"--workdir={run}", env=environment, cwd=cluster)  # fmt: skip
-    until(lambda: (run / "checkpoints" / "20").exists())
+    until(lambda: (run / "checkpoints" / "20" / "checksums").exists())
     kill_node(cluster)
     state = lambda: call("squeue", "--noheader", "--format=%T").strip()  # noqa: E731
     until(lambda: state() == "PENDING")

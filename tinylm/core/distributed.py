@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from typing import Any
 
 import jax
 
+from tinylm.core import errors
 from tinylm.core.errors import HangError, UserError
 
 _SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
@@ -31,6 +33,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 START_SECS = 50.0
 BARRIER_SECS = 600.0
 LEAVE_SECS = 10.0
+_calls = itertools.count()
 
 
 def start(
@@ -160,6 +163,28 @@ def barrier(name: str, secs: float = BARRIER_SECS) -> None:
         _client().wait_at_barrier(f"tinylm/{name}", int(secs * 1000))
     except RuntimeError as error:
         raise HangError(f"not all processes came to {name!r} within {secs:.0f} s: {_first_line(error)}") from error
+
+
+def from_main(make: Callable[[], Any], secs: float = BARRIER_SECS) -> Any:
+    """Return on every process what `make` returns on process 0, plain values; a UserError there is raised on all."""
+    if jax.process_count() == 1:
+        return make()
+    key, client = f"tinylm/from_main/{next(_calls)}", _client()
+    if is_main():
+        try:
+            value = make()
+        except UserError as error:
+            client.key_value_set(key, json.dumps([type(error).__name__, str(error)]))
+            raise
+        client.key_value_set(key, json.dumps([value]))
+        return value
+    try:
+        found = json.loads(client.blocking_key_value_get(key, int(secs * 1000)))
+    except RuntimeError as error:
+        raise HangError(f"process 0 did not answer within {secs:.0f} s: {_first_line(error)}") from error
+    if len(found) > 1:
+        raise getattr(errors, found[0])(found[1])
+    return found[0]
 
 
 def agree(facts: dict[str, Any], secs: float = START_SECS) -> None:

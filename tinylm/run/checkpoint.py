@@ -1,17 +1,28 @@
-"""Checkpoints through Orbax: sharded, asynchronous, complete or absent.
+"""Checkpoints: sharded, asynchronous, complete or absent, and verified before they are restored.
 
 The one module that knows Orbax. A step is kept as two items: `params`, which tools read alone, and `train` (optimizer
-state, step, guards). The latest `checkpoint.keep` steps and the best by validation loss are kept.
+state, step, guards), with checksums of all files. While a step is written or removed, `STEP.unfinished` lies beside it:
+a kill at any point leaves a step that is whole, or one that says it isn't. The latest `checkpoint.keep` steps and the
+best by validation loss are kept. A step that fails its checksums is named and passed over for the one before.
 """
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
 
-from tinylm.core.errors import UserError
+from tinylm.core.distributed import from_main, is_main
+from tinylm.core.errors import StorageError, UserError
+from tinylm.core.log import say
 from tinylm.core.settings import setting
+from tinylm.run import checksums
+
+ITEMS = ("params", "train")
+_FAILURES = (OSError, ValueError, RuntimeError)  # what Orbax and TensorStore raise for a disk that is full or gone
 
 
 @dataclasses.dataclass
@@ -31,82 +42,156 @@ class Checkpoints:
     """The checkpoints of a run."""
 
     def __init__(self, folder: epath.Path, config: CheckpointConfig | None = None):
-        """Open the folder for reading, or with a config for writing too."""
+        """Open the folder for reading, or with a config for writing too, after clearing what dead saves left."""
         import orbax.checkpoint as ocp
 
-        policy = ocp.checkpoint_managers
-        keep = policy.AnyPreservationPolicy([
-            policy.LatestN(config.keep if config else None),
-            policy.BestN(get_metric_fn=lambda m: m["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False),
-        ])  # fmt: skip
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep,
-            best_fn=lambda metrics: metrics["loss"],  # metrics are written only where a best is asked for
-            best_mode="min",
-            cleanup_tmp_directories=config is not None,
-            read_only=config is None,
-        )
-        self._ocp = ocp
-        self._folder = folder
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._ocp, self._folder, self._config = ocp, folder, config
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._sealer = ThreadPoolExecutor(1)
+        self._sealing: Future[None] | None = None
+        self._damaged: set[int] = set()
+        self._failure = ""  # of the last save, where it failed
+        if config and is_main() and folder.exists():
+            for mark in folder.glob("*.unfinished"):
+                self._remove(mark.name.partition(".")[0])
+            for temporary in folder.glob("*.orbax-checkpoint-tmp*"):
+                temporary.rmtree()
 
     def steps(self) -> list[int]:
-        """Return the steps that are whole, in order."""
-        return sorted(self._manager.all_steps())
+        """Return the steps that were finished, in order; not those that were found damaged."""
+        names = {path.name for path in self._folder.iterdir()} if self._folder.exists() else set()
+        finished = {int(name) for name in names if name.isdigit() and f"{name}.unfinished" not in names}
+        return sorted(finished - self._damaged)
 
     def losses(self) -> dict[int, float]:
         """Return the validation loss of each step that has one."""
-        metrics = {step: self._manager.metrics(step) for step in self.steps()}
-        return {step: found["loss"] for step, found in metrics.items() if found}
+        found = {step: checksums.read(self._folder / str(step)) for step in self.steps()}
+        return {step: facts["loss"] for step, facts in found.items() if facts and facts["loss"] is not None}
 
-    def find(self, step: str) -> int:
-        """Return the step that a --step flag means: best (latest where none was evaluated), latest, or a number."""
+    def newest(self) -> int | None:
+        """Return the newest whole step, None where there is none at all; StorageError where there are damaged ones."""
+        return from_main(lambda: self._first_whole(self.steps()[::-1], ITEMS))
+
+    def find(self, step: str, parts: Sequence[str] = ITEMS) -> int:
+        """Return the step that a --step flag means: best (latest where none was evaluated), latest, or a number.
+
+        The items `parts` of it are whole; best and latest pass over damaged steps.
+        """
+        return from_main(lambda: self._find(step, parts))
+
+    def _find(self, step: str, parts: Sequence[str]) -> int:
         steps = self.steps()
         if not steps:
             raise UserError(f"{os.fspath(self._folder)} holds no checkpoint; train first.")
+        order = steps[::-1]
         if step == "best":
             losses = self.losses()
-            return min(losses, key=lambda s: losses[s]) if losses else steps[-1]
-        if step == "latest":
-            return steps[-1]
-        if not step.isdigit() or int(step) not in steps:
-            raise UserError(f"--step={step} must be best, latest or one of {', '.join(map(str, steps))}.")
-        return int(step)
+            order.sort(key=lambda s: losses.get(s, float("inf")))
+        elif step != "latest":
+            if not step.isdigit() or int(step) not in steps:
+                raise UserError(f"--step={step} must be best, latest or one of {', '.join(map(str, steps))}.")
+            order = [int(step)]
+        found = self._first_whole(order, parts)
+        assert found is not None, "there are steps"
+        return found
+
+    def _first_whole(self, order: list[int], parts: Sequence[str]) -> int | None:
+        """Return the first step of `order` that is as it was written, having named those that aren't."""
+        named = []
+        for step in order:
+            damage = checksums.damage(self._folder / str(step), parts)
+            if not damage:
+                return step
+            self._damaged.add(step)
+            named.append(f"step {step} in {os.fspath(self._folder)} is damaged: {damage}")
+            say(f"warning: {named[-1]}")
+        if named:
+            raise StorageError(f"no whole checkpoint is left ({named[0]}); remove the folder to start at step 0.")
+        return None
 
     def save(self, state: Any, loss: float | None) -> None:
         """Begin to save a TrainState under its step; `loss` is the validation loss at it, where there is one."""
-        args = self._ocp.args
-        items = args.Composite(params=args.StandardSave(state.params), train=args.StandardSave(_rest(state)))
-        metrics = None if loss is None else {"loss": loss}
-        self._manager.save(int(state.step), args=items, metrics=metrics, force=True)
+        self._begin(int(state.step), loss, params=state.params, train=_rest(state))
 
     def save_params(self, step: int, params: Any) -> None:
         """Begin to save parameters alone, which is all that an imported model has."""
+        self._begin(step, None, params=params)
+
+    def _begin(self, step: int, loss: float | None, **items: Any) -> None:
+        """Copy the items and write them in the background; a failure is said, and is final only in `close`."""
+        self.check(wait=True)
         args = self._ocp.args
-        self._manager.save(step, args=args.Composite(params=args.StandardSave(params)), force=True)
+        try:
+            if is_main():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._remove(str(step), but_mark=True)  # a damaged one
+            saved = args.Composite(**{name: args.StandardSave(item) for name, item in items.items()})
+            self._orbax.save(self._folder / str(step), args=saved)
+            self._sealing = self._sealer.submit(self._seal, step, loss)
+        except _FAILURES as error:
+            self._fail(error)
+
+    def _seal(self, step: int, loss: float | None) -> None:
+        """Wait until a step is written, add its checksums, and remove the steps that it replaces."""
+        self._orbax.wait_until_finished()
+        if not is_main():
+            return
+        checksums.write(self._folder / str(step), step=step, loss=loss)
+        self._mark(step).unlink()
+        self._damaged.discard(step)
+        steps, losses = self.steps(), self.losses()
+        kept = {*steps[-self._config.keep :], *sorted(losses, key=lambda s: losses[s])[:1]} if self._config else steps
+        for old in {*steps, *self._damaged} - {*kept}:
+            self._remove(str(old))
+
+    def _mark(self, step: int | str) -> epath.Path:
+        return self._folder / f"{step}.unfinished"
+
+    def _remove(self, step: str, but_mark: bool = False) -> None:
+        """Remove a step, which from the first moment on is no step any more."""
+        self._mark(step).touch()
+        if (self._folder / step).exists():
+            (self._folder / step).rmtree()
+        if not but_mark:
+            self._mark(step).unlink()
+
+    def check(self, wait: bool = False) -> None:
+        """Say how the save in the background failed, if it has ended and did (`wait`: after it has ended)."""
+        if self._sealing is None or not (wait or self._sealing.done()):
+            return
+        sealing, self._sealing = self._sealing, None
+        try:
+            sealing.result()
+            self._failure = ""
+        except _FAILURES as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = f"a checkpoint could not be written to {os.fspath(self._folder)}: {str(error).splitlines()[0]}"
+        say(f"warning: {self._failure}; the next save tries again")
+
+    def close(self) -> None:
+        """Wait for a save under way; raise StorageError where the last one failed."""
+        self.check(wait=True)
+        self._sealer.shutdown()
+        with contextlib.suppress(*_FAILURES):  # said by now
+            self._orbax.close()
+        if self._failure:
+            raise StorageError(f"{self._failure}; free space there and give the same command.")
 
     def restore(self, step: int, abstract: Any) -> Any:
         """Return the TrainState saved at `step`, laid out as `abstract` says, whatever the mesh that saved it."""
-        args = self._ocp.args
-        items = args.Composite(
-            params=args.StandardRestore(abstract.params), train=args.StandardRestore(_rest(abstract))
-        )
-        found = self._manager.restore(step, args=items)
+        found = self._restore(step, params=abstract.params, train=_rest(abstract))
         return dataclasses.replace(abstract, params=found["params"], **found["train"])
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """Return the parameters saved at `step` alone."""
+        return self._restore(step, params=abstract)["params"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
         args = self._ocp.args
-        return self._manager.restore(step, args=args.Composite(params=args.StandardRestore(abstract)))["params"]
-
-    def check(self) -> None:
-        """Raise what a save in the background failed with."""
-        self._manager.check_for_errors()
-
-    def close(self) -> None:
-        """Wait for saves under way."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        wanted = args.Composite(**{name: args.StandardRestore(item) for name, item in items.items()})
+        return self._orbax.restore(self._folder / str(step), args=wanted)
 
 
 def _rest(state: Any) -> dict[str, Any]:

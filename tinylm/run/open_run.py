@@ -50,7 +50,7 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     config = record["config"]
     model_config = from_dict(ModelConfig, config["model"])
     checkpoints = Checkpoints(folder.checkpoints)
-    found = checkpoints.find(str(step))
+    found = checkpoints.find(str(step), ["params"])
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
     graph, shapes, axes = abstract_transformer(model_config)

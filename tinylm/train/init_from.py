@@ -18,7 +18,7 @@ from tinylm.core.log import say
 from tinylm.core.settings import differing_settings, from_dict
 from tinylm.data.tokenizers import load_tokenizer
 from tinylm.model.config import ModelConfig
-from tinylm.run.checkpoint import Checkpoints
+from tinylm.run.checkpoint import ITEMS, Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config, OptimizerConfig
 from tinylm.train.state import Blueprint, TrainState
@@ -74,7 +74,7 @@ def initial_state(config: Config, blueprint: Blueprint) -> TrainState:
     if not config.train.init_from:
         return blueprint.init(config.seed)
     checkpoints = Checkpoints(RunFolder(config.train.init_from).checkpoints)
-    step = checkpoints.find("best")
+    step = checkpoints.find("best", ITEMS if config.train.init_optimizer else ITEMS[:1])
     say(f"starting from step {step} of {config.train.init_from}")
     if not config.train.init_optimizer:
         params = checkpoints.restore_params(step, blueprint.abstract.params)

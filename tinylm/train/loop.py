@@ -69,11 +69,11 @@ class Trainer:
 
     def restore_or_init(self) -> TrainState:
         """Return the state of the newest checkpoint, or a new one."""
-        steps = self.checkpoints.steps()
-        if not steps:
+        step = self.checkpoints.newest()
+        if step is None:
             return initial_state(self.config, self.blueprint)
-        say(f"resuming from step {steps[-1]} in {self.folder.path}")
-        return self.checkpoints.restore(steps[-1], self.blueprint.abstract)
+        say(f"resuming from step {step} in {self.folder.path}")
+        return self.checkpoints.restore(step, self.blueprint.abstract)
 
     def run(self) -> Outcome:
         """Train to the last step, until patience ends or until asked to stop; return how it went.

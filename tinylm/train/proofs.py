@@ -119,7 +119,7 @@ def prove_resume(arguments: list[str]) -> Proof:
         whole, killed = pathlib.Path(folder, "whole"), pathlib.Path(folder, "killed")
         _finish(_train(arguments, whole))
         process = _train(arguments, killed)
-        while not (killed / "checkpoints" / str(RESUME_SAVE)).exists() and process.poll() is None:
+        while not (killed / "checkpoints" / str(RESUME_SAVE) / "checksums").exists() and process.poll() is None:
             time.sleep(0.001)
         process.kill()
         process.communicate()

@@ -1,0 +1,230 @@
+"""Checkpoints under damage: every file, any bit, a kill at any point of a save; disks that are full."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tinylm.core import log
+from tinylm.core.errors import StorageError
+from tinylm.run import checksums
+from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
+from tinylm.run.folder import RunFolder
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    """What Checkpoints needs of a TrainState."""
+
+    step: jax.Array
+    params: dict
+    opt_state: dict
+    guard: dict
+
+
+def state(step):
+    return State(jnp.int32(step), {"w": jnp.full(4, step, jnp.float32)}, {"m": jnp.ones(4)}, {"best": jnp.float32(0)})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with the steps 1 and 2."""
+    folder = RunFolder(str(tmp_path_factory.mktemp("saved"))).checkpoints
+    checkpoints = Checkpoints(folder, CheckpointConfig())
+    for step in 1, 2:
+        checkpoints.save(state(step), None)
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of that folder, which is also a run folder that was moved."""
+    copy = RunFolder(str(tmp_path)).checkpoints
+    shutil.copytree(saved, copy)
+    return copy
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The lines that were said."""
+    lines = []
+    monkeypatch.setattr("tinylm.run.checkpoint.say", lines.append)
+    return lines
+
+
+def files_of(folder):
+    return sorted(path for path in pathlib.Path(folder / "2").rglob("*") if path.is_file())
+
+
+def test_a_moved_folder_is_whole(folder):
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.newest() == 2
+    restored = checkpoints.restore(2, jax.eval_shape(lambda: state(0)))
+    assert (int(restored.step), restored.params["w"].tolist()) == (2, [2.0] * 4)
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "longer"])
+def test_every_damaged_file_is_named_and_the_step_before_taken(folder, said, how):
+    assert len(files_of(folder)) > 10
+    for path in files_of(folder):
+        content = path.read_bytes()
+        path.unlink() if how == "missing" else path.write_bytes(content[:-1] if how == "cut" else content + b"\0")
+        assert Checkpoints(folder).newest() == 1, path
+        assert f"step 2 in {folder} is damaged: {path.relative_to(folder / '2')} " in said.pop()
+        path.write_bytes(content)
+    assert Checkpoints(folder).newest() == 2
+
+
+def test_every_flipped_bit_is_found(folder, said):
+    rng, files = random.Random(0), files_of(folder)
+    for number in range(100):
+        path = files[number % len(files)]
+        content = bytearray(path.read_bytes())
+        place = rng.randrange(len(content))
+        content[place] ^= 1 << rng.randrange(8)
+        original = path.read_bytes()
+        path.write_bytes(content)
+        assert Checkpoints(folder).newest() == 1, f"bit {place} of {path}"
+        path.write_bytes(original)
+
+
+def test_a_file_too_many_and_a_link_are_named(folder, said, tmp_path):
+    (folder / "2" / "params" / "more").write_text("?")
+    assert Checkpoints(folder).newest() == 1
+    assert "params/more is not of it" in said[-1]
+    (folder / "2" / "params" / "more").unlink()
+    file = folder / "2" / "params" / "_METADATA"
+    shutil.move(file, tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", file)
+    assert Checkpoints(folder).newest() == 1
+    assert "params/_METADATA is a link" in said[-1]
+
+
+def test_damaged_checkpoints_alone_are_an_error_and_no_start_at_0(folder, said):
+    for step in "1", "2":
+        (folder / step / checksums.NAME).unlink()
+    with pytest.raises(StorageError, match=r"no whole checkpoint is left \(step 2 .* checksums is missing\); remove"):
+        Checkpoints(folder, CheckpointConfig()).newest()
+    shutil.rmtree(folder)
+    assert Checkpoints(folder, CheckpointConfig()).newest() is None
+
+
+def test_tools_pass_over_damage_but_for_a_number(folder, said):
+    (folder / "2" / "train" / "_METADATA").write_text("?")
+    assert Checkpoints(folder).find("latest", ["params"]) == 2, "only what is read must be whole"
+    assert Checkpoints(folder).find("latest") == 1
+    assert Checkpoints(folder).find("best") == 1
+    with pytest.raises(StorageError, match="train/_METADATA has 1 bytes instead of"):
+        Checkpoints(folder).find("2")
+
+
+def test_a_damaged_step_is_written_anew_and_goes_with_the_old(folder, said):
+    (folder / "2" / "params" / "_METADATA").unlink()
+    checkpoints = Checkpoints(folder, CheckpointConfig())
+    assert checkpoints.newest() == 1
+    checkpoints.save(state(2), None)
+    checkpoints.close()
+    assert Checkpoints(folder).newest() == 2
+    (folder / "2" / "params" / "_METADATA").unlink()
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
+    assert checkpoints.newest() == 1
+    checkpoints.save(state(3), None)
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 3]
+    assert not (folder / "2").exists()
+
+
+class Killed(BaseException):
+    """Ends a save as SIGKILL would: nothing more is written."""
+
+
+def writes(monkeypatch, kill_at):
+    """Count what changes the folder while sealing and removing; at number `kill_at`, stop before it."""
+    from etils.epath import gpath
+
+    count = 0
+
+    def guarded(name, real):
+        def call(*arguments, **kwargs):
+            nonlocal count
+            if not sys._getframe(1).f_globals["__name__"].startswith("tinylm."):
+                return real(*arguments, **kwargs)
+            count += 1
+            if count == kill_at:
+                raise Killed(name)
+            return real(*arguments, **kwargs)
+
+        return call
+
+    for name in "touch", "unlink", "rmtree", "write_bytes":
+        monkeypatch.setattr(gpath.PosixGPath, name, guarded(name, getattr(gpath.PosixGPath, name)))
+    return lambda: count
+
+
+def test_a_kill_between_any_two_writes_leaves_a_whole_step(saved, tmp_path, monkeypatch):
+    """Saving step 3 over 1 and 2: stopped before each change of the folder, 2 or 3 restores and leftovers go."""
+    total, reached = 99, set()
+    for kill_at in range(1, 100):
+        if kill_at > total:
+            break
+        folder = RunFolder(str(tmp_path / str(kill_at))).checkpoints
+        shutil.copytree(saved, folder)
+        with monkeypatch.context() as patched:
+            count = writes(patched, kill_at)
+            checkpoints = Checkpoints(folder, CheckpointConfig())
+            try:
+                checkpoints.save(state(3), None)
+                checkpoints.close()
+            except Killed:
+                checkpoints._orbax.close()
+            else:
+                total = count()
+        again = Checkpoints(folder, CheckpointConfig())
+        reached.add(again.newest())
+        assert {path.name for path in folder.iterdir()} == {str(step) for step in again.steps()}
+        assert len(again.steps()) >= 2
+    assert kill_at >= 5
+    assert reached == {2, 3}
+
+
+def test_a_save_that_fails_is_said_and_tried_again(folder, said, monkeypatch):
+    checkpoints = Checkpoints(folder, CheckpointConfig())
+    with monkeypatch.context() as patched:
+        patched.setattr(checksums, "write", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+        checkpoints.save(state(3), None)
+        checkpoints.check(wait=True)
+    assert "No space left; the next save tries again" in said[-1]
+    assert Checkpoints(folder).newest() == 2, "the last whole one is still there"
+    checkpoints.save(state(4), None)
+    checkpoints.close()
+    assert checkpoints.newest() == 4
+
+
+def test_a_run_that_ends_unsaved_says_so_with_its_exit_code(folder, said, monkeypatch):
+    checkpoints = Checkpoints(folder, CheckpointConfig())
+    monkeypatch.setattr(checksums, "write", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    checkpoints.save(state(3), None)
+    with pytest.raises(StorageError, match="No space left; free space there") as caught:
+        checkpoints.close()
+    assert caught.value.exit_code == 5
+
+
+def test_checksums_hold_facts_and_every_file(folder):
+    _, _, body = (folder / "2" / checksums.NAME).read_bytes().partition(b"\n")
+    content = json.loads(body)
+    assert content["step"] == 2
+    assert sorted(content["files"]) == [
+        path.relative_to(folder / "2").as_posix() for path in files_of(folder) if path.name != checksums.NAME
+    ]
+
+
+log.start()
