@@ -1,7 +1,9 @@
 """tinylm: a distributed trainer for small to mid-size language models on JAX sharding."""
 
+import time
 from typing import Any
 
+STARTED = time.monotonic()  # for the account of a run's time
 __version__ = "0.1.0"
 __all__ = ["open_run"]
 

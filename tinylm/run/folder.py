@@ -13,6 +13,7 @@ from typing import Any
 from etils import epath
 
 from tinylm.core.errors import StorageError, UserError
+from tinylm.core.log import say
 
 
 class RunFolder:
@@ -28,6 +29,7 @@ class RunFolder:
         self.samples_file = self.path / "samples.txt"
         self.plot_file = self.path / "loss.png"
         self._mended: set[epath.Path] = set()
+        self._unwritten: dict[epath.Path, str] = {}
 
     def exists(self) -> bool:
         """Say whether a run was started here."""
@@ -63,7 +65,12 @@ class RunFolder:
             raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
 
     def append(self, path: epath.Path, text: str) -> None:
-        """Add text to the end of a log; the first time, cut off the torn line that an earlier process may have left."""
+        """Add text to the end of a log; the first time, cut off the torn line that an earlier process may have left.
+
+        What can't be written is kept, and written with the next that can.
+        """
+        waiting = path in self._unwritten
+        self._unwritten[path] = self._unwritten.get(path, "") + text
         try:
             if path not in self._mended:
                 self._mended.add(path)
@@ -71,9 +78,19 @@ class RunFolder:
                 if not old.endswith(b"\n"):
                     path.write_bytes(old[: old.rfind(b"\n") + 1])
             with path.open("ab") as file:
-                file.write(text.encode())
+                file.write(self._unwritten[path].encode())
+            del self._unwritten[path]
         except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
+            self._mended.discard(path)  # a part of it may be there
+            if not waiting:
+                say(f"warning: {path} cannot be written: {error.strerror}; its lines are kept until it can.")
+
+    def flush(self) -> None:
+        """Write what could not be written before; raise StorageError where it still can't."""
+        for path in list(self._unwritten):
+            self.append(path, "")
+        for path in self._unwritten:
+            raise StorageError(f"{path} cannot be written, its last lines are lost; free space there.")
 
     def log(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl; what is not finite, which JSON can't hold, becomes null."""
@@ -84,10 +101,11 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl in order of steps, the last of each (step, split), without torn ones."""
-        found = {(line.get("step", -1), line.get("split")): line for line in self._lines()}
+        found = {(line.get("step", -1), line.get("split")): line for line in self.lines()}
         return [found[key] for key in sorted(found, key=str_key)]
 
-    def _lines(self) -> Iterator[dict[str, Any]]:
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of metrics.jsonl as they were written, without torn ones."""
         if not self.metrics_file.exists():
             return
         for line in self.metrics_file.read_text().splitlines():

@@ -14,6 +14,7 @@ from tinylm.data.config import DataConfig
 from tinylm.inference.config import EvalConfig, SampleConfig
 from tinylm.model.config import ModelConfig
 from tinylm.run.checkpoint import CheckpointConfig
+from tinylm.train.guard import POLICIES
 
 OPTIMIZERS = ("adamw", "muon")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -70,6 +71,11 @@ class TrainConfig:
     init_optimizer: bool = setting(False, "with init_from: take the optimizer's moments as well")
     deterministic: bool = setting(False, "the same bits in every run on GPU and TPU too (slower)")
     log_every_steps: int = setting(10, "steps between lines of metrics", free=True)
+    on_bad_step: str = setting(
+        "halt", "on a loss or gradient that is not finite, or a spike: " + ", ".join(POLICIES), free=True
+    )
+    spike_sigmas: float = setting(0.0, "a loss this many deviations above its mean is a spike (0: none is)", free=True)
+    max_bad_steps: int = setting(10, "bad steps in a row (rollback: since a checkpoint) that end the run", free=True)
 
     @property
     def last_step(self) -> int:
@@ -78,11 +84,14 @@ class TrainConfig:
 
     def check(self) -> None:
         """Raise UserError for counts below their least."""
-        for name in ("num_steps", "accumulation_steps", "steps_per_dispatch", "log_every_steps"):
+        for name in ("num_steps", "accumulation_steps", "steps_per_dispatch", "log_every_steps", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 1.")
-        if self.stop_step < 0:
-            raise UserError(f"train.stop_step={self.stop_step} must be at least 0.")
+        for name in ("stop_step", "spike_sigmas"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"train.{name}={getattr(self, name)} must be at least 0.")
+        if self.on_bad_step not in POLICIES:
+            raise UserError(f"train.on_bad_step={self.on_bad_step!r} must be one of {', '.join(POLICIES)}.")
 
 
 @dataclasses.dataclass

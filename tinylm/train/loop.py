@@ -1,13 +1,13 @@
 """The training loop: a plain loop with visible "is it time" blocks (log, evaluate, sample, save).
 
 The host runs ahead of the device: metrics of one dispatch are read after the next one is under way, and nothing else
-waits but what must (evaluation, samples, the copy of a save). What must not repeat after a crash is in the state.
+waits but what must (evaluation, samples, the copy of a save). So the host learns of a bad step one dispatch late; it
+settles what it knows before anything that depends on it. What must not repeat after a crash is in the state.
 """
 
+import contextlib
 import dataclasses
-import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,22 +17,23 @@ from jax.sharding import Mesh
 from tinylm.analysis.chips import peak_flops
 from tinylm.analysis.flops import train_flops_per_token
 from tinylm.core.distributed import is_main
-from tinylm.core.errors import NumericError, Preempted, UserError
+from tinylm.core.errors import Preempted
 from tinylm.core.log import say
-from tinylm.core.mesh import batch_shards, owned_rows, place_batch
+from tinylm.core.mesh import owned_rows, place_batch
 from tinylm.core.stop import StopRequest
 from tinylm.data.pipeline import train_batches
-from tinylm.inference.decode import Decoder, check_prompts
-from tinylm.inference.evaluation import evaluate, exact_match, make_eval_step
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
+from tinylm.train import guard
+from tinylm.train.account import Account
 from tinylm.train.config import Config
 from tinylm.train.init_from import initial_state
+from tinylm.train.looks import Looks
 from tinylm.train.optimizer import make_schedule
 from tinylm.train.plot import draw_losses
 from tinylm.train.progress import Progress
 from tinylm.train.state import Blueprint, TrainState
-from tinylm.train.step import make_train_steps
+from tinylm.train.step import METRICS, make_train_steps
 
 
 @dataclasses.dataclass
@@ -54,17 +55,23 @@ class Trainer:
         """Take the parts; compile nothing yet."""
         self.config, self.data, self.mesh, self.folder, self.blueprint = config, data, mesh, folder, blueprint
         self.schedule = make_schedule(config.optimizer, config.train.num_steps)
-        self.train_steps = make_train_steps(blueprint, self.schedule)
-        self.eval_step = make_eval_step(blueprint.graph)
-        self.decoder = Decoder(blueprint.graph, config.model.context, data.tokenizer.eot_id, data.vocab_size)
-        self.prompts = encode_prompts(config, data.tokenizer)
+        policy = config.train.on_bad_step
+        self.train_steps = make_train_steps(
+            blueprint, self.schedule, spike_sigmas=config.train.spike_sigmas, forgive=policy != "rollback"
+        )
+        self.looks = Looks(config, data, mesh, blueprint)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
         self.flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
         self.peak_flops = peak_flops(list(mesh.devices.flat))
         self.valid_loss: float | None = None
+        self.valid_step = -1
         self.train_loss: float | None = None
-        self.pending: tuple[int, dict[str, jax.Array], int] | None = None
-        self.guard = {"best_loss": math.inf, "evals_since_best": 0}  # on the host, as it is in the state
+        self.account = Account(folder)
+        self.step = 0  # as far as is known; where a dispatch is pending, as if no step of it were bad
+        self.settled = 0  # steps whose metrics were read
+        self.pending: tuple[dict[str, jax.Array], int] | None = None
+        self.bad_batch = -1  # that a rollback is to leave behind, where it is at least 0
+        self.guard: dict[str, Any] = {}  # the state's, on the host; it is brought up to date as steps settle
         self.last_samples: list[str] = []
 
     def restore_or_init(self) -> TrainState:
@@ -80,59 +87,132 @@ class Trainer:
 
         Raises Preempted, after a save, where the run was asked to stop.
         """
-        config, started = self.config, time.perf_counter()
-        state = self.restore_or_init()
-        step, last, reason = int(state.step), config.train.last_step, "all steps done"
-        saved, stop = step, StopRequest()
-        self.guard = {name: value.item() for name, value in jax.device_get(state.guard).items()}
-        self.progress = Progress(step, last)
-        batches = self._batches(step)
-        while step < last and not self._out_of_patience():
-            state, step = self._dispatch(state, step, batches)
+        config, started = self.config, time.monotonic()
+        self.stop = StopRequest()
+        state = self._start(self.restore_or_init())
+        self.progress = Progress(self.step, config.train.last_step)
+        while True:
             improved = False
-            if self.data.valid and self._due(step, config.eval.every_steps):
-                state, improved = self._evaluate(state, step)
-            if improved or self._due(step, config.checkpoint.every_steps):
-                saved = self._save(state, step)
-            if config.sample.every_steps and step % config.sample.every_steps == 0 and step < last:
-                self.sample(state.params, step)
-            if step < last and stop.reached(step):
-                self._end(state, step, saved, batches)
-                raise Preempted(f"asked to stop; step {step} is saved in {self.folder.path}, the same command goes on.")
-        self._end(state, step, saved, batches)
-        if config.sample.max_tokens:
-            self.sample(state.params, step)
-        if config.writers.plot and is_main():
-            draw_losses(self.folder, self.data.floor_nats_per_token, self.folder.path.name)
+            if self._due(config.eval.every_steps) and self.data.valid and self.step > self.guard["evaluated_step"]:
+                state, improved = self._evaluate(state)
+            if improved or (self._due(config.checkpoint.every_steps) and self.saved != self.step):
+                state = self._save(state)
+            if config.sample.every_steps and self.step % config.sample.every_steps == 0 and self.sampled != self.step:
+                self._sample(state.params)
+            if self.step >= config.train.last_step or self._out_of_patience():
+                break
+            if self.stop.reached():
+                self._end(state)
+                raise Preempted(
+                    f"asked to stop; step {self.step} is saved in {self.folder.path}, the same command goes on."
+                )
+            state = self._dispatch(state)
+            if self._anything_due() or self.stop.reached():
+                self._settle()
+            if self.bad_batch >= 0:
+                state = self._roll_back()
+        self._end(state)
+        return Outcome(
+            self.step,
+            self.train_loss,
+            self.valid_loss,
+            self.guard["best_loss"],
+            time.monotonic() - started,
+            self._reason(),
+        )
+
+    def _start(self, state: TrainState) -> TrainState:
+        """Take over a state: where it is, and which batch comes next."""
+        self.guard = guard.on_host(state.guard)
+        self.step = self.settled = self.saved = self.sampled = int(state.step)
+        self.batches = self._batches(self.step + self.guard["skipped"])
+        return state
+
+    def _roll_back(self) -> TrainState:
+        """Return the state of the last checkpoint, with the batches up to the bad one left out."""
+        past, in_row, self.bad_batch, self.pending = self.bad_batch, self.guard["bad_in_row"], -1, None
+        self.batches.close()
+        self.account.redo_until = max(self.account.redo_until, self.settled)
+        self.checkpoints.check(wait=True)
+        state = self.restore_or_init()
+        values = {"skipped": past + 1 - int(state.step), "bad_in_row": in_row}
+        return self._start(self._with_guard(state, values))
+
+    def _with_guard(self, state: TrainState, values: dict[str, Any]) -> TrainState:
+        self.guard = {**self.guard, **values}
+        return dataclasses.replace(state, guard=guard.with_values(state.guard, values))
+
+    def _reason(self) -> str:
         if self._out_of_patience():
-            reason = f"no better validation loss in {config.eval.patience} evaluations"
-        elif last < config.train.num_steps:
-            reason = "train.stop_step is reached"
-        seconds = time.perf_counter() - started
-        return Outcome(step, self.train_loss, self.valid_loss, self.guard["best_loss"], seconds, reason)
+            return f"no better validation loss in {self.config.eval.patience} evaluations"
+        return "train.stop_step is reached" if self.step < self.config.train.num_steps else "all steps done"
 
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
         return patience > 0 and self.guard["evals_since_best"] >= patience
 
-    def _dispatch(self, state: TrainState, step: int, batches: Iterator) -> tuple[TrainState, int]:
-        """Send the device steps up to the next at which something is due; log the dispatch before, done by now."""
-        count = min(self.config.train.steps_per_dispatch, self._next_stop(step) - step)
-        placed = self._place([next(batches)[1] for _ in range(count)])
-        state, metrics = self.train_steps(state, placed, count, self.config.seed)
-        self._log_pending()
-        if self._due(step + count, self.config.train.log_every_steps):
-            self.pending = (step + count, metrics, count)
-        return state, step + count
+    def _dispatch(self, state: TrainState) -> TrainState:
+        """Send the device steps up to the next at which something is due; settle the dispatch before, done by now."""
+        count = min(self.config.train.steps_per_dispatch, self._next_stop() - self.step)
+        with self.account.phase("data"):
+            placed = self._place([next(self.batches)[1] for _ in range(count)])
+        with self.account.phase("compile") if self.stop.nothing_to_save else contextlib.nullcontext():
+            state, metrics = self.train_steps(state, placed, count, self.config.seed)
+        self.stop.nothing_to_save = False
+        self._settle()
+        self.pending, self.step = (metrics, count), self.step + count
+        return state
 
-    def _end(self, state: TrainState, step: int, saved: int, batches: Iterator) -> None:
-        """Write what is not yet written: metrics and the last step."""
-        self._log_pending()
-        if saved != step:
-            self._save(state, step)
+    def _settle(self) -> None:
+        """Read what the pending dispatch did, waiting for the device if need be: log its steps, count bad ones."""
+        if self.pending is None:
+            return
+        (metrics, count), self.pending = self.pending, None
+        for values in zip(
+            *(column[:count].tolist() for column in jax.device_get([metrics[n] for n in METRICS])), strict=True
+        ):
+            step = dict(zip(METRICS, values, strict=True))
+            if step["bad"] and self.bad_batch < 0:
+                self._note_bad_step(step)
+            elif self.bad_batch < 0:
+                self.settled += 1
+                if self.config.train.on_bad_step != "rollback":
+                    self.guard["bad_in_row"] = 0
+                if self._is_due(self.settled, self.config.train.log_every_steps):
+                    self._log(self.settled, step)
+            self.account.lap(lost=bool(step["bad"]) or self.settled <= self.account.redo_until)
+
+    def _note_bad_step(self, step: dict[str, float]) -> None:
+        """Do what the policy says about a step whose batch the device has passed over."""
+        c = self.config.train
+        record = {"step": self.settled, "batch": self.settled + self.guard["skipped"], **step}
+        self.guard["skipped"] += 1
+        self.guard["bad_in_row"] += 1
+        self.step -= 1
+        self._write({**record, "split": "bad"})
+        self.progress.note(
+            f"warning: {guard.verdict(c.on_bad_step, c.max_bad_steps, self.guard['bad_in_row'], record)}"
+        )
+        if c.on_bad_step == "rollback":
+            self.bad_batch = record["batch"]
+
+    def _end(self, state: TrainState) -> None:
+        """Write what is not yet written: metrics, the last step, samples, the plot."""
+        self._settle()
+        if self.saved != self.step and self.bad_batch < 0:
+            self._save(state)
+        self.batches.close()
+        with self.account.phase("save"):
+            self.checkpoints.close()
+        finished = not self.stop.reached()
+        if finished and self.config.sample.max_tokens:
+            self._sample(state.params)
         self.progress.close()
-        batches.close()  # type: ignore[attr-defined]
-        self.checkpoints.close()
+        if is_main():
+            self._write(self.account.record(self.step))
+            self.folder.flush()
+            if finished and self.config.writers.plot:
+                draw_losses(self.folder, self.data.floor_nats_per_token, self.folder.path.name)
 
     def _batches(self, start: int):
         """Return the iterator of this process's host batches from step `start` on."""
@@ -148,119 +228,80 @@ class Trainer:
         rows = self.config.data.batch_size // self.config.train.accumulation_steps
         return place_batch(self.mesh, stacked, self.owned, rows, 2)
 
-    def _due(self, step: int, every: int) -> bool:
+    def _is_due(self, step: int, every: int) -> bool:
         return every > 0 and (step % every == 0 or step == self.config.train.last_step)
 
-    def _next_stop(self, step: int) -> int:
-        """Return the first step after `step` at which something is due."""
+    def _due(self, every: int) -> bool:
+        return self._is_due(self.step, every)
+
+    def _anything_due(self) -> bool:
+        c = self.config
+        return any(
+            map(self._due, (c.eval.every_steps, c.sample.every_steps, c.checkpoint.every_steps, c.train.last_step))
+        )
+
+    def _next_stop(self) -> int:
+        """Return the first step from here on at which something is due."""
         c = self.config
         cadences = (c.train.log_every_steps, c.eval.every_steps, c.sample.every_steps, c.checkpoint.every_steps)
-        return min([c.train.last_step, *[(step // every + 1) * every for every in cadences if every]])
+        return min([c.train.last_step, *[(self.step // every + 1) * every for every in cadences if every]])
 
-    def _log_pending(self) -> None:
-        """Write the metrics of the last step logged, waiting for the device if need be."""
-        if self.pending is None:
-            return
-        (step, metrics, count), self.pending = self.pending, None
-        values = {name: float(np.asarray(metric)[count - 1]) for name, metric in metrics.items()}
-        if not math.isfinite(values["loss"] + values["grad_norm"]):
-            raise NumericError(
-                f"loss {values['loss']} and gradient norm {values['grad_norm']} at step {step} are not finite; "
-                "start anew with a lower optimizer.learning_rate, by train.init_from if you like."
-            )
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        """Write the metrics of a step."""
         self.train_loss = values["loss"]
         speed = self.progress.tokens_per_sec(step, self.config.data.batch_size * self.config.data.seq_len)
-        record = {
-            "step": step,
-            "split": "train",
-            "loss": values["loss"],
-            "grad_norm": values["grad_norm"],
-            "learning_rate": values["learning_rate"],
-            "tokens_per_sec": speed,
-            "mfu": speed * self.flops_per_token / self.peak_flops if self.peak_flops else None,
-        }
-        self._write(record)
+        shown = {name: values[name] for name in ("loss", "grad_norm", "learning_rate")}
+        mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        self._write({"step": step, "split": "train", **shown, "tokens_per_sec": speed, "mfu": mfu})
         self.progress.show(step, f"loss {values['loss']:.4f}", speed, self.valid_loss)
 
-    def _evaluate(self, state: TrainState, step: int) -> tuple[TrainState, bool]:
-        """Evaluate; return the state with its guard brought up to date, and whether the loss is the best so far."""
-        self._log_pending()
-        with self.progress.pause():
-            self.valid_loss = self.evaluate(state.params)
-            matches = self._exact_match(state.params)
-        self._write({"step": step, "split": "valid", "loss": self.valid_loss, **matches})
-        shown = "".join(f"  {name} {value:.2%}" for name, value in matches.items())
-        self.progress.note(f"step {step}  validation loss {self.valid_loss:.4f}{self._floor()}{shown}")
-        if step % self.config.eval.every_steps and step != self.config.train.num_steps:
+    def _evaluate(self, state: TrainState) -> tuple[TrainState, bool]:
+        """Evaluate; return the state with its guard brought up to date, and whether the loss is the best so far.
+
+        Where the run is asked to stop meanwhile, nothing is noted: it evaluates when it goes on.
+        """
+        try:
+            with self.progress.pause(), self.account.phase("eval"):
+                found = self.looks.evaluate(state.params, self._check_stop)
+        except Preempted:
+            return state, False
+        self.valid_loss, self.valid_step = found["loss"], self.step
+        self._write({"step": self.step, "split": "valid", **found})
+        floor = self.data.floor_nats_per_token
+        known = "" if floor is None else f"  (floor of the corpus {floor:.4f})"
+        matches = f"  exact_match {found['exact_match']:.2%}" if "exact_match" in found else ""
+        self.progress.note(f"step {self.step}  validation loss {self.valid_loss:.4f}{known}{matches}")
+        if self.step % self.config.eval.every_steps and self.step != self.config.train.num_steps:
             return state, False  # an extra look at train.stop_step, which an undisturbed run doesn't take
         improved = self.valid_loss < self.guard["best_loss"]
-        self.guard = {
-            "best_loss": self.valid_loss if improved else self.guard["best_loss"],
-            "evals_since_best": 0 if improved else self.guard["evals_since_best"] + 1,
-        }
-        guard = {
-            name: jax.device_put(np.asarray(value, state.guard[name].dtype), state.guard[name].sharding)
-            for name, value in self.guard.items()
-        }
-        return dataclasses.replace(state, guard=guard), improved
+        values = {"evaluated_step": self.step, "evals_since_best": self.guard["evals_since_best"] + 1}
+        if improved:
+            values |= {"best_loss": self.valid_loss, "evals_since_best": 0}
+        return self._with_guard(state, values), improved
 
-    def evaluate(self, params: dict) -> float:
-        """Return the loss over the validation split, nats per target token."""
-        rows = self.config.data.batch_size // self.config.train.accumulation_steps
-        nats, count = evaluate(self.eval_step, params, self.data.valid, rows, self.mesh, self.config.eval.max_batches)
-        return nats / count
-
-    def _exact_match(self, params: dict) -> dict[str, float]:
-        """Return the share of validation pairs answered exactly, where the config asks for it."""
-        if not self.config.eval.exact_match:
-            return {}
-        pairs = self.data.answers(self.config.eval.exact_match)
-        if not pairs:
-            raise UserError("eval.exact_match needs validation pairs of prompt and completion; set it to 0.")
-        end_id = self.data.tokenizer.eot_id
-        return {"exact_match": exact_match(self.decoder, params, pairs, end_id, self.config.data.batch_size)}
-
-    def _floor(self) -> str:
-        floor = self.data.floor_nats_per_token
-        return "" if floor is None else f"  (floor of the corpus {floor:.4f})"
-
-    def sample(self, params: dict, step: int) -> None:
+    def _sample(self, params: dict) -> None:
         """Write what the model makes of the fixed prompts into samples.txt."""
-        self._log_pending()
-        c = self.config.sample
-        with self.progress.pause():
-            rows = self.decoder.write(
-                params, self.prompts, max_tokens=c.max_tokens, sampler=c.sampler, seed=self.config.seed
-            )
-        pairs = zip(c.prompts, rows, strict=True)
-        self.last_samples = [prompt + self.data.tokenizer.decode(ids) for prompt, ids in pairs]
+        self.sampled = self.step
+        with self.progress.pause(), self.account.phase("sample"):
+            self.last_samples = self.looks.samples(params)
         if is_main():
-            text = "".join(f"--- step {step} ---\n{sample}\n" for sample in self.last_samples)
+            text = "".join(f"--- step {self.step} ---\n{sample}\n" for sample in self.last_samples)
             self.folder.append(self.folder.samples_file, text)
 
-    def _save(self, state: TrainState, step: int) -> int:
-        """Begin to save; return the step."""
-        self._log_pending()
-        self.checkpoints.check()
-        evaluated = self.data.valid and self._due(step, self.config.eval.every_steps)
-        self.checkpoints.save(state, self.valid_loss if evaluated else None)
-        return step
+    def _save(self, state: TrainState) -> TrainState:
+        """Begin to save; return the state, in which a rollback counts anew from here on."""
+        if self.config.train.on_bad_step == "rollback" and self.guard["bad_in_row"]:
+            state = self._with_guard(state, {"bad_in_row": 0})
+        with self.account.phase("save"):
+            self.checkpoints.save(state, self.valid_loss if self.valid_step == self.step else None)
+        self._write(self.account.record(self.step))
+        self.saved = self.step
+        return state
+
+    def _check_stop(self) -> None:
+        if self.stop.reached():
+            raise Preempted("asked to stop")
 
     def _write(self, record: dict[str, Any]) -> None:
         if is_main():
             self.folder.log(record)
-
-
-def encode_prompts(config: Config, tokenizer: Any) -> list[list[int]]:
-    """Return the ids of `sample.prompts`, each after an end of text; raise UserError for one that can't be used."""
-    texts = config.sample.prompts if config.sample.max_tokens else ()
-    prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in texts]
-    check_prompts(prompts, config.model.context)
-    return prompts
-
-
-def mesh_summary(mesh: Mesh) -> str:
-    """Return the mesh in words."""
-    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
-    device = mesh.devices.flat[0].device_kind
-    return f"{mesh.size} x {device}" + (f" ({sizes})" if sizes else "") + f", batch in {batch_shards(mesh)}"

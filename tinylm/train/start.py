@@ -18,7 +18,8 @@ from tinylm.data.tokenizers import load_tokenizer
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
 from tinylm.train.init_from import check_origin
-from tinylm.train.loop import Trainer, encode_prompts
+from tinylm.train.looks import encode_prompts
+from tinylm.train.loop import Trainer
 from tinylm.train.state import make_blueprint
 
 

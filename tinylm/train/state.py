@@ -18,6 +18,7 @@ from tinylm.core.mesh import MeshConfig, parameter_sharding, replicated
 from tinylm.model.config import ModelConfig
 from tinylm.model.transformer import abstract_transformer, init_parameters
 from tinylm.train.config import OptimizerConfig
+from tinylm.train.guard import Guard, new_guard
 from tinylm.train.optimizer import make_optimizer
 
 
@@ -29,7 +30,7 @@ class TrainState:
     step: jax.Array  # int32: steps taken
     params: dict
     opt_state: Any
-    guard: dict[str, jax.Array]  # best_loss float32, evals_since_best int32
+    guard: Guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,5 +92,4 @@ def axes_of(axes: dict[str, tuple], path: tuple, shape: tuple[int, ...]) -> tupl
 
 
 def _new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    guard = {"best_loss": jnp.asarray(jnp.inf, jnp.float32), "evals_since_best": jnp.zeros((), jnp.int32)}
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), guard)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), new_guard())

@@ -13,16 +13,21 @@ import optax
 from flax import nnx
 
 from tinylm.model.losses import cross_entropy
+from tinylm.train.guard import judge
 from tinylm.train.state import Blueprint, TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+METRICS = ("loss", "grad_norm", "learning_rate", "target_tokens", "bad")
 
 
-def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule) -> Callable:
+def make_train_steps(
+    blueprint: Blueprint, schedule: optax.Schedule, *, spike_sigmas: float = 0.0, forgive: bool = True
+) -> Callable:
     """Return jitted `(state, batches [K, A, B/A, T], count, seed) -> (state, metrics [K])`; the state is donated.
 
-    Metrics are `loss` (nats per target token), `grad_norm` (before clipping), `learning_rate` and `target_tokens`.
+    Metrics are `loss` (nats per target token), `grad_norm` (before clipping), `learning_rate`, `target_tokens`, and
+    `bad`: 1 where the guard left the state as it was. `spike_sigmas` and `forgive` are the guard's.
     """
 
     def one_step(state: TrainState, batch: Batch, seed) -> tuple[TrainState, Metrics]:
@@ -30,24 +35,29 @@ def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule) -> Callable
         grads, nats, count = accumulate(blueprint, state.params, batch, step_key)
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
         updates, opt_state = blueprint.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        loss, grad_norm = nats / count, optax.tree.norm(grads)
+        bad, guard = judge(state.guard, loss, grad_norm, spike_sigmas, forgive)
+        learned = (optax.apply_updates(state.params, updates), opt_state)
+        old = (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(lambda old, new: jnp.where(bad, old, new), old, learned)
         metrics = {
-            "loss": nats / count,
-            "grad_norm": optax.tree.norm(grads),
+            "loss": loss,
+            "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "target_tokens": count,
+            "bad": bad.astype(jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state, state.guard), metrics
+        return TrainState(state.step + 1 - bad, params, opt_state, guard), metrics
 
     def train_steps(state: TrainState, batches: Batch, count, seed):
         most = batches["tokens"].shape[0]
-        names = ("loss", "grad_norm", "learning_rate", "target_tokens")
-        metrics = {name: jnp.zeros(most, jnp.float32) for name in names}
+        metrics = {name: jnp.zeros(most, jnp.float32) for name in METRICS}
 
         def body(i, carry):
             state, metrics = carry
-            state, new = one_step(state, jax.tree.map(lambda x: x[i], batches), seed)
-            return state, {name: metrics[name].at[i].set(new[name]) for name in names}
+            batch = jax.tree.map(lambda x: x[i], batches)
+            state, new = one_step(state, batch, seed)
+            return state, {name: metrics[name].at[i].set(new[name]) for name in METRICS}
 
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 

@@ -1,10 +1,12 @@
 """The lines a run opens and closes with."""
 
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
 from tinylm.analysis.flops import count_parameters
 from tinylm.core.log import say
-from tinylm.train.loop import Outcome, Trainer, mesh_summary
+from tinylm.core.mesh import batch_shards
+from tinylm.train.loop import Outcome, Trainer
 
 
 def opening(trainer: Trainer) -> None:
@@ -38,8 +40,16 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
         lines.append(f"Validation loss {outcome.valid_loss:.4f} (best {best:.4f}{known}) nats per token.")
     elif outcome.loss is not None:
         lines.append(f"Training loss {outcome.loss:.4f} nats per token.")
+    lines.append(trainer.account.summary(outcome.step))
     lines.append(f"Plot, metrics, samples and checkpoints: {folder.path}")
     if outcome.reason.startswith("train.stop_step"):
         lines.append("Go on: the same command with a later train.stop_step, or 0.")
     lines.append(f"Write more: python -m tinylm.generate --workdir={folder.path}")
     return "\n".join(lines)
+
+
+def mesh_summary(mesh: Mesh) -> str:
+    """Return the mesh in words."""
+    sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    device = mesh.devices.flat[0].device_kind
+    return f"{mesh.size} x {device}" + (f" ({sizes})" if sizes else "") + f", batch in {batch_shards(mesh)}"
