@@ -16,7 +16,7 @@ from absl import flags
 
 from tinylm import config as config_lib
 from tinylm.core import distributed, log
-from tinylm.core.errors import UserError
+from tinylm.core.errors import PeerLost, UserError
 from tinylm.core.settings import settings_of
 
 FLAGS = flags.FLAGS
@@ -71,7 +71,12 @@ def run(main: Callable[[], None], doc: str | None) -> None:
     except UserError as error:
         print(f"error: {distributed.speaker()}{error}", file=sys.stderr, flush=True)
         distributed.leave(error.exit_code)
-    except Exception:  # a bug of ours: the peers of this process must not wait for it
+    except Exception as error:
+        if distributed.lost_peer(error):
+            line = str(error).splitlines()[0]
+            print(f"error: {distributed.speaker()}a peer was lost: {line}", file=sys.stderr, flush=True)
+            distributed.leave(PeerLost.exit_code)
+        # A bug of ours: the peers of this process must not wait for it.
         print(f"{distributed.speaker()}{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
         distributed.leave(1)
 

@@ -62,7 +62,7 @@ def start(
         try:
             jax.distributed.initialize(**arguments, initialization_timeout=int(secs) + 30)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{_host()} could not join the job: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{host()} could not join the job: {str(error).splitlines()[0]}") from error
         jax.process_index()  # the first use of the devices, where hosts tell each other what they have
 
 
@@ -75,7 +75,8 @@ def _in_cluster() -> bool:
     )  # fmt: skip
 
 
-def _host() -> str:
+def host() -> str:
+    """Return the name of this machine, in words."""
     return f"host {socket.gethostname()}"
 
 
@@ -83,10 +84,10 @@ def _nobody_came(coordinator: str, num_processes: int, process_id: int, secs: fl
     """Return the line for a process that waited for its job in vain."""
     if not coordinator:
         return (
-            f"{_host()} waited {secs:.0f} s for the other hosts that the cluster names; start this command on all of "
+            f"{host()} waited {secs:.0f} s for the other hosts that the cluster names; start this command on all of "
             "them, or raise --start_secs where they start far apart."
         )
-    who = f"process {process_id} of {num_processes} on {_host()}"
+    who = f"process {process_id} of {num_processes} on {host()}"
     if process_id and not _reachable(coordinator):
         return f"{who} found nobody at --coordinator={coordinator} for {secs:.0f} s; is process 0 running there?"
     return (
@@ -134,7 +135,15 @@ def speaker() -> str:
     """Return what an error line of this process begins with: nothing, or its number and host in a job of several."""
     if not jax.distributed.is_initialized():
         return ""
-    return f"process {jax.process_index()} of {jax.process_count()} ({_host()}): "
+    return f"process {jax.process_index()} of {jax.process_count()} ({host()}): "
+
+
+def lost_peer(error: Exception) -> bool:
+    """Say whether an error of JAX came from a process of this job that is no longer there."""
+    signs = ("peer", "gloo", "nccl", "connection", "heartbeat", "unavailable")
+    return jax.distributed.is_initialized() and isinstance(error, RuntimeError) and any(
+        sign in str(error).lower() for sign in signs
+    )  # fmt: skip
 
 
 def leave(exit_code: int) -> None:
@@ -148,7 +157,7 @@ def leave(exit_code: int) -> None:
 
 
 @functools.cache
-def _client() -> Any:
+def client() -> Any:
     """Return the client of JAX's coordination service; JAX itself has no public name for it, Orbax has."""
     from orbax.checkpoint import multihost
 
@@ -160,7 +169,7 @@ def barrier(name: str, secs: float = BARRIER_SECS) -> None:
     if jax.process_count() == 1:
         return
     try:
-        _client().wait_at_barrier(f"tinylm/{name}", int(secs * 1000))
+        client().wait_at_barrier(f"tinylm/{name}", int(secs * 1000))
     except RuntimeError as error:
         raise HangError(f"not all processes came to {name!r} within {secs:.0f} s: {_first_line(error)}") from error
 
@@ -169,17 +178,17 @@ def from_main(make: Callable[[], Any], secs: float = BARRIER_SECS) -> Any:
     """Return on every process what `make` returns on process 0, plain values; a UserError there is raised on all."""
     if jax.process_count() == 1:
         return make()
-    key, client = f"tinylm/from_main/{next(_calls)}", _client()
+    key, service = f"tinylm/from_main/{next(_calls)}", client()
     if is_main():
         try:
             value = make()
         except UserError as error:
-            client.key_value_set(key, json.dumps([type(error).__name__, str(error)]))
+            service.key_value_set(key, json.dumps([type(error).__name__, str(error)]))
             raise
-        client.key_value_set(key, json.dumps([value]))
+        service.key_value_set(key, json.dumps([value]))
         return value
     try:
-        found = json.loads(client.blocking_key_value_get(key, int(secs * 1000)))
+        found = json.loads(service.blocking_key_value_get(key, int(secs * 1000)))
     except RuntimeError as error:
         raise HangError(f"process 0 did not answer within {secs:.0f} s: {_first_line(error)}") from error
     if len(found) > 1:
@@ -194,21 +203,21 @@ def agree(facts: dict[str, Any], secs: float = START_SECS) -> None:
     """
     if jax.process_count() == 1:
         return
-    process, client = jax.process_index(), _client()
-    ours = json.dumps([_host(), {name: repr(fact) for name, fact in facts.items()}])
+    process, service = jax.process_index(), client()
+    ours = json.dumps([host(), {name: repr(fact) for name, fact in facts.items()}])
     if process == 0:
-        client.key_value_set("tinylm/facts", ours)
+        service.key_value_set("tinylm/facts", ours)
     else:
-        host, theirs = json.loads(client.blocking_key_value_get("tinylm/facts", int(secs * 1000)))
+        their_host, theirs = json.loads(service.blocking_key_value_get("tinylm/facts", int(secs * 1000)))
         differing = _differing(json.loads(ours)[1], theirs)
         if differing:
-            client.key_value_set(
+            service.key_value_set(
                 f"tinylm/differing/{process:06}",
-                f"process {process} on {_host()} was started otherwise than process 0 on {host}: {differing}; "
+                f"process {process} on {host()} was started otherwise than process 0 on {their_host}: {differing}; "
                 "start every host with the same command, files and versions.",
             )
     barrier("comparing how processes were started", secs)
-    complaints = sorted(client.key_value_dir_get("tinylm/differing/"))
+    complaints = sorted(service.key_value_dir_get("tinylm/differing/"))
     if complaints:
         raise UserError(complaints[0][1])
 

@@ -42,7 +42,7 @@ class Checkpoints:
     """The checkpoints of a run."""
 
     def __init__(self, folder: epath.Path, config: CheckpointConfig | None = None):
-        """Open the folder for reading, or with a config for writing too, after clearing what dead saves left."""
+        """Open the folder for reading, or with a config for writing too."""
         import orbax.checkpoint as ocp
 
         self._ocp, self._folder, self._config = ocp, folder, config
@@ -51,11 +51,6 @@ class Checkpoints:
         self._sealing: Future[None] | None = None
         self._damaged: set[int] = set()
         self._failure = ""  # of the last save, where it failed
-        if config and is_main() and folder.exists():
-            for mark in folder.glob("*.unfinished"):
-                self._remove(mark.name.partition(".")[0])
-            for temporary in folder.glob("*.orbax-checkpoint-tmp*"):
-                temporary.rmtree()
 
     def steps(self) -> list[int]:
         """Return the steps that were finished, in order; not those that were found damaged."""
@@ -69,8 +64,19 @@ class Checkpoints:
         return {step: facts["loss"] for step, facts in found.items() if facts and facts["loss"] is not None}
 
     def newest(self) -> int | None:
-        """Return the newest whole step, None where there is none at all; StorageError where there are damaged ones."""
-        return from_main(lambda: self._first_whole(self.steps()[::-1], ITEMS))
+        """Clear what dead saves left, and return the newest whole step, or None where no step was ever finished.
+
+        Raises StorageError where there are damaged steps alone.
+        """
+        return from_main(self._newest)
+
+    def _newest(self) -> int | None:
+        if self._config and self._folder.exists():
+            for mark in self._folder.glob("*.unfinished"):
+                self._remove(mark.name.partition(".")[0])
+            for temporary in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                temporary.rmtree()
+        return self._first_whole(self.steps()[::-1], ITEMS)
 
     def find(self, step: str, parts: Sequence[str] = ITEMS) -> int:
         """Return the step that a --step flag means: best (latest where none was evaluated), latest, or a number.

@@ -8,6 +8,7 @@ settles what it knows before anything that depends on it. What must not repeat a
 import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,14 +17,16 @@ from jax.sharding import Mesh
 
 from tinylm.analysis.chips import peak_flops
 from tinylm.analysis.flops import train_flops_per_token
-from tinylm.core.distributed import is_main
+from tinylm.core.distributed import from_main, is_main
 from tinylm.core.errors import Preempted
 from tinylm.core.log import say
 from tinylm.core.mesh import owned_rows, place_batch
 from tinylm.core.stop import StopRequest
+from tinylm.core.watchdog import Watchdog
 from tinylm.data.pipeline import train_batches
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
+from tinylm.run.lock import WorkdirLock
 from tinylm.train import guard
 from tinylm.train.account import Account
 from tinylm.train.config import Config
@@ -87,9 +90,14 @@ class Trainer:
 
         Raises Preempted, after a save, where the run was asked to stop.
         """
-        config, started = self.config, time.monotonic()
-        self.stop = StopRequest()
-        state = self._start(self.restore_or_init())
+        started, lock = time.monotonic(), contextlib.ExitStack()
+        from_main(lambda: lock.callback(WorkdirLock(self.folder.path).release) is None)
+        self.stop, self.watchdog = StopRequest(), Watchdog(self.config.train.hang_secs)
+        with lock, contextlib.closing(self.watchdog):
+            return self._train(started)
+
+    def _train(self, started: float) -> Outcome:
+        config, state = self.config, self._start(self.restore_or_init())
         self.progress = Progress(self.step, config.train.last_step)
         while True:
             improved = False
@@ -126,6 +134,7 @@ class Trainer:
         self.guard = guard.on_host(state.guard)
         self.step = self.settled = self.saved = self.sampled = int(state.step)
         self.batches = self._batches(self.step + self.guard["skipped"])
+        self.settled_at = time.monotonic()
         return state
 
     def _roll_back(self) -> TrainState:
@@ -156,11 +165,14 @@ class Trainer:
         count = min(self.config.train.steps_per_dispatch, self._next_stop() - self.step)
         with self.account.phase("data"):
             placed = self._place([next(self.batches)[1] for _ in range(count)])
+        host_secs = (time.monotonic() - self.settled_at) / count
         with self.account.phase("compile") if self.stop.nothing_to_save else contextlib.nullcontext():
             state, metrics = self.train_steps(state, placed, count, self.config.seed)
         self.stop.nothing_to_save = False
         self._settle()
         self.pending, self.step = (metrics, count), self.step + count
+        self.watchdog.beat(self.step, host_secs)
+        self.settled_at = time.monotonic()
         return state
 
     def _settle(self) -> None:
@@ -202,7 +214,7 @@ class Trainer:
         if self.saved != self.step and self.bad_batch < 0:
             self._save(state)
         self.batches.close()
-        with self.account.phase("save"):
+        with self._aside("save"):
             self.checkpoints.close()
         finished = not self.stop.reached()
         if finished and self.config.sample.max_tokens:
@@ -261,7 +273,7 @@ class Trainer:
         Where the run is asked to stop meanwhile, nothing is noted: it evaluates when it goes on.
         """
         try:
-            with self.progress.pause(), self.account.phase("eval"):
+            with self._aside("eval"):
                 found = self.looks.evaluate(state.params, self._check_stop)
         except Preempted:
             return state, False
@@ -282,7 +294,7 @@ class Trainer:
     def _sample(self, params: dict) -> None:
         """Write what the model makes of the fixed prompts into samples.txt."""
         self.sampled = self.step
-        with self.progress.pause(), self.account.phase("sample"):
+        with self._aside("sample"):
             self.last_samples = self.looks.samples(params)
         if is_main():
             text = "".join(f"--- step {self.step} ---\n{sample}\n" for sample in self.last_samples)
@@ -292,11 +304,17 @@ class Trainer:
         """Begin to save; return the state, in which a rollback counts anew from here on."""
         if self.config.train.on_bad_step == "rollback" and self.guard["bad_in_row"]:
             state = self._with_guard(state, {"bad_in_row": 0})
-        with self.account.phase("save"):
+        with self._aside("save"):
             self.checkpoints.save(state, self.valid_loss if self.valid_step == self.step else None)
         self._write(self.account.record(self.step))
         self.saved = self.step
         return state
+
+    @contextlib.contextmanager
+    def _aside(self, kind: str) -> Iterator[None]:
+        """Do something beside training: its time is booked as its own, and it may take long."""
+        with self.progress.pause(), self.account.phase(kind), self.watchdog.patient():
+            yield
 
     def _check_stop(self) -> None:
         if self.stop.reached():

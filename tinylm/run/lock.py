@@ -1,0 +1,100 @@
+"""One run in a workdir at a time: a lease in `lock.json` that says who runs, renewed while it does.
+
+On a disk the file is locked too, which the system ends when its holder dies. Where that doesn't tell (another host, a
+bucket), a newcomer watches the lease for longer than it takes to be renewed: one that doesn't change is a dead one's.
+No two clocks are compared. Process 0 holds it for all processes of its job.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+from typing import Any
+
+from etils import epath
+
+from tinylm.core.errors import UserError
+
+RENEW_SECS = 5.0
+
+
+class WorkdirLock:
+    """The lease of a folder, taken at once; raises UserError naming the run that has it."""
+
+    def __init__(self, folder: epath.Path):
+        """Take the lease, or refuse."""
+        self._path, self._renewals = folder / "lock.json", 0
+        self._file: Any = None
+        self._ended = threading.Event()
+        locked, there = self._lock_file(folder), self._read()
+        if not locked or (there and not self._mine(there) and self._renewed(there)):
+            who = f"process {there['pid']} on {there['host']} since {there['since']}" if there else "another process"
+            raise UserError(f"--workdir={os.fspath(folder)} is in use by {who}; wait, stop it, or name another.")
+        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        self._write()
+        if self._file is None:  # without a lock on the file the last to write has it
+            time.sleep(1)
+            if (there := self._read()) and there["pid"] != os.getpid():
+                raise UserError(
+                    f"--workdir={os.fspath(folder)} is in use by process {there['pid']} on {there['host']}."
+                )
+        threading.Thread(target=self._renew, daemon=True).start()
+        atexit.register(self.release)
+
+    def release(self) -> None:
+        """Give the folder free."""
+        if not self._ended.is_set():
+            self._ended.set()
+            with contextlib.suppress(OSError):
+                self._path.write_text("")
+            if self._file is not None:
+                self._file.close()
+
+    def _lock_file(self, folder: epath.Path) -> bool:
+        """Lock the file, where it is on a disk that knows locks; say whether nobody else has it."""
+        if "://" in os.fspath(folder):
+            return True
+        file = pathlib.Path(os.fspath(self._path)).open("a")  # noqa: SIM115  held while the run lasts
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = file
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            file.close()
+        return True
+
+    def _mine(self, there: dict[str, Any]) -> bool:
+        """Say whether the lease is of a process of this host that is dead, by the file's lock or by its number."""
+        if there["host"] != socket.gethostname():
+            return False
+        return self._file is not None or not pathlib.Path(f"/proc/{there['pid']}").exists()
+
+    def _renewed(self, there: dict[str, Any]) -> bool:
+        """Watch a lease for longer than it takes to be renewed."""
+        for _ in range(3 * round(RENEW_SECS)):
+            time.sleep(1)
+            if (now := self._read()) != there:
+                return now is not None
+        return False
+
+    def _read(self) -> dict[str, Any] | None:
+        for _ in range(3):  # it may be in the middle of being renewed
+            with contextlib.suppress(OSError, ValueError):
+                return json.loads(self._path.read_text())
+            time.sleep(0.05)
+        return None
+
+    def _write(self) -> None:
+        self._renewals += 1
+        with contextlib.suppress(OSError):
+            self._path.write_text(json.dumps({**self._me, "renewals": self._renewals}))
+
+    def _renew(self) -> None:
+        while not self._ended.wait(RENEW_SECS):
+            self._write()
