@@ -5,6 +5,7 @@ code; any other exception is a bug of ours and keeps its traceback. In a job of 
 process, and none begins before all were found to run the same command, config and code.
 """
 
+import faulthandler
 import os
 import pathlib
 import sys
@@ -53,6 +54,7 @@ def define_json() -> None:
 
 def run(main: Callable[[], None], doc: str | None) -> None:
     """Parse flags, start JAX, call `main`, and exit with the code that tells how it went."""
+    faulthandler.enable()  # a file that shrinks below a memory map kills with SIGBUS: say where
     try:
         _parse(doc or "")
         distributed.start(
@@ -66,9 +68,13 @@ def run(main: Callable[[], None], doc: str | None) -> None:
         log.start(distributed.is_main())
         use_compile_cache()
         main()
+        log.flush()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
+        log.flush()
         print(f"error: {distributed.speaker()}{error}", file=sys.stderr, flush=True)
         distributed.leave(error.exit_code)
     except Exception as error:

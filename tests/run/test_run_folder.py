@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
 from tinylm.run.folder import RunFolder
 
@@ -67,3 +67,36 @@ def test_the_latest_and_the_best_stay(tmp_path):
         opened.find("3")
     restored = opened.restore(2, jax.eval_shape(lambda: state(0)))
     assert (int(restored.step), restored.params["w"].tolist()) == (2, [2.0] * 4)
+
+
+def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatch):
+    folder = RunFolder(str(tmp_path))
+    folder.log({"step": 1, "split": "train", "loss": 2.0})
+    full = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(type(folder.metrics_file), "open", full)
+        for step in 2, 3:
+            folder.log({"step": step, "split": "train", "loss": 2.0})
+        with pytest.raises(StorageError, match="cannot be written, its last lines are lost"):
+            folder.flush()
+    folder.metrics_file.write_bytes(folder.metrics_file.read_bytes() + b'{"step": 2, "spl')  # what the disk took of it
+    folder.log({"step": 4, "split": "train", "loss": 2.0})
+    folder.flush()
+    assert [line["step"] for line in folder.lines()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "checkpoints", "tokenizer/tokenizer.json"])
+def test_a_link_out_of_the_folder_is_refused(tmp_path, name):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    folder = RunFolder(str(tmp_path / "run"))
+    (tmp_path / "run" / "tokenizer").mkdir(parents=True)
+    (tmp_path / "run" / name).symlink_to(victim)
+    for use in folder.read_config, folder.create:
+        with pytest.raises(UserError, match=f"{name} is a link to {victim}, out of the run's folder"):
+            use()
+    assert victim.read_text() == "mine"
+    moved = tmp_path / "moved"
+    moved.symlink_to(tmp_path / "run")  # the folder itself may be reached by a link
+    (tmp_path / "run" / name).unlink()
+    RunFolder(str(moved)).create()

@@ -1,10 +1,15 @@
 """What the program says to its user: plain lines on stderr, from process 0 alone.
 
-Libraries log to their own loggers, which are kept to errors: no warning reaches a user who can't act on it.
+Libraries log to their own loggers, which are kept to errors: no warning reaches a user who can't act on it. A thread
+writes, so that a terminal or a pipe that takes nothing more stops no training.
 """
 
+import atexit
 import logging
+import logging.handlers
+import queue
 import sys
+import time
 import warnings
 
 _logger = logging.getLogger("tinylm")
@@ -14,13 +19,25 @@ def start(is_main: bool = True) -> None:
     """Send lines of this process to stderr where it is process 0, and quiet the libraries."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    _logger.handlers = [handler]
+    lines: queue.Queue = queue.Queue()
+    _logger.handlers = [logging.handlers.QueueHandler(lines)]
+    logging.handlers.QueueListener(lines, handler).start()
+    atexit.register(flush)
+    logging.raiseExceptions = False  # a pipe that broke is nobody's news
     _logger.propagate = False
     _logger.setLevel(logging.INFO if is_main else logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
     for name in ("absl", "jax", "orbax", "etils"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+
+
+def flush(secs: float = 2.0) -> None:
+    """Wait until all lines are written, but not for long."""
+    for handler in _logger.handlers:
+        until = time.monotonic() + secs
+        while getattr(handler, "queue", None) and handler.queue.unfinished_tasks and time.monotonic() < until:
+            time.sleep(0.001)
 
 
 def say(line: str) -> None:

@@ -7,6 +7,7 @@ shows no sign of life at all (stopped, its machine gone), process 0 does, and al
 given up follows. Time counts in polls, so that a process which was itself stopped blames nobody.
 """
 
+import collections
 import contextlib
 import faulthandler
 import json
@@ -35,19 +36,20 @@ class Watchdog:
 
     def __init__(self, limit_secs: float):
         """Start the thread, where there is anything to watch."""
-        self._limit, self._step, self._host_secs, self._slack = limit_secs, -1, 0.0, 1
+        self._limit, self._step, self._slack = limit_secs, -1, 1
+        self._host_secs = collections.deque([0.0], maxlen=5)  # of which the median counts: one slow step is none
         self._overdue, self._closed = 0.0, threading.Event()
         self._seen: dict[int, tuple[int, float]] = {}  # polls of each process, and for how long it has stood there
         self._slow: set[int] = set()
         self._client: Any = distributed.client() if jax.process_count() > 1 else None
-        self._beats: dict[int, dict] = {}
+        self._beats, self._answered = dict[int, dict](), False
         for work in [self._watch] * (limit_secs > 0) + [self._exchange] * (limit_secs > 0 and self._client is not None):
             threading.Thread(target=work, daemon=True).start()
 
     def beat(self, step: int, host_secs: float) -> None:
         """Note a step boundary, and how long the host took for a step beside waiting for the device."""
         self._step, self._overdue = step, 0.0
-        self._host_secs += 0.3 * (host_secs - self._host_secs)
+        self._host_secs.append(host_secs)
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
@@ -68,11 +70,12 @@ class Watchdog:
             now = time.monotonic()
             passed, last = min(now - last, 2 * POLL_SECS), now
             self._overdue += passed if self._step >= 0 else 0
-            beats, self._beats = self._beats, {}
-            unanswered = unanswered + passed if self._client and not beats else 0.0
+            unanswered = unanswered + passed if self._client and not self._answered else 0.0
+            beats, self._answered = self._beats, False
             if unanswered > SILENT_SECS:
                 self._give_up("process 0, which carries the job, gives no sign of life: it is stopped or lost", False)
-            self._look_at_peers(beats, passed)
+            if not unanswered:
+                self._look_at_peers(beats, passed)
             if self._overdue > self._limit * self._slack:
                 behind = min(beats, key=lambda p: beats[p]["step"], default=-1)
                 blame = f"; furthest behind is {_name(behind, beats)}" if beats else ""
@@ -89,12 +92,18 @@ class Watchdog:
                     self._give_up(f"following a peer: {given_up[0][1]}", False)
                 whose = "" if jax.process_index() == 0 or self._overdue > self._limit / 2 else "0/"
                 found = self._client.key_value_dir_get(f"tinylm/alive/{whose}")
+                self._answered = True
                 self._beats = {int(key.split("/")[2]): json.loads(value) for key, value in found}
             if self._closed.wait(POLL_SECS):
                 return
 
     def _publish(self, polls: int) -> None:
-        life = {"polls": polls, "step": self._step, "secs": self._host_secs, "host": distributed.host()}
+        life = {
+            "polls": polls,
+            "step": self._step,
+            "secs": statistics.median(self._host_secs),
+            "host": distributed.host(),
+        }
         self._client.key_value_set(f"tinylm/alive/{jax.process_index()}/", json.dumps(life), allow_overwrite=True)
 
     def _look_at_peers(self, beats: dict[int, dict], passed: float) -> None:

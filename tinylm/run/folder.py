@@ -37,10 +37,22 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder; raise StorageError where that is not possible."""
+        self._refuse_links()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"--workdir={self.path} cannot be made: {error.strerror}.") from error
+
+    def _refuse_links(self) -> None:
+        """Raise UserError for a link out of the folder: a run from elsewhere reads and writes itself alone."""
+        home = os.path.realpath(self.path)
+        for folder in (self.path, self.tokenizer):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                target = os.path.realpath(path)
+                if os.path.islink(os.fspath(path)) and os.path.commonpath([home, target]) != home:
+                    raise UserError(
+                        f"{path} is a link to {target}, out of the run's folder; put the file itself there."
+                    )
 
     def write_config(self, record: dict[str, Any]) -> None:
         """Write config.json whole or not at all."""
@@ -48,6 +60,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """Read config.json; raise UserError where there is no run."""
+        self._refuse_links()
         try:
             return json.loads(self.config_file.read_text())
         except FileNotFoundError as error:

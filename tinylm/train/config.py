@@ -72,6 +72,9 @@ class TrainConfig:
     deterministic: bool = setting(False, "the same bits in every run on GPU and TPU too (slower)")
     log_every_steps: int = setting(10, "steps between lines of metrics", free=True)
     hang_secs: float = setting(600.0, "end a job that passes no step boundary for this long (0: never)", free=True)
+    replicas_every_steps: int = setting(
+        0, "compare the bits of parameters that several devices hold (0: never)", free=True
+    )
     on_bad_step: str = setting(
         "halt", "on a loss or gradient that is not finite, or a spike: " + ", ".join(POLICIES), free=True
     )
@@ -88,7 +91,7 @@ class TrainConfig:
         for name in ("num_steps", "accumulation_steps", "steps_per_dispatch", "log_every_steps", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 1.")
-        for name in ("stop_step", "spike_sigmas", "hang_secs"):
+        for name in ("stop_step", "spike_sigmas", "hang_secs", "replicas_every_steps"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 0.")
         if self.on_bad_step not in POLICIES:

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from tinylm.analysis.chips import peak_flops
 from tinylm.analysis.flops import train_flops_per_token
 from tinylm.core.distributed import from_main, is_main
-from tinylm.core.errors import Preempted
+from tinylm.core.errors import NumericError, Preempted
 from tinylm.core.log import say
 from tinylm.core.mesh import owned_rows, place_batch
+from tinylm.core.replicas import make_replica_check
 from tinylm.core.stop import StopRequest
 from tinylm.core.watchdog import Watchdog
 from tinylm.data.pipeline import train_batches
@@ -69,6 +70,7 @@ class Trainer:
         self.valid_loss: float | None = None
         self.valid_step = -1
         self.train_loss: float | None = None
+        self.differing_replicas = make_replica_check(mesh, blueprint.abstract.params)
         self.account = Account(folder)
         self.step = 0  # as far as is known; where a dispatch is pending, as if no step of it were bad
         self.settled = 0  # steps whose metrics were read
@@ -101,6 +103,8 @@ class Trainer:
         self.progress = Progress(self.step, config.train.last_step)
         while True:
             improved = False
+            if self._due(config.train.replicas_every_steps):
+                self._compare_replicas(state)
             if self._due(config.eval.every_steps) and self.data.valid and self.step > self.guard["evaluated_step"]:
                 state, improved = self._evaluate(state)
             if improved or (self._due(config.checkpoint.every_steps) and self.saved != self.step):
@@ -155,6 +159,14 @@ class Trainer:
         if self._out_of_patience():
             return f"no better validation loss in {self.config.eval.patience} evaluations"
         return "train.stop_step is reached" if self.step < self.config.train.num_steps else "all steps done"
+
+    def _compare_replicas(self, state: TrainState) -> None:
+        """Raise NumericError where devices that hold the same parameters differ."""
+        if differing := self.differing_replicas(state.params):
+            raise NumericError(
+                f"after step {self.step} a copy of the parameters is corrupt on {', '.join(differing[:4])}; "
+                "take it out, and the same command goes on from the last checkpoint."
+            )
 
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
@@ -220,11 +232,13 @@ class Trainer:
         if finished and self.config.sample.max_tokens:
             self._sample(state.params)
         self.progress.close()
-        if is_main():
-            self._write(self.account.record(self.step))
-            self.folder.flush()
-            if finished and self.config.writers.plot:
+        self._write(self.account.record(self.step))
+        if is_main() and finished and self.config.writers.plot:
+            try:
                 draw_losses(self.folder, self.data.floor_nats_per_token, self.folder.path.name)
+            except OSError as error:
+                self.progress.note(f"warning: {self.folder.plot_file} cannot be written: {error.strerror}")
+        self.folder.flush()
 
     def _batches(self, start: int):
         """Return the iterator of this process's host batches from step `start` on."""
@@ -246,17 +260,17 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self._is_due(self.step, every)
 
-    def _anything_due(self) -> bool:
+    def _cadences(self) -> tuple[int, ...]:
         c = self.config
-        return any(
-            map(self._due, (c.eval.every_steps, c.sample.every_steps, c.checkpoint.every_steps, c.train.last_step))
-        )
+        return c.eval.every_steps, c.sample.every_steps, c.checkpoint.every_steps, c.train.replicas_every_steps
+
+    def _anything_due(self) -> bool:
+        return any(map(self._due, (*self._cadences(), self.config.train.last_step)))
 
     def _next_stop(self) -> int:
         """Return the first step from here on at which something is due."""
-        c = self.config
-        cadences = (c.train.log_every_steps, c.eval.every_steps, c.sample.every_steps, c.checkpoint.every_steps)
-        return min([c.train.last_step, *[(self.step // every + 1) * every for every in cadences if every]])
+        cadences = (*self._cadences(), self.config.train.log_every_steps, self.config.train.last_step)
+        return min((self.step // every + 1) * every for every in cadences if every)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         """Write the metrics of a step."""
