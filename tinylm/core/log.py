@@ -13,15 +13,15 @@ import time
 import warnings
 
 _logger = logging.getLogger("tinylm")
+_lines: queue.Queue = queue.Queue()
 
 
 def start(is_main: bool = True) -> None:
     """Send lines of this process to stderr where it is process 0, and quiet the libraries."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    lines: queue.Queue = queue.Queue()
-    _logger.handlers = [logging.handlers.QueueHandler(lines)]
-    logging.handlers.QueueListener(lines, handler).start()
+    _logger.handlers = [logging.handlers.QueueHandler(_lines)]
+    logging.handlers.QueueListener(_lines, handler).start()
     atexit.register(flush)
     logging.raiseExceptions = False  # a pipe that broke is nobody's news
     _logger.propagate = False
@@ -34,10 +34,9 @@ def start(is_main: bool = True) -> None:
 
 def flush(secs: float = 2.0) -> None:
     """Wait until all lines are written, but not for long."""
-    for handler in _logger.handlers:
-        until = time.monotonic() + secs
-        while getattr(handler, "queue", None) and handler.queue.unfinished_tasks and time.monotonic() < until:
-            time.sleep(0.001)
+    until = time.monotonic() + secs
+    while _lines.unfinished_tasks and time.monotonic() < until:
+        time.sleep(0.001)
 
 
 def say(line: str) -> None:

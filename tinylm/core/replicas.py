@@ -13,18 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from tinylm.core.errors import NumericError
 from tinylm.core.mesh import AXES, replicated
 
 
-def make_replica_check(mesh: Mesh, abstract: Any) -> Callable[[Any], list[str]]:
-    """Return a function of a tree laid out as `abstract`: the devices whose copies are in the minority, with a leaf."""
+def make_replica_check(mesh: Mesh, abstract: Any) -> Callable[[Any], None]:
+    """Return a check of a tree laid out as `abstract`; it raises NumericError naming devices whose copies differ."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
     specs = tuple(leaf.sharding.spec for _, leaf in leaves)
     add_up = jax.shard_map(lambda *parts: jnp.stack([_sum_bits(part) for part in parts])[None, None, None],
                            mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*AXES), check_vma=False)  # fmt: skip
     sums_of = jax.jit(add_up, out_shardings=replicated(mesh))
 
-    def check(tree: Any) -> list[str]:
+    def check(tree: Any) -> None:
         sums, found = np.asarray(sums_of(*jax.tree.leaves(tree))), dict[jax.Device, str]()
         for number, (path, leaf) in enumerate(leaves):
             parts = leaf.sharding.devices_indices_map(leaf.shape)
@@ -36,7 +37,9 @@ def make_replica_check(mesh: Mesh, abstract: Any) -> Callable[[Any], list[str]]:
                 for device, value in group:
                     if value != most[0] or most[1] * 2 <= len(group) > 1:
                         found.setdefault(device, f"{device} ({jax.tree_util.keystr(path)})")
-        return list(found.values())
+        if found:
+            where = ", ".join(list(found.values())[:4])
+            raise NumericError(f"a copy of the parameters is corrupt on {where}; go on without that device.")
 
     return check
 

@@ -183,7 +183,7 @@ class Checkpoints:
         with contextlib.suppress(*_FAILURES):  # said by now
             self._orbax.close()
         if self._failure:
-            raise StorageError(f"{self._failure}; free space there and give the same command.")
+            raise StorageError(f"{self._failure}; free space there; the same command goes on.")
 
     def restore(self, step: int, abstract: Any) -> Any:
         """Return the TrainState saved at `step`, laid out as `abstract` says, whatever the mesh that saved it."""

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from tinylm.analysis.chips import peak_flops
 from tinylm.analysis.flops import train_flops_per_token
 from tinylm.core.distributed import from_main, is_main
-from tinylm.core.errors import NumericError, Preempted
+from tinylm.core.errors import Preempted
 from tinylm.core.log import say
 from tinylm.core.mesh import owned_rows, place_batch
 from tinylm.core.replicas import make_replica_check
@@ -35,21 +35,9 @@ from tinylm.train.init_from import initial_state
 from tinylm.train.looks import Looks
 from tinylm.train.optimizer import make_schedule
 from tinylm.train.plot import draw_losses
-from tinylm.train.progress import Progress
+from tinylm.train.progress import Outcome, Progress
 from tinylm.train.state import Blueprint, TrainState
 from tinylm.train.step import METRICS, make_train_steps
-
-
-@dataclasses.dataclass
-class Outcome:
-    """How a run ended."""
-
-    step: int
-    loss: float | None  # last training loss logged, nats per target token
-    valid_loss: float | None  # of the last evaluation
-    best_loss: float
-    seconds: float
-    reason: str
 
 
 class Trainer:
@@ -59,10 +47,9 @@ class Trainer:
         """Take the parts; compile nothing yet."""
         self.config, self.data, self.mesh, self.folder, self.blueprint = config, data, mesh, folder, blueprint
         self.schedule = make_schedule(config.optimizer, config.train.num_steps)
-        policy = config.train.on_bad_step
-        self.train_steps = make_train_steps(
-            blueprint, self.schedule, spike_sigmas=config.train.spike_sigmas, forgive=policy != "rollback"
-        )
+        c = config.train
+        forgive = c.on_bad_step != "rollback"
+        self.train_steps = make_train_steps(blueprint, self.schedule, spike_sigmas=c.spike_sigmas, forgive=forgive)
         self.looks = Looks(config, data, mesh, blueprint)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
         self.flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
@@ -70,7 +57,7 @@ class Trainer:
         self.valid_loss: float | None = None
         self.valid_step = -1
         self.train_loss: float | None = None
-        self.differing_replicas = make_replica_check(mesh, blueprint.abstract.params)
+        self.compare_replicas = make_replica_check(mesh, blueprint.abstract.params)
         self.account = Account(folder)
         self.step = 0  # as far as is known; where a dispatch is pending, as if no step of it were bad
         self.settled = 0  # steps whose metrics were read
@@ -104,7 +91,7 @@ class Trainer:
         while True:
             improved = False
             if self._due(config.train.replicas_every_steps):
-                self._compare_replicas(state)
+                self.compare_replicas(state.params)
             if self._due(config.eval.every_steps) and self.data.valid and self.step > self.guard["evaluated_step"]:
                 state, improved = self._evaluate(state)
             if improved or (self._due(config.checkpoint.every_steps) and self.saved != self.step):
@@ -116,22 +103,19 @@ class Trainer:
             if self.stop.reached():
                 self._end(state)
                 raise Preempted(
-                    f"asked to stop; step {self.step} is saved in {self.folder.path}, the same command goes on."
+                    f"asked to stop; step {self.step} is saved in {self.folder.path}; give the same command."
                 )
             state = self._dispatch(state)
-            if self._anything_due() or self.stop.reached():
+            if self._anything_due():
                 self._settle()
             if self.bad_batch >= 0:
                 state = self._roll_back()
         self._end(state)
-        return Outcome(
-            self.step,
-            self.train_loss,
-            self.valid_loss,
-            self.guard["best_loss"],
-            time.monotonic() - started,
-            self._reason(),
-        )
+        reason = "train.stop_step is reached" if self.step < config.train.num_steps else "all steps done"
+        if self._out_of_patience():
+            reason = f"no better validation loss in {config.eval.patience} evaluations"
+        seconds, best = time.monotonic() - started, self.guard["best_loss"]
+        return Outcome(self.step, self.train_loss, self.valid_loss, best, seconds, reason)
 
     def _start(self, state: TrainState) -> TrainState:
         """Take over a state: where it is, and which batch comes next."""
@@ -154,19 +138,6 @@ class Trainer:
     def _with_guard(self, state: TrainState, values: dict[str, Any]) -> TrainState:
         self.guard = {**self.guard, **values}
         return dataclasses.replace(state, guard=guard.with_values(state.guard, values))
-
-    def _reason(self) -> str:
-        if self._out_of_patience():
-            return f"no better validation loss in {self.config.eval.patience} evaluations"
-        return "train.stop_step is reached" if self.step < self.config.train.num_steps else "all steps done"
-
-    def _compare_replicas(self, state: TrainState) -> None:
-        """Raise NumericError where devices that hold the same parameters differ."""
-        if differing := self.differing_replicas(state.params):
-            raise NumericError(
-                f"after step {self.step} a copy of the parameters is corrupt on {', '.join(differing[:4])}; "
-                "take it out, and the same command goes on from the last checkpoint."
-            )
 
     def _out_of_patience(self) -> bool:
         patience = self.config.eval.patience
@@ -192,9 +163,7 @@ class Trainer:
         if self.pending is None:
             return
         (metrics, count), self.pending = self.pending, None
-        for values in zip(
-            *(column[:count].tolist() for column in jax.device_get([metrics[n] for n in METRICS])), strict=True
-        ):
+        for values in zip(*(np.asarray(metrics[name])[:count].tolist() for name in METRICS), strict=True):
             step = dict(zip(METRICS, values, strict=True))
             if step["bad"] and self.bad_batch < 0:
                 self._note_bad_step(step)
@@ -202,7 +171,7 @@ class Trainer:
                 self.settled += 1
                 if self.config.train.on_bad_step != "rollback":
                     self.guard["bad_in_row"] = 0
-                if self._is_due(self.settled, self.config.train.log_every_steps):
+                if self._due(self.config.train.log_every_steps, self.settled):
                     self._log(self.settled, step)
             self.account.lap(lost=bool(step["bad"]) or self.settled <= self.account.redo_until)
 
@@ -214,9 +183,8 @@ class Trainer:
         self.guard["bad_in_row"] += 1
         self.step -= 1
         self._write({**record, "split": "bad"})
-        self.progress.note(
-            f"warning: {guard.verdict(c.on_bad_step, c.max_bad_steps, self.guard['bad_in_row'], record)}"
-        )
+        line = guard.verdict(c.on_bad_step, c.max_bad_steps, self.guard["bad_in_row"], record)
+        self.progress.note(f"warning: {line}")
         if c.on_bad_step == "rollback":
             self.bad_batch = record["batch"]
 
@@ -226,18 +194,17 @@ class Trainer:
         if self.saved != self.step and self.bad_batch < 0:
             self._save(state)
         self.batches.close()
-        with self._aside("save"):
-            self.checkpoints.close()
         finished = not self.stop.reached()
         if finished and self.config.sample.max_tokens:
             self._sample(state.params)
         self.progress.close()
-        self._write(self.account.record(self.step))
         if is_main() and finished and self.config.writers.plot:
             try:
                 draw_losses(self.folder, self.data.floor_nats_per_token, self.folder.path.name)
             except OSError as error:
-                self.progress.note(f"warning: {self.folder.plot_file} cannot be written: {error.strerror}")
+                say(f"warning: {self.folder.plot_file} cannot be written: {error.strerror}")
+        self._write(self.account.record(self.step))
+        self.checkpoints.close()
         self.folder.flush()
 
     def _batches(self, start: int):
@@ -254,11 +221,9 @@ class Trainer:
         rows = self.config.data.batch_size // self.config.train.accumulation_steps
         return place_batch(self.mesh, stacked, self.owned, rows, 2)
 
-    def _is_due(self, step: int, every: int) -> bool:
+    def _due(self, every: int, step: int = -1) -> bool:
+        step = self.step if step < 0 else step
         return every > 0 and (step % every == 0 or step == self.config.train.last_step)
-
-    def _due(self, every: int) -> bool:
-        return self._is_due(self.step, every)
 
     def _cadences(self) -> tuple[int, ...]:
         c = self.config

@@ -1,6 +1,7 @@
 """How far the run is: a bar on a terminal, plain lines elsewhere, and the rate since the last line."""
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,18 @@ from tinylm.core.distributed import is_main
 from tinylm.core.log import say
 
 _SECS_BETWEEN_LINES = 5.0
+
+
+@dataclasses.dataclass
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    loss: float | None  # last training loss logged, nats per target token
+    valid_loss: float | None  # of the last evaluation
+    best_loss: float
+    seconds: float
+    reason: str
 
 
 class Progress:

@@ -6,7 +6,8 @@ from jax.sharding import Mesh
 from tinylm.analysis.flops import count_parameters
 from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards
-from tinylm.train.loop import Outcome, Trainer
+from tinylm.train.loop import Trainer
+from tinylm.train.progress import Outcome
 
 
 def opening(trainer: Trainer) -> None:

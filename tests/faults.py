@@ -1,0 +1,92 @@
+"""Run the fault matrix and write docs/faults.md: python tests/faults.py [NUMBER ...]
+
+Each row is made of tests; faults come from outside the program (signals, files, limits, patched functions of a test's
+driver). A row passes when all its tests do. Under an hour on two cores.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "faults.md"
+FAULTS = "tests/test_faults.py"
+CHECKPOINTS, GUARD, WATCHDOG = (
+    "tests/run/test_checkpoints.py",
+    "tests/train/test_guard.py",
+    "tests/core/test_watchdog.py",
+)
+MATRIX = {
+    1: ("none, twice", "1 process x 4 devices, 20 steps", [f"{FAULTS} -k fault_1_"]),
+    2: ("kill -9 mid-step", "at 20 random steps of one run", [f"{FAULTS} -k fault_2_"]),
+    3: ("kill -9 one of two processes", "each of them, during training", [f"{FAULTS} -k fault_3_"]),
+    4: ("kill -9 during a save", "before each change of the folder; 10 kills of real saves",
+        [f"{CHECKPOINTS} -k kill", f"{FAULTS} -k fault_4_"]),
+    5: ("SIGTERM", "at start, during compile, training and evaluation; all processes of a job",
+        [f"{FAULTS} -k fault_5_", "tests/test_runs.py -k sigterm"]),
+    6: ("a process that is stuck or stopped", "it sleeps; SIGSTOP of each",
+        [f"{WATCHDOG} -k 'stuck or stopped or alone'"]),
+    7: ("a straggler", "half a second more a step", [f"{WATCHDOG} -k straggler"]),
+    8: ("damaged checkpoint", "each file missing, cut, longer; a file too many; a link",
+        [f"{CHECKPOINTS} -k 'damaged or many or tools'"]),
+    9: ("bit flip in a checkpoint", "100 bits over all files", [f"{CHECKPOINTS} -k flipped"]),
+    10: ("disk full, quota", "a small tmpfs; a limit of file sizes",
+         [f"{CHECKPOINTS} -k 'fails or unsaved'", "tests/run/test_run_folder.py -k full", f"{FAULTS} -k fault_10_"]),
+    11: ("another mesh, another process count", "1 to 2 x 4 devices; 2 processes against 1",
+         ["tests/test_runs.py -k 'mesh or two_processes'", "tests/data/test_processes.py"]),
+    12: ("NaN, Inf, loss spike", "poisoned batches under halt, skip, rollback", [GUARD]),
+    13: ("silent corruption", "bits of one device's parameters", ["tests/core/test_replicas.py"]),
+    14: ("a store that changes", "cut or altered store files", ["tests/data/test_store.py"]),
+    15: ("bad config, data, tokenizer, workdir", "every mistake of law 9", ["tests/test_mistakes.py"]),
+    16: ("hostile files", "pickle, giant headers, cut tokenizers, links, a canary secret",
+         ["tests/interop/test_hf.py tests/interop/test_llama2c.py", "tests/run/test_run_folder.py -k link"]),
+    17: ("two runs in one workdir", "the same command twice; leases of dead and other hosts",
+         ["tests/run/test_lock.py", f"{FAULTS} -k fault_17_"]),
+    18: ("pipes, HOME, package folder", "stdout breaks, stderr is full, no HOME, nothing writable",
+         [f"{FAULTS} -k fault_18_"]),
+}  # fmt: skip
+
+
+def run(number: int) -> tuple[str, float]:
+    """Run a row's tests; return its verdict, with counts, and how long it took."""
+    began, passed, failed = time.monotonic(), 0, 0
+    for tests in MATRIX[number][2]:
+        command = f"{sys.executable} -m pytest -q -n 0 -m '' -p no:cacheprovider {tests}"
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error)", done.stdout.splitlines()[-1])}
+        passed += counts.get("passed", 0)
+        failed += counts.get("failed", 0) + counts.get("error", 0) + (done.returncode not in (0, 1))
+        if failed:
+            print(done.stdout[-3000:], done.stderr[-1000:], file=sys.stderr)
+    return (
+        f"yes ({passed})" if passed and not failed else f"**no** ({failed} of {passed + failed})"
+    ), time.monotonic() - began
+
+
+def main() -> int:
+    """Run the rows asked for, and write the page anew with their results."""
+    numbers = [int(word) for word in sys.argv[1:]] or list(MATRIX)
+    rows = (
+        {int(line.split("|")[1]): line for line in PAGE.read_text().splitlines() if re.match(r"\| \d", line)}
+        if PAGE.exists()
+        else {}
+    )
+    for number in numbers:
+        fault, how, _ = MATRIX[number]
+        verdict, secs = run(number)
+        rows[number] = f"| {number} | {fault} | {how} | {verdict} | {secs:.0f} |"
+        print(rows[number], flush=True)
+        head = (
+            f"# Faults\n\nWhat `python tests/faults.py` found on {os.cpu_count()} cores. A row passes when all its "
+            "tests do (their number in brackets).\n\n"
+        )
+        table = "| # | fault | how | passed | seconds |\n|---|---|---|---|---|\n"
+        PAGE.write_text(head + table + "\n".join(rows[n] for n in sorted(rows)) + "\n")
+    return any("**no**" in rows[n] for n in numbers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
