@@ -47,7 +47,9 @@ def test_a_dead_process_of_this_host_has_nothing(folder):
 
 
 def test_another_hosts_lease_counts_while_it_is_renewed(folder):
-    (folder / "lock.json").write_text(json.dumps({"host": "other", "pid": 1, "since": "then", "renewals": 1}))
+    (folder / "lock.json").write_text(
+        json.dumps({"host": "other", "pid": 1, "id": "x", "since": "then", "renewals": 1})
+    )
     WorkdirLock(folder).release()  # nobody renewed it
     first = WorkdirLock(folder)
     first._me["host"] = "other"

@@ -10,6 +10,7 @@ given up follows. Time counts in polls, so that a process which was itself stopp
 import collections
 import contextlib
 import faulthandler
+import itertools
 import json
 import os
 import statistics
@@ -22,6 +23,7 @@ from typing import Any
 import jax
 
 from tinylm.core import distributed
+from tinylm.core.distributed import host
 from tinylm.core.errors import HangError
 from tinylm.core.log import say
 
@@ -61,8 +63,6 @@ class Watchdog:
     def close(self) -> None:
         """End; peers no longer expect signs of life."""
         self._closed.set()
-        if self._limit and self._client:
-            self._publish(-1)
 
     def _watch(self) -> None:
         last, unanswered = time.monotonic(), 0.0
@@ -83,27 +83,21 @@ class Watchdog:
 
     def _exchange(self) -> None:
         """Publish our signs of life, and read those that this process watches; a thread of its own, as it may block."""
-        polls = 0
-        while True:
-            polls += 1
+        for polls in itertools.count(1):
+            ended = self._closed.wait(POLL_SECS) if polls > 1 else False
             with contextlib.suppress(RuntimeError):
-                self._publish(polls)
+                self._publish(-1 if ended else polls)
                 if given_up := self._client.key_value_dir_get("tinylm/given_up/"):
                     self._give_up(f"following a peer: {given_up[0][1]}", False)
                 whose = "" if jax.process_index() == 0 or self._overdue > self._limit / 2 else "0/"
                 found = self._client.key_value_dir_get(f"tinylm/alive/{whose}")
-                self._answered = True
                 self._beats = {int(key.split("/")[2]): json.loads(value) for key, value in found}
-            if self._closed.wait(POLL_SECS):
+                self._answered = True
+            if ended:
                 return
 
     def _publish(self, polls: int) -> None:
-        life = {
-            "polls": polls,
-            "step": self._step,
-            "secs": statistics.median(self._host_secs),
-            "host": distributed.host(),
-        }
+        life = {"polls": polls, "step": self._step, "secs": statistics.median(self._host_secs), "host": host()}
         self._client.key_value_set(f"tinylm/alive/{jax.process_index()}/", json.dumps(life), allow_overwrite=True)
 
     def _look_at_peers(self, beats: dict[int, dict], passed: float) -> None:

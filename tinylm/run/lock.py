@@ -28,21 +28,20 @@ class WorkdirLock:
 
     def __init__(self, folder: epath.Path):
         """Take the lease, or refuse."""
-        self._path, self._renewals = folder / "lock.json", 0
+        self._path, self._renewals, self._ended = folder / "lock.json", 0, threading.Event()
         self._file: Any = None
-        self._ended = threading.Event()
-        locked, there = self._lock_file(folder), self._read()
-        if not locked or (there and not self._mine(there) and self._renewed(there)):
+        free, there = self._lock_file(), self._read()
+        self._me: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "id": os.urandom(8).hex(),
+                                    "since": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
+        if free and (there is None or self._dead(there)):
+            there = self._me
+            self._write()
+            if self._file is None:  # without a lock on the file the last to write has it
+                time.sleep(1)
+                there = self._read() or self._me
+        if not free or there is None or there["id"] != self._me["id"]:
             who = f"process {there['pid']} on {there['host']} since {there['since']}" if there else "another process"
             raise UserError(f"--workdir={os.fspath(folder)} is in use by {who}; wait, stop it, or name another.")
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        self._write()
-        if self._file is None:  # without a lock on the file the last to write has it
-            time.sleep(1)
-            if (there := self._read()) and there["pid"] != os.getpid():
-                raise UserError(
-                    f"--workdir={os.fspath(folder)} is in use by process {there['pid']} on {there['host']}."
-                )
         threading.Thread(target=self._renew, daemon=True).start()
         atexit.register(self.release)
 
@@ -55,33 +54,26 @@ class WorkdirLock:
             if self._file is not None:
                 self._file.close()
 
-    def _lock_file(self, folder: epath.Path) -> bool:
+    def _lock_file(self) -> bool:
         """Lock the file, where it is on a disk that knows locks; say whether nobody else has it."""
-        if "://" in os.fspath(folder):
-            return True
-        file = pathlib.Path(os.fspath(self._path)).open("a")  # noqa: SIM115  held while the run lasts
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._file = file
-        except BlockingIOError:
-            return False
-        except OSError:  # a file system without locks
-            file.close()
+        with contextlib.suppress(OSError):  # a bucket, or a file system without locks
+            file = pathlib.Path(os.fspath(self._path)).open("a")  # noqa: SIM115  held while the run lasts
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._file = file
+            except BlockingIOError:
+                return False
         return True
 
-    def _mine(self, there: dict[str, Any]) -> bool:
-        """Say whether the lease is of a process of this host that is dead, by the file's lock or by its number."""
-        if there["host"] != socket.gethostname():
-            return False
-        return self._file is not None or not pathlib.Path(f"/proc/{there['pid']}").exists()
-
-    def _renewed(self, there: dict[str, Any]) -> bool:
-        """Watch a lease for longer than it takes to be renewed."""
+    def _dead(self, there: dict[str, Any]) -> bool:
+        """Say whether who wrote a lease is dead: known of this host's processes, seen by waiting for other hosts'."""
+        if there["host"] == socket.gethostname() and (self._file or not pathlib.Path(f"/proc/{there['pid']}").exists()):
+            return True
         for _ in range(3 * round(RENEW_SECS)):
             time.sleep(1)
             if (now := self._read()) != there:
-                return now is not None
-        return False
+                return now is None
+        return True
 
     def _read(self) -> dict[str, Any] | None:
         for _ in range(3):  # it may be in the middle of being renewed
