@@ -147,6 +147,31 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _assign(ACTIVATION_RULES, mesh.shape, axes, x.shape))
 
 
+def layout(x: jax.Array, axes: Sequence[str | None]) -> PartitionSpec:
+    """Return how an activation with logical `axes` is split over the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return PartitionSpec(*[None] * x.ndim) if mesh.empty else _assign(ACTIVATION_RULES, mesh.shape, axes, x.shape)
+
+
+def on_shards(function: Callable, *parts: tuple[jax.Array, Sequence[str | None]]) -> jax.Array:
+    """Call `function` on each device's own part of the arrays, given with their logical axes.
+
+    Its result is laid out as the first of them.
+    """
+    arrays = [x for x, _ in parts]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*arrays)
+    specs = tuple(layout(x, axes) for x, axes in parts)
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def target_platform() -> str:
+    """Return what the mesh in use is made of (cpu, gpu, tpu), which may not be here, or the default of this machine."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def owned_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
     """Return the sorted positions of a batch axis of `num_rows` that this process's devices hold."""
     sharding = activation_sharding(mesh, ("batch",), (num_rows,))

@@ -14,16 +14,14 @@ from tinylm.data.pipeline import eval_batches
 from tinylm.data.rows import Rows
 from tinylm.inference.decode import Decoder
 from tinylm.inference.samplers import Sampler
-from tinylm.model.losses import cross_entropy
+from tinylm.model.losses import next_token_loss
 
 
 def make_eval_step(graph: nnx.GraphDef) -> Callable:
     """Return jitted `(params, batch [B, T]) -> (nats, target tokens)`."""
 
     def eval_step(params, batch):
-        model = nnx.merge(graph, params)
-        logits_BTV = model(batch["tokens"], segments_BT=batch.get("segments"), positions_BT=batch.get("positions"))
-        nats, count = cross_entropy(logits_BTV, batch["targets"], batch["weights"])
+        nats, count, _ = next_token_loss(nnx.merge(graph, params), batch)
         return constrain(nats), constrain(count)
 
     return jax.jit(eval_step)

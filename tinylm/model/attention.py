@@ -7,15 +7,18 @@ cost as much as the products themselves. Masks are described (`Visibility`), not
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from tinylm.core.errors import UserError
 from tinylm.core.log import say_once
+from tinylm.core.mesh import layout, on_shards, target_platform
 from tinylm.model.layers import Dropout
 
 _FAR_BELOW = -1e30
+_SPLASH_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,19 +67,21 @@ def attend(
     Query head n reads kv head n // G. `dropout` acts on the weights, and takes the plain kernel: fused ones have none.
     """
     dropping = dropout is not None and dropout.active
-    plain_only = softcap or dropping or visibility.query_positions_BT is not None
-    plain_only = plain_only or (visibility.window and visibility.local_heads)
-    on_gpu = jax.default_backend() == "gpu"
-    if kernel == "cudnn" and not on_gpu:
-        raise UserError("model.attention=cudnn needs a GPU; set model.attention=auto.")
-    if kernel == "auto":
-        T, H = q_BNTH.shape[2:]
-        fits = q_BNTH.dtype == jnp.bfloat16 and H % 8 == 0 and H <= 128 and T % 2 == 0
-        kernel = "cudnn" if on_gpu and fits else "xla"
-    if kernel == "cudnn" and dropping:
+    platform = target_platform()
+    needed = {"cudnn": "gpu", "splash": "tpu"}.get(kernel, platform)
+    if needed != platform:
+        raise UserError(f"model.attention={kernel} needs a {needed.upper()}; set model.attention=auto.")
+    if dropping and kernel in ("cudnn", "splash"):
         say_once("attention dropout takes the plain attention kernel: fused ones have none.")
-    if kernel == "cudnn" and not plain_only:
+    T, H = q_BNTH.shape[2:]
+    some_heads = visibility.window and visibility.local_heads
+    if kernel == "xla" or dropping or some_heads or visibility.query_positions_BT is not None:
+        return _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout)
+    half = q_BNTH.dtype == jnp.bfloat16
+    if platform == "gpu" and not softcap and (kernel == "cudnn" or (half and H % 8 == 0 and H <= 128 and T % 2 == 0)):
         return _fused(q_BNTH, k_BKSH, v_BKSH, visibility, scale)
+    if platform == "tpu" and T % _SPLASH_BLOCK == 0:
+        return splash(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap)
     return _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout)
 
 
@@ -107,3 +112,32 @@ def _fused(q_BNTH, k_BKSH, v_BKSH, visibility, scale):
         q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
     )
     return out.swapaxes(1, 2)
+
+
+def splash(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, interpret=False):
+    """Use JAX's splash attention (Pallas, TPU), on each device's rows and heads; T must be a multiple of 128.
+
+    Blocks that the causal or local mask hides are skipped. `interpret` runs it anywhere, slowly.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as lib
+
+    def on_device(q_BNTH, k_BKSH, v_BKSH, *segments_BT):
+        N, T = q_BNTH.shape[1:3]
+        side = (T, T)
+        mask = lib.LocalMask(side, (visibility.window - 1, 0), 0) if visibility.window else lib.CausalMask(side)
+        block = math.gcd(T, 512)
+        sizes = lib.BlockSizes(block, block, block, block, block, block, block, block)
+        kernel = lib.make_splash_mha(
+            lib.MultiHeadMask([mask] * N), head_shards=1, q_seq_shards=1, block_sizes=sizes,
+            attn_logits_soft_cap=softcap or None, interpret=interpret,
+        )  # fmt: skip
+        rows = jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, *(lib.SegmentIds(x, x) for x in ids)))
+        return rows((q_BNTH * scale).astype(q_BNTH.dtype), k_BKSH, v_BKSH, *segments_BT).astype(q_BNTH.dtype)
+
+    q_axes, kv_axes = (("batch", heads, None, "head_dim") for heads in ("heads", "kv_heads"))
+    if layout(q_BNTH, q_axes)[1] != layout(k_BKSH, kv_axes)[1]:  # a device's heads would lack their kv heads
+        k_BKSH, v_BKSH = (jnp.repeat(x, q_BNTH.shape[1] // x.shape[1], axis=1) for x in (k_BKSH, v_BKSH))
+        kv_axes = q_axes
+    segments_BT = visibility.segments_BT
+    segments = () if segments_BT is None else ((segments_BT.astype(jnp.int32), ("batch", None)),)
+    return on_shards(on_device, (q_BNTH, q_axes), (k_BKSH, kv_axes), (v_BKSH, kv_axes), *segments)

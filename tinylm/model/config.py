@@ -17,7 +17,7 @@ _CHOICES = {
     "mlp": ("gelu", "gelu_exact", "relu2", "swiglu", "geglu"),
     "compute_dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full"),
-    "attention": ("auto", "xla", "cudnn"),
+    "attention": ("auto", "xla", "cudnn", "splash"),
 }
 
 
@@ -54,7 +54,9 @@ class ModelConfig:
     init_std: float = setting(0.02, "standard deviation of initial weights; outputs of a block: / sqrt(2 num_layers)")
     dropout: float = setting(0.0, "probability of dropping, in embedding, attention and residual")
     compute_dtype: str = setting("float32", "float32 or bfloat16; weights stay float32")
-    attention: str = setting("auto", "attention kernel: auto (by platform), xla, cudnn", free=True)
+    z_loss: float = setting(0.0, "weight of the squared log normalizer in the trained loss (PaLM, section 5: 1e-4)")
+    attention: str = setting("auto", "attention kernel: auto (by platform), xla, cudnn (GPU), splash (TPU)", free=True)
+    loss_chunks: int = setting(1, "pieces of a sequence whose logits are made one at a time, to save memory", free=True)
     remat: str = setting("none", "recompute in the backward pass: none, dots (all but matmuls), full", free=True)
     unroll: int = setting(1, "layers per iteration of the scan (0: all)", free=True)
 
@@ -74,13 +76,13 @@ class ModelConfig:
 
     def check(self) -> None:
         """Raise UserError for sizes and options that can't be built."""
-        for name in ("embed_dim", "num_layers", "num_heads"):
+        for name in ("embed_dim", "num_layers", "num_heads", "loss_chunks"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"model.{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
-        for name in ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "context", "unroll", "init_std"):
+        for name in ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "context", "unroll", "init_std", "z_loss"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 0.")
         if not 0 < self.rotary_fraction <= 1:

@@ -138,6 +138,10 @@ class Config:
                 f"data.batch_size={self.data.batch_size} must be divisible by "
                 f"train.accumulation_steps={self.train.accumulation_steps}; change one of them."
             )
+        if self.data.seq_len % self.model.loss_chunks:
+            raise UserError(
+                f"data.seq_len={self.data.seq_len} must be divisible by model.loss_chunks={self.model.loss_chunks}."
+            )
         if self.model.context and self.model.context < self.data.seq_len:
             raise UserError(
                 f"data.seq_len={self.data.seq_len} must be at most model.context={self.model.context}; change one."

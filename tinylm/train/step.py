@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tinylm.model.losses import cross_entropy
+from tinylm.model.losses import next_token_loss
 from tinylm.train.guard import judge
 from tinylm.train.state import Blueprint, TrainState
 
@@ -74,22 +74,18 @@ def accumulate(blueprint: Blueprint, params: dict, batch: Batch, step_key: jax.A
         keys_B = None
         if blueprint.model.dropout:
             keys_B = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(index * rows + jnp.arange(rows))
-        logits_BTV = model(
-            micro["tokens"],
-            segments_BT=micro.get("segments"),
-            positions_BT=micro.get("positions"),
-            row_keys_B=keys_B,
-        )
-        return cross_entropy(logits_BTV, micro["targets"], micro["weights"])
+        nats, count, squares = next_token_loss(model, micro, keys_B)
+        z_loss = blueprint.model.z_loss
+        return (nats + z_loss * squares if z_loss else nats), (nats, count)
 
     gradient = jax.value_and_grad(loss_sums, has_aux=True)
 
     def add(sums, xs):
-        (nats, count), grads = gradient(params, *xs)
+        (_, (nats, count)), grads = gradient(params, *xs)
         return jax.tree.map(jnp.add, sums, (grads, nats, count)), None
 
     if num_micro == 1:
-        (nats, count), grads = gradient(params, 0, jax.tree.map(lambda x: x[0], batch))
+        (_, (nats, count)), grads = gradient(params, 0, jax.tree.map(lambda x: x[0], batch))
         return grads, nats, count
     zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
     sums, _ = jax.lax.scan(add, zeros, (jnp.arange(num_micro), batch))

@@ -1,0 +1,67 @@
+"""The loss in pieces is the loss at once, and z-loss is its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import random_batch, tiny_model, train
+
+from tinylm.core.mesh import MeshConfig
+from tinylm.model.losses import next_token_loss
+from tinylm.model.transformer import abstract_transformer, init_parameters
+
+
+def compiled(config, params, batch):
+    """Return the compiled loss and gradient of a model."""
+    graph = abstract_transformer(config)[0]
+    return jax.jit(jax.value_and_grad(lambda p: next_token_loss(nnx.merge(graph, p), batch)[0])).lower(params).compile()
+
+
+def test_a_chunked_loss_is_the_plain_one_and_never_has_all_logits():
+    rng, length, vocab = np.random.default_rng(0), 64, 4096
+    ids = rng.integers(0, vocab, (4, length + 1))
+    batch = {
+        "tokens": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "weights": (rng.random((4, length)) < 0.7).astype(np.float32),
+    }
+    results, sizes = [], []
+    for chunks in (1, 8):
+        config = tiny_model(vocab_size=vocab, context=length, init_std=0.3, loss_chunks=chunks)
+        params = jax.jit(lambda c=config: init_parameters(c, 0))()
+        program = compiled(config, params, batch)
+        results.append(program(params))
+        sizes.append(program.memory_analysis().temp_size_in_bytes)
+    (plain, plain_grads), (pieces, grads) = results
+    np.testing.assert_allclose(pieces, plain, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), grads, plain_grads)
+    assert sizes[0] > 4 * length * vocab * 4 > sizes[1]
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
+def test_chunks_train_alike_on_a_mesh(mesh):
+    batches = [random_batch(i, micro=2) for i in range(3)]
+    losses = [
+        train(MeshConfig(*(1, *mesh)), tiny_model(loss_chunks=chunks, dropout=0.1), batches)[0] for chunks in (1, 4)
+    ]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_z_loss_is_trained_but_not_reported():
+    batch = random_batch(0)
+    config = tiny_model(init_std=0.3, z_loss=0.1)
+    plain, heavy = (train(MeshConfig(data=1), tiny_model(init_std=0.3, z_loss=z), [batch]) for z in (0.0, 0.1))
+    np.testing.assert_allclose(heavy[0], plain[0], rtol=1e-6)
+    graph, params = abstract_transformer(config)[0], jax.jit(lambda: init_parameters(config, 3))()
+
+    def defined(params):
+        logits = nnx.merge(graph, params)(batch["tokens"][0])
+        log_z = jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
+        picked = jnp.take_along_axis(logits, batch["targets"][0][..., None], axis=-1)[..., 0]
+        weights = batch["weights"][0]
+        return jnp.sum((log_z - picked + 0.1 * log_z**2) * weights) / weights.sum()
+
+    grads = jax.tree.leaves(jax.jit(jax.grad(defined))(params))
+    np.testing.assert_allclose(heavy[1][0], np.sqrt(sum(np.sum(np.square(g)) for g in grads)), rtol=1e-4)
+    assert abs(heavy[1][0] / plain[1][0] - 1) > 0.01
