@@ -12,6 +12,7 @@ from tinylm import cli
 from tinylm.config import checked
 from tinylm.core.distributed import is_main
 from tinylm.core.errors import UserError
+from tinylm.core.stop import StopRequest
 
 FLAGS = flags.FLAGS
 
@@ -22,6 +23,7 @@ def main() -> None:
         raise UserError("--config is required, for example --config=tales.")
     from ml_collections import config_flags
 
+    stop = StopRequest()
     config = checked(FLAGS.config)
     name = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]).stem
     workdir = FLAGS.workdir or f"runs/{name}"
@@ -30,7 +32,7 @@ def main() -> None:
 
     trainer = start_run(config, workdir)
     opening(trainer)
-    outcome = trainer.run()
+    outcome = trainer.run(stop)
     if is_main():
         print(closing(trainer, outcome))
 

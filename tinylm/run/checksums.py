@@ -48,9 +48,8 @@ def damage(folder: epath.Path, parts: Iterable[str]) -> str:
     wanted, found = content["files"], _files(folder)
     for name in sorted(wanted.keys() ^ found.keys()):
         return f"{name} is {'missing' if name in wanted else 'not of it'}"
-    for name, path in found.items():
-        if os.path.islink(os.fspath(path)):
-            return f"{name} is a link"
+    for name in (name for name, path in found.items() if os.path.islink(os.fspath(path))):
+        return f"{name} is a link"
     checked = [name for name in wanted if "/" not in name or name.partition("/")[0] in parts]
     with ThreadPoolExecutor(_THREADS) as threads:
         for name, now in zip(checked, threads.map(lambda name: _describe(found[name]), checked), strict=True):

@@ -46,17 +46,15 @@ class Trainer:
     def __init__(self, config: Config, data: Any, mesh: Mesh, folder: RunFolder, blueprint: Blueprint):
         """Take the parts; compile nothing yet."""
         self.config, self.data, self.mesh, self.folder, self.blueprint = config, data, mesh, folder, blueprint
-        self.schedule = make_schedule(config.optimizer, config.train.num_steps)
-        c = config.train
-        forgive = c.on_bad_step != "rollback"
-        self.train_steps = make_train_steps(blueprint, self.schedule, spike_sigmas=c.spike_sigmas, forgive=forgive)
+        schedule = make_schedule(config.optimizer, config.train.num_steps)
+        self.train_steps = make_train_steps(blueprint, schedule, config.train)
         self.looks = Looks(config, data, mesh, blueprint)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
         self.flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
         self.peak_flops = peak_flops(list(mesh.devices.flat))
+        self.train_loss: float | None = None
         self.valid_loss: float | None = None
         self.valid_step = -1
-        self.train_loss: float | None = None
         self.compare_replicas = make_replica_check(mesh, blueprint.abstract.params)
         self.account = Account(folder)
         self.step = 0  # as far as is known; where a dispatch is pending, as if no step of it were bad
@@ -74,14 +72,14 @@ class Trainer:
         say(f"resuming from step {step} in {self.folder.path}")
         return self.checkpoints.restore(step, self.blueprint.abstract)
 
-    def run(self) -> Outcome:
+    def run(self, stop: StopRequest | None = None) -> Outcome:
         """Train to the last step, until patience ends or until asked to stop; return how it went.
 
         Raises Preempted, after a save, where the run was asked to stop.
         """
         started, lock = time.monotonic(), contextlib.ExitStack()
         from_main(lambda: lock.callback(WorkdirLock(self.folder.path).release) is None)
-        self.stop, self.watchdog = StopRequest(), Watchdog(self.config.train.hang_secs)
+        self.stop, self.watchdog = stop or StopRequest(), Watchdog(self.config.train.hang_secs)
         with lock, contextlib.closing(self.watchdog):
             return self._train(started)
 
@@ -140,8 +138,7 @@ class Trainer:
         return dataclasses.replace(state, guard=guard.with_values(state.guard, values))
 
     def _out_of_patience(self) -> bool:
-        patience = self.config.eval.patience
-        return patience > 0 and self.guard["evals_since_best"] >= patience
+        return 0 < self.config.eval.patience <= self.guard["evals_since_best"]
 
     def _dispatch(self, state: TrainState) -> TrainState:
         """Send the device steps up to the next at which something is due; settle the dispatch before, done by now."""

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from tinylm.model.losses import next_token_loss
+from tinylm.train.config import TrainConfig
 from tinylm.train.guard import judge
 from tinylm.train.state import Blueprint, TrainState
 
@@ -21,14 +22,13 @@ Metrics = dict[str, jax.Array]
 METRICS = ("loss", "grad_norm", "learning_rate", "target_tokens", "bad")
 
 
-def make_train_steps(
-    blueprint: Blueprint, schedule: optax.Schedule, *, spike_sigmas: float = 0.0, forgive: bool = True
-) -> Callable:
+def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule, guarded: TrainConfig | None = None) -> Callable:
     """Return jitted `(state, batches [K, A, B/A, T], count, seed) -> (state, metrics [K])`; the state is donated.
 
     Metrics are `loss` (nats per target token), `grad_norm` (before clipping), `learning_rate`, `target_tokens`, and
-    `bad`: 1 where the guard left the state as it was. `spike_sigmas` and `forgive` are the guard's.
+    `bad`: 1 where the guard left the state as it was, by the settings `guarded` (default: where it isn't finite).
     """
+    sigmas, forgive = (guarded.spike_sigmas, guarded.on_bad_step != "rollback") if guarded else (0.0, True)
 
     def one_step(state: TrainState, batch: Batch, seed) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -36,7 +36,7 @@ def make_train_steps(
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
         updates, opt_state = blueprint.optimizer.update(grads, state.opt_state, state.params)
         loss, grad_norm = nats / count, optax.tree.norm(grads)
-        bad, guard = judge(state.guard, loss, grad_norm, spike_sigmas, forgive)
+        bad, guard = judge(state.guard, loss, grad_norm, sigmas, forgive)
         learned = (optax.apply_updates(state.params, updates), opt_state)
         old = (state.params, state.opt_state)
         params, opt_state = jax.tree.map(lambda old, new: jnp.where(bad, old, new), old, learned)
