@@ -10,7 +10,7 @@ import pytest
 from helpers import SMALL, lines, state_digest
 
 from tinylm.config import load_config
-from tinylm.core.errors import NumericError, Preempted
+from tinylm.core.errors import NumericError, Preempted, UserError
 from tinylm.data import pipeline
 from tinylm.train import loop
 from tinylm.train.start import start_run
@@ -164,3 +164,20 @@ def test_a_spike_is_bad_and_what_it_would_have_taught_is_left_out(tmp_path):
     assert (int(guard["skipped"]), int(guard["bad_in_row"]), float(guard["loss_mean"])) == (1, 1, mean)
     bad, guard = step(guard, np.float32(2.1))
     assert (bool(bad), int(guard["bad_in_row"]), int(guard["skipped"])) == (False, 0, 1)
+
+
+@pytest.mark.parametrize("how", ["altered", "cut", "another"])
+def test_a_store_that_changed_is_refused_when_the_run_goes_on(tmp_path, how):
+    flags = [f"data.store_dir={tmp_path / 'stores'}"]
+    run(tmp_path / "run", *flags, "train.stop_step=2")
+    shard = next((tmp_path / "stores").glob("*/tokens-*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    if how == "another":
+        manifest = shard.parent / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"skipped"', '"more": 1, "skipped"'))
+    else:
+        shard.write_bytes(content if how == "altered" else content[:-1])
+    wanted = {"altered": "differs from its checksum", "cut": "bytes", "another": "is not what the run in"}[how]
+    with pytest.raises(UserError, match=wanted):
+        run(tmp_path / "run", *flags)

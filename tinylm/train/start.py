@@ -1,5 +1,7 @@
 """Starting a run or going on with one: the checks that come before anything is compiled or written."""
 
+import hashlib
+import json
 import os
 from typing import Any
 
@@ -13,7 +15,8 @@ from tinylm.core.distributed import is_main
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import batch_shards, make_mesh
 from tinylm.core.settings import differing_settings, from_dict, to_dict
-from tinylm.data import open_data
+from tinylm.data import Data, open_data
+from tinylm.data.store import verify
 from tinylm.data.tokenizers import load_tokenizer
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
@@ -21,6 +24,8 @@ from tinylm.train.init_from import check_origin
 from tinylm.train.looks import encode_prompts
 from tinylm.train.loop import Trainer
 from tinylm.train.state import make_blueprint
+
+_VERIFIED_BYTES = 1 << 30  # of a store, when a run goes on; larger ones: prepare --verify
 
 
 def start_run(config: Config, workdir: str) -> Trainer:
@@ -44,13 +49,14 @@ def start_run(config: Config, workdir: str) -> Trainer:
     if exists:
         check_same_config(config, folder)
         check_same_tokenizer(data.tokenizer.fingerprint, folder)
+        check_same_stores(data, folder)
     else:
         check_origin(config, data.tokenizer)
     folder.create()
     if is_main():
         if not exists:
             data.tokenizer.save(str(folder.tokenizer))
-        folder.write_config({"config": to_dict(config), "versions": versions(mesh)})
+        folder.write_config({"config": to_dict(config), "versions": versions(mesh), "stores": store_digests(data)})
     jax.set_mesh(mesh)
     blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
     return Trainer(config, data, mesh, folder, blueprint)
@@ -85,6 +91,22 @@ def check_same_tokenizer(fingerprint: str, folder: RunFolder) -> None:
         raise UserError(
             f"--workdir={folder.path} holds a run with another tokenizer: the text it learned from changed."
         )
+
+
+def check_same_stores(data: Data, folder: RunFolder) -> None:
+    """Raise UserError where the run in `folder` read other tokens, StorageError where their files were altered."""
+    there, here = folder.read_config().get("stores", {}), store_digests(data)
+    for path in data.folders:
+        if there and there.get(path.name) != here[path.name]:
+            raise UserError(f"{path} is not what the run in --workdir={folder.path} reads; restore it, or use another.")
+        if sum(file.stat().st_size for file in path.glob("*.bin")) < _VERIFIED_BYTES:
+            verify(path)
+
+
+def store_digests(data: Data) -> dict[str, str]:
+    """Return a digest of the manifest of each token store, by its name."""
+    texts = [json.dumps(manifest, sort_keys=True).encode() for manifest in data.manifests]
+    return {path.name: hashlib.sha256(text).hexdigest() for path, text in zip(data.folders, texts, strict=True)}
 
 
 def versions(mesh: Mesh) -> dict[str, Any]:
