@@ -48,3 +48,8 @@ class StopRequest:
             self._asked += 1
             self._stopping = self._stopping or multihost_utils.reached_preemption_sync_point(self._asked)
         return self._stopping
+
+    def check(self) -> None:
+        """Raise Preempted where the run is to stop here."""
+        if self.reached():
+            raise Preempted("asked to stop")

@@ -67,10 +67,10 @@ class Trainer:
     def restore_or_init(self) -> TrainState:
         """Return the state of the newest checkpoint, or a new one."""
         step = self.checkpoints.newest()
-        if step is None:
-            return initial_state(self.config, self.blueprint)
-        say(f"resuming from step {step} in {self.folder.path}")
-        return self.checkpoints.restore(step, self.blueprint.abstract)
+        if step is not None:
+            say(f"resuming from step {step} in {self.folder.path}")
+            return self.checkpoints.restore(step, self.blueprint.abstract)
+        return initial_state(self.config, self.blueprint)
 
     def run(self, stop: StopRequest | None = None) -> Outcome:
         """Train to the last step, until patience ends or until asked to stop; return how it went.
@@ -238,8 +238,8 @@ class Trainer:
         """Write the metrics of a step."""
         self.train_loss = values["loss"]
         speed = self.progress.tokens_per_sec(step, self.config.data.batch_size * self.config.data.seq_len)
-        shown = {name: values[name] for name in ("loss", "grad_norm", "learning_rate")}
         mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        shown = {name: values[name] for name in METRICS[:3]}
         self._write({"step": step, "split": "train", **shown, "tokens_per_sec": speed, "mfu": mfu})
         self.progress.show(step, f"loss {values['loss']:.4f}", speed, self.valid_loss)
 
@@ -250,7 +250,7 @@ class Trainer:
         """
         try:
             with self._aside("eval"):
-                found = self.looks.evaluate(state.params, self._check_stop)
+                found = self.looks.evaluate(state.params, self.stop.check)
         except Preempted:
             return state, False
         self.valid_loss, self.valid_step = found["loss"], self.step
@@ -291,10 +291,6 @@ class Trainer:
         """Do something beside training: its time is booked as its own, and it may take long."""
         with self.progress.pause(), self.account.phase(kind), self.watchdog.patient():
             yield
-
-    def _check_stop(self) -> None:
-        if self.stop.reached():
-            raise Preempted("asked to stop")
 
     def _write(self, record: dict[str, Any]) -> None:
         if is_main():
