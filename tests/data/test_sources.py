@@ -373,7 +373,7 @@ def test_the_stock_tiny_shakespeare_builder_works_offline(tmp_path):
         "import sys; from tinylm.data import open_data; from tinylm.data.config import DataConfig\n"
         "d = open_data(DataConfig(source='tfds:tiny_shakespeare', tokenizer='char', store_dir=sys.argv[1] + '/s',"
         " tfds_data_dir=sys.argv[1] + '/t', tfds_manual_dir=sys.argv[2]), seed=0, progress=False)\n"
-        "print(d.vocab_size, [s["tokens"] for s in d.stores[0].manifest["splits"].values()])"
+        "print(d.vocab_size, [s['tokens'] for s in d.stores[0].manifest['splits'].values()])"
     )
     command = [sys.executable, "-c", program, str(tmp_path), str(real("tinyshakespeare"))]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
