@@ -34,6 +34,7 @@ from tinylm.train.plot import draw_losses
 from tinylm.train.progress import Progress
 from tinylm.train.state import Blueprint, TrainState
 from tinylm.train.step import make_train_steps
+from tinylm.train.trackers import Trackers
 
 
 @dataclasses.dataclass
@@ -67,6 +68,7 @@ class Trainer:
         self.pending: tuple[int, dict[str, jax.Array], int] | None = None
         self.guard = {"best_loss": math.inf, "evals_since_best": 0}  # on the host, as it is in the state
         self.last_samples: list[str] = []
+        self.trackers = Trackers(config, folder)
 
     def restore_or_init(self) -> TrainState:
         """Return the state of the newest checkpoint, or a new one."""
@@ -105,6 +107,7 @@ class Trainer:
             self.sample(state.params, step)
         if config.writers.plot and is_main():
             draw_losses(self.folder, self.data.floor_nats_per_token, self.folder.path.name)
+            self.trackers.put("picture", step, str(self.folder.plot_file))
         if self._out_of_patience():
             reason = f"no better validation loss in {config.eval.patience} evaluations"
         elif last < config.train.num_steps:
@@ -239,6 +242,7 @@ class Trainer:
         if is_main():
             text = "".join(f"--- step {step} ---\n{sample}\n" for sample in self.last_samples)
             self.folder.append(self.folder.samples_file, text)
+            self.trackers.put("text", step, self.last_samples)
 
     def _save(self, state: TrainState, step: int) -> int:
         """Begin to save; return the step."""
@@ -251,6 +255,7 @@ class Trainer:
     def _write(self, record: dict[str, Any]) -> None:
         if is_main():
             self.folder.log(record)
+            self.trackers.record(record)
 
 
 def encode_prompts(config: Config, tokenizer: Any) -> list[list[int]]:
