@@ -4,6 +4,7 @@ import dataclasses
 import json
 import struct
 import threading
+import time
 
 import pytest
 from matplotlib import image
@@ -92,7 +93,10 @@ def test_wandb_offline_for_real(tmp_path, monkeypatch):
     image.imsave(picture, [[0.0, 1.0], [1.0, 0.0]])
     feed(open_trackers(tmp_path / "run", "writers.wandb=True"), picture=picture)
     path = next((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
-    records = [Record.FromString(data) for data in log_records(path.read_bytes())]
+    records, end = [], time.monotonic() + 30
+    while not any(record.HasField("exit") for record in records) and time.monotonic() < end:  # its own process writes
+        time.sleep(0.05)
+        records = [Record.FromString(data) for data in log_records(path.read_bytes())]
     rows = [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             for record in records if record.HasField("history")]  # fmt: skip
     assert [row["train/loss"] for row in rows if "train/loss" in row] == [4.0, 2.0, 4 / 3]

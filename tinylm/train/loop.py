@@ -166,7 +166,7 @@ class Trainer:
         if self.pending is None:
             return
         (step, metrics, count), self.pending = self.pending, None
-        values = {name: float(np.asarray(metric)[count - 1]) for name, metric in metrics.items()}
+        values = {name: float(metric[count - 1]) for name, metric in jax.device_get(metrics).items()}
         if not math.isfinite(values["loss"] + values["grad_norm"]):
             raise NumericError(
                 f"loss {values['loss']} and gradient norm {values['grad_norm']} at step {step} are not finite; "
@@ -182,6 +182,7 @@ class Trainer:
             "learning_rate": values["learning_rate"],
             "tokens_per_sec": speed,
             "mfu": speed * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            **{name: value for name, value in values.items() if name.startswith("update_ratio/")},
         }
         self._write(record)
         self.progress.show(step, f"loss {values['loss']:.4f}", speed, self.valid_loss)
@@ -192,7 +193,9 @@ class Trainer:
         with self.progress.pause():
             self.valid_loss = self.evaluate(state.params)
             matches = self._exact_match(state.params)
-        self._write({"step": step, "split": "valid", "loss": self.valid_loss, **matches})
+        floor = self.data.floor_nats_per_token
+        known = {} if floor is None else {"floor": floor}
+        self._write({"step": step, "split": "valid", "loss": self.valid_loss, **known, **matches})
         shown = "".join(f"  {name} {value:.2%}" for name, value in matches.items())
         self.progress.note(f"step {step}  validation loss {self.valid_loss:.4f}{self._floor()}{shown}")
         if step % self.config.eval.every_steps and step != self.config.train.num_steps:
@@ -254,6 +257,7 @@ class Trainer:
 
     def _write(self, record: dict[str, Any]) -> None:
         if is_main():
+            record["unix_secs"] = round(time.time(), 3)
             self.folder.log(record)
             self.trackers.record(record)
 

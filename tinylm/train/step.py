@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 
 from tinylm.model.losses import cross_entropy
 from tinylm.train.state import Blueprint, TrainState
@@ -22,8 +22,11 @@ Metrics = dict[str, jax.Array]
 def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule) -> Callable:
     """Return jitted `(state, batches [K, A, B/A, T], count, seed) -> (state, metrics [K])`; the state is donated.
 
-    Metrics are `loss` (nats per target token), `grad_norm` (before clipping), `learning_rate` and `target_tokens`.
+    Metrics are `loss` (nats per target token), `grad_norm` (before clipping), `learning_rate`, `target_tokens`, and for
+    each part of the model `update_ratio/PART`, the norm of the update over the norm of the weights.
     """
+    parts = dict.fromkeys(part_of(path) for path in blueprint.axes)
+    names = ("loss", "grad_norm", "learning_rate", "target_tokens", *(f"update_ratio/{part}" for part in parts))
 
     def one_step(state: TrainState, batch: Batch, seed) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -36,12 +39,12 @@ def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule) -> Callable
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "target_tokens": count,
+            **{f"update_ratio/{part}": norm / _norms(state.params)[part] for part, norm in _norms(updates).items()},
         }
         return TrainState(state.step + 1, params, opt_state, state.guard), metrics
 
     def train_steps(state: TrainState, batches: Batch, count, seed):
         most = batches["tokens"].shape[0]
-        names = ("loss", "grad_norm", "learning_rate", "target_tokens")
         metrics = {name: jnp.zeros(most, jnp.float32) for name in names}
 
         def body(i, carry):
@@ -53,6 +56,19 @@ def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule) -> Callable
 
     everywhere = blueprint.shardings.step
     return jax.jit(train_steps, donate_argnums=0, out_shardings=(blueprint.shardings, everywhere))
+
+
+def part_of(path: str) -> str:
+    """Return the part of the model that the parameter at `path` belongs to: embedding, attention, mlp, a norm, ..."""
+    return path.removeprefix("blocks/").split("/")[0]
+
+
+def _norms(params: dict) -> dict[str, jax.Array]:
+    """Return the Euclidean norm of each part."""
+    squares: dict[str, jax.Array] = {}
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        squares[part_of(path)] = squares.get(part_of(path), jnp.zeros(())) + jnp.sum(jnp.square(leaf))
+    return {part: jnp.sqrt(total) for part, total in squares.items()}
 
 
 def accumulate(blueprint: Blueprint, params: dict, batch: Batch, step_key: jax.Array):
