@@ -44,19 +44,13 @@ def attention_part(tokens: list[str], weights_LNTS: np.ndarray, heads: Heads) ->
 
 def draw_curves(runs: list[dict[str, Any]], path: str) -> None:
     """Draw the panels that have data, against steps, as a PNG."""
-    pyplot = _pyplot()
     panels = [(title, names[0]) for title, names in PANELS if any(_points(run, names[0]) for run in runs)]
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(6 * columns, 3.4 * rows), layout="constrained", squeeze=False
-    )
+    figure, grid = new_grid(len(panels), 2, (6, 3.4))
     for axes, (title, name) in zip(grid.flat, panels, strict=False):
         for i, run in enumerate(runs):
             for split, steps, values in _points(run, name):
-                look = {"color": COLORS[i % 7], "ls": (0, tuple(map(int, DASHES[i % 7].split()))) if i % 7 else "-"}
                 valid = {"marker": "o", "ms": 4, "lw": 2} if split == "valid" else {"lw": 1, "alpha": 0.7}
-                axes.plot(steps, values, label=f"{run['name']}, {split}", **look, **valid)
+                axes.plot(steps, values, label=f"{run['name']}, {split}", **line_style(i), **valid)
             if name == "loss" and run["floor"] is not None:
                 axes.axhline(run["floor"], color="#555555", ls=":", lw=1)
         axes.set(title=title, xlabel="step")
@@ -65,14 +59,13 @@ def draw_curves(runs: list[dict[str, Any]], path: str) -> None:
     grid.flat[0].legend(fontsize=8)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
-    _save(pyplot, figure, path)
+    save(figure, path)
 
 
 def draw_attention(tokens: list[str], weights_LNTS: np.ndarray, heads: Heads, path: str) -> None:
     """Draw heads over a text as a PNG: a row for each query, a column for each key."""
-    pyplot = _pyplot()
     size = max(2.6, 0.16 * len(tokens))
-    figure, grid = _grid(pyplot, len(heads), 4, (size, size))
+    figure, grid = new_grid(len(heads), 4, (size, size))
     for axes in grid.flat:
         axes.set_axis_off()
     labels = [token.replace("\n", "⏎").replace("$", r"\$") for token in tokens]
@@ -82,7 +75,7 @@ def draw_attention(tokens: list[str], weights_LNTS: np.ndarray, heads: Heads, pa
         axes.set_title(f"layer {layer}, head {head}", fontsize=9)
         axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
         axes.set_yticks(range(len(labels)), labels, fontsize=6)
-    _save(pyplot, figure, path)
+    save(figure, path)
 
 
 def _points(run: dict[str, Any], name: str) -> list[tuple[Any, ...]]:
@@ -106,23 +99,28 @@ def _clip(axes: Any, runs: list[dict[str, Any]], name: str) -> None:
         axes.set_ylim(top=max(settled) + 0.05 * (max(settled) - min(settled)) + 1e-9)
 
 
-def _pyplot() -> Any:
+def line_style(i: int) -> dict[str, Any]:
+    """Return the colour and dashes of the i-th run."""
+    dash = DASHES[i % len(DASHES)]
+    return {"color": COLORS[i % len(COLORS)], "ls": (0, tuple(map(int, dash.split()))) if dash else "-"}
+
+
+def new_grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
+    """Return a figure with a grid for `count` pictures of a size in inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot
-
-
-def _grid(pyplot: Any, count: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
-    """Return a figure with a grid for `count` pictures of a size in inches."""
     columns = min(columns, count)
     rows = math.ceil(count / columns)
     figsize = (size[0] * columns, size[1] * rows)
     return pyplot.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False)
 
 
-def _save(pyplot: Any, figure: Any, path: str) -> None:
+def save(figure: Any, path: str) -> None:
+    """Write a figure as a PNG, and forget it."""
+    from matplotlib import pyplot
+
     figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)
