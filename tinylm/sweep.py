@@ -108,7 +108,7 @@ def text_of(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     """Draw the best loss against the first key of the grid, a line for each setting of the others."""
-    from tinylm.view.page import line_style, new_grid, save
+    from tinylm.view.page import line_style, new_grid
 
     figure, [[axes]] = new_grid(1, 1, (7, 4.5))
     first, *others = rows[0]["point"]
@@ -124,7 +124,7 @@ def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
     axes.grid(alpha=0.3)
     if others:
         axes.legend(fontsize=8)
-    save(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ from tinylm.run.folder import RunFolder
 
 def draw_losses(folder: RunFolder, floor: float | None, title: str) -> None:
     """Draw the losses in metrics.jsonl into the run's folder."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     lines = [line for line in folder.metrics() if line.get("loss") is not None]
     for split, color, width in (("train", "#7fb0d8", 1.0), ("valid", "#c8501e", 2.0)):
         points = [(line["step"], line["loss"]) for line in lines if line.get("split") == split]
@@ -27,4 +25,3 @@ def draw_losses(folder: RunFolder, floor: float | None, title: str) -> None:
     axes.legend()
     with folder.plot_file.open("wb") as file:
         figure.savefig(file, dpi=130, format="png")
-    pyplot.close(figure)

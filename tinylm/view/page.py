@@ -59,7 +59,7 @@ def draw_curves(runs: list[dict[str, Any]], path: str) -> None:
     grid.flat[0].legend(fontsize=8)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
-    save(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def draw_attention(tokens: list[str], weights_LNTS: np.ndarray, heads: Heads, path: str) -> None:
@@ -75,7 +75,7 @@ def draw_attention(tokens: list[str], weights_LNTS: np.ndarray, heads: Heads, pa
         axes.set_title(f"layer {layer}, head {head}", fontsize=9)
         axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
         axes.set_yticks(range(len(labels)), labels, fontsize=6)
-    save(figure, path)
+    figure.savefig(path, dpi=110)
 
 
 def _points(run: dict[str, Any], name: str) -> list[tuple[Any, ...]]:
@@ -107,20 +107,9 @@ def line_style(i: int) -> dict[str, Any]:
 
 def new_grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Any, np.ndarray]:
     """Return a figure with a grid for `count` pictures of a size in inches."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figsize = (size[0] * columns, size[1] * rows)
-    return pyplot.subplots(rows, columns, figsize=figsize, layout="constrained", squeeze=False)
-
-
-def save(figure: Any, path: str) -> None:
-    """Write a figure as a PNG, and forget it."""
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=110, format="png")
-    pyplot.close(figure)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
