@@ -274,4 +274,4 @@ def mesh_summary(mesh: Mesh) -> str:
     """Return the mesh in words."""
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     device = mesh.devices.flat[0].device_kind
-    return f"{mesh.size} x {device}" + (f" ({sizes})" if sizes else "") + f", batch in {batch_shards(mesh)}"
+    return f"{mesh.size} x {device}" + (f" ({sizes}), batch split in {batch_shards(mesh)}" if sizes else "")
