@@ -21,8 +21,9 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Write the report that the flags ask for."""
+    from tinylm.run.gather import gather
+    from tinylm.run.plot import draw_curves
     from tinylm.view import page
-    from tinylm.view.runs import gather
 
     runs = [gather(workdir) for workdir in FLAGS.workdir]
     distinct_names(runs)
@@ -32,7 +33,7 @@ def main() -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         if any(run["train"] or run["valid"] for run in runs):
             written.append(out.with_suffix(".png"))
-            page.draw_curves(runs, str(written[-1]))
+            draw_curves(runs, written[-1])
         for workdir, run in zip(FLAGS.workdir, runs, strict=True):
             run["model"] = model_table(workdir)
             if FLAGS.attention_text:
@@ -58,14 +59,10 @@ def spread(arguments: list[str]) -> list[str]:
 
 
 def distinct_names(runs: list[dict[str, Any]]) -> None:
-    """Name runs by their folder, with as much of its path as tells them apart."""
-    parts = [pathlib.PurePath(run["path"]).parts for run in runs]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(one[-count:]) for one in parts]
-        if len(set(names)) == len(runs):
-            break
-    for run, name in zip(runs, names, strict=True):
-        run["name"] = name
+    """Name runs by their path where the names of their folders are alike."""
+    if len({run["name"] for run in runs}) < len(runs):
+        for run in runs:
+            run["name"] = run["path"]
 
 
 def model_table(workdir: str) -> dict[str, Any]:
@@ -91,7 +88,7 @@ def attention(workdir: str, picture: pathlib.Path) -> dict[str, Any]:
     run = open_run(workdir, FLAGS.step)
     tokens, weights = attention_of(run, FLAGS.attention_text)
     heads = chosen_heads(FLAGS.attention_heads, weights.shape[0], weights.shape[1])
-    page.draw_attention(tokens, weights, heads, str(picture))
+    page.draw_attention(tokens, weights, heads, picture)
     return page.attention_part(tokens, weights, heads)
 
 

@@ -54,7 +54,7 @@ def sweep(base: Sequence[str], grid: Sequence[str], workdir: str, jobs: int) -> 
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
-    draw([future.result() for future in futures], str(pathlib.Path(workdir, "sweep.png")))
+    draw([future.result() for future in futures], pathlib.Path(workdir, "sweep.png"))
     return sorted((future.result() for future in futures), key=lambda row: (row["loss"] is None, row["loss"]))
 
 
@@ -106,25 +106,21 @@ def text_of(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
 
 
-def draw(rows: Sequence[dict[str, Any]], path: str) -> None:
+def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """Draw the best loss against the first key of the grid, a line for each setting of the others."""
-    from tinylm.view.page import line_style, new_grid
+    from tinylm.run.plot import line_style, new_grid, save
 
-    figure, [[axes]] = new_grid(1, 1, (7, 4.5))
-    first, *others = rows[0]["point"]
-    values = list(dict.fromkeys(row["point"][first] for row in rows))
+    figure, [axes] = new_grid(1, 1, (7, 4.5))
     lines: dict[str, list] = {}
     for row in rows:
-        label = ", ".join(f"{key}={row['point'][key]}" for key in others)
-        lines.setdefault(label, []).append((values.index(row["point"][first]), row["loss"] or float("nan")))
+        value, *others = row["point"].values()
+        lines.setdefault(", ".join(others), []).append((value, row["loss"] or float("nan")))
     for i, (label, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), marker="o", label=label, **line_style(i))
-    axes.set(xlabel=first, ylabel="best loss (nats per token)")
-    axes.set_xticks(range(len(values)), values)
-    axes.grid(alpha=0.3)
-    if others:
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+        axes.plot(*zip(*points, strict=True), marker="o", label=label or "loss", **line_style(i))
+    key, *others = rows[0]["point"]
+    axes.set(xlabel=key, ylabel="best loss (nats per token)")
+    axes.legend(fontsize=8, title=", ".join(others))
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Trackers hold what metrics.jsonl holds, and none of them can stop or slow a run."""
 
-import dataclasses
 import json
 import struct
 import threading
@@ -106,29 +105,23 @@ def test_wandb_offline_for_real(tmp_path, monkeypatch):
     assert any(item.key == "optimizer.learning_rate" for item in run.config.update)
 
 
-@dataclasses.dataclass
-class Broken:
-    """A tracker that fails at its second line, or never comes back."""
+def broken(hangs=None):
+    """Return a tracker that fails at its second line, or waits for ever."""
 
-    module: object
-    folder: RunFolder
-    settings: dict
-    step: int
-    calls: int = 0
-    hangs = None
+    def tracker(*_):
+        yield
+        if hangs:
+            hangs.wait()
+        yield
+        raise OSError("no space left\non device")
 
-    def scalars(self, step, values):
-        if self.hangs:
-            self.hangs.wait()
-        self.calls += 1
-        if self.calls == 2:
-            raise OSError("no space left\non device")
+    return tracker, "json"
 
 
 def test_a_tracker_that_fails_is_dropped_with_one_line(tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(trackers, "say", said.append)
-    monkeypatch.setitem(trackers.KINDS, "wandb", (Broken, "json"))
+    monkeypatch.setitem(trackers.KINDS, "wandb", broken())
     feed(open_trackers(tmp_path, "writers.wandb=True", "writers.tensorboard=True"))
     assert said == ["wandb is dropped, it failed with: no space left on device; metrics.jsonl has all."]
     assert len([event for event in events(tmp_path) if event.summary.value]) >= 3
@@ -138,15 +131,14 @@ def test_a_tracker_that_hangs_holds_up_nothing(tmp_path, monkeypatch):
     said, release = [], threading.Event()
     monkeypatch.setattr(trackers, "say", said.append)
     monkeypatch.setattr(trackers, "CLOSE_SECS", 0.05)
-    monkeypatch.setattr(Broken, "hangs", release)
-    monkeypatch.setitem(trackers.KINDS, "wandb", (Broken, "json"))
+    monkeypatch.setitem(trackers.KINDS, "wandb", broken(release))
     feed(open_trackers(tmp_path, "writers.wandb=True"))
     release.set()
     assert said == ["wandb did not finish within 0 s; metrics.jsonl has all."]
 
 
 def test_a_missing_package_is_named_before_anything_starts(tmp_path, monkeypatch):
-    monkeypatch.setitem(trackers.KINDS, "wandb", (Broken, "no_such_package"))
+    monkeypatch.setitem(trackers.KINDS, "wandb", (broken()[0], "no_such_package"))
     with pytest.raises(UserError, match=r"pip install 'tinylm\[wandb\]'"):
         open_trackers(tmp_path, "writers.wandb=True")
 

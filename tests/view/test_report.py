@@ -19,9 +19,10 @@ from tinylm.model.attention import Visibility
 from tinylm.model.layers import Dropout
 from tinylm.model.transformer import Transformer
 from tinylm.run.folder import RunFolder
+from tinylm.run.gather import MOST_POINTS, curves, gather
+from tinylm.run.plot import draw_curves
 from tinylm.view import page
 from tinylm.view.attention import attention_weights
-from tinylm.view.runs import MOST_POINTS, curves, gather
 
 EVIL = "</script><script>document.title='run'</script>"
 
@@ -98,9 +99,9 @@ def test_attention_weights_are_those_of_the_model(options):
 def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
     assert report.spread(["--workdir", "a", "b", "--out=x"]) == ["--workdir=a", "--workdir=b", "--out=x"]
     assert report.spread(["--workdir=a", "b", "--step", "best"]) == ["--workdir=a", "--workdir=b", "--step", "best"]
-    runs = [{"path": "/r/1/x"}, {"path": "/r/2/x"}]
+    runs = [{"name": "x", "path": "/r/1/x"}, {"name": "x", "path": "/r/2/x"}]
     report.distinct_names(runs)
-    assert [run["name"] for run in runs] == ["1/x", "2/x"]
+    assert [run["name"] for run in runs] == ["/r/1/x", "/r/2/x"]
     with pytest.raises(UserError, match=r"2\.7 must be LAYER\.HEAD, up to 1\.3"):
         report.chosen_heads(["0.1", "2.7"], 2, 4)
 
@@ -126,8 +127,8 @@ def test_the_page_holds_everything_itself(tmp_path):
 
 
 def test_the_pictures_are_drawn(tmp_path):
-    page.draw_curves(two_runs(tmp_path), str(tmp_path / "curves.png"))
-    page.draw_attention(["x", "$y", "\n"], np.ones((1, 2, 3, 3)) / 3, [(0, 0), (0, 1)], str(tmp_path / "attention.png"))
+    draw_curves(two_runs(tmp_path), tmp_path / "curves.png")
+    page.draw_attention(["x", "$y", "\n"], np.ones((1, 2, 3, 3)) / 3, [(0, 0), (0, 1)], tmp_path / "attention.png")
     for name in ("curves", "attention"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -4,7 +4,6 @@ No number says that a story is good. These say what is wrong with bad ones: they
 forget who they are about, or never end.
 """
 
-import collections
 import re
 from collections.abc import Sequence
 
@@ -28,12 +27,13 @@ def measure(stories: Sequence[str], names: Sequence[Sequence[str]], ended: Seque
     """
     words = [re.findall(r"\w+", story.lower()) for story in stories]
     within = [ngrams(one, 4) for one in words]
+    grams = {n: [gram for one in words for gram in ngrams(one, n)] for n in (1, 2, 3)}
     kept = [name.lower() in one for one, group in zip(words, names, strict=True) for name in group]
     return {
         "stories": len(stories),
         "words": _share(sum(map(len, words)), len(words)),
         "repetition": 1 - _share(sum(len(set(one)) for one in within), sum(map(len, within)), 1.0),
-        **{f"distinct_{n}": _distinct(words, n) for n in (1, 2, 3)},
+        **{f"distinct_{n}": _share(len(set(found)), len(found)) for n, found in grams.items()},
         "names_kept": _share(sum(kept), len(kept)),
         "ended": _share(sum(ended), len(ended)),
     }
@@ -42,11 +42,6 @@ def measure(stories: Sequence[str], names: Sequence[Sequence[str]], ended: Seque
 def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     """Return all runs of n words."""
     return list(zip(*(words[i:] for i in range(n)), strict=False))
-
-
-def _distinct(stories: Sequence[Sequence[str]], n: int) -> float:
-    counts = collections.Counter(gram for words in stories for gram in ngrams(words, n))
-    return _share(len(counts), counts.total())
 
 
 def _share(part: float, whole: float, empty: float = 0.0) -> float:

@@ -6,7 +6,7 @@ Flags are the harness's own; the model is named `tinylm` there. Every text begin
 Rows are padded to powers of two, so that few programs are compiled.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -56,41 +56,34 @@ class TinyLM(_Template):
     def score_pairs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Return for each (context ids, ids) log p(ids | context), and whether greedy decoding would write them.
 
-        Longer ones than the model's context are scored in windows that together hold each id once.
+        What is longer than the model's context loses its beginning.
         """
-        parts = [(i, ctx, ids) for i, pair in enumerate(pairs) for ctx, ids in self._cut(*pair)]
-        parts.sort(key=lambda part: -len(part[1]) - len(part[2]))
-        sums, greedy = np.zeros(len(pairs)), np.ones(len(pairs), bool)
-        for start in range(0, len(parts), self.rows):
-            batch = parts[start : start + self.rows]
-            longest = len(batch[0][1]) + len(batch[0][2]) - 1
-            ids_BT = np.full(
-                (self.rows, min(self.context, 1 << (longest - 1).bit_length()) + 1), self.eot_token_id, np.int32
-            )
-            for row, (_, ctx, ids) in zip(ids_BT, batch, strict=False):
-                row[: len(ctx) + len(ids)] = ctx + ids
+        cut = [(ctx[-max(1, self.context + 1 - len(ids)) :], ids[-self.context :]) for ctx, ids in pairs]
+        found: dict[int, tuple[float, bool]] = {}
+        order = sorted(range(len(cut)), key=lambda i: -len(cut[i][0]) - len(cut[i][1]))
+        for start in range(0, len(order), self.rows):
+            batch = order[start : start + self.rows]
+            longest = sum(map(len, cut[batch[0]])) - 1
+            ids_BT = np.full((self.rows, min(self.context, 1 << (longest - 1).bit_length()) + 1), 0, np.int32)
+            for row, i in zip(ids_BT, batch, strict=False):
+                row[: sum(map(len, cut[i]))] = [*cut[i][0], *cut[i][1]]
             with jax.set_mesh(self.run.mesh):
                 scores_BT, hits_BT = map(np.asarray, self._score(self.run.params, ids_BT[:, :-1], ids_BT[:, 1:]))
-            for (i, ctx, ids), scores, hits in zip(batch, scores_BT, hits_BT, strict=False):
-                scored = slice(len(ctx) - 1, len(ctx) + len(ids) - 1)
-                sums[i] += scores[scored].astype(np.float64).sum()
-                greedy[i] &= bool(hits[scored].all())
-        return [(float(total), bool(hit)) for total, hit in zip(sums, greedy, strict=True)]
-
-    def _cut(self, ctx: list[int], ids: list[int]) -> Iterable[tuple[list[int], list[int]]]:
-        """Return (context, ids) windows, none longer than the model's context and one more."""
-        if len(ids) <= self.context:
-            return [(ctx[-(self.context + 1 - len(ids)) :], ids)] if ids else []
-        windows = _windows(ids, ctx[-1], self.context, self.context // 2)
-        return [(tokens[: len(tokens) - len(targets) + 1], targets) for tokens, targets in windows]
+            for i, scores, hits in zip(batch, scores_BT, hits_BT, strict=False):
+                scored = slice(len(cut[i][0]) - 1, sum(map(len, cut[i])) - 1)
+                found[i] = float(scores[scored].sum(dtype=np.float64)), bool(hits[scored].all())
+        return [found[i] for i in range(len(cut))]
 
     def _loglikelihood_tokens(self, requests: Sequence[tuple], **_: Any) -> list[tuple[float, bool]]:
         return self.score_pairs([(ctx, ids) for _, ctx, ids in requests])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Return log p of whole texts."""
+        """Return log p of whole texts, long ones in windows that together hold each id once."""
         texts = [self.tokenizer.encode(request.args[0]) for request in requests]
-        return [total for total, _ in self.score_pairs([([self.eot_token_id], ids) for ids in texts])]
+        windows = [list(_windows(ids, self.eot_token_id, self.context, self.context // 2)) for ids in texts]
+        pairs = [(before[: len(before) - len(ids) + 1], ids) for text in windows for before, ids in text]
+        scores = iter(self.score_pairs(pairs))
+        return [sum(next(scores)[0] for _ in text) for text in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return what follows each text, up to the first of the strings that end it; greedy unless asked otherwise."""

@@ -27,10 +27,11 @@ from tinylm.inference.evaluation import evaluate, exact_match, make_eval_step
 from tinylm.inference.samplers import Sampler
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
+from tinylm.run.gather import gather
+from tinylm.run.plot import draw_curves
 from tinylm.train.config import Config
 from tinylm.train.init_from import initial_state
 from tinylm.train.optimizer import make_schedule
-from tinylm.train.plot import draw_losses
 from tinylm.train.progress import Progress
 from tinylm.train.state import Blueprint, TrainState
 from tinylm.train.step import make_train_steps
@@ -106,7 +107,7 @@ class Trainer:
         if config.sample.max_tokens:
             self.sample(state.params, step)
         if config.writers.plot and is_main():
-            draw_losses(self.folder, self.data.floor_nats_per_token, self.folder.path.name)
+            draw_curves([gather(str(self.folder.path))], self.folder.plot_file, ["loss"])
             self.trackers.put("picture", step, str(self.folder.plot_file))
         if self._out_of_patience():
             reason = f"no better validation loss in {config.eval.patience} evaluations"

@@ -1,4 +1,4 @@
-"""What a report shows of a run: curves, samples, time, settings, gathered from the files of its folder alone."""
+"""What can be shown of a run: curves, samples, time, settings, gathered from the files of its folder alone."""
 
 import collections
 import re
@@ -8,17 +8,15 @@ import numpy as np
 
 from tinylm.run.folder import RunFolder
 
-MOST_POINTS = 1500  # of a curve; a longer one is thinned evenly, its last point kept
+MOST_POINTS = 1500  # of a curve; a longer one is thinned evenly, its ends kept
 _SAMPLE = re.compile(r"^--- step (\d+) ---\n", re.MULTILINE)
 
 
 def gather(workdir: str) -> dict[str, Any]:
     """Return a run as plain values, ready for JSON; raise UserError where there is none."""
     folder = RunFolder(workdir)
-    record = folder.read_config()
-    lines = folder.metrics()
-    config = record["config"]
-    start = min((line["unix_secs"] for line in lines if "unix_secs" in line), default=0.0)
+    record, lines = folder.read_config(), folder.metrics()
+    config, start = record["config"], min((line["unix_secs"] for line in lines if "unix_secs" in line), default=0.0)
     return {
         "name": folder.path.name,
         "path": str(folder.path),
@@ -36,7 +34,7 @@ def gather(workdir: str) -> dict[str, Any]:
 def curves(lines: list[dict[str, Any]], split: str, start: float) -> dict[str, list[float | None]]:
     """Return {name: values} over the steps of a split, `secs` counted from `start`; what a line lacks is None."""
     lines = [line for line in lines if line.get("split") == split]
-    kept: Any = np.unique(np.linspace(0, len(lines) - 1, min(len(lines), MOST_POINTS)).astype(int)) if lines else []
+    kept = np.linspace(0, len(lines) - 1, min(len(lines), MOST_POINTS)).astype(int).tolist()
     lines = [{**lines[i], "secs": lines[i].get("unix_secs", start) - start} for i in kept]
     names = dict.fromkeys(name for line in lines for name in line if name not in ("split", "unix_secs"))
     return {name: [_rounded(line.get(name)) for line in lines] for name in names}
@@ -49,12 +47,9 @@ def _rounded(value: Any) -> float | None:
 def seconds_by_kind(lines: list[dict[str, Any]]) -> dict[str, float]:
     """Return where the time of a run went, over all its processes: the last account of each counts."""
     last = {line.get("process"): line for line in lines if line.get("split") == "time"}
-    found: dict[str, float] = {}
-    for line in last.values():
-        for name in line:
-            if name.endswith("_secs") and name not in ("total_secs", "unix_secs"):
-                found[name.removesuffix("_secs")] = found.get(name.removesuffix("_secs"), 0.0) + line[name]
-    return found
+    kinds = dict.fromkeys(name for line in last.values() for name in line if name.endswith("_secs"))
+    return {name.removesuffix("_secs"): sum(line.get(name, 0.0) for line in last.values())
+            for name in kinds if name not in ("total_secs", "unix_secs")}  # fmt: skip
 
 
 def samples(folder: RunFolder, prompts: int) -> list[dict[str, Any]]:
