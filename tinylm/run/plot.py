@@ -28,13 +28,12 @@ def draw_curves(runs: Sequence[dict[str, Any]], path: Any, names: Sequence[str] 
     for axes, (name, drawn) in zip(grid, shown.items(), strict=False):
         for steps, values, look in drawn:
             axes.plot(steps, values, **look)
+        for floor in {run["floor"] for run in runs if name == "loss"} - {None}:
+            axes.axhline(floor, color="#555555", ls=":", label=f"floor of the corpus ({floor:.3f})")
         late = [value for steps, values, _ in drawn for step, value in zip(steps, values, strict=True)
                 if step > steps[-1] / 20]  # fmt: skip
         if name in ("loss", "grad_norm") and late:  # the first steps would flatten all that follows
             axes.set_ylim(top=max(late) + 0.05 * (max(late) - min(late)) + 1e-9)
-        for run in runs if name == "loss" else ():
-            if run["floor"] is not None:
-                axes.axhline(run["floor"], color="#555555", ls=":", label=f"floor of the corpus ({run['floor']:.3f})")
         axes.set(title=PANELS[name], xlabel="step")
         axes.grid(alpha=0.3)
     grid[0].legend(fontsize=8)
