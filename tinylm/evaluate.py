@@ -1,10 +1,12 @@
-"""Score a run on its validation split: loss, perplexity, bits per byte.
+"""Score a run on its validation split: loss, perplexity, bits per byte. Or on stories that it makes up.
 
 python -m tinylm.evaluate --workdir=runs/tales --step=best
+python -m tinylm.evaluate --workdir=runs/tales --stories
 """
 
 import json
 import math
+from typing import Any
 
 from absl import flags
 
@@ -18,30 +20,11 @@ def main() -> None:
     import jax
 
     from tinylm.core.distributed import is_main
-    from tinylm.core.errors import UserError
-    from tinylm.core.settings import from_dict
-    from tinylm.data import open_data
-    from tinylm.data.config import DataConfig
-    from tinylm.inference.evaluation import evaluate, make_eval_step
     from tinylm.run.open_run import open_run
 
     run = open_run(FLAGS.workdir, FLAGS.step)
-    data = open_data(from_dict(DataConfig, run.config["data"]), seed=run.config["seed"], is_writer=is_main())
-    if data.valid is None:
-        raise UserError("the run has no validation split; set data.valid_fraction or data.valid_source.")
-    if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
-        raise UserError("the run's data now makes another tokenizer than the run learned with; restore the text.")
-    rows = run.config["data"]["batch_size"] // run.config["train"]["accumulation_steps"]
     with jax.set_mesh(run.mesh):
-        nats, tokens = evaluate(make_eval_step(run.graph), run.params, data.valid, rows, run.mesh, FLAGS.max_batches)
-    loss = nats / tokens
-    result = {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) / data.valid_bytes_per_token,
-        "tokens": int(tokens),
-        "step": run.step,
-    }
+        result = (score_stories if FLAGS.stories else score_split)(run) | {"step": run.step}
     if not is_main():
         return
     if FLAGS.json:
@@ -51,9 +34,49 @@ def main() -> None:
                         for name, value in result.items()))  # fmt: skip
 
 
+def score_split(run: Any) -> dict[str, Any]:
+    """Return the loss over the validation split."""
+    from tinylm.core.distributed import is_main
+    from tinylm.core.errors import UserError
+    from tinylm.core.settings import from_dict
+    from tinylm.data import open_data
+    from tinylm.data.config import DataConfig
+    from tinylm.inference.evaluation import evaluate, make_eval_step
+
+    data = open_data(from_dict(DataConfig, run.config["data"]), seed=run.config["seed"], is_writer=is_main())
+    if data.valid is None:
+        raise UserError("the run has no validation split; set data.valid_fraction or data.valid_source.")
+    if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise UserError("the run's data now makes another tokenizer than the run learned with; restore the text.")
+    rows = run.config["data"]["batch_size"] // run.config["train"]["accumulation_steps"]
+    nats, tokens = evaluate(make_eval_step(run.graph), run.params, data.valid, rows, run.mesh, FLAGS.max_batches)
+    loss = nats / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) / data.valid_bytes_per_token,
+        "tokens": int(tokens),
+    }
+
+
+def score_stories(run: Any, max_tokens: int = 250) -> dict[str, Any]:
+    """Return measures of how the model goes on with fixed prompts, eight times each."""
+    from tinylm.inference.decode import Decoder
+    from tinylm.inference.samplers import Sampler
+    from tinylm.inference.stories import PROMPTS, measure
+
+    suite, tokenizer = PROMPTS * 8, run.tokenizer
+    decoder = Decoder(run.graph, run.model_config.context, tokenizer.eot_id, tokenizer.vocab_size)
+    prompts = [[tokenizer.eot_id, *tokenizer.encode(prompt)] for prompt, _ in suite]
+    rows = decoder.write(run.params, prompts, max_tokens=max_tokens, sampler=Sampler(0.8))
+    ended = [len(row) < max_tokens for row in rows]
+    return measure([tokenizer.decode(row) for row in rows], [names for _, names in suite], ended)
+
+
 if __name__ == "__main__":
     flags.DEFINE_string("step", "best", "checkpoint: best, latest or a step")
     flags.DEFINE_integer("max_batches", 0, "batches to score (0: the whole split)", lower_bound=0)
+    flags.DEFINE_bool("stories", False, "measure repetition, variety, names and ends of stories instead")
     cli.define_workdir()
     cli.define_json()
     cli.run(main, __doc__)

@@ -4,6 +4,7 @@ python -m tinylm.main --config=configs/tales.py --workdir=runs/tales
 python -m tinylm.main --config=tales --config.model.embed_dim=256 --cpu_devices=8 --config.mesh.model=2
 """
 
+import contextlib
 import pathlib
 
 from absl import flags
@@ -32,7 +33,8 @@ def main() -> None:
 
     trainer = start_run(config, workdir)
     opening(trainer)
-    outcome = trainer.run(stop)
+    with contextlib.closing(trainer.trackers):
+        outcome = trainer.run(stop)
     if is_main():
         print(closing(trainer, outcome))
 

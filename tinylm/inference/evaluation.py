@@ -37,7 +37,10 @@ def evaluate(
     """
     owned = owned_rows(mesh, rows)
     batches = eval_batches(split, batch_size=rows, owned_rows=owned, max_batches=max_batches)
-    sums = [eval_step(params, place_batch(mesh, batch, owned, rows, 0)) for batch in batches]
+    sums: list[tuple[jax.Array, jax.Array]] = []
+    for batch in batches:
+        sums.append(eval_step(params, place_batch(mesh, batch, owned, rows, 0)))
+        jax.block_until_ready(sums[-2:][0])  # programs that wait for other processes, many at a time, block each other
     nats = math.fsum(float(n) for n, _ in sums)
     count = math.fsum(float(c) for _, c in sums)
     if not count:

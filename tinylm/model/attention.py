@@ -98,7 +98,7 @@ def _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout):
     if dropout is not None:
         weights_BNTS = dropout(weights_BNTS)
     rows_BKMS = weights_BNTS.reshape(B, K, N // K * T, S)
-    return jnp.einsum("BKMS,BKSH->BKMH", rows_BKMS, v_BKSH).reshape(B, N, T, H)
+    return jnp.einsum("BKMS,BKSH->BKMH", rows_BKMS, v_BKSH).reshape(B, N, T, -1)
 
 
 def _fused(q_BNTH, k_BKSH, v_BKSH, visibility, scale):

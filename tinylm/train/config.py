@@ -103,6 +103,8 @@ class WritersConfig:
     """Where metrics go beside metrics.jsonl."""
 
     plot: bool = setting(True, "draw loss.png", free=True)
+    tensorboard: bool = setting(False, "TensorBoard event files, below tensorboard/ in the run's folder", free=True)
+    wandb: bool = setting(False, "Weights & Biases (WANDB_MODE=offline: without a network)", free=True)
 
 
 def _section(cls: type):

@@ -27,17 +27,19 @@ from tinylm.core.watchdog import Watchdog
 from tinylm.data.pipeline import train_batches
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
+from tinylm.run.gather import gather
 from tinylm.run.lock import WorkdirLock
+from tinylm.run.plot import draw_curves
 from tinylm.train import guard
 from tinylm.train.account import Account
 from tinylm.train.config import Config
 from tinylm.train.init_from import initial_state
 from tinylm.train.looks import Looks
 from tinylm.train.optimizer import make_schedule
-from tinylm.train.plot import draw_losses
 from tinylm.train.progress import Outcome, Progress
 from tinylm.train.state import Blueprint, TrainState
-from tinylm.train.step import METRICS, make_train_steps
+from tinylm.train.step import make_train_steps
+from tinylm.train.trackers import Trackers
 
 
 class Trainer:
@@ -63,6 +65,7 @@ class Trainer:
         self.bad_batch = -1  # that a rollback is to leave behind, where it is at least 0
         self.guard: dict[str, Any] = {}  # the state's, on the host; it is brought up to date as steps settle
         self.last_samples: list[str] = []
+        self.trackers = Trackers(config, folder)
 
     def restore_or_init(self) -> TrainState:
         """Return the state of the newest checkpoint, or a new one."""
@@ -160,8 +163,8 @@ class Trainer:
         if self.pending is None:
             return
         (metrics, count), self.pending = self.pending, None
-        for values in zip(*(np.asarray(metrics[name])[:count].tolist() for name in METRICS), strict=True):
-            step = dict(zip(METRICS, values, strict=True))
+        host = jax.device_get(metrics)
+        for step in ({name: float(values[i]) for name, values in host.items()} for i in range(count)):
             if step["bad"] and self.bad_batch < 0:
                 self._note_bad_step(step)
             elif self.bad_batch < 0:
@@ -197,7 +200,8 @@ class Trainer:
         self.progress.close()
         if is_main() and finished and self.config.writers.plot:
             try:
-                draw_losses(self.folder, self.data.floor_nats_per_token, self.folder.path.name)
+                draw_curves([gather(str(self.folder.path))], self.folder.plot_file, ["loss"])
+                self.trackers.put("picture", self.step, str(self.folder.plot_file))
             except OSError as error:
                 say(f"warning: {self.folder.plot_file} cannot be written: {error.strerror}")
         self._write(self.account.record(self.step))
@@ -239,7 +243,7 @@ class Trainer:
         self.train_loss = values["loss"]
         speed = self.progress.tokens_per_sec(step, self.config.data.batch_size * self.config.data.seq_len)
         mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
-        shown = {name: values[name] for name in METRICS[:3]}
+        shown = {name: value for name, value in values.items() if name != "bad"}
         self._write({"step": step, "split": "train", **shown, "tokens_per_sec": speed, "mfu": mfu})
         self.progress.show(step, f"loss {values['loss']:.4f}", speed, self.valid_loss)
 
@@ -254,8 +258,8 @@ class Trainer:
         except Preempted:
             return state, False
         self.valid_loss, self.valid_step = found["loss"], self.step
-        self._write({"step": self.step, "split": "valid", **found})
         floor = self.data.floor_nats_per_token
+        self._write({"step": self.step, "split": "valid", **found, **({} if floor is None else {"floor": floor})})
         known = "" if floor is None else f"  (floor of the corpus {floor:.4f})"
         matches = f"  exact_match {found['exact_match']:.2%}" if "exact_match" in found else ""
         self.progress.note(f"step {self.step}  validation loss {self.valid_loss:.4f}{known}{matches}")
@@ -275,6 +279,7 @@ class Trainer:
         if is_main():
             text = "".join(f"--- step {self.step} ---\n{sample}\n" for sample in self.last_samples)
             self.folder.append(self.folder.samples_file, text)
+            self.trackers.put("text", self.step, self.last_samples)
 
     def _save(self, state: TrainState) -> TrainState:
         """Begin to save; return the state, in which a rollback counts anew from here on."""
@@ -294,4 +299,6 @@ class Trainer:
 
     def _write(self, record: dict[str, Any]) -> None:
         if is_main():
+            record["unix_secs"] = round(time.time(), 3)
             self.folder.log(record)
+            self.trackers.record(record)

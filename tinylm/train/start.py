@@ -96,7 +96,7 @@ def check_same_tokenizer(fingerprint: str, folder: RunFolder) -> None:
 def check_same_stores(data: Data, folder: RunFolder) -> None:
     """Raise UserError where the run in `folder` read other tokens, StorageError where their files were altered."""
     there, here = folder.read_config().get("stores", {}), store_digests(data)
-    for path in data.folders:
+    for path in (store.folder for store in data.every_store):
         if there and there.get(path.name) != here[path.name]:
             raise UserError(f"{path} is not what the run in --workdir={folder.path} reads; restore it, or use another.")
         if sum(file.stat().st_size for file in path.glob("*.bin")) < _VERIFIED_BYTES:
@@ -105,8 +105,8 @@ def check_same_stores(data: Data, folder: RunFolder) -> None:
 
 def store_digests(data: Data) -> dict[str, str]:
     """Return a digest of the manifest of each token store, by its name."""
-    texts = [json.dumps(manifest, sort_keys=True).encode() for manifest in data.manifests]
-    return {path.name: hashlib.sha256(text).hexdigest() for path, text in zip(data.folders, texts, strict=True)}
+    texts = {store.folder.name: json.dumps(store.manifest, sort_keys=True) for store in data.every_store}
+    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
 def versions(mesh: Mesh) -> dict[str, Any]:

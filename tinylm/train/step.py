@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 
 from tinylm.model.losses import next_token_loss
 from tinylm.train.config import TrainConfig
@@ -19,16 +19,18 @@ from tinylm.train.state import Blueprint, TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-METRICS = ("loss", "grad_norm", "learning_rate", "target_tokens", "bad")
 
 
 def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule, guarded: TrainConfig | None = None) -> Callable:
     """Return jitted `(state, batches [K, A, B/A, T], count, seed) -> (state, metrics [K])`; the state is donated.
 
-    Metrics are `loss` (nats per target token), `grad_norm` (before clipping), `learning_rate`, `target_tokens`, and
-    `bad`: 1 where the guard left the state as it was, by the settings `guarded` (default: where it isn't finite).
+    Metrics are `loss` (nats per target token), `grad_norm` (before clipping), `learning_rate`, for each part of the
+    model `update_ratio/PART`, the norm of the update over that of the weights, and `bad`: 1 where the guard left the
+    state as it was, by the settings `guarded` (default: where the loss isn't finite).
     """
     sigmas, forgive = (guarded.spike_sigmas, guarded.on_bad_step != "rollback") if guarded else (0.0, True)
+    ratios = [f"update_ratio/{part}" for part in dict.fromkeys(part_of(path) for path in blueprint.axes)]
+    names = ("loss", "grad_norm", "learning_rate", *ratios, "bad")
 
     def one_step(state: TrainState, batch: Batch, seed) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -44,25 +46,38 @@ def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule, guarded: Tr
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "target_tokens": count,
+            **{f"update_ratio/{part}": norm / _norms(state.params)[part] for part, norm in _norms(updates).items()},
             "bad": bad.astype(jnp.float32),
         }
         return TrainState(state.step + 1 - bad, params, opt_state, guard), metrics
 
     def train_steps(state: TrainState, batches: Batch, count, seed):
         most = batches["tokens"].shape[0]
-        metrics = {name: jnp.zeros(most, jnp.float32) for name in METRICS}
+        metrics = {name: jnp.zeros(most, jnp.float32) for name in names}
 
         def body(i, carry):
             state, metrics = carry
             batch = jax.tree.map(lambda x: x[i], batches)
             state, new = one_step(state, batch, seed)
-            return state, {name: metrics[name].at[i].set(new[name]) for name in METRICS}
+            return state, {name: metrics[name].at[i].set(new[name]) for name in names}
 
         return jax.lax.fori_loop(0, count, body, (state, metrics))
 
     everywhere = blueprint.shardings.step
     return jax.jit(train_steps, donate_argnums=0, out_shardings=(blueprint.shardings, everywhere))
+
+
+def part_of(path: str) -> str:
+    """Return the part of the model that the parameter at `path` belongs to: embedding, attention, mlp, a norm, ..."""
+    return path.removeprefix("blocks/").split("/")[0]
+
+
+def _norms(params: dict) -> dict[str, jax.Array]:
+    """Return the Euclidean norm of each part."""
+    squares: dict[str, jax.Array] = {}
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        squares[part_of(path)] = squares.get(part_of(path), jnp.zeros(())) + jnp.sum(jnp.square(leaf))
+    return {part: jnp.sqrt(total) for part, total in squares.items()}
 
 
 def accumulate(blueprint: Blueprint, params: dict, batch: Batch, step_key: jax.Array):

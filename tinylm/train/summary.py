@@ -23,8 +23,17 @@ def opening(trainer: Trainer) -> None:
     say(f"data    {c.data.source}, {c.data.tokenizer}: {len(trainer.data.train):,} rows of {c.data.seq_len} tokens")
     say(
         f"train   {c.train.last_step:,} steps of {c.data.batch_size * c.data.seq_len:,} tokens "
-        f"into {trainer.folder.path}"
+        f"into {trainer.folder.path}{expected(trainer)}"
     )
+
+
+def expected(trainer: Trainer, mfu: float = 0.4) -> str:
+    """Return how long the steps that are left take where the chip's peak is known and a usual part of it is reached."""
+    if not trainer.peak_flops:
+        return ""
+    c = trainer.config
+    left = (c.train.last_step - max([0, *trainer.checkpoints.steps()])) * c.data.batch_size * c.data.seq_len
+    return f", about {left * trainer.flops_per_token / trainer.peak_flops / mfu / 60:.1f} min at {mfu:.0%} of the peak"
 
 
 def closing(trainer: Trainer, outcome: Outcome) -> str:
@@ -46,6 +55,7 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
     if outcome.reason.startswith("train.stop_step"):
         lines.append("Go on: the same command with a later train.stop_step, or 0.")
     lines.append(f"Write more: python -m tinylm.generate --workdir={folder.path}")
+    lines.append(f"Look at it: python -m tinylm.report --workdir={folder.path}")
     return "\n".join(lines)
 
 

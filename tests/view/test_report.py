@@ -1,0 +1,193 @@
+"""Reports: what is gathered from a run's files, attention as the model computes it, and the page in a real browser."""
+
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import tiny_model
+
+from tinylm import report
+from tinylm.config import load_config
+from tinylm.core.errors import UserError
+from tinylm.core.settings import to_dict
+from tinylm.model.attention import Visibility
+from tinylm.model.layers import Dropout
+from tinylm.model.transformer import Transformer
+from tinylm.run.folder import RunFolder
+from tinylm.run.gather import MOST_POINTS, curves, gather
+from tinylm.run.plot import draw_curves
+from tinylm.view import page
+from tinylm.view.attention import attention_weights
+
+EVIL = "</script><script>document.title='run'</script>"
+
+
+def made_run(workdir, learning_rate=1e-3):
+    """Write the folder of a run of 40 steps, killed at 30 and gone on with from 20."""
+    config = load_config("tales", [f"optimizer.learning_rate={learning_rate}"])
+    config.resolve(1024)
+    folder = RunFolder(str(workdir))
+    folder.create()
+    folder.write_config({"config": to_dict(config), "versions": {"jax": "1", "mesh": {"data": 4, "model": 2}}})
+    for first, last, process in ((0, 30, 1.0), (20, 40, 2.0)):
+        for step in range(first + 1, last + 1):
+            folder.log({"step": step, "split": "train", "loss": 4 / step + process, "grad_norm": 1.0, "mfu": None,
+                        "learning_rate": learning_rate, "tokens_per_sec": 100.0, "update_ratio/mlp": 1e-3 / step,
+                        "unix_secs": 1e9 + 10 * step})  # fmt: skip
+            if step % 10 == 0:
+                folder.log({"step": step, "split": "valid", "loss": 5 / step, "floor": 0.1, "unix_secs": 1e9})
+                secs = {"total_secs": step, "train_secs": step / 2, "eval_secs": step / 2}
+                folder.log({"step": step, "split": "time", "process": process, **secs})
+        texts = [f"--- step 20 ---\nprocess {process} {i} {EVIL}\n" for i in range(3)]
+        folder.append(folder.samples_file, "".join(texts))
+    folder.append(folder.metrics_file, '{"step": 41, "split": "tr')
+    return str(workdir)
+
+
+def test_the_last_line_of_a_step_counts_and_a_torn_one_does_not(tmp_path):
+    run = gather(made_run(tmp_path / "run"))
+    assert run["train"]["step"] == list(range(1, 41))
+    assert run["train"]["loss"][19] == pytest.approx(4 / 20 + 1)
+    assert run["train"]["loss"][20] == pytest.approx(4 / 21 + 2, rel=1e-5)
+    assert (run["train"]["secs"][0], run["train"]["secs"][39]) == (10, 400)
+    assert run["valid"]["step"] == [10, 20, 30, 40]
+    assert run["floor"] == 0.1
+    assert [text[:11] for text in run["samples"][0]["texts"]] == ["process 2.0"] * 3
+    assert run["time"] == {"train": 10 + 20, "eval": 10 + 20}  # the first process's account of step 30 was replaced
+
+
+def test_a_long_run_is_thinned_and_keeps_its_ends():
+    lines = [{"step": step, "split": "train", "loss": 1.0} for step in range(1, 100_001)]
+    thinned = curves(lines, "train", 0.0)
+    assert len(thinned["step"]) <= MOST_POINTS
+    assert (thinned["step"][0], thinned["step"][-1]) == (1, 100_000)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_kv_heads": 2, "attention_window": (0, 3), "qk_norm": True},
+        {"attention_softcap": 1.0, "position": "learned", "qkv_bias": True, "bias": True},
+        {"attention_window": (3,), "local_heads": 2, "parallel_residual": True, "rotary_fraction": 0.5},
+    ],
+)
+def test_attention_weights_are_those_of_the_model(options):
+    """They are causal, and times the values they make what the production block makes, layer after layer."""
+    model = Transformer(tiny_model(init_std=0.3, **options), rngs=nnx.Rngs(params=0))
+    tokens, c = jnp.arange(12)[None] * 5, model.config
+    weights = np.asarray(jax.jit(lambda ids: attention_weights(model, ids))(tokens))
+    assert weights.shape == (2, 4, 12, 12)
+    assert np.all(np.triu(weights, 1) == 0)
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+    positions = jnp.arange(12)[None]
+    x, tables, (graph, stacked) = model._embed(tokens, positions), model._rotary(positions), nnx.split(model.blocks)
+    for layer in range(2):
+        block = nnx.merge(graph, jax.tree.map(lambda p: p[layer], stacked))
+        visible = Visibility(window=c.attention_window[layer % len(c.attention_window)], local_heads=c.local_heads)
+        v_BNTH = jnp.repeat(block.attention.value(block.attention_norm(x)).swapaxes(1, 2), 4 // c.num_kv_heads, 1)
+        ours = block.attention.out(jnp.einsum("NTS,BNSH->BTNH", weights[layer], v_BNTH))
+        theirs = block.attention(block.attention_norm(x), visible, tables, Dropout(0.0, None))[0]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        x = block(x, visible, tables, Dropout(0.0, None))[0]
+
+
+def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
+    assert report.spread(["--workdir", "a", "b", "--out=x"]) == ["--workdir=a", "--workdir=b", "--out=x"]
+    assert report.spread(["--workdir=a", "b", "--step", "best"]) == ["--workdir=a", "--workdir=b", "--step", "best"]
+    runs = [{"name": "x", "path": "/r/1/x"}, {"name": "x", "path": "/r/2/x"}]
+    report.distinct_names(runs)
+    assert [run["name"] for run in runs] == ["/r/1/x", "/r/2/x"]
+    with pytest.raises(UserError, match=r"2\.7 must be LAYER\.HEAD, up to 1\.3"):
+        report.chosen_heads(["0.1", "2.7"], 2, 4)
+
+
+def two_runs(tmp_path):
+    runs = [gather(made_run(tmp_path / name, rate)) for name, rate in (("a", 1e-3), ("b", 1e-2))]
+    weights = np.tril(np.full((2, 2, 3, 3), 0.25))
+    for run in runs:
+        run["model"] = report.model_table(run["path"])
+        run["attention"] = page.attention_part(["x", "\n", "<z>"], weights, [(0, 0), (1, 1)])
+    return runs
+
+
+def test_the_page_holds_everything_itself(tmp_path):
+    text = page.page("a <b>", two_runs(tmp_path))
+    assert not re.search(r"https?://|src=|@import|<link", text)
+    assert text.count("</script>") == 2
+    assert "<title>a &lt;b&gt;</title>" in text
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    assert data["runs"][0]["samples"][0]["texts"][0].endswith(EVIL)
+    axes = {row["parameter"]: row["split_by"] for row in data["runs"][0]["model"]["parameters"]}
+    assert axes["embedding"] == ["model", ""]
+
+
+def test_the_pictures_are_drawn(tmp_path):
+    draw_curves(two_runs(tmp_path), tmp_path / "curves.png")
+    page.draw_attention(["x", "$y", "\n"], np.ones((1, 2, 3, 3)) / 3, [(0, 0), (0, 1)], tmp_path / "attention.png")
+    for name in ("curves", "attention"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def browser():
+    """Give a real browser without a window."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium here")
+    with playwright.sync_playwright() as session:
+        opened = session.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def test_every_control_of_the_page_works_in_a_browser(tmp_path, browser):
+    (tmp_path / "r.html").write_text(page.page("report", two_runs(tmp_path)))
+    view, errors, asked = browser.new_page(), [], []
+    view.on("pageerror", lambda error: errors.append(str(error)))
+    view.on("request", lambda request: asked.append(request.url))
+    view.goto(f"file://{tmp_path / 'r.html'}")
+    assert view.title() == "report"  # no text of a run was run
+    assert view.locator("figure").count() == 5
+
+    def charts():
+        return view.inner_html("#charts")
+
+    seen = [charts()]
+    view.select_option("#axis", "tokens")
+    seen.append(charts())
+    assert "tokens</text>" in seen[-1]
+    view.select_option("#axis", "secs")
+    seen.append(charts())
+    assert "minutes since" in seen[-1]
+    for control in ("#log", "#whole"):
+        view.check(control)
+        seen.append(charts())
+    assert len(set(seen)) == len(seen)
+    assert "NaN" not in "".join(seen)
+    view.locator("figure svg").first.hover()
+    assert "a train, step" in view.inner_text("#tip")
+    assert "train 50%" in view.inner_text("#time")
+    assert "process 2.0 0" in view.inner_text("#samples")
+    view.select_option("#prompt", "2")
+    assert "process 2.0 2" in view.inner_text("#samples")
+    view.select_option("#head", "1")
+    assert view.locator("#attention rect").count() == 6
+    view.locator("#attention rect").first.hover()
+    assert "x looks at x: 0.25" in view.inner_text("#tip")
+    assert view.locator("#settings tr").count() == 2
+    view.uncheck("#only")
+    assert view.locator("#settings tr").count() > 50
+    assert view.locator("#settings tr.differs").count() == 1
+    assert "vocab by model" in view.inner_text("#model")
+    view.click("[data-run='1']")
+    assert view.locator("#model table").count() == 1
+    view.click("[data-run='1']")
+    assert view.locator("#model table").count() == 2
+    assert errors == []
+    assert asked == [f"file://{tmp_path / 'r.html'}"]

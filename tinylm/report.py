@@ -1,0 +1,114 @@
+"""Look at runs: one HTML page that opens from disk, and PNGs beside it.
+
+python -m tinylm.report --workdir=runs/tales
+python -m tinylm.report --workdir runs/a runs/b --out=compare.html
+python -m tinylm.report --workdir=runs/tales --attention_text="Once upon a time, a puppy." --attention_heads=0.0,2.3
+
+Curves against steps, tokens or wall time; where the time went; samples; the model's parameters; what differs.
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from tinylm import cli
+from tinylm.core.errors import StorageError, UserError
+
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    """Write the report that the flags ask for."""
+    from tinylm.run.gather import gather
+    from tinylm.run.plot import draw_curves
+    from tinylm.view import page
+
+    runs = [gather(workdir) for workdir in FLAGS.workdir]
+    distinct_names(runs)
+    out = pathlib.Path(FLAGS.out or f"{runs[0]['path']}/report.html")
+    written = [out]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if any(run["train"] or run["valid"] for run in runs):
+            written.append(out.with_suffix(".png"))
+            draw_curves(runs, written[-1])
+        for workdir, run in zip(FLAGS.workdir, runs, strict=True):
+            run["model"] = model_table(workdir)
+            if FLAGS.attention_text:
+                written.append(out.with_name(f"{out.stem}_attention_{run['name'].replace('/', '_')}.png"))
+                run["attention"] = attention(workdir, written[-1])
+        out.write_text(page.page(", ".join(run["name"] for run in runs), runs))
+    except OSError as error:
+        raise StorageError(f"--out={out} cannot be written: {error.strerror}.") from error
+    print("\n".join(map(str, written)))
+
+
+def spread(arguments: list[str]) -> list[str]:
+    """Return arguments in which `--workdir A B` stands as a flag for each folder."""
+    found, taking = [], False
+    for argument in arguments:
+        if argument.startswith("-"):
+            taking = argument.lstrip("-").partition("=")[0] == "workdir"
+        elif taking:
+            argument = f"--workdir={argument}"
+        if argument.lstrip("-") != "workdir":
+            found.append(argument)
+    return found
+
+
+def distinct_names(runs: list[dict[str, Any]]) -> None:
+    """Name runs by their path where the names of their folders are alike."""
+    if len({run["name"] for run in runs}) < len(runs):
+        for run in runs:
+            run["name"] = run["path"]
+
+
+def model_table(workdir: str) -> dict[str, Any]:
+    """Return the table of `tinylm.show` for a run, on the mesh that it ran on."""
+    from jax.sharding import AbstractMesh
+
+    from tinylm.config import Config
+    from tinylm.core.settings import from_dict
+    from tinylm.run.folder import RunFolder
+    from tinylm.show import describe
+
+    record = RunFolder(workdir).read_config()
+    sizes = record["versions"]["mesh"]
+    return describe(from_dict(Config, record["config"]), AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+
+
+def attention(workdir: str, picture: pathlib.Path) -> dict[str, Any]:
+    """Draw the chosen heads of a run over the text, and return them for the page."""
+    from tinylm.run.open_run import open_run
+    from tinylm.view import page
+    from tinylm.view.attention import attention_of
+
+    run = open_run(workdir, FLAGS.step)
+    tokens, weights = attention_of(run, FLAGS.attention_text)
+    heads = chosen_heads(FLAGS.attention_heads, weights.shape[0], weights.shape[1])
+    page.draw_attention(tokens, weights, heads, picture)
+    return page.attention_part(tokens, weights, heads)
+
+
+def chosen_heads(names: list[str], num_layers: int, num_heads: int) -> list[tuple[int, int]]:
+    """Return (layer, head) pairs from names like "0.3"; without names, all of the first and the last layer."""
+    if not names:
+        return [(layer, head) for layer in sorted({0, num_layers - 1}) for head in range(num_heads)]
+    known = {f"{layer}.{head}": (layer, head) for layer in range(num_layers) for head in range(num_heads)}
+    for name in names:
+        if name not in known:
+            raise UserError(f"--attention_heads={name} must be LAYER.HEAD, up to {num_layers - 1}.{num_heads - 1}.")
+    return [known[name] for name in names]
+
+
+if __name__ == "__main__":
+    flags.DEFINE_multi_string("workdir", None, "folder of a run, or of several: --workdir A B C")
+    flags.DEFINE_string("out", "", "the page to write (default: report.html in the first run's folder)")
+    flags.DEFINE_string("attention_text", "", "draw attention over this text")
+    flags.DEFINE_list("attention_heads", [], "heads to draw, as LAYER.HEAD (default: all of the first and last layer)")
+    flags.DEFINE_string("step", "best", "checkpoint whose attention to draw: best, latest or a step")
+    flags.mark_flag_as_required("workdir")
+    sys.argv[1:] = spread(sys.argv[1:])
+    cli.run(main, __doc__)

@@ -1,0 +1,134 @@
+"""Train one run for each point of a grid; the same command again skips runs that are done and goes on with the others.
+
+python -m tinylm.sweep --config=tales --grid=optimizer.learning_rate=1e-2,2e-2 --grid=seed=0,1 --workdir=runs/sweep
+python -m tinylm.sweep --config=tales --config.train.num_steps=200 --grid=model.mlp=gelu,relu2 --workdir=runs/mlp
+
+Each run is a folder below --workdir, with its log.txt. Ends in a table, best first, and sweep.png beside it.
+"""
+
+import concurrent.futures
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import flags
+
+from tinylm import cli
+from tinylm.config import load_config
+from tinylm.core.errors import UserError
+from tinylm.core.log import say
+
+FLAGS = flags.FLAGS
+
+
+def main() -> None:
+    """Sweep as the flags say."""
+    if FLAGS.config is None:
+        raise UserError("--config is required, for example --config=tales.")
+    base = [argument for argument in sys.argv if argument.startswith(("--config", "--cpu_devices"))]
+    rows = sweep(base, FLAGS.grid, FLAGS.workdir, FLAGS.jobs)
+    print(json.dumps(rows) if FLAGS.json else text_of(rows))
+    sys.exit(0 if all(row["loss"] is not None for row in rows) else 1)
+
+
+def sweep(base: Sequence[str], grid: Sequence[str], workdir: str, jobs: int) -> list[dict[str, Any]]:
+    """Train with the flags `base` at each point of `grid`, `jobs` at a time; return a row for each, best first."""
+    axes = dict(map(parse_axis, grid))
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    config = next(argument.removeprefix("--config=") for argument in base if argument.startswith("--config="))
+    settings = [argument.removeprefix("--config.") for argument in base if argument.startswith("--config.")]
+    for point in points:  # every mistake comes before the first run
+        load_config(config, [*settings, *(f"{key}={value}" for key, value in point.items())])
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(train, base, point, workdir, jobs) for point in points]
+        try:
+            for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                say(f"[{done}/{len(points)}] {name_of(future.result()['point'])}: {future.result()['result']}")
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    draw([future.result() for future in futures], pathlib.Path(workdir, "sweep.png"))
+    return sorted((future.result() for future in futures), key=lambda row: (row["loss"] is None, row["loss"]))
+
+
+def parse_axis(text: str) -> tuple[str, list[str]]:
+    """Return (key, values) of "key=a,b"; commas inside brackets separate nothing."""
+    key, _, values = text.partition("=")
+    if not values:
+        raise UserError(f"--grid={text} must be KEY=VALUE,VALUE,..., for example optimizer.learning_rate=1e-3,3e-3.")
+    return key, re.split(r",(?![^(]*\))", values)
+
+
+def name_of(point: dict[str, str]) -> str:
+    """Return the name of the folder of a run."""
+    return ",".join(f"{key}={value}" for key, value in point.items()).replace("/", "_")
+
+
+def train(base: Sequence[str], point: dict[str, str], workdir: str, jobs: int) -> dict[str, Any]:
+    """Train one run unless it is done; return its point, best loss (None where it failed) and what to say of it."""
+    folder = pathlib.Path(workdir, name_of(point))
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = [*base, *(f"--config.{key}={value}" for key, value in point.items())]
+    done, log = folder / "sweep_done", folder / "log.txt"
+    if not done.exists() or done.read_text() != json.dumps(settings):
+        share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"}  # of a GPU that the jobs share
+        with log.open("a") as file:
+            command = [sys.executable, "-m", "tinylm.main", *settings, f"--workdir={folder}"]
+            code = subprocess.run(command, stdout=file, stderr=file, env={**share, **os.environ}).returncode
+        if code:
+            last = log.read_text().strip().rpartition("\n")[2]
+            return {"point": point, "loss": None, "step": None, "result": f"exit code {code}: {last}"}
+        done.write_text(json.dumps(settings))
+    loss, step = best_loss(str(folder))
+    return {"point": point, "loss": loss, "step": step, "result": f"best loss {loss:.4f} at step {step}"}
+
+
+def best_loss(workdir: str) -> tuple[float, int]:
+    """Return the best validation loss of a run and its step; without one, the last training loss."""
+    from tinylm.run.folder import RunFolder
+
+    lines = [line for line in RunFolder(workdir).metrics() if line.get("loss") is not None]
+    valid = [(line["loss"], line["step"]) for line in lines if line["split"] == "valid"]
+    return min(valid) if valid else (lines[-1]["loss"], lines[-1]["step"])
+
+
+def text_of(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table."""
+    table = [(*rows[0]["point"], "result"), *((*row["point"].values(), row["result"]) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+
+
+def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+    """Draw the best loss against the first key of the grid, a line for each setting of the others."""
+    from tinylm.run.plot import line_style, new_grid, save
+
+    figure, [axes] = new_grid(1, 1, (7, 4.5))
+    lines: dict[str, list] = {}
+    for row in rows:
+        value, *others = row["point"].values()
+        lines.setdefault(", ".join(others), []).append((value, row["loss"] or float("nan")))
+    for i, (label, points) in enumerate(lines.items()):
+        axes.plot(*zip(*points, strict=True), marker="o", label=label or "loss", **line_style(i))
+    key, *others = rows[0]["point"]
+    axes.set(xlabel=key, ylabel="best loss (nats per token)")
+    axes.legend(fontsize=8, title=", ".join(others))
+    save(figure, path)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # the runs need the devices, not this process
+    flags.DEFINE_multi_string("grid", None, "KEY=VALUE,VALUE,...: one axis of the grid; may be given several times")
+    flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
+    flags.mark_flag_as_required("grid")
+    cli.define_config()
+    cli.define_workdir()
+    cli.define_json()
+    cli.run(main, __doc__)
