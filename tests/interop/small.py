@@ -55,7 +55,7 @@ def small_run(config: ModelConfig, mesh: Mesh | None = None) -> Run:
         return jax.device_put(values.astype(np.float32), jax.devices()[0])
 
     params = jax.tree_util.tree_map_with_path(draw, shapes)
-    return Run(None, {}, 0, mesh or single_device(), config, graph, params, ByteTokenizer())
+    return Run(None, {}, 0, mesh or single_device(), config, graph, params, ByteTokenizer(), ByteTokenizer.eot_id)
 
 
 def data_folder() -> pathlib.Path:

@@ -31,7 +31,9 @@ def test_the_block_over_named_axes_is_the_production_block(changes, window):
 
     model = nnx.merge(graph, params)
     positions = np.broadcast_to(np.arange(16), (2, 16))
-    ours = model.unstacked_blocks()[0](x, Visibility(window=window), model._rotary(positions), Dropout(0.0, None))[0]
+    visible, off = Visibility(window=window), Dropout(0.0, None)
+    ours = jax.jit(lambda x: model.unstacked_blocks()[0](x, visible, model._rotary(positions), off)[0])(x)
     weights = traverse_util.unflatten_dict(named, sep="/")
-    theirs = named_block.block(named_block.name(x, "batch", "seq", "embed"), weights, config, window)
+    inputs = named_block.name(x, "batch", "seq", "embed")
+    theirs = jax.jit(lambda weights, x: named_block.block(x, weights, config, window))(weights, inputs)
     np.testing.assert_allclose(ours, theirs.unwrap("batch", "seq", "embed"), atol=2e-5)
