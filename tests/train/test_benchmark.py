@@ -7,13 +7,15 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import traverse_util
 from helpers import random_batch, tiny_model
 
-from tinylm.analysis.flops import train_flops_per_token
+from tinylm.analysis.flops import count_parameters, train_flops_per_token
 from tinylm.analysis.profile import kind_of
 from tinylm.bench import text_of
 from tinylm.config import load_config
 from tinylm.core.mesh import make_mesh
+from tinylm.model.transformer import abstract_transformer
 from tinylm.train.benchmark import Workload, measure
 from tinylm.train.planning import compile_step
 from tinylm.train.step import accumulate
@@ -138,3 +140,12 @@ def test_the_compiled_step_transposes_and_communicates_no_more_than_it_did():
         text = compile_step(config, Workload(config, mesh).blueprint, mesh).as_text()
     assert not re.search(r"all-(gather|reduce|to-all)|reduce-scatter|collective-permute|infeed|outfeed|send\(", text)
     assert len(re.findall(r" transpose\(", text)) <= 31
+
+
+def test_the_best_config_keeps_to_the_budget_that_it_names():
+    config = load_config("shakespeare_char_best")
+    config.resolve(65)
+    shapes = traverse_util.flatten_dict(abstract_transformer(config.model)[1], sep="/")
+    assert count_parameters({path: leaf.shape for path, leaf in shapes.items()}, config.model) <= 830_000
+    assert config.train.num_steps * config.data.batch_size * config.data.seq_len <= 2000 * 768
+    assert config.eval.max_batches == 0, "the loss that it names is that of the whole validation tenth"
