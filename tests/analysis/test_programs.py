@@ -106,3 +106,16 @@ def test_a_windowed_product_sends_in_each_trip_of_a_counter_that_grows_by_two(me
     gather, permute = read_collectives(LOOP, mesh)
     assert (permute.kind, permute.bytes_per_step) == ("collective-permute", 4 * 20)
     assert (gather.kind, gather.bytes_per_step) == ("all-gather", 80 * 3 / 4)
+
+
+def test_an_all_reduce_in_a_fusion_that_keeps_a_slice_is_a_reduce_scatter(mesh):
+    text = """%all-reduce-scatter.1 (input: bf16[40]) -> bf16[10] {
+  %sum = bf16[40]{0} all-reduce(%input), channel_id=3, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %slice = bf16[10]{0} dynamic-slice(%sum, %place), dynamic_slice_sizes={10}
+}
+
+ENTRY %main (x: bf16[40]) -> bf16[10] {
+  ROOT %fusion = bf16[10]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}"""
+    (one,) = read_collectives(text, mesh)
+    assert (one.kind, one.axis, one.bytes_per_step) == ("reduce-scatter", "data", 80 * 3 / 4)

@@ -4,7 +4,8 @@ A collective inside a loop counts once a trip; a loop whose trips are not known 
 counts once, so the figures are those of one step. Compilers cut one collective into pieces that share a channel, some
 in a loop that it overlaps with, which is why each channel counts once, as its piece of the fewest trips. Bytes are
 what one device sends by the ring algorithm over n members: (n - 1) / n of the gathered or scattered array, twice that
-for an all-reduce (Chan et al. 2007, "Collective communication").
+for an all-reduce (Chan et al. 2007, "Collective communication"). The TPU's compiler writes a reduce-scatter as a fusion
+`all-reduce-scatter` of an all-reduce and a slice; it sends what a reduce-scatter sends.
 """
 
 import collections
@@ -47,9 +48,11 @@ def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
             channel = re.search(r"channel_id=(\d+)", line)
             key = ("channel", channel.group(1)) if channel else (name, number)
             axis, members = _span(line, mesh)
-            sent = _sent_bytes(found, members) * trips[name]
+            scatters = name.startswith("all-reduce-scatter")
+            kind = "reduce-scatter" if scatters else found.group(2)
+            sent = _sent_bytes(found, members) * trips[name] / (2 if scatters else 1)
             if members > 1 and sent < channels.get(key, ("", "", math.inf))[2]:
-                channels[key] = (found.group(2), axis, sent)
+                channels[key] = (kind, axis, sent)
     totals: dict[tuple[str, str], float] = collections.defaultdict(float)
     for kind, axis, sent in channels.values():
         totals[kind, axis] += sent
