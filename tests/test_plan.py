@@ -3,8 +3,14 @@
 import importlib.util
 import json
 
+import jax
 import pytest
 from helpers import run_command
+
+from tinylm.analysis.report import describe_search
+from tinylm.config import load_config
+from tinylm.core.errors import UserError
+from tinylm.train.search import search
 
 TINY = ["--config=tales", "--config.model.vocab_size=256", "--config.model.embed_dim=64", "--config.model.unroll=1",
         "--config.model.num_layers=2"]  # fmt: skip
@@ -30,6 +36,32 @@ def test_a_plan_for_simulated_devices_has_every_key_and_the_memory_of_fsdp(tmp_p
     assert all(row.keys() == {"kind", "axis", "bytes_per_step", "minimum_bytes"} for row in four["collectives"])
     assert four["flops_per_step"] == one["flops_per_step"]
     assert four["fits"] is True
+
+
+def test_a_search_ranks_what_fits_and_its_formula_is_near_the_compiler():
+    config = load_config("tales", [flag.removeprefix("--config.") for flag in TINY[1:]])
+    config.resolve(256)
+    rows = search(config, jax.devices()[:4], compiled=1)
+    assert {(row["mesh"]["data"], row["mesh"]["model"], row["fsdp"]) for row in rows} == {
+        (4, 1, True), (4, 1, False), (2, 2, True), (2, 2, False), (1, 4, False)
+    }  # fmt: skip
+    assert {row["remat"] for row in rows} == {"none", "dots", "full"}
+    best = rows[0]
+    assert best["fits"] is True
+    assert best["compiled_bytes"] == pytest.approx(best["bytes"], rel=0.5)
+    assert best["batch_size"] % best["mesh"]["data"] == 0
+    assert f"--config.mesh.data={best['mesh']['data']} " in describe_search(rows)
+    for mesh in (1, 4), (2, 2), (4, 1):
+        batches = [next(row["batch_size"] for row in rows[1:] if (row["mesh"]["data"], row["mesh"]["model"]) == mesh
+                        and row["remat"] == remat) for remat in ("none", "full")]  # fmt: skip
+        assert batches[0] <= batches[1], "recomputing leaves room for more rows"
+
+
+def test_a_search_in_which_nothing_fits_says_so():
+    config = load_config("tales", ["model.vocab_size=256", "data.seq_len=1000000000"])
+    config.resolve(256)
+    with pytest.raises(UserError, match="nothing fits"):
+        search(config, jax.devices()[:2])
 
 
 @pytest.mark.slow

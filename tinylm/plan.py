@@ -1,6 +1,7 @@
 """Plan a run before it costs anything: compile its train step for devices that you don't have, allocating nothing.
 
 python -m tinylm.plan --config=configs/gpt2_124m.py --topology=v5e:4x4 --config.mesh.fsdp=true
+python -m tinylm.plan --config=gpt2_124m --topology=v5e:4x4 --search
 python -m tinylm.plan --config=tales --config.model.vocab_size=1024 --cpu_devices=8 --json
 
 Prints memory per device, FLOPs, traffic by mesh axis beside the least that is needed, and the time to train.
@@ -22,9 +23,10 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Plan as the flags say."""
-    from tinylm.analysis.report import describe
+    from tinylm.analysis.report import describe, describe_search
     from tinylm.core.mesh import batch_shards, make_mesh
     from tinylm.train.planning import make_plan
+    from tinylm.train.search import search
 
     if FLAGS.config is None:
         raise UserError("--config is required, for example --config=tales.")
@@ -33,9 +35,14 @@ def main() -> None:
         raise UserError("a plan reads no data: set --config.model.vocab_size to the tokenizer's size.")
     if bool(FLAGS.topology) == bool(FLAGS.cpu_devices):
         raise UserError("give either --topology=v5e:4x4 or --cpu_devices=8.")
-    mesh = make_mesh(config.mesh, topology_devices(FLAGS.topology, FLAGS.slices) if FLAGS.topology else None)
-    config.check_mesh(batch_shards(mesh))
+    devices = topology_devices(FLAGS.topology, FLAGS.slices) if FLAGS.topology else jax.devices()
     config.resolve(config.model.vocab_size)
+    if FLAGS.search:
+        found = search(config, devices)
+        print(json.dumps(found) if FLAGS.json else describe_search(found))
+        return
+    mesh = make_mesh(config.mesh, devices)
+    config.check_mesh(batch_shards(mesh))
     plan = make_plan(config, mesh)
     print(json.dumps(plan) if FLAGS.json else describe(plan))
 
@@ -62,6 +69,7 @@ def topology_devices(topology: str, slices: int) -> list[jax.Device]:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     flags.DEFINE_string("topology", "", "TPU topology to compile for, such as v5e:4x4, v5p:8x8x16 or v6e:16x16")
+    flags.DEFINE_bool("search", False, "find mesh, model.remat and batch: rank all by formula, compile the best three")
     flags.DEFINE_integer("slices", 1, "slices of that topology; mesh.replica must be a multiple of it", lower_bound=1)
     cli.define_config()
     cli.define_json()

@@ -1,7 +1,7 @@
 """Prove on this machine what tinylm promises, for your own config; prints a table, exits 0 or 1.
 
 python -m tinylm.prove mesh --config=tales --cpu_devices=8     one step on every mesh shape: loss, gradient, parameters
-python -m tinylm.prove resume --config=tales                   train, kill, resume: the same losses bit for bit
+python -m tinylm.prove resume --config=tales                   train, kill, resume, here and on another mesh
 python -m tinylm.prove hosts --config=tales --cpu_devices=8    the same batches for 1, 2, 4, ... processes
 """
 
@@ -25,7 +25,7 @@ def main(name: str, arguments: list[str]) -> None:
         raise UserError("--config is required, for example --config=tales.")
     config = checked(FLAGS.config)
     if name == "resume":
-        proof = proofs.prove_resume(arguments)
+        proof = proofs.prove_resume(config, arguments)
     else:
         proof = (proofs.prove_mesh if name == "mesh" else proofs.prove_hosts)(config)
     widths = [max(map(len, column)) for column in zip(*proof.rows, strict=True)]

@@ -75,3 +75,47 @@ def test_a_permutation_lies_on_the_axis_of_its_pairs(mesh):
     )
     (one,) = read_collectives(text, mesh)
     assert (one.kind, one.axis, one.bytes_per_step) == ("collective-permute", "data", np.float32(16))
+
+
+LOOP = """%body (p: (bf16[10], u32[])) -> (bf16[10], u32[]) {
+  %p = (bf16[10]{0}, u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=1
+  %step = u32[] constant(2)
+  %shard = bf16[10]{0} get-tuple-element(%p), index=0
+  %moved = bf16[10]{0} collective-permute(%shard), channel_id=1, source_target_pairs={{0,2},{2,4},{4,6},{6,0}}
+  %piece = bf16[40]{0} all-gather(%shard), channel_id=2, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %next = u32[] add(%i, %step)
+  ROOT %out = (bf16[10]{0}, u32[]) tuple(%moved, %next)
+}
+
+%condition (p.1: (bf16[10], u32[])) -> pred[] {
+  %p.1 = (bf16[10]{0}, u32[]) parameter(0)
+  %i.1 = u32[] get-tuple-element(%p.1), index=1
+  %limit = u32[] constant(8)
+  ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (x: bf16[10]) -> bf16[10] {
+  %rest = bf16[40]{0} all-gather(%x), channel_id=2, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %loop = (bf16[10]{0}, u32[]) while(%start), condition=%condition, body=%body
+}"""
+
+
+def test_a_windowed_product_sends_in_each_trip_of_a_counter_that_grows_by_two(mesh):
+    """And a gather that starts outside of the loop and overlaps with it counts once."""
+    gather, permute = read_collectives(LOOP, mesh)
+    assert (permute.kind, permute.bytes_per_step) == ("collective-permute", 4 * 20)
+    assert (gather.kind, gather.bytes_per_step) == ("all-gather", 80 * 3 / 4)
+
+
+def test_an_all_reduce_in_a_fusion_that_keeps_a_slice_is_a_reduce_scatter(mesh):
+    text = """%all-reduce-scatter.1 (input: bf16[40]) -> bf16[10] {
+  %sum = bf16[40]{0} all-reduce(%input), channel_id=3, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %slice = bf16[10]{0} dynamic-slice(%sum, %place), dynamic_slice_sizes={10}
+}
+
+ENTRY %main (x: bf16[40]) -> bf16[10] {
+  ROOT %fusion = bf16[10]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}"""
+    (one,) = read_collectives(text, mesh)
+    assert (one.kind, one.axis, one.bytes_per_step) == ("reduce-scatter", "data", 80 * 3 / 4)

@@ -1,9 +1,11 @@
 """What a compiled program communicates, read from its text: collectives by kind and by mesh axis, with bytes a step.
 
 A collective inside a loop counts once a trip; a loop whose trips are not known when compiling (the steps of one call)
-counts once, so the figures are those of one step. Compilers cut one collective into pieces that share a channel, which
-is why each channel counts once. Bytes are what one device sends by the ring algorithm over n members: (n - 1) / n of
-the gathered or scattered array, twice that for an all-reduce (Chan et al. 2007, "Collective communication").
+counts once, so the figures are those of one step. Compilers cut one collective into pieces that share a channel, some
+in a loop that it overlaps with, which is why each channel counts once, as its piece of the fewest trips. Bytes are
+what one device sends by the ring algorithm over n members: (n - 1) / n of the gathered or scattered array, twice that
+for an all-reduce (Chan et al. 2007, "Collective communication"). The TPU's compiler writes a reduce-scatter as a fusion
+`all-reduce-scatter` of an all-reduce and a slice; it sends what a reduce-scatter sends.
 """
 
 import collections
@@ -46,9 +48,11 @@ def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
             channel = re.search(r"channel_id=(\d+)", line)
             key = ("channel", channel.group(1)) if channel else (name, number)
             axis, members = _span(line, mesh)
-            sent = _sent_bytes(found, members) * trips[name]
-            if members > 1 and sent > channels.get(key, ("", "", 0.0))[2]:
-                channels[key] = (found.group(2), axis, sent)
+            scatters = name.startswith("all-reduce-scatter")
+            kind = "reduce-scatter" if scatters else found.group(2)
+            sent = _sent_bytes(found, members) * trips[name] / (2 if scatters else 1)
+            if members > 1 and sent < channels.get(key, ("", "", math.inf))[2]:
+                channels[key] = (kind, axis, sent)
     totals: dict[tuple[str, str], float] = collections.defaultdict(float)
     for kind, axis, sent in channels.values():
         totals[kind, axis] += sent
@@ -99,19 +103,27 @@ def _callers_first(calls: dict[str, list[tuple[str, int]]]) -> list[str]:
 
 
 def _loop_trips(line: str, computations: dict[str, list[str]]) -> int:
-    """Return the trips of a while loop: as annotated, or the constant that its counter is compared with; else 1."""
+    """Return the trips of a while loop: as annotated, or its counter's limit over what it grows by; else 1."""
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
     if known:
         return int(known.group(1))
-    condition = re.search(r"condition=%?([\w.-]+)", line)
-    lines = computations.get(condition.group(1), []) if condition else []
-    constants = {m.group(1): int(m.group(2)) for m in (re.search(r"(%[\w.-]+) = s32\[\].* constant\((\d+)\)", x)
-                                                       for x in lines) if m}  # fmt: skip
-    for root in lines:
-        compared = re.search(r"compare\(%[\w.-]+, (%[\w.-]+)\), direction=LT", root)
-        if compared and compared.group(1) in constants:
-            return constants[compared.group(1)]
-    return 1
+    called = dict(re.findall(r"(condition|body)=%?([\w.-]+)", line))
+    condition, body = ("\n".join(computations.get(called.get(part, ""), ())) for part in ("condition", "body"))
+    compared = re.search(r"compare\((%[\w.-]+), (%[\w.-]+)\), direction=LT", condition)
+    limit = _constant(compared.group(2), condition) if compared else None
+    if not compared or not limit:
+        return 1
+    place = re.search(rf"{re.escape(compared.group(1))} = .*index=(\d+)", condition)
+    made = re.search(r"ROOT .* tuple\((.*?)\)", body)
+    name = re.findall(r"%[\w.-]+", made.group(1))[int(place.group(1))] if made and place else "%"
+    added = re.search(rf"{re.escape(name)} = .* add\(%[\w.-]+, (%[\w.-]+)\)", body)
+    return -(-limit // ((_constant(added.group(1), body) if added else None) or 1))
+
+
+def _constant(name: str, text: str) -> int | None:
+    """Return the value of the integer constant that a computation calls `name`, or None."""
+    found = re.search(rf"{re.escape(name)} = [su]32\[\].* constant\((\d+)\)", text)
+    return int(found.group(1)) if found else None
 
 
 def _sent_bytes(found: re.Match, members: int) -> float:

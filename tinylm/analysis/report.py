@@ -35,6 +35,26 @@ def describe(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def describe_search(rows: list[dict[str, Any]], shown: int = 12) -> str:
+    """Return the best rows of a search as a table, and the flags that take the first one that fits."""
+    lines = [f"{'data x model':<14}{'fsdp':<6}{'remat':<7}{'batch':>8}{'memory':>12}{'compiled':>12}{'tokens/s':>13}"
+             f"{'compiled':>13}  bound by"]  # fmt: skip
+    for row in rows[:shown]:
+        rates = [
+            f"{1 / secs:,.0f}" if secs else "-" for secs in (row["secs_per_token"], row["compiled_secs_per_token"])
+        ]
+        compiled = _bytes(row["compiled_bytes"]) if row["compiled_bytes"] else "-"
+        shape = f"{row['mesh']['data']} x {row['mesh']['model']}"
+        lines.append(f"{shape:<14}{'yes' if row['fsdp'] else 'no':<6}{row['remat']:<7}{row['batch_size']:>8}"
+                     f"{_bytes(row['bytes']):>12}{compiled:>12}{rates[0]:>13}{rates[1]:>13}  {row['bound_by']}"
+                     f"{'' if row.get('fits', True) else ', does not fit'}")  # fmt: skip
+    lines += [f"{len(rows) - shown} more"] * (len(rows) > shown)
+    best = next((row for row in rows if row.get("fits")), rows[0])
+    flags = {"mesh.data": best["mesh"]["data"], "mesh.model": best["mesh"]["model"], "mesh.fsdp": best["fsdp"],
+             "model.remat": best["remat"], "data.batch_size": best["batch_size"]}  # fmt: skip
+    return "\n".join([*lines, "take " + " ".join(f"--config.{key}={value}" for key, value in flags.items())])
+
+
 def _verdict(plan: dict[str, Any], memory: dict[str, int], total: int) -> str:
     """Return whether it fits; if not, what takes most and what to change."""
     if plan["fits"]:

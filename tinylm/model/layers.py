@@ -7,6 +7,7 @@ Every parameter is an `nnx.Param` with a metadata entry `axes`: the logical name
 tinylm.core.mesh maps onto the mesh. Weights are float32; each use casts them to the compute type.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -51,8 +52,14 @@ class Linear(nnx.Module):
         self.bias = constant(0.0, tuple(outputs.values()), tuple(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the map in the type of `x`; leading axes stay, and are one flat axis to the matrix product."""
-        y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), axes=self.num_inputs)
+        """Apply the map in the type of `x`; leading axes stay.
+
+        The product is one of two matrices: of more axes, XLA on CPU copies each into another order, in both passes.
+        """
+        kernel = self.kernel[...].astype(x.dtype)
+        inputs, outputs = kernel.shape[: self.num_inputs], kernel.shape[self.num_inputs :]
+        flat = x.reshape(-1, math.prod(inputs)) @ kernel.reshape(math.prod(inputs), math.prod(outputs))
+        y = flat.reshape(*x.shape[: x.ndim - self.num_inputs], *outputs)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -47,19 +47,21 @@ class Attention(nnx.Module):
     def __call__(self, x_BTD, visibility, tables, dropout, write=None):
         """Return (o_BTD, (keys, values) that were attended to): those of `x_BTD`, or what `write` makes of them."""
         c = self.config
-        q_BNTH, k_BKTH, v_BKTH = (project(x_BTD).swapaxes(1, 2) for project in (self.query, self.key, self.value))
+        q_BNTH, k_BKTH, v_BKTH = (
+            constrain(project(x_BTD).swapaxes(1, 2), "batch", heads, None, "head_dim")
+            for project, heads in ((self.query, "heads"), (self.key, "kv_heads"), (self.value, "kv_heads"))
+        )
         if c.qk_norm:
             q_BNTH, k_BKTH = layers.rms_normalize(q_BNTH), layers.rms_normalize(k_BKTH)
         if tables is not None:
             q_BNTH, k_BKTH = layers.rotate(q_BNTH, tables), layers.rotate(k_BKTH, tables)
-        q_BNTH = constrain(q_BNTH, "batch", "heads", None, "head_dim")
         if write is not None:
             k_BKTH, v_BKTH = write(k_BKTH, v_BKTH)
         o_BNTH = attend(
             q_BNTH, k_BKTH, v_BKTH, visibility, scale=c.attention_scale, softcap=c.attention_softcap,
             dropout=dropout, kernel=c.attention,
         )  # fmt: skip
-        return self.out(o_BNTH.swapaxes(1, 2)), (k_BKTH, v_BKTH)
+        return self.out(constrain(o_BNTH, "batch", "heads", None, "head_dim").swapaxes(1, 2)), (k_BKTH, v_BKTH)
 
 
 class Mlp(nnx.Module):
@@ -82,6 +84,16 @@ class Mlp(nnx.Module):
         return self.down(constrain(h_BTF, "batch", None, "mlp"))
 
 
+def _split(x_BTD: jax.Array) -> jax.Array:
+    """Split positions over the devices that split heads: between products (Korthikanti et al. 2022, section 4.2.2)."""
+    return constrain(x_BTD, "batch", "seq", "embed")
+
+
+def _whole(x_BTD: jax.Array) -> jax.Array:
+    """Gather positions: what a product that splits heads or mlp reads."""
+    return constrain(x_BTD, "batch", None, "embed")
+
+
 class Block(nnx.Module):
     """One layer: norm, attention, norm, mlp, with residual connections (pre-norm)."""
 
@@ -94,11 +106,11 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, visibility, tables, dropout, write=None):
         """Return (x_BTD, keys and values as attention does)."""
-        o_BTD, kv = self.attention(self.attention_norm(x_BTD), visibility, tables, dropout.at(0), write)
-        o_BTD = self.scale * dropout.at(1)(o_BTD)
+        o_BTD, kv = self.attention(_whole(self.attention_norm(x_BTD)), visibility, tables, dropout.at(0), write)
+        o_BTD = self.scale * dropout.at(1)(_split(o_BTD))
         middle_BTD = x_BTD + o_BTD
-        h_BTD = self.scale * dropout.at(2)(self.mlp(self.mlp_norm(x_BTD if self.parallel else middle_BTD)))
-        return constrain(middle_BTD + h_BTD, "batch", "seq", "embed"), kv
+        h_BTD = self.mlp(_whole(self.mlp_norm(x_BTD if self.parallel else middle_BTD)))
+        return middle_BTD + self.scale * dropout.at(2)(_split(h_BTD)), kv
 
 
 class Transformer(nnx.Module):

@@ -20,33 +20,29 @@ from tinylm.core.errors import UserError
 from tinylm.core.mesh import activation_sharding, replicated
 from tinylm.train.config import Config
 from tinylm.train.optimizer import make_schedule
-from tinylm.train.state import Blueprint, make_blueprint
+from tinylm.train.state import Blueprint, TrainState, make_blueprint
 from tinylm.train.step import make_train_steps
 
 
 def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
     """Return the plan of a resolved config on `mesh`, whose devices may be those of a topology, as plain values."""
     jax.set_mesh(mesh)
-    device = mesh.devices.flat[0]
-    chip = find_chip(device, mesh.size)
-    if chip is None:
-        raise UserError(f"no data about {device.device_kind} in tinylm/analysis/chips.py; add its line there.")
+    chip = known_chip(mesh)
     blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
     try:
         compiled, refused = compile_step(config, blueprint, mesh), 0
     except jax.errors.JaxRuntimeError as error:
         compiled, refused = None, bytes_refused(str(error))
     tokens = config.data.batch_size * config.data.seq_len
-    parameters = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(blueprint.abstract.params))
-    work = Work(parameters, tokens, config.train.accumulation_steps)
+    work = Work(parameter_bytes(blueprint.abstract), tokens, config.train.accumulation_steps)
     least = least_collectives(config.model, config.mesh, mesh, work)
     found, printed = _collectives(compiled, mesh, least)
     flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
     memory = per_device_bytes(compiled.memory_analysis() if compiled else None, blueprint, refused)
-    secs = _step_secs(chip, mesh, flops, memory, found, config)
+    secs = roofline_secs(chip, mesh, flops, memory, found, config)
     step_secs = max(secs.values())
     return {
-        "device": device.device_kind,
+        "device": mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
         "per_device_bytes": memory,
         "chip_bytes": int(chip.memory_bytes),
@@ -61,6 +57,15 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
         "tokens": tokens * config.train.last_step,
         "train_secs_estimate": step_secs * config.train.last_step,
     }
+
+
+def known_chip(mesh: Mesh) -> Chip:
+    """Return the chip that a mesh consists of; raise UserError for one that is not in the table."""
+    device = mesh.devices.flat[0]
+    chip = find_chip(device, mesh.size)
+    if chip is None:
+        raise UserError(f"no data about {device.device_kind} in tinylm/analysis/chips.py; add its line there.")
+    return chip
 
 
 def compile_step(config: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Compiled:
@@ -90,7 +95,7 @@ def per_device_bytes(stats: Any, blueprint: Blueprint, refused: int = 0) -> dict
 
     The compiler counts gradients among its temporaries; they are told apart by their size, that of the parameters.
     """
-    params, optimizer = _held(blueprint.abstract.params), _held(blueprint.abstract.opt_state)
+    params, optimizer = held_bytes(blueprint.abstract.params), held_bytes(blueprint.abstract.opt_state)
     temporaries = stats.temp_size_in_bytes if stats else refused
     kinds = {
         "params": params,
@@ -107,7 +112,12 @@ def per_device_bytes(stats: Any, blueprint: Blueprint, refused: int = 0) -> dict
     return {**kinds, "total": sum(kinds.values())}
 
 
-def _held(tree: Any) -> int:
+def parameter_bytes(abstract: TrainState) -> int:
+    """Return the bytes of all parameters, wherever they lie."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.params))
+
+
+def held_bytes(tree: Any) -> int:
     """Return the bytes of a tree's leaves on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
@@ -135,7 +145,7 @@ def _beside(found: list[Collective], least: list[Collective]) -> list[dict[str, 
     ]  # fmt: skip
 
 
-def _step_secs(
+def roofline_secs(
     chip: Chip, mesh: Mesh, flops: float, memory: dict[str, int], found: list[Collective], config: Config
 ) -> dict[str, float]:
     """Return the seconds that arithmetic, memory and each kind of link take for a step.

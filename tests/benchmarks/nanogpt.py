@@ -1,0 +1,103 @@
+"""The train step beside nanoGPT's, in turns on one machine: the same shapes, batches of the same size, float32, AdamW.
+
+git clone https://github.com/karpathy/nanoGPT
+python tests/benchmarks/nanogpt.py --checkout=nanoGPT [--python=PYTHON_THAT_HAS_TORCH] [--size=small]
+
+Prints milliseconds a step as medians of `--pairs` turns, and the median of the ratios turn by turn, against nanoGPT as
+it is and with `torch.compile`. `small` is nanoGPT's setting for CPUs, `medium` its 10 M model with batches for a CPU.
+"""
+
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+from absl import app, flags
+
+from tinylm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from tinylm.core.mesh import MeshConfig, make_mesh
+from tinylm.train.benchmark import Workload
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("checkout", "nanoGPT", "folder of nanoGPT's repository")
+flags.DEFINE_string("python", sys.executable, "a Python that has torch")
+flags.DEFINE_integer("pairs", 5, "turns of each")
+flags.DEFINE_list("size", ["small", "medium"], "which sizes")
+
+# layers, heads, width, context, rows, steps of a turn, steps of a dispatch
+SIZES = {"small": (4, 4, 128, 64, 12, 20, 10), "medium": (6, 6, 384, 256, 8, 2, 2)}
+
+
+class Theirs:
+    """nanoGPT in a process of its own, which makes steps when it is told to."""
+
+    def __init__(self, size: tuple, compiled: bool):
+        names = ("n_layer", "n_head", "n_embd", "block_size")
+        shape = {**dict(zip(names, size[:4], strict=True)), "vocab_size": 65, "dropout": 0.0, "bias": False}
+        child = pathlib.Path(__file__).with_name("nanogpt_child.py")
+        command = [FLAGS.python, str(child), FLAGS.checkout, json.dumps(shape), str(size[4]), str(int(compiled))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def secs(self, steps: int) -> float:
+        """Return the seconds of some steps."""
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        while not (line := self.process.stdout.readline()).startswith("secs "):
+            assert line, "nanoGPT's process ended"
+        return float(line.split()[1])
+
+
+class Ours:
+    """The trainer's step at the same shape."""
+
+    def __init__(self, size: tuple):
+        num_layers, num_heads, width, context, rows, _, count = size
+        config = Config(
+            data=DataConfig(seq_len=context, batch_size=rows),
+            model=ModelConfig(
+                embed_dim=width, num_layers=num_layers, num_heads=num_heads, norm="layernorm", position="learned",
+                mlp="gelu", unroll=0,
+            ),
+            optimizer=OptimizerConfig(beta2=0.99),
+            train=TrainConfig(steps_per_dispatch=count),
+        )  # fmt: skip
+        config.resolve(65)
+        self.work = Workload(config, make_mesh(MeshConfig(data=1)))
+        self.state = self.work.blueprint.init(0)
+
+    def secs(self, steps: int) -> float:
+        """Return the seconds of some steps."""
+        start = time.perf_counter()
+        for _ in range(steps // self.work.count):
+            self.state, metrics = self.work.run(self.state, self.work.place())
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - start
+
+
+def compare(name: str) -> None:
+    """Print one size's figures."""
+    size = SIZES[name]
+    steps, sides = size[5], {"tinylm": Ours(size), "plain": Theirs(size, False), "compiled": Theirs(size, True)}
+    for side in sides.values():
+        side.secs(steps), side.secs(steps)  # compile, warm up
+    turns = [{key: 1e3 * side.secs(steps) / steps for key, side in sides.items()} for _ in range(FLAGS.pairs)]
+    for key in sides:
+        ratio = statistics.median(turn[key] / turn["tinylm"] for turn in turns)
+        shown = ", ".join(f"{turn[key]:.1f}" for turn in turns)
+        print(f"{name:8} {key:10} {statistics.median(turn[key] for turn in turns):8.1f} ms a step ({shown}); "
+              f"tinylm is {ratio:.2f} times as fast", flush=True)  # fmt: skip
+    for key in "plain", "compiled":
+        sides[key].process.kill()
+
+
+def main(_) -> None:
+    """Compare."""
+    for name in FLAGS.size:
+        compare(name)
+
+
+if __name__ == "__main__":
+    app.run(main)
