@@ -84,16 +84,6 @@ class Mlp(nnx.Module):
         return self.down(constrain(h_BTF, "batch", None, "mlp"))
 
 
-def _split(x_BTD: jax.Array) -> jax.Array:
-    """Split positions over the devices that split heads: between products (Korthikanti et al. 2022, section 4.2.2)."""
-    return constrain(x_BTD, "batch", "seq", "embed")
-
-
-def _whole(x_BTD: jax.Array) -> jax.Array:
-    """Gather positions: what a product that splits heads or mlp reads."""
-    return constrain(x_BTD, "batch", None, "embed")
-
-
 class Block(nnx.Module):
     """One layer: norm, attention, norm, mlp, with residual connections (pre-norm)."""
 
@@ -105,12 +95,16 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(self, x_BTD, visibility, tables, dropout, write=None):
-        """Return (x_BTD, keys and values as attention does)."""
-        o_BTD, kv = self.attention(_whole(self.attention_norm(x_BTD)), visibility, tables, dropout.at(0), write)
-        o_BTD = self.scale * dropout.at(1)(_split(o_BTD))
+        """Return (x_BTD, keys and values as attention does).
+
+        Positions are whole for products, split between them (Korthikanti et al. 2022, section 4.2.2).
+        """
+        whole, split = (lambda x, seq=seq: constrain(x, "batch", seq, "embed") for seq in (None, "seq"))
+        o_BTD, kv = self.attention(whole(self.attention_norm(x_BTD)), visibility, tables, dropout.at(0), write)
+        o_BTD = self.scale * dropout.at(1)(split(o_BTD))
         middle_BTD = x_BTD + o_BTD
-        h_BTD = self.mlp(_whole(self.mlp_norm(x_BTD if self.parallel else middle_BTD)))
-        return middle_BTD + self.scale * dropout.at(2)(_split(h_BTD)), kv
+        h_BTD = self.mlp(whole(self.mlp_norm(x_BTD if self.parallel else middle_BTD)))
+        return middle_BTD + self.scale * dropout.at(2)(split(h_BTD)), kv
 
 
 class Transformer(nnx.Module):

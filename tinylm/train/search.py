@@ -54,7 +54,8 @@ def _rows(config: Config, mesh_config: MeshConfig, devices: Sequence[jax.Device]
     abstract = make_blueprint(config.model, config.optimizer, mesh_config, config.train.num_steps, mesh).abstract
     held = {"params": held_bytes(abstract.params), "optimizer": held_bytes(abstract.opt_state)}
     for remat in REMATS:
-        trial = _changed(config, mesh_config, remat)
+        trial = copy.deepcopy(config)
+        trial.mesh, trial.model.remat = mesh_config, remat
         fixed = 2 * held["params"] + held["optimizer"]  # the gradients lie where the parameters do
         per_row = activation_bytes(trial.model, mesh_config.model, config.data.seq_len)
         fit = int((MARGIN * chip.memory_bytes - fixed) // per_row)
@@ -88,15 +89,10 @@ def activation_bytes(model: ModelConfig, tensor: int, seq_len: int) -> float:
     return seq_len * (model.num_layers * kept + plain * (model.remat != "none") + logits) / tensor
 
 
-def _changed(config: Config, mesh: MeshConfig, remat: str) -> Config:
-    trial = copy.deepcopy(config)
-    trial.mesh, trial.model.remat = mesh, remat
-    return trial
-
-
 def _compile(config: Config, row: dict[str, Any], devices: Sequence[jax.Device]) -> dict[str, Any]:
     """Return `row` with what its compiled step takes, the batch halved until it fits or is one row a device."""
-    trial = _changed(config, MeshConfig(**row["mesh"], fsdp=row["fsdp"]), row["remat"])
+    trial = copy.deepcopy(config)
+    trial.mesh, trial.model.remat = MeshConfig(**row["mesh"], fsdp=row["fsdp"]), row["remat"]
     mesh, trial.data.batch_size = make_mesh(trial.mesh, devices), row["batch_size"]
     least = batch_shards(mesh) * config.train.accumulation_steps
     while not (plan := make_plan(trial, mesh))["fits"] and trial.data.batch_size > least:

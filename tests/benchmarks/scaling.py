@@ -1,0 +1,60 @@
+"""The tables of docs/scaling.md: bytes of state under fsdp, and traffic beside its least on a TPU topology.
+
+python tests/benchmarks/scaling.py state
+python tests/benchmarks/scaling.py traffic --mesh=16x1 --fsdp --accumulation=4
+"""
+
+import argparse
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from tinylm.config import load_config
+from tinylm.core.mesh import AXES, make_mesh
+from tinylm.plan import topology_devices
+from tinylm.train.planning import held_bytes, make_plan
+from tinylm.train.state import make_blueprint
+
+WIDTH = ["model.embed_dim=1024", "model.num_heads=16", "model.mlp_dim=4096", "optimizer.name=adamw"]
+
+
+def state() -> None:
+    """Print a row for each number of devices."""
+    config = load_config("llama_110m", [*WIDTH, "mesh.fsdp=true"])
+    config.resolve(0)
+    for devices in 1, 2, 8, 64, 256, 1024:
+        mesh = AbstractMesh((1, devices, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+        abstract = make_blueprint(config.model, config.optimizer, config.mesh, 10, mesh).abstract
+        whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+        print(f"| {devices:,} | {held_bytes(abstract):,} | {held_bytes(abstract) * devices / whole:.8f} |")
+
+
+def traffic(arguments: argparse.Namespace) -> None:
+    """Compile one step and print what it sends and what the formula asks for."""
+    data, model = arguments.mesh.split("x")
+    config = load_config("llama_110m", [
+        *WIDTH, "model.num_layers=4", "data.batch_size=64", f"mesh.data={data}", f"mesh.model={model}",
+        f"mesh.fsdp={arguments.fsdp}", f"train.accumulation_steps={arguments.accumulation}",
+    ])  # fmt: skip
+    config.resolve(0)
+    rows = make_plan(config, make_mesh(config.mesh, topology_devices("v5e:4x4", 1)))["collectives"]
+    sent, least = (sum(row[name] for row in rows) / 1e6 for name in ("bytes_per_step", "minimum_bytes"))
+    for row in rows:
+        print(
+            f"  {row['kind']:<20}{row['axis']:<12}{row['bytes_per_step'] / 1e6:10.1f}{row['minimum_bytes'] / 1e6:10.1f}"
+        )
+    print(f"sent {sent:.1f} MB, least {least:.1f} MB, {sent / least:.2f} times")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=["state", "traffic"])
+    parser.add_argument("--mesh", default="16x1")
+    parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--accumulation", type=int, default=1)
+    given = parser.parse_args()
+    if given.table == "state":
+        state()
+    else:
+        traffic(given)
