@@ -56,7 +56,7 @@ class Workload:
         c, self.config, self.mesh = config, config, mesh
         self.count, micro = c.train.steps_per_dispatch, c.train.accumulation_steps
         self.blueprint = make_blueprint(c.model, c.optimizer, c.mesh, c.train.num_steps, mesh)
-        self.steps = make_train_steps(self.blueprint, make_schedule(c.optimizer, c.train.num_steps))
+        self.steps = make_train_steps(self.blueprint, make_schedule(c.optimizer, c.train.num_steps), c.train)
         self.rows = c.data.batch_size // micro
         self.owned = owned_rows(mesh, self.rows)
         self.batches = train_batches(RandomRows(c), batch_shape=(micro, self.rows), owned_rows=self.owned)
