@@ -135,7 +135,7 @@ def test_generate_writes_text_alone_and_the_same_for_a_seed(whole):
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("Once")
     again = json.loads(run_command("tinylm.generate", *arguments, "--json").stdout)
-    assert "\n\n".join(again["texts"]) + "\n" == first.stdout
+    assert ("\n\n".join(again["texts"]) + "\n").splitlines() == first.stdout.splitlines()  # \r was read as \n
     assert again["step"] in (20, 40)
 
 

@@ -25,13 +25,6 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_mesh_left():
-    """A run sets its mesh for the whole process; take it back."""
-    yield
-    jax.set_mesh(jax.sharding.Mesh(np.empty((), object), ()))
-
-
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """Three steps of a byte model."""
