@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from flax import nnx
 from helpers import tiny_model
 
+from tinylm.model import layers
 from tinylm.model.transformer import abstract_transformer, init_parameters
 
 VARIANTS = {
@@ -21,6 +24,8 @@ VARIANTS = {
     "mixed_heads": {"attention_window": (4,), "local_heads": 2, "qk_norm": True, "mlp": "relu2"},
     "capped": {"attention_softcap": 5.0, "logit_softcap": 10.0, "mlp": "geglu", "residual_scale": 0.5},
 }
+CPU = "".join(path.read_text() for path in pathlib.Path("/proc").glob("cpuinfo"))
+DTYPES = (jnp.bfloat16, jnp.float32)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 65, (2, 16)))
 
 
@@ -151,3 +156,28 @@ def test_bfloat16_computes_near_float32():
     rough = logits_of(*build("default", compute_dtype="bfloat16"), TOKENS)[..., :65]
     assert rough.dtype == jnp.float32
     assert 0 < float(jnp.abs(exact - rough).max()) < 0.1 * float(jnp.abs(exact).max())
+
+
+def gradients_of_a_product(dtype):
+    """Return the lowered gradient of a linear map's input and kernel, and its arguments in `dtype`."""
+    linear = layers.Linear({"embed": 128}, {"mlp": 512}, std=0.1, bias=False, rngs=nnx.Rngs(params=0))
+    graph, params = nnx.split(linear)
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(rng.normal(size=(4, 64, size)), jnp.bfloat16).astype(dtype) for size in (128, 512))
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
+    backward = jax.jit(jax.grad(lambda p, x: (nnx.merge(graph, p)(x) * dy).sum(dtype=jnp.float32), argnums=(0, 1)))
+    return backward.lower(params, x), (params, x)
+
+
+def test_bfloat16_products_have_the_gradients_of_their_rounded_operands():
+    rough, exact = (jax.tree.leaves(low.compile()(*args)) for low, args in map(gradients_of_a_product, DTYPES))
+    for ours, theirs in zip(rough, exact, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0.005, atol=0.005 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.skipif("avx512_bf16" not in CPU, reason="needs bfloat16 on the CPU")
+def test_a_cpu_that_has_bfloat16_multiplies_in_it():
+    text = gradients_of_a_product(jnp.bfloat16)[0].compile().as_text()
+    operands = dict(re.findall(r"(%\S+) = (\w+)\[", text))
+    products = re.findall(r" dot\((%\S+), (%\S+)\)", text)
+    assert len(products) == 2 and {operands[name] for pair in products for name in pair} == {"bf16"}
