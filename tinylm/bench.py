@@ -13,9 +13,7 @@ from typing import Any
 from absl import flags
 
 from tinylm import cli
-from tinylm.config import checked
 from tinylm.core.distributed import is_main
-from tinylm.core.errors import UserError
 
 FLAGS = flags.FLAGS
 
@@ -25,11 +23,7 @@ def main() -> None:
     from tinylm.core.mesh import batch_shards, make_mesh
     from tinylm.train.benchmark import measure
 
-    if FLAGS.config is None:
-        raise UserError("--config is required, for example --config=tales.")
-    config = checked(FLAGS.config)
-    if not config.model.vocab_size:
-        raise UserError("a benchmark reads no data: set --config.model.vocab_size to the tokenizer's size.")
+    config = cli.config(reads_data=False)
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
     config.resolve(config.model.vocab_size)

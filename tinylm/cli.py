@@ -38,6 +38,16 @@ def define_config() -> None:
     _SHARED.append("config")
 
 
+def config(reads_data: bool = True) -> config_lib.Config:
+    """Return the checked config of --config; a command that reads no data needs the size of the vocabulary in it."""
+    if FLAGS.config is None:
+        raise UserError("--config is required, for example --config=tales.")
+    chosen = config_lib.checked(FLAGS.config)
+    if not (reads_data or chosen.model.vocab_size):
+        raise UserError("no data is read here: set --config.model.vocab_size to the tokenizer's size.")
+    return chosen
+
+
 def define_workdir(required: bool = True) -> None:
     """Add --workdir."""
     flags.DEFINE_string("workdir", None, "folder of the run (a path, or a bucket such as gs://...)")

@@ -10,9 +10,7 @@ import pathlib
 from absl import flags
 
 from tinylm import cli
-from tinylm.config import checked
 from tinylm.core.distributed import is_main
-from tinylm.core.errors import UserError
 from tinylm.core.stop import StopRequest
 
 FLAGS = flags.FLAGS
@@ -20,12 +18,10 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Train as the flags say."""
-    if FLAGS.config is None:
-        raise UserError("--config is required, for example --config=tales.")
     from ml_collections import config_flags
 
     stop = StopRequest()
-    config = checked(FLAGS.config)
+    config = cli.config()
     name = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]).stem
     workdir = FLAGS.workdir or f"runs/{name}"
     from tinylm.train.start import start_run

@@ -15,7 +15,6 @@ import jax
 from absl import flags
 
 from tinylm import cli
-from tinylm.config import checked
 from tinylm.core.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -28,11 +27,7 @@ def main() -> None:
     from tinylm.train.planning import make_plan
     from tinylm.train.search import search
 
-    if FLAGS.config is None:
-        raise UserError("--config is required, for example --config=tales.")
-    config = checked(FLAGS.config)
-    if not config.model.vocab_size:
-        raise UserError("a plan reads no data: set --config.model.vocab_size to the tokenizer's size.")
+    config = cli.config(reads_data=False)
     if bool(FLAGS.topology) == bool(FLAGS.cpu_devices):
         raise UserError("give either --topology=v5e:4x4 or --cpu_devices=8.")
     devices = topology_devices(FLAGS.topology, FLAGS.slices) if FLAGS.topology else jax.devices()

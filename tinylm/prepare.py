@@ -12,9 +12,7 @@ from typing import Any
 from absl import flags
 
 from tinylm import cli
-from tinylm.config import checked
 from tinylm.core.distributed import is_main
-from tinylm.core.errors import UserError
 
 FLAGS = flags.FLAGS
 
@@ -23,9 +21,7 @@ def main() -> None:
     """Prepare as the flags say."""
     from tinylm.data import open_data, store
 
-    if FLAGS.config is None:
-        raise UserError("--config is required, for example --config=tales.")
-    config = checked(FLAGS.config)
+    config = cli.config()
     if FLAGS.to_tfds:
         from tinylm.data.tfds_builder import write_tfds
 

@@ -10,10 +10,7 @@ import sys
 from absl import flags
 
 from tinylm import cli
-from tinylm.config import checked
-from tinylm.core.errors import UserError
 
-FLAGS = flags.FLAGS
 PROOFS = ("mesh", "resume", "hosts")
 
 
@@ -21,9 +18,7 @@ def main(name: str, arguments: list[str]) -> None:
     """Run the proof `name` and print its table; `arguments` are the flags as they were given."""
     from tinylm.train import proofs
 
-    if FLAGS.config is None:
-        raise UserError("--config is required, for example --config=tales.")
-    config = checked(FLAGS.config)
+    config = cli.config()
     if name == "resume":
         proof = proofs.prove_resume(config, arguments)
     else:

@@ -14,8 +14,7 @@ from typing import Any
 from absl import flags
 
 from tinylm import cli
-from tinylm.config import Config, checked
-from tinylm.core.errors import UserError
+from tinylm.config import Config
 
 FLAGS = flags.FLAGS
 _COLUMNS = ("parameter", "axes", "shape", "dtype", "split by", "bytes", "per device")
@@ -27,9 +26,7 @@ def main() -> None:
     from tinylm.core.distributed import is_main
     from tinylm.core.mesh import make_mesh
 
-    if FLAGS.config is None:
-        raise UserError("--config is required, for example --config=tales.")
-    config = checked(FLAGS.config)
+    config = cli.config()
     mesh = make_mesh(config.mesh)
     if not config.model.vocab_size:
         from tinylm.data import open_data

@@ -30,8 +30,7 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Sweep as the flags say."""
-    if FLAGS.config is None:
-        raise UserError("--config is required, for example --config=tales.")
+    cli.config()
     base = [argument for argument in sys.argv if argument.startswith(("--config", "--cpu_devices"))]
     rows = sweep(base, FLAGS.grid, FLAGS.workdir, FLAGS.jobs)
     print(json.dumps(rows) if FLAGS.json else text_of(rows))

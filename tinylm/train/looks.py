@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from tinylm.core.errors import UserError
 from tinylm.inference.decode import Decoder, check_prompts
 from tinylm.inference.evaluation import evaluate, exact_match, make_eval_step
-from tinylm.inference.samplers import Sampler
 from tinylm.train.config import Config
 from tinylm.train.state import Blueprint
 
@@ -47,8 +46,9 @@ class Looks:
     def samples(self, params: dict) -> list[str]:
         """Return each prompt with what the model makes of it."""
         c = self.config.sample
-        sampler = Sampler(c.temperature, c.top_k, c.top_p)
-        rows = self.decoder.write(params, self.prompts, max_tokens=c.max_tokens, sampler=sampler, seed=self.config.seed)
+        rows = self.decoder.write(
+            params, self.prompts, max_tokens=c.max_tokens, sampler=c.sampler, seed=self.config.seed
+        )
         return [prompt + self.data.tokenizer.decode(ids) for prompt, ids in zip(c.prompts, rows, strict=True)]
 
 
