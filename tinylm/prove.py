@@ -7,8 +7,6 @@ python -m tinylm.prove hosts --config=tales --cpu_devices=8    the same batches 
 
 import sys
 
-from absl import flags
-
 from tinylm import cli
 
 PROOFS = ("mesh", "resume", "hosts")

@@ -5,6 +5,7 @@ state is saved anywhere. A process makes only the rows that its devices hold. Th
 changes nothing. Grain is imported at the first batch, for it takes most of a second.
 """
 
+import itertools
 import sys
 from collections.abc import Generator, Iterator
 
@@ -13,20 +14,27 @@ import numpy as np
 from tinylm.data.rows import Examples, Rows
 
 
-class _TrainBatches:
-    """The train batches of one process as Grain wants a source: a length and items by index."""
+class _Runs:
+    """The train batches of one process as Grain wants a source: a length and items by index.
+
+    An item is a run of consecutive batches, of some 64 rows together, so that what an item costs is shared.
+    """
 
     def __init__(self, rows: Rows, batch_shape: tuple[int, int], owned_rows: np.ndarray):
         micro_batches, micro_rows = batch_shape
         self._rows, self._batch_size = rows, micro_batches * micro_rows
         self._places = np.arange(micro_batches)[:, None] * micro_rows + np.asarray(owned_rows, np.int64)
+        self.length = max(1, 64 // self._places.size)
 
     def __len__(self) -> int:
-        return sys.maxsize // 2
+        return sys.maxsize // 2**16
 
-    def __getitem__(self, index: int) -> tuple[int, Examples]:
-        examples = self._rows.read(index * self._batch_size + self._places.ravel())
-        return index, {name: v.reshape(*self._places.shape, *v.shape[1:]) for name, v in examples.items()}
+    def __getitem__(self, index: int) -> list[tuple[int, Examples]]:
+        batches = range(index * self.length, (index + 1) * self.length)
+        indices = np.concatenate([batch * self._batch_size + self._places.ravel() for batch in batches])
+        examples = self._rows.read(indices)
+        parts = {name: v.reshape(self.length, *self._places.shape, *v.shape[1:]) for name, v in examples.items()}
+        return [(batch, {name: v[i] for name, v in parts.items()}) for i, batch in enumerate(batches)]
 
 
 def train_batches(
@@ -45,11 +53,11 @@ def train_batches(
     """
     import grain
 
-    batches = grain.MapDataset.source(_TrainBatches(rows, batch_shape, owned_rows))[start:]
+    runs = _Runs(rows, batch_shape, owned_rows)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
-    iterator = iter(batches.to_iter_dataset(options))
+    iterator = iter(grain.MapDataset.source(runs)[start // runs.length :].to_iter_dataset(options))
     try:
-        yield from iterator
+        yield from itertools.islice(itertools.chain.from_iterable(iterator), start % runs.length, None)
     finally:
         iterator.close()
 
