@@ -28,7 +28,7 @@ class RunFolder:
         self.tokenizer = self.path / "tokenizer"
         self.samples_file = self.path / "samples.txt"
         self.plot_file = self.path / "loss.png"
-        self._mended: set[epath.Path] = set()
+        self._mended: dict[epath.Path, bytes] = {}  # and what they hold, in a bucket
         self._unwritten: dict[epath.Path, str] = {}
 
     def exists(self) -> bool:
@@ -85,16 +85,22 @@ class RunFolder:
         waiting = path in self._unwritten
         self._unwritten[path] = self._unwritten.get(path, "") + text
         try:
+            new, in_bucket = self._unwritten[path].encode(), "://" in os.fspath(path)
             if path not in self._mended:
-                self._mended.add(path)
-                old = path.read_bytes() if path.exists() else b"\n"
-                if not old.endswith(b"\n"):
-                    path.write_bytes(old[: old.rfind(b"\n") + 1])
-            with path.open("ab") as file:
-                file.write(self._unwritten[path].encode())
+                old = path.read_bytes() if path.exists() else b""
+                self._mended[path] = old[: old.rfind(b"\n") + 1]
+                if self._mended[path] != old:
+                    path.write_bytes(self._mended[path])
+            if in_bucket:  # an object can't grow: appending to it would begin it anew
+                self._mended[path] += new
+                path.write_bytes(self._mended[path])
+            else:
+                self._mended[path] = b""
+                with path.open("ab") as file:
+                    file.write(new)
             del self._unwritten[path]
         except OSError as error:
-            self._mended.discard(path)  # a part of it may be there
+            self._mended.pop(path, None)  # a part of it may be there
             if not waiting:
                 say(f"warning: {path} cannot be written: {error.strerror}; its lines are kept until it can.")
 

@@ -1,0 +1,73 @@
+"""A run's folder may be a bucket: lock, logs, config and checksums work on an object store as on a disk.
+
+The store is fsspec's memory behind epath's gs://, with what Google's lacks: appending to an object begins it anew.
+"""
+
+import fsspec
+import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
+
+from tinylm.core.errors import UserError
+from tinylm.run import checksums, lock
+from tinylm.run.folder import RunFolder
+
+
+class Bucket(MemoryFileSystem):
+    """An object store in memory."""
+
+    protocol = ("gcs", "gs")
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(str(path).removeprefix("gs://"))
+
+    def _open(self, path, mode="rb", **kwargs):
+        return super()._open(path, mode.replace("a", "w"), **kwargs)
+
+
+@pytest.fixture
+def folder(monkeypatch):
+    """The folder of a run in an empty bucket."""
+    monkeypatch.setattr(lock, "RENEW_SECS", 1.0)
+    monkeypatch.setattr(Bucket, "store", {})
+    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    run = RunFolder("gs://bucket/run")
+    run.create()
+    return run
+
+
+def test_logs_grow_over_restarts_and_torn_lines_are_mended(folder):
+    folder.log({"step": 1, "split": "train", "loss": 3.0})
+    folder.log({"step": 2, "split": "train", "loss": 2.0})
+    folder.metrics_file.write_text(folder.metrics_file.read_text() + '{"step": 3, "sp')
+    again = RunFolder("gs://bucket/run")
+    again.log({"step": 3, "split": "train", "loss": 1.0})
+    assert [line["loss"] for line in again.metrics()] == [3.0, 2.0, 1.0]
+    assert len(list(again.lines())) == 3
+
+
+def test_a_config_is_replaced_in_one_step(folder):
+    for number in 1, 2:
+        folder.write_config({"seed": number})
+        assert folder.read_config() == {"seed": number}
+    assert {path.name for path in folder.path.iterdir()} == {"config.json"}
+
+
+def test_one_run_at_a_time(folder):
+    first = lock.WorkdirLock(folder.path)
+    with pytest.raises(UserError, match="in use by process"):
+        lock.WorkdirLock(folder.path)
+    first.release()
+    lock.WorkdirLock(folder.path).release()
+
+
+def test_damage_is_found(folder):
+    step = epath.Path("gs://bucket/run/checkpoints/5")
+    (step / "params").mkdir(parents=True)
+    (step / "params" / "array").write_bytes(b"weights")
+    checksums.write(step, step=5, loss=None)
+    assert checksums.damage(step, ["params"]) == ""
+    (step / "params" / "array").write_bytes(b"weighty")
+    assert checksums.damage(step, ["params"]) == "params/array is altered"
