@@ -7,9 +7,11 @@ import jax
 import pytest
 from helpers import run_command
 
-from tinylm.analysis.report import describe_search
+from tinylm.analysis.report import describe, describe_search
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
+from tinylm.core.mesh import make_mesh
+from tinylm.train.planning import make_plan
 from tinylm.train.search import search
 
 TINY = ["--config=tales", "--config.model.vocab_size=256", "--config.model.embed_dim=64", "--config.model.unroll=1",
@@ -26,6 +28,14 @@ def plan(*arguments):
     return json.loads(done.stdout)
 
 
+def small(mesh, *changes):
+    """Return a resolved config of two layers, and a mesh of four devices here."""
+    settings = [flag.removeprefix("--config.") for flag in TINY[1:]]
+    config = load_config("tales", [*settings, *(f"mesh.{key}={value}" for key, value in mesh.items()), *changes])
+    config.resolve(256)
+    return config, make_mesh(config.mesh, jax.devices()[:4])
+
+
 def test_a_plan_for_simulated_devices_has_every_key_and_the_memory_of_fsdp(tmp_path):
     one, four = (plan(f"--cpu_devices={n}", "--config.mesh.fsdp=true") for n in (1, 4))
     assert set(four) >= KEYS
@@ -36,6 +46,25 @@ def test_a_plan_for_simulated_devices_has_every_key_and_the_memory_of_fsdp(tmp_p
     assert all(row.keys() == {"kind", "axis", "bytes_per_step", "minimum_bytes"} for row in four["collectives"])
     assert four["flops_per_step"] == one["flops_per_step"]
     assert four["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axis"), [({"data": 4}, "data"), ({"replica": 2, "data": 2, "fsdp": True}, "replica")]
+)
+def test_gradients_cross_the_data_axis_or_the_slices_once_a_step_whatever_the_micro_batches(mesh, axis):
+    plan = make_plan(*small(mesh, "train.accumulation_steps=4"))
+    (row,) = (row for row in plan["collectives"] if row["axis"] == axis and row["kind"] == "all-reduce")
+    assert plan["traffic_from"] == "compiled program"
+    assert row["bytes_per_step"] == pytest.approx(row["minimum_bytes"], rel=0.01)
+
+
+def test_a_program_that_cannot_be_printed_has_the_traffic_of_the_formula(monkeypatch):
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", lambda self: 1 / 0)
+    plan = make_plan(*small({"data": 4}))
+    assert plan["traffic_from"] == "formula"
+    assert plan["collectives"][0]["bytes_per_step"] == plan["collectives"][0]["minimum_bytes"] > 0
+    assert plan["per_device_bytes"]["activations"] > 0
+    assert "from the formula" in describe(plan)
 
 
 def test_a_search_ranks_what_fits_and_its_formula_is_near_the_compiler():

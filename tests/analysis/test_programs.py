@@ -68,6 +68,14 @@ def test_pieces_of_one_channel_count_once(mesh):
     assert one.bytes_per_step == 200 * 1 / 2
 
 
+def test_sums_by_hand_share_a_channel_and_each_counts(mesh):
+    what = 'channel_id=1, replica_groups=[4,2]<=[8], metadata={op_name="a/psum"}'
+    lines = [f"  %p.{i} = f32[100]{{0}} all-reduce(%x.{i}), {what}" for i in (1, 2)]
+    text = "\n".join(["ENTRY %main (x: f32[2]) -> f32[8] {", *lines, "}"])
+    (one,) = read_collectives(text, mesh)
+    assert one.bytes_per_step == 2 * (2 * 400 * 1 / 2)
+
+
 def test_a_permutation_lies_on_the_axis_of_its_pairs(mesh):
     text = (
         "ENTRY %main (x: f32[2]) -> f32[8] {\n"

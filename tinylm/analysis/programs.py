@@ -2,10 +2,11 @@
 
 A collective inside a loop counts once a trip; a loop whose trips are not known when compiling (the steps of one call)
 counts once, so the figures are those of one step. Compilers cut one collective into pieces that share a channel, some
-in a loop that it overlaps with, which is why each channel counts once, as its piece of the fewest trips. Bytes are
-what one device sends by the ring algorithm over n members: (n - 1) / n of the gathered or scattered array, twice that
-for an all-reduce (Chan et al. 2007, "Collective communication"). The TPU's compiler writes a reduce-scatter as a fusion
-`all-reduce-scatter` of an all-reduce and a slice; it sends what a reduce-scatter sends.
+in a loop that it overlaps with, which is why each channel counts once, as its piece of the fewest trips; but all sums
+of a shard_map (psum) share one channel, and each counts. Bytes are what one device sends by the ring algorithm over n
+members: (n - 1) / n of the gathered or scattered array, twice that for an all-reduce (Chan et al. 2007, "Collective
+communication"). The TPU's compiler writes a reduce-scatter as a fusion `all-reduce-scatter` of an all-reduce and a
+slice; it sends what a reduce-scatter sends.
 """
 
 import collections
@@ -45,7 +46,7 @@ def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
             found = _COLLECTIVE.search(line)
             if not found or not trips[name]:
                 continue
-            channel = re.search(r"channel_id=(\d+)", line)
+            channel = "/psum" not in line and re.search(r"channel_id=(\d+)", line)
             key = ("channel", channel.group(1)) if channel else (name, number)
             axis, members = _span(line, mesh)
             scatters = name.startswith("all-reduce-scatter")

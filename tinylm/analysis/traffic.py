@@ -2,8 +2,9 @@
 
 Bytes are what one device sends by ring algorithms; P is the bytes of its parameters before `data` splits them.
     data parallel     one all-reduce of the gradients over `data`: 2 P (n - 1) / n
-    fsdp              for each micro-batch, gather the parameters for the forward and for the backward pass (in the
-                      compute type), reduce-scatter the gradients: 3 P (n - 1) / n at one type (Rajbhandari et al. 2020)
+    fsdp              for each micro-batch, gather the parameters for the forward and for the backward pass, and
+                      reduce-scatter the gradients: 3 P (n - 1) / n (Rajbhandari et al. 2020), all in the compute type
+                      but the gradients of embedding and output, which are float32
     tensor parallel   an all-reduce (or a gather and a scatter) of the activations at both ends of attention and mlp,
                       forward and backward: 4 a layer, 2 for embedding and output (Shoeybi et al. 2019)
     slices            one all-reduce over `replica` of the gradients that a device holds
@@ -39,9 +40,10 @@ def least_collectives(model: ModelConfig, config: MeshConfig, mesh: Mesh, work: 
     again = model.remat == "full"
     found = []
     if data > 1 and config.fsdp:
-        once = held * work.micro_batches * _ring(data)
-        found.append(Collective("all-gather", data_axis, (3 if again else 2) * once * item / 4))
-        found.append(Collective("reduce-scatter", data_axis, once))
+        exact = (1 if model.tie_embeddings else 2) * 4 * model.padded_vocab * model.embed_dim / tensor
+        shrunk, times = item / 4, work.micro_batches * _ring(data)
+        found.append(Collective("all-gather", data_axis, (3 if again else 2) * held * shrunk * times))
+        found.append(Collective("reduce-scatter", data_axis, ((held - exact) * shrunk + exact) * times))
     elif data > 1:
         found.append(Collective("all-reduce", data_axis, 2 * held * _ring(data)))
     if replica > 1:

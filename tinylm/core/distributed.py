@@ -168,10 +168,23 @@ def barrier(name: str, secs: float = BARRIER_SECS) -> None:
     """Wait until all processes have come to the point `name`, once in a program; raise HangError after `secs`."""
     if jax.process_count() == 1:
         return
-    try:
+    with _waiting(f"not all processes came to {name!r} within {secs:.0f} s"):
         client().wait_at_barrier(f"tinylm/{name}", int(secs * 1000))
+
+
+@contextlib.contextmanager
+def _waiting(line: str) -> Iterator[None]:
+    """Raise HangError with `line` where a call of the coordination service has waited in vain."""
+    try:
+        yield
     except RuntimeError as error:
-        raise HangError(f"not all processes came to {name!r} within {secs:.0f} s: {_first_line(error)}") from error
+        raise HangError(f"{line}: {str(error).splitlines()[0]}") from error
+
+
+def _from_0(key: str, secs: float) -> Any:
+    """Return what process 0 has put, or puts within `secs`, under `key`."""
+    with _waiting(f"process 0 did not answer within {secs:.0f} s"):
+        return json.loads(client().blocking_key_value_get(key, int(secs * 1000)))
 
 
 def from_main(make: Callable[[], Any], secs: float = BARRIER_SECS) -> Any:
@@ -187,10 +200,7 @@ def from_main(make: Callable[[], Any], secs: float = BARRIER_SECS) -> Any:
             raise
         service.key_value_set(key, json.dumps([value]))
         return value
-    try:
-        found = json.loads(service.blocking_key_value_get(key, int(secs * 1000)))
-    except RuntimeError as error:
-        raise HangError(f"process 0 did not answer within {secs:.0f} s: {_first_line(error)}") from error
+    found = _from_0(key, secs)
     if len(found) > 1:
         raise getattr(errors, found[0])(found[1])
     return found[0]
@@ -208,7 +218,7 @@ def agree(facts: dict[str, Any], secs: float = START_SECS) -> None:
     if process == 0:
         service.key_value_set("tinylm/facts", ours)
     else:
-        their_host, theirs = json.loads(service.blocking_key_value_get("tinylm/facts", int(secs * 1000)))
+        their_host, theirs = _from_0("tinylm/facts", secs)
         differing = _differing(json.loads(ours)[1], theirs)
         if differing:
             service.key_value_set(
@@ -237,7 +247,3 @@ def code_versions() -> dict[str, str]:
         digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"tinylm code": digest.hexdigest()[:12], "python": platform.python_version(), **versions}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -141,16 +142,39 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to the layout of its logical `axes` under the mesh in use; without a mesh, return it as is."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, _assign(ACTIVATION_RULES, mesh.shape, axes, x.shape))
+    return jax.lax.with_sharding_constraint(x, layout(x, axes)) if max(_sizes().values()) > 1 else x
 
 
-def layout(x: jax.Array, axes: Sequence[str | None]) -> PartitionSpec:
-    """Return how an activation with logical `axes` is split over the mesh in use."""
+def layout(x: jax.Array | jax.ShapeDtypeStruct, axes: Sequence[str | None]) -> PartitionSpec:
+    """Return how an activation with logical `axes`, or one device's rows of it, is split over the mesh in use."""
+    return _assign(ACTIVATION_RULES, _sizes(), axes, x.shape)
+
+
+def _sizes() -> dict[str, int]:
+    """Return the sizes of the axes of the mesh in use; 1 for those that `sum_over_rows` has split by hand."""
     mesh = jax.sharding.get_abstract_mesh()
-    return PartitionSpec(*[None] * x.ndim) if mesh.empty else _assign(ACTIVATION_RULES, mesh.shape, axes, x.shape)
+    return {name: mesh.shape[name] if name in mesh.auto_axes else 1 for name in AXES}
+
+
+def sum_over_rows(function: Callable, whole: tuple, by_rows: Any, fsdp: bool) -> Any:
+    """Return `function(*whole, *by_rows)`, a sum over the rows (dimension 1) of the arrays of `by_rows`.
+
+    Each device adds up its own rows, and all sums meet once, at the end; the partitioner would communicate in each
+    micro-batch. Only the other axes of the mesh are left to it. With fsdp no device has room for whole sums, so that
+    this holds between replicas alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = tuple(axis for axis in ("replica", "data")[: 1 if fsdp else 2] if _sizes()[axis] > 1)
+    if not rows:
+        return function(*whole, *by_rows)
+    names = {axis for axis in AXES if axis in rows or mesh.shape[axis] == 1}
+
+    def total(whole, by_rows):
+        return jax.lax.psum(function(*whole, *by_rows), rows)
+
+    in_specs, out_specs = (PartitionSpec(), PartitionSpec(None, rows)), PartitionSpec()
+    split = jax.shard_map(total, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
+    return split(whole, by_rows)
 
 
 def on_shards(function: Callable, *parts: tuple[jax.Array, Sequence[str | None]]) -> jax.Array:
@@ -159,11 +183,37 @@ def on_shards(function: Callable, *parts: tuple[jax.Array, Sequence[str | None]]
     Its result is laid out as the first of them.
     """
     arrays = [x for x, _ in parts]
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if max(_sizes().values()) == 1:
         return function(*arrays)
     specs = tuple(layout(x, axes) for x, axes in parts)
-    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+    names = set(jax.sharding.get_abstract_mesh().auto_axes)
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=names, check_vma=False)(*arrays)
+
+
+def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:
+    """Return the rows `ids_BT` of a table as x_BTD, laid out as a batch of sequences.
+
+    Where the table is split by vocabulary, each device finds the ids that it has, and they meet in the type `sent_as`
+    (Shoeybi et al. 2019, section 3): the partitioner would move rows, and float32 gradients, over all axes.
+    """
+    split = layout(table_VD, ("vocab", None))[0]
+    if split is None:
+        return table_VD[ids_BT]
+    out = layout(jax.ShapeDtypeStruct((*ids_BT.shape, 1), sent_as), ("batch", "seq", None))
+
+    def own(table_VD, ids_BT):
+        size, ids_BT = len(table_VD), ids_BT - jax.lax.axis_index(split) * len(table_VD)
+        here_BT1 = ((ids_BT >= 0) & (ids_BT < size))[..., None]
+        rows_BTD = table_VD.astype(jnp.float32)[ids_BT % size]  # so that the gradients of a row add up in float32
+        x_BTD = jnp.where(here_BT1, rows_BTD, 0).astype(sent_as)
+        if not out[1]:
+            return jax.lax.psum(x_BTD, split)
+        return jax.lax.psum_scatter(x_BTD, split, scatter_dimension=1, tiled=True)
+
+    specs = (PartitionSpec(split), layout(ids_BT, ("batch", None)))
+    names = set(jax.sharding.get_abstract_mesh().auto_axes)
+    find = jax.shard_map(own, in_specs=specs, out_specs=out, axis_names=names, check_vma=False)
+    return find(table_VD.astype(sent_as), ids_BT).astype(table_VD.dtype)
 
 
 def target_platform() -> str:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tinylm.core.mesh import constrain
+from tinylm.core.mesh import constrain, look_up
 from tinylm.model import layers
 from tinylm.model.attention import Visibility, attend
 from tinylm.model.config import ModelConfig
@@ -215,10 +215,11 @@ class Transformer(nnx.Module):
         return jnp.where(jnp.arange(c.padded_vocab) < c.vocab_size, logits_BTV, -1e30)
 
     def _embed(self, tokens_BT, positions_BT):
-        x_BTD = self.embedding[...][tokens_BT] * self.config.embed_scale
+        dtype = self.config.compute_dtype
+        x_BTD = look_up(self.embedding[...], tokens_BT, dtype) * self.config.embed_scale
         if self.positions is not None:
             x_BTD = x_BTD + self.positions[...][positions_BT]
-        return constrain(x_BTD.astype(self.config.compute_dtype), "batch", "seq", "embed")
+        return constrain(x_BTD.astype(dtype), "batch", "seq", "embed")
 
     def _rotary(self, positions_BT):
         c = self.config

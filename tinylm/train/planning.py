@@ -33,11 +33,8 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
         compiled, refused = compile_step(config, blueprint, mesh), 0
     except jax.errors.JaxRuntimeError as error:
         compiled, refused = None, bytes_refused(str(error))
-    tokens = config.data.batch_size * config.data.seq_len
-    work = Work(parameter_bytes(blueprint.abstract), tokens, config.train.accumulation_steps)
-    least = least_collectives(config.model, config.mesh, mesh, work)
+    tokens, flops, least = by_formula(config, blueprint.abstract, mesh)
     found, printed = _collectives(compiled, mesh, least)
-    flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
     memory = per_device_bytes(compiled.memory_analysis() if compiled else None, blueprint, refused)
     secs = roofline_secs(chip, mesh, flops, memory, found, config)
     step_secs = max(secs.values())
@@ -57,6 +54,14 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
         "tokens": tokens * config.train.last_step,
         "train_secs_estimate": step_secs * config.train.last_step,
     }
+
+
+def by_formula(config: Config, abstract: TrainState, mesh: Mesh) -> tuple[int, float, list[Collective]]:
+    """Return the tokens of a step, its FLOPs, and the least that it must communicate."""
+    tokens = config.data.batch_size * config.data.seq_len
+    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.params))
+    least = least_collectives(config.model, config.mesh, mesh, Work(whole, tokens, config.train.accumulation_steps))
+    return tokens, train_flops_per_token(config.model, config.data.seq_len) * tokens, least
 
 
 def known_chip(mesh: Mesh) -> Chip:
@@ -110,11 +115,6 @@ def per_device_bytes(stats: Any, blueprint: Blueprint, refused: int = 0) -> dict
             "program": stats.generated_code_size_in_bytes,
         }
     return {**kinds, "total": sum(kinds.values())}
-
-
-def parameter_bytes(abstract: TrainState) -> int:
-    """Return the bytes of all parameters, wherever they lie."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.params))
 
 
 def held_bytes(tree: Any) -> int:

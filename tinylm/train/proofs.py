@@ -6,7 +6,6 @@ The killed run is real processes of the training command, ended by SIGKILL; the 
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh, owned_rows, place_batch
 from tinylm.data import open_data
 from tinylm.data.pipeline import train_batches
+from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
 from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import make_blueprint
@@ -163,9 +163,5 @@ def _finish(process: subprocess.Popen) -> None:
 
 
 def _losses(workdir: pathlib.Path) -> dict[int, float]:
-    """Return the train loss of each step, the last line of a step counting."""
-    records = []
-    for line in (workdir / "metrics.jsonl").read_text().splitlines():
-        if line.endswith("}"):  # the last line of a killed process may be torn
-            records.append(json.loads(line))
-    return {record["step"]: record["loss"] for record in records if record["split"] == "train"}
+    """Return the train loss of each step."""
+    return {line["step"]: line["loss"] for line in RunFolder(str(workdir)).metrics() if line["split"] == "train"}

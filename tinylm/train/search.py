@@ -11,13 +11,11 @@ from typing import Any
 
 import jax
 
-from tinylm.analysis.flops import train_flops_per_token
-from tinylm.analysis.traffic import Work, least_collectives
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
 from tinylm.model.config import ModelConfig
 from tinylm.train.config import Config
-from tinylm.train.planning import held_bytes, known_chip, make_plan, parameter_bytes, roofline_secs
+from tinylm.train.planning import by_formula, held_bytes, known_chip, make_plan, roofline_secs
 from tinylm.train.state import make_blueprint
 
 MARGIN = 0.9  # part of the chip's memory that formulas may fill
@@ -63,10 +61,7 @@ def _rows(config: Config, mesh_config: MeshConfig, devices: Sequence[jax.Device]
             continue
         fit = 2 ** (fit.bit_length() - 1)
         trial.data.batch_size = fit * batch_shards(mesh) * config.train.accumulation_steps
-        tokens = trial.data.batch_size * config.data.seq_len
-        work = Work(parameter_bytes(abstract), tokens, config.train.accumulation_steps)
-        least = least_collectives(trial.model, mesh_config, mesh, work)
-        flops = train_flops_per_token(trial.model, config.data.seq_len) * tokens
+        tokens, flops, least = by_formula(trial, abstract, mesh)
         secs = roofline_secs(chip, mesh, flops, held, least, trial)
         # What a compiler can hide behind the rest is not known: the slowest part, and a tenth of all others.
         step = 0.9 * max(secs.values()) + 0.1 * sum(secs.values())

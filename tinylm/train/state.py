@@ -42,6 +42,7 @@ class Blueprint:
     abstract: TrainState
     axes: dict[str, tuple]
     model: ModelConfig
+    fsdp: bool
 
     @property
     def shardings(self) -> TrainState:
@@ -75,7 +76,7 @@ def make_blueprint(
         sharding = parameter_sharding(mesh, mesh_config.fsdp, leaf_axes, leaf.shape) if leaf_axes else replicated(mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return Blueprint(graph, transform, jax.tree_util.tree_map_with_path(place, shapes), axes, model)
+    return Blueprint(graph, transform, jax.tree_util.tree_map_with_path(place, shapes), axes, model, mesh_config.fsdp)
 
 
 def axes_of(axes: dict[str, tuple], path: tuple, shape: tuple[int, ...]) -> tuple | None:

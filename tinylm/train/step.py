@@ -5,6 +5,7 @@ no resharding. One call takes K batches stacked in front and makes the first `co
 so the loop can stop at any step without another compilation, and the bits don't depend on how steps are grouped.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, traverse_util
 
+from tinylm.core.mesh import sum_over_rows
 from tinylm.model.losses import next_token_loss
 from tinylm.train.config import TrainConfig
 from tinylm.train.guard import judge
@@ -82,26 +84,24 @@ def _norms(params: dict) -> dict[str, jax.Array]:
 
 def accumulate(blueprint: Blueprint, params: dict, batch: Batch, step_key: jax.Array):
     """Return (gradient of the summed loss, summed loss in nats, target tokens) over the micro-batches of `batch`."""
-    num_micro, rows = batch["tokens"].shape[:2]
 
-    def loss_sums(params, index, micro):
+    def loss_sums(params, key, micro, rows_B):
         model = nnx.merge(blueprint.graph, params)
-        keys_B = None
-        if blueprint.model.dropout:
-            keys_B = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(index * rows + jnp.arange(rows))
+        keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B) if blueprint.model.dropout else None
         nats, count, squares = next_token_loss(model, micro, keys_B)
         z_loss = blueprint.model.z_loss
         return (nats + z_loss * squares if z_loss else nats), (nats, count)
 
-    gradient = jax.value_and_grad(loss_sums, has_aux=True)
+    def sums(params, key, batch, rows):
+        def one(xs):
+            (_, sums), grads = jax.value_and_grad(loss_sums, has_aux=True)(params, key, *xs)
+            return grads, *sums
 
-    def add(sums, xs):
-        (_, (nats, count)), grads = gradient(params, *xs)
-        return jax.tree.map(jnp.add, sums, (grads, nats, count)), None
+        if len(rows) == 1:
+            return one(jax.tree.map(lambda x: x[0], (batch, rows)))
+        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
+        return jax.lax.scan(lambda total, xs: (jax.tree.map(jnp.add, total, one(xs)), None), zeros, (batch, rows))[0]
 
-    if num_micro == 1:
-        (_, (nats, count)), grads = gradient(params, 0, jax.tree.map(lambda x: x[0], batch))
-        return grads, nats, count
-    zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
-    sums, _ = jax.lax.scan(add, zeros, (jnp.arange(num_micro), batch))
-    return sums
+    shape = batch["tokens"].shape[:2]
+    rows = jnp.arange(math.prod(shape)).reshape(shape)  # so that a row's dropout doesn't depend on where it is
+    return sum_over_rows(sums, (params, step_key), (batch, rows), blueprint.fsdp)
