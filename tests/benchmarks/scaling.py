@@ -1,7 +1,7 @@
 """The tables of docs/scaling.md: bytes of state under fsdp, and traffic beside its least on a TPU topology.
 
 python tests/benchmarks/scaling.py state
-python tests/benchmarks/scaling.py traffic --mesh=16x1 --fsdp --accumulation=4
+python tests/benchmarks/scaling.py traffic --mesh=1x16x1 --fsdp --accumulation=4
 """
 
 import argparse
@@ -31,13 +31,13 @@ def state() -> None:
 
 def traffic(arguments: argparse.Namespace) -> None:
     """Compile one step and print what it sends and what the formula asks for."""
-    data, model = arguments.mesh.split("x")
+    replica, data, model = arguments.mesh.split("x")
     config = load_config("llama_110m", [
-        *WIDTH, "model.num_layers=4", "data.batch_size=64", f"mesh.data={data}", f"mesh.model={model}",
-        f"mesh.fsdp={arguments.fsdp}", f"train.accumulation_steps={arguments.accumulation}",
+        *WIDTH, "model.num_layers=4", "data.batch_size=64", f"mesh.replica={replica}", f"mesh.data={data}",
+        f"mesh.model={model}", f"mesh.fsdp={arguments.fsdp}", f"train.accumulation_steps={arguments.accumulation}",
     ])  # fmt: skip
     config.resolve(0)
-    rows = make_plan(config, make_mesh(config.mesh, topology_devices("v5e:4x4", 1)))["collectives"]
+    rows = make_plan(config, make_mesh(config.mesh, topology_devices(arguments.topology, 1)))["collectives"]
     sent, least = (sum(row[name] for row in rows) / 1e6 for name in ("bytes_per_step", "minimum_bytes"))
     for row in rows:
         print(
@@ -50,7 +50,8 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("table", choices=["state", "traffic"])
-    parser.add_argument("--mesh", default="16x1")
+    parser.add_argument("--mesh", default="1x16x1", help="replicas x data x model")
+    parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--accumulation", type=int, default=1)
     given = parser.parse_args()

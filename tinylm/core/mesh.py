@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tinylm.core.errors import UserError
@@ -89,9 +90,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise UserError(
             f"mesh.replica={sizes[0]} must be a multiple of the {len(slices)} slices; set it to {len(slices)}."
         )
-    types = (AxisType.Auto,) * len(AXES)
-    parts = [jax.make_mesh((sizes[0] // len(slices), *sizes[1:]), AXES, axis_types=types, devices=s) for s in slices]
-    return parts[0] if len(parts) == 1 else Mesh(np.concatenate([p.devices for p in parts]), AXES, axis_types=types)
+    parts = [_arranged((sizes[0] // len(slices), *sizes[1:]), one) for one in slices]
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """Return the devices as an array whose axes follow the links between chips, as far as that is possible."""
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:  # an axis is only a part of one of the torus
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def _slices(devices: list[jax.Device]) -> list[list[jax.Device]]:
@@ -188,6 +196,14 @@ def on_shards(function: Callable, *parts: tuple[jax.Array, Sequence[str | None]]
     specs = tuple(layout(x, axes) for x, axes in parts)
     names = set(jax.sharding.get_abstract_mesh().auto_axes)
     return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=names, check_vma=False)(*arrays)
+
+
+def in_each_replica(function: Callable) -> Callable:
+    """Return `function` of arrays that all replicas hold alike, computed in each: nothing crosses between slices."""
+    if _sizes()["replica"] == 1:
+        return function
+    whole = PartitionSpec()
+    return jax.shard_map(function, in_specs=whole, out_specs=whole, axis_names={"replica"}, check_vma=False)
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:

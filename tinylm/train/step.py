@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, traverse_util
 
-from tinylm.core.mesh import sum_over_rows
+from tinylm.core.mesh import in_each_replica, sum_over_rows
 from tinylm.model.losses import next_token_loss
 from tinylm.train.config import TrainConfig
 from tinylm.train.guard import judge
@@ -38,7 +38,8 @@ def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule, guarded: Tr
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, nats, count = accumulate(blueprint, state.params, batch, step_key)
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
-        updates, opt_state = blueprint.optimizer.update(grads, state.opt_state, state.params)
+        update = in_each_replica(blueprint.optimizer.update)  # the partitioner would spread Muon's products over slices
+        updates, opt_state = update(grads, state.opt_state, state.params)
         loss, grad_norm = nats / count, optax.tree.norm(grads)
         bad, guard = judge(state.guard, loss, grad_norm, sigmas, forgive)
         learned = (optax.apply_updates(state.params, updates), opt_state)
