@@ -22,6 +22,7 @@ from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh, owned_rows, place_batch
 from tinylm.data import open_data
 from tinylm.data.pipeline import train_batches
+from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
 from tinylm.train.optimizer import make_schedule
@@ -115,14 +116,15 @@ def _batches(config: Config, data: Any, owned: np.ndarray):
 
 
 def prove_resume(config: Config, arguments: list[str]) -> Proof:
-    """Train RESUME_STEPS steps with the training command; again with a SIGKILL after the first checkpoint, resumed on
+    """Train RESUME_STEPS steps with the training command; again with a SIGKILL once one checkpoint is whole, resumed on
     the same mesh and on another.
     """
     with tempfile.TemporaryDirectory() as folder:
         whole, killed, moved = (pathlib.Path(folder, name) for name in ("whole", "killed", "moved"))
         _finish(_train(arguments, whole))
         process = _train(arguments, killed)
-        while not (killed / "checkpoints" / str(RESUME_SAVE) / "checksums").exists() and process.poll() is None:
+        kept = Checkpoints(RunFolder(str(killed)).checkpoints)
+        while not (saved := kept.steps()) and process.poll() is None:
             time.sleep(0.001)
         process.kill()
         process.communicate()
@@ -136,8 +138,9 @@ def prove_resume(config: Config, arguments: list[str]) -> Proof:
               f"{abs(there.get(step, 0.0) / loss - 1):.1e}") for step, loss in ours.items()]  # fmt: skip
     limit = MESH_LIMIT[config.model.compute_dtype]
     near = ours.keys() == there.keys() and all(abs(there[step] / loss - 1) <= limit for step, loss in ours.items())
-    return Proof(f"a killed and resumed run has the same losses, bit for bit, and within {limit:g} on another mesh",
-                 bool(ours) and ours == theirs and near, rows)  # fmt: skip
+    return Proof(f"a run that was killed once step {max(saved, default=0)} was saved, and resumed, has the same "
+                 f"losses, bit for bit, and within {limit:g} on another mesh",
+                 bool(saved) and ours == theirs and near, rows)  # fmt: skip
 
 
 def _other_mesh(config: Config) -> list[str]:
