@@ -10,7 +10,8 @@ from helpers import run_command
 from tinylm.analysis.report import describe, describe_search
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import make_mesh
+from tinylm.core.mesh import MeshConfig, make_mesh
+from tinylm.plan import topology_devices
 from tinylm.train.planning import make_plan
 from tinylm.train.search import search
 
@@ -105,11 +106,20 @@ def test_fsdp_on_a_topology_sends_what_the_formula_says():
 
 @pytest.mark.slow
 @needs_libtpu
-def test_one_all_reduce_crosses_slices():
-    found = plan("--topology=v5e:2x2", "--slices=2", "--config.mesh.replica=2")
+@pytest.mark.parametrize("fsdp", ["false", "true"])
+def test_one_all_reduce_crosses_slices(fsdp):
+    found = plan("--topology=v5e:2x2", "--slices=2", "--config.mesh.replica=2", f"--config.mesh.fsdp={fsdp}")
     across = [row for row in found["collectives"] if "replica" in row["axis"]]
     assert {row["kind"] for row in across} == {"all-reduce"}
     assert found["mesh"] == {"replica": 2, "data": 4, "model": 1}
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_mesh_axis_may_be_a_part_of_one_of_the_torus():
+    mesh = make_mesh(MeshConfig(model=4), topology_devices("v5p:8x8x16", 1))
+    assert dict(mesh.shape) == {"replica": 1, "data": 256, "model": 4}
+    assert len(set(mesh.devices.flat)) == 1024
 
 
 @pytest.mark.slow
