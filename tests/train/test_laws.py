@@ -1,12 +1,13 @@
 """The laws that hold for a training step: any mesh, any grouping, any accumulation give the same run."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import random_batch, tiny_model, train
 from jax.sharding import AbstractMesh, AxisType
 
-from tinylm.core.mesh import AXES, MeshConfig, make_mesh
+from tinylm.core.mesh import AXES, MeshConfig, look_up, make_mesh
 from tinylm.train.config import OptimizerConfig
 from tinylm.train.planning import held_bytes
 from tinylm.train.state import make_blueprint
@@ -31,6 +32,21 @@ def test_every_mesh_gives_the_same_losses(single, data, model, fsdp):
 def test_replicas_give_the_same_losses(single):
     losses, _, _ = train(MeshConfig(replica=2, data=2, model=2), DROPPING, BATCHES)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [16, 5])
+def test_a_split_vocabulary_gives_the_same_rows_and_gradient_where_the_mesh_divides_the_length_or_not(length):
+    rng = np.random.default_rng(0)
+    table, ids = rng.normal(size=(128, 8)).astype(np.float32), rng.integers(0, 128, (4, length))
+    weigh = jnp.asarray(rng.normal(size=(4, length, 8)), jnp.float32)
+
+    def loss(table):
+        return jnp.sum(jnp.sin(look_up(table, ids, "float32")) * weigh)
+
+    plain = jax.value_and_grad(loss)(table)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, model=4))):
+        meshed = jax.jit(jax.value_and_grad(loss))(table)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, meshed)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
