@@ -98,7 +98,8 @@ def test_a_search_in_which_nothing_fits_says_so():
 @needs_libtpu
 def test_fsdp_on_a_topology_sends_what_the_formula_says():
     wide = ["--config.model.embed_dim=1024", "--config.model.num_heads=16", "--config.data.seq_len=256"]
-    found = plan("--topology=v5e:4x4", "--config.mesh.fsdp=true", *wide)
+    plain = "--config.optimizer.name=adamw"  # Muon gathers whole matrices, which the formula doesn't have
+    found = plan("--topology=v5e:4x4", "--config.mesh.fsdp=true", plain, *wide)
     sent, least = (sum(row[key] for row in found["collectives"]) for key in ("bytes_per_step", "minimum_bytes"))
     assert 0.5 * least < sent < 1.15 * least
     assert found["chip_bytes"] == 16 * 2**30
