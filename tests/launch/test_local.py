@@ -29,8 +29,8 @@ def verdict():
     return module.verdict
 
 
-def test_two_processes_of_two_devices_train_as_one_of_four(tmp_path):
-    for processes, devices in (2, 2), (1, 4):
+def test_two_processes_of_four_devices_train_as_one_of_eight(tmp_path):
+    for processes, devices in (2, 4), (1, 8):
         done = launch(f"--processes={processes}", f"--devices={devices}", "--restarts=0", "--", *SMALL, *FEW_STEPS,
                       "--config.mesh.model=2", f"--workdir={tmp_path}/{processes}")  # fmt: skip
         assert done.returncode == 0, done.stderr
