@@ -64,7 +64,7 @@ def define_json() -> None:
 
 def run(main: Callable[[], None], doc: str | None) -> None:
     """Parse flags, start JAX, call `main`, and exit with the code that tells how it went."""
-    faulthandler.enable()  # a file that shrinks below a memory map kills with SIGBUS: say where
+    faulthandler.enable()  # what kills the process, as a file of weights that shrinks while it is mapped, is said where
     try:
         _parse(doc or "")
         distributed.start(

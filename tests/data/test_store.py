@@ -198,6 +198,25 @@ def test_damage_is_found(tmp_path):
         open_data(config, seed=0, progress=False)
 
 
+@pytest.mark.parametrize("packing", ["stream", "packed"])
+@pytest.mark.parametrize("how", ["cut", "altered"])
+def test_a_file_that_changes_under_a_reader_is_one_line(tmp_path, packing, how):
+    """A cut one must not kill the process, as a memory map that shrinks would."""
+    data = open_data(config_of(write_text(tmp_path / "a.txt", 500), tmp_path / "s", packing=packing), seed=0)
+    data.train.read(np.arange(9))
+    name = "tokens-*.bin" if packing == "stream" else "plan-*/pieces-*.bin"
+    for path in data.stores[0].folder.glob(name):
+        if how == "cut":
+            os.truncate(path, 1000)
+        else:
+            path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(
+        StorageError, match=f"{path.name} was changed while it was read: it is damaged; delete"
+    ) as error:
+        data.train.read(np.arange(9))
+    assert "\n" not in str(error.value)
+
+
 def test_a_store_of_another_tokenizer_is_refused(tmp_path):
     path = write_text(tmp_path / "a.txt", 500)
     config = config_of(path, tmp_path / "s")

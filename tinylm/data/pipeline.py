@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
+from tinylm.core.errors import HangError
 from tinylm.data.rows import Examples, Rows
 
 
@@ -58,6 +59,8 @@ def train_batches(
     iterator = iter(grain.MapDataset.source(runs)[start // runs.length :].to_iter_dataset(options))
     try:
         yield from itertools.islice(itertools.chain.from_iterable(iterator), start % runs.length, None)
+    except SystemExit as error:  # would end the program as if all were done
+        raise HangError("a thread that reads batches was ended; give the same command.") from error
     finally:
         iterator.close()
 

@@ -9,12 +9,12 @@ they are made once for a store, as two arrays beside it that are memory-mapped t
 import heapq
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from tinylm.data.store import ArrayWriter, map_file
+from tinylm.data.store import ArrayFile, ArrayWriter
 
 PLAN = "plan.json"
 PACK_DOCUMENTS = 1 << 16
@@ -47,12 +47,15 @@ class StreamPlan:
 class DocumentPlan:
     """Rows listed in an index: row r has the pieces from ends[r - 1] to ends[r] of `pieces` [P, (start, length)]."""
 
-    def __init__(self, ends: np.ndarray, pieces: np.ndarray, num_split: int):
-        self._ends, self._pieces, self.num_split = ends, pieces, num_split
+    def __init__(self, ends: np.ndarray, pieces: np.ndarray, num_split: int, files: Sequence[ArrayFile] = ()):
+        """Take the index, and the files that it is mapped from."""
+        self._ends, self._pieces, self.num_split, self._files = ends, pieces, num_split, files
         self.num_rows = len(ends)
 
     def pieces(self, rows: np.ndarray, offsets: np.ndarray) -> Pieces:
         """Return the pieces of rows; documents stay where they are, so `offsets` are without effect."""
+        for file in self._files:
+            file.check()
         first = np.where(rows > 0, self._ends[np.maximum(rows, 1) - 1], 0)
         count = self._ends[rows] - first
         row = np.repeat(np.arange(len(rows)), count)
@@ -132,8 +135,8 @@ def load_plan(folder: pathlib.Path) -> DocumentPlan | None:
     """Open a written plan, memory-mapped; None where it isn't there, or not whole."""
     try:
         num_rows, num_pieces, num_split = json.loads((folder / PLAN).read_text())
-        ends = map_file(folder / "ends-00000.bin", np.int64, num_rows)
-        pieces = map_file(folder / "pieces-00000.bin", np.int64, 2 * num_pieces)
+        ends = ArrayFile(folder / "ends-00000.bin", np.int64, num_rows)
+        pieces = ArrayFile(folder / "pieces-00000.bin", np.int64, 2 * num_pieces)
     except (OSError, ValueError):
         return None
-    return DocumentPlan(ends, pieces.reshape(-1, 2), num_split)
+    return DocumentPlan(ends.mapped(), pieces.mapped().reshape(-1, 2), num_split, (ends, pieces))

@@ -1,13 +1,15 @@
-"""Token stores: ids in memory-mapped shards, where documents end, and a manifest that is written last.
+"""Token stores: ids in shards that are read at random, where documents end, and a manifest that is written last.
 
 A store is a folder. `manifest.json` names its shards (in the smallest unsigned type that holds the vocabulary, or
 ready files that are read in place) with sizes and checksums; `documents.bin` has, after each document, how many tokens
 and bytes of text there are so far; `mask-*.bin`, where there are prompts, is 1 where a token carries loss. Both splits
-lie in one sequence. Opening costs a look at each shard, whatever its size.
+lie in one sequence. Opening costs a look at each shard, whatever its size. A file that is cut or written to under a
+run is an error at the next reading, so shards are read, not mapped (a map that shrinks kills the process).
 """
 
 import bisect
 import hashlib
+import itertools
 import json
 import mmap
 import os
@@ -131,15 +133,12 @@ class StoreWriter:
 
 
 class TokenArray:
-    """One long array over several memory-mapped files, read a stretch at a time."""
+    """One long array over several files, read a stretch at a time."""
 
     def __init__(self, folder: pathlib.Path, shards: list[dict[str, Any]], dtype: np.dtype | type):
         _allow_files(len(shards))
-        self._maps: list[np.ndarray] = []
-        self._starts = [0]
-        for shard in shards:
-            self._maps.append(map_file(folder / shard["file"], np.dtype(shard.get("dtype", dtype)), shard["items"]))
-            self._starts.append(self._starts[-1] + shard["items"])
+        self._files = [ArrayFile(folder / s["file"], np.dtype(s.get("dtype", dtype)), s["items"]) for s in shards]
+        self._starts = [0, *itertools.accumulate(shard["items"] for shard in shards)]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -149,33 +148,66 @@ class TokenArray:
         shard = bisect.bisect_right(self._starts, start) - 1
         done = 0
         while done < len(out):
-            begin = start + done - self._starts[shard]
-            piece = self._maps[shard][begin : begin + len(out) - done]
-            out[done : done + len(piece)] = piece
-            done += len(piece)
+            count = min(len(out) - done, self._starts[shard + 1] - start - done)
+            out[done : done + count] = self._files[shard].read(start + done - self._starts[shard], count)
+            done += count
             shard += 1
 
 
-def map_file(path: pathlib.Path, dtype: np.dtype | type, items: int) -> np.ndarray:
-    """Map a file of so many items for random reading; raise StorageError where it is not there or of another size.
+class ArrayFile:
+    """An array in a file that nobody may change while it is open: StorageError where it isn't what it has to be.
 
     A small one is read ahead whole, a large one never, for most would be in vain.
     """
-    try:
-        with path.open("rb") as file:
-            found, expected = os.fstat(file.fileno()).st_size, items * np.dtype(dtype).itemsize
-            if found != expected:
-                raise OSError(0, f"has {found:,} bytes instead of {expected:,}")
-            if not items:
-                return np.zeros(0, dtype)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise StorageError(
-            f"{path} {error.strerror}: it is damaged; delete {path.parent} to prepare it again."
-        ) from error
-    if hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_WILLNEED if len(mapped) <= _READ_AHEAD_BYTES else mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, dtype)
+
+    def __init__(self, path: pathlib.Path, dtype: np.dtype | type, items: int):
+        self.path, self.dtype, self.items = path, np.dtype(dtype), items
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise self._damaged(str(error.strerror)) from error
+        self._descriptor = self._file.fileno()
+        found, self._changed_at = self._look()
+        if found != self.num_bytes:
+            raise self._damaged(f"has {found:,} bytes instead of {self.num_bytes:,}")
+        if hasattr(os, "posix_fadvise"):
+            small = found <= _READ_AHEAD_BYTES
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_WILLNEED if small else os.POSIX_FADV_RANDOM)
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return self.items * self.dtype.itemsize
+
+    def _damaged(self, how: str) -> StorageError:
+        return StorageError(f"{self.path} {how}: it is damaged; delete {self.path.parent} to prepare it again.")
+
+    def _look(self) -> tuple[int, int]:
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def check(self) -> None:
+        """Raise StorageError where it was changed since it was opened."""
+        if self._look() != (self.num_bytes, self._changed_at):
+            raise self._damaged("was changed while it was read")
+
+    def read(self, begin: int, count: int) -> np.ndarray:
+        """Return `count` items from `begin` on."""
+        size = self.dtype.itemsize
+        content = os.pread(self._descriptor, count * size, begin * size)
+        self.check()
+        if len(content) != count * size:
+            raise self._damaged(f"gave {len(content):,} of {count * size:,} bytes at {begin * size:,}")
+        return np.frombuffer(content, self.dtype)
+
+    def mapped(self) -> np.ndarray:
+        """Map the whole; who reads on for long calls `check` before."""
+        if not self.items:
+            return np.zeros(0, self.dtype)
+        content = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_RANDOM") and len(content) > _READ_AHEAD_BYTES:
+            content.madvise(mmap.MADV_RANDOM)
+        return np.frombuffer(content, self.dtype)
 
 
 def _allow_files(count: int) -> None:
@@ -215,7 +247,7 @@ class Store:
     def document_ends(self) -> np.ndarray:
         """Return, for each document, the tokens and bytes up to its end: [documents, 2]."""
         (shard,) = self.manifest["document_shards"]
-        return map_file(self.folder / shard["file"], np.int64, shard["items"]).reshape(-1, 2)
+        return ArrayFile(self.folder / shard["file"], np.int64, shard["items"]).mapped().reshape(-1, 2)
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
