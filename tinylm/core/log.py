@@ -1,6 +1,6 @@
 """What the program says to its user: plain lines on stderr, from process 0 alone.
 
-Libraries log to their own loggers, which are kept to errors: no warning reaches a user who can't act on it. A thread
+Libraries log to their own loggers, which are kept quiet: no warning reaches a user who can't act on it. A thread
 writes, so that a terminal or a pipe that takes nothing more stops no training.
 """
 
@@ -11,6 +11,7 @@ import queue
 import sys
 import time
 import warnings
+from typing import Any
 
 _logger = logging.getLogger("tinylm")
 _lines: queue.Queue = queue.Queue()
@@ -28,8 +29,15 @@ def start(is_main: bool = True) -> None:
     _logger.setLevel(logging.INFO if is_main else logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
     for name in ("absl", "jax", "orbax", "etils"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what is raised is said once, by us
     warnings.filterwarnings("ignore")
+    sys.unraisablehook = _unraisable
+
+
+def _unraisable(found: Any) -> None:
+    """Say what nobody could catch; not that of a save that failed further writes ended later."""
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def flush(secs: float = 2.0) -> None:
@@ -39,9 +47,9 @@ def flush(secs: float = 2.0) -> None:
         time.sleep(0.001)
 
 
-def say(line: str) -> None:
-    """Log one line to the user."""
-    _logger.info(line)
+def say(line: str, from_all: bool = False) -> None:
+    """Log one line to the user, of process 0 alone unless `from_all`."""
+    _logger.log(logging.ERROR if from_all else logging.INFO, line)
 
 
 def say_once(line: str, _said: set[str] = set()) -> None:  # noqa: B006

@@ -15,13 +15,14 @@ from typing import Any
 
 from etils import epath
 
-from tinylm.core.distributed import from_main, is_main
+from tinylm.core.distributed import from_main, is_main, speaker
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
 from tinylm.core.settings import setting
 from tinylm.run import checksums
 
 ITEMS = ("params", "train")
+_PEER_SECS = 300  # after which a process gives a save up whose other processes, as it seems, could not write theirs
 _FAILURES = (OSError, ValueError, RuntimeError)  # what Orbax and TensorStore raise for a disk that is full or gone
 
 
@@ -46,7 +47,10 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._ocp, self._folder, self._config = ocp, folder, config
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # Floats hardly get smaller, and compressing takes a copy of them and nearly all the time of a save.
+        handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
+        waiting = ocp.options.AsyncOptions(timeout_secs=_PEER_SECS)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers), async_options=waiting)
         self._sealer = ThreadPoolExecutor(1)
         self._sealing: Future[None] | None = None
         self._damaged: set[int] = set()
@@ -131,7 +135,7 @@ class Checkpoints:
             if is_main():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._remove(str(step), but_mark=True)  # a damaged one
-            saved = args.Composite(**{name: args.StandardSave(item) for name, item in items.items()})
+            saved = args.Composite(**{name: args.PyTreeSave(item) for name, item in items.items()})
             self._orbax.save(self._folder / str(step), args=saved)
             self._sealing = self._sealer.submit(self._seal, step, loss)
         except _FAILURES as error:
@@ -173,8 +177,10 @@ class Checkpoints:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        self._failure = f"a checkpoint could not be written to {os.fspath(self._folder)}: {str(error).splitlines()[0]}"
-        say(f"warning: {self._failure}; the next save tries again")
+        # TensorStore names its file at length, and says last what the system said.
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rpartition(": ")[2].partition(" [")[0]
+        self._failure = f"a checkpoint could not be written to {os.fspath(self._folder)}: {reason}"
+        say(f"warning: {speaker()}{self._failure}; the next save tries again", from_all=True)
 
     def close(self) -> None:
         """Wait for a save under way; raise StorageError where the last one failed."""
@@ -195,8 +201,8 @@ class Checkpoints:
         return self._restore(step, params=abstract)["params"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        args = self._ocp.args
-        wanted = args.Composite(**{name: args.StandardRestore(item) for name, item in items.items()})
+        args, laid_out = self._ocp.args, self._ocp.checkpoint_utils.construct_restore_args
+        wanted = args.Composite(**{name: args.PyTreeRestore(item, laid_out(item)) for name, item in items.items()})
         return self._orbax.restore(self._folder / str(step), args=wanted)
 
 

@@ -28,7 +28,9 @@ def write(folder: epath.Path, **facts: Any) -> None:
         content = {"files": dict(zip(files, threads.map(_describe, files.values()), strict=True)), **facts}
     body = json.dumps(content, indent=0).encode()
     (folder / NAME).write_bytes(_digest(body).encode() + b"\n" + body)
-    sync([*files.values(), folder / NAME, *{path.parent for path in files.values()}, folder, folder.parent])
+    written = [*files.values(), folder / NAME, *{path.parent for path in files.values()}, folder, folder.parent]
+    with ThreadPoolExecutor(32) as threads:  # at once, for a disk that takes many in one go
+        list(threads.map(_sync, written))
 
 
 def read(folder: epath.Path) -> dict[str, Any] | None:
@@ -60,11 +62,9 @@ def damage(folder: epath.Path, parts: Iterable[str]) -> str:
     return ""
 
 
-def sync(paths: Iterable[epath.Path]) -> None:
-    """Bring files and folders onto the disk, where they are on one."""
-    for path in map(os.fspath, paths):
-        if "://" in path:
-            return
+def _sync(path: epath.Path) -> None:
+    """Bring a file or a folder onto the disk, where it is on one."""
+    if "://" not in os.fspath(path):
         descriptor = os.open(path, os.O_RDONLY)
         with contextlib.suppress(OSError):  # a file system that can't
             os.fsync(descriptor)
