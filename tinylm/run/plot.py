@@ -8,6 +8,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from tinylm.core.log import say
+from tinylm.run.folder import RunFolder
+from tinylm.run.gather import gather
+
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("", "7 3", "2 3", "10 3 2 3", "5 2", "1 2", "12 4")
 PANELS = {
@@ -38,6 +42,16 @@ def draw_curves(runs: Sequence[dict[str, Any]], path: Any, names: Sequence[str] 
         axes.grid(alpha=0.3)
     grid[0].legend(fontsize=8)
     save(figure, path)
+
+
+def draw_loss(folder: RunFolder) -> bool:
+    """Draw loss.png into a run's folder; say so where that can't be, and return whether it could."""
+    try:
+        draw_curves([gather(str(folder.path))], folder.plot_file, ["loss"])
+    except OSError as error:
+        say(f"warning: {folder.plot_file} cannot be written: {error.strerror}")
+        return False
+    return True
 
 
 def _curves(i: int, run: dict[str, Any], name: str) -> list[tuple[Any, ...]]:

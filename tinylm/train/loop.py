@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from tinylm.analysis.chips import peak_flops
 from tinylm.analysis.flops import train_flops_per_token
-from tinylm.core.distributed import from_main, is_main
+from tinylm.core.distributed import barrier, from_main, is_main
 from tinylm.core.errors import Preempted
 from tinylm.core.log import say
 from tinylm.core.mesh import owned_rows, place_batch
@@ -27,9 +27,8 @@ from tinylm.core.watchdog import Watchdog
 from tinylm.data.pipeline import train_batches
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
-from tinylm.run.gather import gather
 from tinylm.run.lock import WorkdirLock
-from tinylm.run.plot import draw_curves
+from tinylm.run.plot import draw_loss
 from tinylm.train import guard
 from tinylm.train.account import Account
 from tinylm.train.config import Config
@@ -49,7 +48,7 @@ class Trainer:
         """Take the parts; compile nothing yet."""
         self.config, self.data, self.mesh, self.folder, self.blueprint = config, data, mesh, folder, blueprint
         schedule = make_schedule(config.optimizer, config.train.num_steps)
-        self.train_steps = make_train_steps(blueprint, schedule, config.train)
+        self.train_steps: Any = make_train_steps(blueprint, schedule, config.train)
         self.looks = Looks(config, data, mesh, blueprint)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint)
         self.flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
@@ -59,6 +58,8 @@ class Trainer:
         self.valid_step = -1
         self.compare_replicas = make_replica_check(mesh, blueprint.abstract.params)
         self.account = Account(folder)
+        self.rows = config.data.batch_size // config.train.accumulation_steps
+        self.owned = owned_rows(mesh, self.rows)  # of a micro-batch: those of this process
         self.step = 0  # as far as is known; where a dispatch is pending, as if no step of it were bad
         self.settled = 0  # steps whose metrics were read
         self.pending: tuple[dict[str, jax.Array], int] | None = None
@@ -107,7 +108,7 @@ class Trainer:
                     f"asked to stop; step {self.step} is saved in {self.folder.path}; give the same command."
                 )
             state = self._dispatch(state)
-            if self._anything_due():
+            if self.step == config.train.last_step or any(map(self._due, self._cadences())):
                 self._settle()
             if self.bad_batch >= 0:
                 state = self._roll_back()
@@ -122,7 +123,8 @@ class Trainer:
         """Take over a state: where it is, and which batch comes next."""
         self.guard = guard.on_host(state.guard)
         self.step = self.settled = self.saved = self.sampled = int(state.step)
-        self.batches = self._batches(self.step + self.guard["skipped"])
+        shape, start = (self.config.train.accumulation_steps, self.rows), self.step + self.guard["skipped"]
+        self.batches = train_batches(self.data.train, batch_shape=shape, owned_rows=self.owned, start=start)
         self.settled_at = time.monotonic()
         return state
 
@@ -149,14 +151,21 @@ class Trainer:
         with self.account.phase("data"):
             placed = self._place([next(self.batches)[1] for _ in range(count)])
         host_secs = (time.monotonic() - self.settled_at) / count
-        with self.account.phase("compile") if self.stop.nothing_to_save else contextlib.nullcontext():
-            state, metrics = self.train_steps(state, placed, count, self.config.seed)
+        if self.stop.nothing_to_save:
+            self._compile(state, placed)
+        state, metrics = self.train_steps(state, placed, count, self.config.seed)
         self.stop.nothing_to_save = False
         self._settle()
         self.pending, self.step = (metrics, count), self.step + count
         self.watchdog.beat(self.step, host_secs)
         self.settled_at = time.monotonic()
         return state
+
+    def _compile(self, state: TrainState, placed: dict[str, jax.Array]) -> None:
+        """Compile the step; wait for the other processes, of which none may be late by half a minute from here on."""
+        with self.account.phase("compile"):
+            self.train_steps = self.train_steps.lower(state, placed, 1, self.config.seed).compile()
+            barrier("compiled")
 
     def _settle(self) -> None:
         """Read what the pending dispatch did, waiting for the device if need be: log its steps, count bad ones."""
@@ -198,29 +207,17 @@ class Trainer:
         if finished and self.config.sample.max_tokens:
             self._sample(state.params)
         self.progress.close()
-        if is_main() and finished and self.config.writers.plot:
-            try:
-                draw_curves([gather(str(self.folder.path))], self.folder.plot_file, ["loss"])
-                self.trackers.put("picture", self.step, str(self.folder.plot_file))
-            except OSError as error:
-                say(f"warning: {self.folder.plot_file} cannot be written: {error.strerror}")
+        if is_main() and finished and self.config.writers.plot and draw_loss(self.folder):
+            self.trackers.put("picture", self.step, str(self.folder.plot_file))
         self._write(self.account.record(self.step))
         self.checkpoints.close()
         self.folder.flush()
-
-    def _batches(self, start: int):
-        """Return the iterator of this process's host batches from step `start` on."""
-        micro = self.config.train.accumulation_steps
-        rows = self.config.data.batch_size // micro
-        self.owned = owned_rows(self.mesh, rows)
-        return train_batches(self.data.train, batch_shape=(micro, rows), owned_rows=self.owned, start=start)
 
     def _place(self, host: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
         """Stack host batches to [K, A, rows, T], K the same in every dispatch, and put them on the mesh."""
         missing = self.config.train.steps_per_dispatch - len(host)
         stacked = {name: np.stack([batch[name] for batch in host] + [host[-1][name]] * missing) for name in host[0]}
-        rows = self.config.data.batch_size // self.config.train.accumulation_steps
-        return place_batch(self.mesh, stacked, self.owned, rows, 2)
+        return place_batch(self.mesh, stacked, self.owned, self.rows, 2)
 
     def _due(self, every: int, step: int = -1) -> bool:
         step = self.step if step < 0 else step
@@ -229,9 +226,6 @@ class Trainer:
     def _cadences(self) -> tuple[int, ...]:
         c = self.config
         return c.eval.every_steps, c.sample.every_steps, c.checkpoint.every_steps, c.train.replicas_every_steps
-
-    def _anything_due(self) -> bool:
-        return any(map(self._due, (*self._cadences(), self.config.train.last_step)))
 
     def _next_stop(self) -> int:
         """Return the first step from here on at which something is due."""
