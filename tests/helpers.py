@@ -1,5 +1,6 @@
 """Small models and batches that the tests share, and a way to run commands as a user would."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tinylm.core.mesh import MeshConfig, make_mesh, owned_rows, place_batch
@@ -81,6 +83,23 @@ def train(
             losses += np.asarray(metrics["loss"])[: len(part)].tolist()
             norms += np.asarray(metrics["grad_norm"])[: len(part)].tolist()
         return losses, norms, jax.tree.map(np.asarray, state)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class SmallState:
+    """What Checkpoints needs of a TrainState."""
+
+    step: jax.Array
+    params: dict
+    opt_state: dict
+    guard: dict
+
+
+def small_state(step: int) -> SmallState:
+    """Return a state of a few numbers, among them the step."""
+    params, opt_state = {"w": jnp.full(4, step, jnp.float32)}, {"m": jnp.ones(4)}
+    return SmallState(jnp.int32(step), params, opt_state, {"best": jnp.float32(0)})
 
 
 def run_command(module: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = 300):

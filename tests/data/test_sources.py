@@ -241,6 +241,18 @@ def test_each_mistake_is_one_line(tmp_path, settings, match):
     refused(tmp_path, match, **filled)
 
 
+@pytest.mark.parametrize("spec", ["text:{}", "jsonl:{}", "parquet:{}", "tokens:{}"])
+def test_files_that_can_hold_objects_are_read_as_what_they_are_not_and_run_nothing(tmp_path, spec):
+    """A pickle that would make a file, alone and as NumPy's array of objects."""
+    pickled = f"cos\nsystem\n(S'touch {tmp_path}/done'\ntR.".encode()
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"
+    array = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + pickled
+    for name, content in ("a.pkl", b"\x80\x04" + pickled), ("a.npy", array):
+        (tmp_path / name).write_bytes(content + b"\0" * (len(content) % 2))
+        refused(tmp_path, name, source=spec.format(tmp_path / name), tokenizer="byte")
+    assert not (tmp_path / "done").exists()
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads everything")
 def test_a_file_that_may_not_be_read_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("x")

@@ -1,6 +1,5 @@
 """Checkpoints under damage: every file, any bit, a kill at any point of a save; disks that are full."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -9,8 +8,8 @@ import shutil
 import sys
 
 import jax
-import jax.numpy as jnp
 import pytest
+from helpers import small_state
 
 from tinylm.core import log
 from tinylm.core.errors import StorageError
@@ -19,28 +18,13 @@ from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
 from tinylm.run.folder import RunFolder
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class State:
-    """What Checkpoints needs of a TrainState."""
-
-    step: jax.Array
-    params: dict
-    opt_state: dict
-    guard: dict
-
-
-def state(step):
-    return State(jnp.int32(step), {"w": jnp.full(4, step, jnp.float32)}, {"m": jnp.ones(4)}, {"best": jnp.float32(0)})
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder with the steps 1 and 2."""
     folder = RunFolder(str(tmp_path_factory.mktemp("saved"))).checkpoints
     checkpoints = Checkpoints(folder, CheckpointConfig())
     for step in 1, 2:
-        checkpoints.save(state(step), None)
+        checkpoints.save(small_state(step), None)
     checkpoints.close()
     return folder
 
@@ -68,7 +52,7 @@ def files_of(folder):
 def test_a_moved_folder_is_whole(folder):
     checkpoints = Checkpoints(folder)
     assert checkpoints.newest() == 2
-    restored = checkpoints.restore(2, jax.eval_shape(lambda: state(0)))
+    restored = checkpoints.restore(2, jax.eval_shape(lambda: small_state(0)))
     assert (int(restored.step), restored.params["w"].tolist()) == (2, [2.0] * 4)
 
 
@@ -131,13 +115,13 @@ def test_a_damaged_step_is_written_anew_and_goes_with_the_old(folder, said):
     (folder / "2" / "params" / "_METADATA").unlink()
     checkpoints = Checkpoints(folder, CheckpointConfig())
     assert checkpoints.newest() == 1
-    checkpoints.save(state(2), None)
+    checkpoints.save(small_state(2), None)
     checkpoints.close()
     assert Checkpoints(folder).newest() == 2
     (folder / "2" / "params" / "_METADATA").unlink()
     checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
     assert checkpoints.newest() == 1
-    checkpoints.save(state(3), None)
+    checkpoints.save(small_state(3), None)
     checkpoints.close()
     assert checkpoints.steps() == [1, 3]
     assert not (folder / "2").exists()
@@ -182,7 +166,7 @@ def test_a_kill_between_any_two_writes_leaves_a_whole_step(saved, tmp_path, monk
             count = writes(patched, kill_at)
             checkpoints = Checkpoints(folder, CheckpointConfig())
             try:
-                checkpoints.save(state(3), None)
+                checkpoints.save(small_state(3), None)
                 checkpoints.close()
             except Killed:
                 checkpoints._orbax.close()
@@ -200,11 +184,11 @@ def test_a_save_that_fails_is_said_and_tried_again(folder, said, monkeypatch):
     checkpoints = Checkpoints(folder, CheckpointConfig())
     with monkeypatch.context() as patched:
         patched.setattr(checksums, "write", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
-        checkpoints.save(state(3), None)
+        checkpoints.save(small_state(3), None)
         checkpoints.check(wait=True)
     assert "No space left; the next save tries again" in said[-1]
     assert Checkpoints(folder).newest() == 2, "the last whole one is still there"
-    checkpoints.save(state(4), None)
+    checkpoints.save(small_state(4), None)
     checkpoints.close()
     assert checkpoints.newest() == 4
 
@@ -212,7 +196,7 @@ def test_a_save_that_fails_is_said_and_tried_again(folder, said, monkeypatch):
 def test_a_run_that_ends_unsaved_says_so_with_its_exit_code(folder, said, monkeypatch):
     checkpoints = Checkpoints(folder, CheckpointConfig())
     monkeypatch.setattr(checksums, "write", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
-    checkpoints.save(state(3), None)
+    checkpoints.save(small_state(3), None)
     with pytest.raises(StorageError, match="No space left; free space there") as caught:
         checkpoints.close()
     assert caught.value.exit_code == 5

@@ -1,11 +1,10 @@
 """The files of a run: metrics after a crash, which checkpoints stay, what --step means."""
 
-import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import pytest
+from helpers import small_state
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
@@ -38,34 +37,19 @@ def test_a_config_that_is_missing_or_broken_is_one_line(tmp_path):
         RunFolder(str(tmp_path)).read_config()
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class State:
-    """What Checkpoints needs of a TrainState."""
-
-    step: jax.Array
-    params: dict
-    opt_state: dict
-    guard: dict
-
-
-def state(step):
-    return State(jnp.int32(step), {"w": jnp.full(4, step, jnp.float32)}, {"m": jnp.ones(4)}, {"best": jnp.float32(0)})
-
-
 def test_the_latest_and_the_best_stay(tmp_path):
     folder = RunFolder(str(tmp_path)).checkpoints
     for part in (((1, 3.0), (2, 1.0), (3, 2.0)), ((4, None), (5, 4.0))):  # a run and its resumption
         checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
         for step, loss in part:
-            checkpoints.save(state(step), loss)
+            checkpoints.save(small_state(step), loss)
         checkpoints.close()
     opened = Checkpoints(folder)
     assert opened.steps() == [2, 4, 5]
     assert (opened.find("best"), opened.find("latest"), opened.find("4")) == (2, 5, 4)
     with pytest.raises(UserError, match="--step=3 must be best, latest or one of 2, 4, 5"):
         opened.find("3")
-    restored = opened.restore(2, jax.eval_shape(lambda: state(0)))
+    restored = opened.restore(2, jax.eval_shape(lambda: small_state(0)))
     assert (int(restored.step), restored.params["w"].tolist()) == (2, [2.0] * 4)
 
 
