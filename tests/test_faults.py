@@ -257,6 +257,35 @@ def test_fault_10_a_disk_that_takes_no_more(start, tmp_path, how):
         subprocess.run(["umount", "-l", disk])
 
 
+LIMITED = """
+import resource, runpy, sys
+from tinylm.run import checkpoint
+checkpoint._PEER_SECS, hard, fail = 10, resource.getrlimit(resource.RLIMIT_FSIZE)[1], checkpoint.Checkpoints._fail
+def lifted(self, error):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    fail(self, error)
+if "--process_id=1" in sys.argv:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    checkpoint.Checkpoints._fail = lifted
+sys.argv[0] = "tinylm.main"
+runpy.run_module("tinylm.main", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_fault_10_one_process_of_two_cannot_write(environment, start, tmp_path):
+    """Its files may not grow until a save has failed; the other waits for it no longer than it must."""
+    (tmp_path / "limited.py").write_text(LIMITED)
+    command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--restarts=0", "--module=limited"]
+    flags = [*SMALL, *LONG, FEW, "--config.mesh.fsdp=true", f"--workdir={tmp_path}/run"]
+    said = ends(start(None, command=[*command, "--", *flags], env={**environment, "PYTHONPATH": str(tmp_path)}))
+    assert re.search("process 1 of 2 .*: a checkpoint could not be written to .*: File too large; the next save", said)
+    assert re.search("process 0 of 2 .*: a checkpoint could not be written to .*; the next save tries again", said)
+    assert "Traceback" not in said
+    assert finished(tmp_path / "run", 40)
+    assert sorted(lines(tmp_path / "run")) == list(range(1, 41))
+
+
 @pytest.mark.slow
 def test_fault_11_another_number_of_processes(job, whole, tmp_path):
     """From 2 to 1 to 4 processes, a device each: the state that was saved, and the losses of one process."""

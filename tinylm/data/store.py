@@ -166,45 +166,36 @@ class ArrayFile:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
             raise self._damaged(str(error.strerror)) from error
-        self._descriptor = self._file.fileno()
-        found, self._changed_at = self._look()
-        if found != self.num_bytes:
-            raise self._damaged(f"has {found:,} bytes instead of {self.num_bytes:,}")
+        self._at_first, expected = self._look(), items * self.dtype.itemsize
+        if self._at_first[0] != expected:
+            raise self._damaged(f"has {self._at_first[0]:,} bytes instead of {expected:,}")
         if hasattr(os, "posix_fadvise"):
-            small = found <= _READ_AHEAD_BYTES
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_WILLNEED if small else os.POSIX_FADV_RANDOM)
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size."""
-        return self.items * self.dtype.itemsize
+            advice = os.POSIX_FADV_WILLNEED if expected <= _READ_AHEAD_BYTES else os.POSIX_FADV_RANDOM
+            os.posix_fadvise(self._file.fileno(), 0, 0, advice)
 
     def _damaged(self, how: str) -> StorageError:
         return StorageError(f"{self.path} {how}: it is damaged; delete {self.path.parent} to prepare it again.")
 
     def _look(self) -> tuple[int, int]:
-        status = os.fstat(self._descriptor)
+        status = os.fstat(self._file.fileno())
         return status.st_size, status.st_mtime_ns
 
     def check(self) -> None:
         """Raise StorageError where it was changed since it was opened."""
-        if self._look() != (self.num_bytes, self._changed_at):
+        if self._look() != self._at_first:
             raise self._damaged("was changed while it was read")
 
     def read(self, begin: int, count: int) -> np.ndarray:
         """Return `count` items from `begin` on."""
-        size = self.dtype.itemsize
-        content = os.pread(self._descriptor, count * size, begin * size)
+        content = os.pread(self._file.fileno(), count * self.dtype.itemsize, begin * self.dtype.itemsize)
         self.check()
-        if len(content) != count * size:
-            raise self._damaged(f"gave {len(content):,} of {count * size:,} bytes at {begin * size:,}")
         return np.frombuffer(content, self.dtype)
 
     def mapped(self) -> np.ndarray:
         """Map the whole; who reads on for long calls `check` before."""
         if not self.items:
             return np.zeros(0, self.dtype)
-        content = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        content = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM") and len(content) > _READ_AHEAD_BYTES:
             content.madvise(mmap.MADV_RANDOM)
         return np.frombuffer(content, self.dtype)

@@ -120,8 +120,8 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl in order of steps, the last of each (step, split), without torn ones."""
-        found = {(line.get("step", -1), line.get("split")): line for line in self.lines()}
-        return [found[key] for key in sorted(found, key=str_key)]
+        found = {(line.get("step", -1), line.get("split") or ""): line for line in self.lines()}
+        return [found[key] for key in sorted(found)]
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """Yield the lines of metrics.jsonl as they were written, without torn ones."""
@@ -132,8 +132,3 @@ class RunFolder:
                 yield json.loads(line)
             except json.JSONDecodeError:
                 continue
-
-
-def str_key(key: tuple[int, str | None]) -> tuple[int, str]:
-    """Order (step, split) pairs whose split may be missing."""
-    return key[0], key[1] or ""

@@ -155,6 +155,7 @@ class Trainer:
             self._compile(state, placed)
         state, metrics = self.train_steps(state, placed, count, self.config.seed)
         self.stop.nothing_to_save = False
+        self.checkpoints.check()
         self._settle()
         self.pending, self.step = (metrics, count), self.step + count
         self.watchdog.beat(self.step, host_secs)
