@@ -46,7 +46,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert config["model"]["vocab_size"] == 257
 
 
-@pytest.mark.parametrize("saved", [10, 30])
+@pytest.mark.parametrize("saved", [10, pytest.param(30, marks=pytest.mark.slow)])
 def test_kill_and_resume_is_bitwise_equal(whole, tmp_path, saved):
     workdir = tmp_path / "killed"
     process = subprocess.Popen(command(workdir), cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})

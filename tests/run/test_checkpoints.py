@@ -41,7 +41,7 @@ def folder(saved, tmp_path):
 def said(monkeypatch):
     """The lines that were said."""
     lines = []
-    monkeypatch.setattr("tinylm.run.checkpoint.say", lines.append)
+    monkeypatch.setattr("tinylm.run.checkpoint.say", lambda line, from_all=False: lines.append(line))
     return lines
 
 
