@@ -49,7 +49,8 @@ class Checkpoints:
         self._ocp, self._folder, self._config = ocp, folder, config
         # Floats hardly get smaller, and compressing takes a copy of them and nearly all the time of a save.
         handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
-        waiting = ocp.options.AsyncOptions(timeout_secs=_PEER_SECS)
+        # Folders are made at once: a thread that waits for one which a full disk refused would hold up the exit.
+        waiting = ocp.options.AsyncOptions(timeout_secs=_PEER_SECS, create_directories_asynchronously=False)
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers), async_options=waiting)
         self._sealer = ThreadPoolExecutor(1)
         self._sealing: Future[None] | None = None
