@@ -217,6 +217,14 @@ def test_a_file_that_changes_under_a_reader_is_one_line(tmp_path, packing, how):
     assert "\n" not in str(error.value)
 
 
+def test_a_shard_that_was_only_touched_is_read_on(tmp_path):
+    data = open_data(config_of(write_text(tmp_path / "a.txt", 500), tmp_path / "s"), seed=0)
+    before = data.train.read(np.arange(9))
+    for path in data.stores[0].folder.glob("tokens-*.bin"):
+        os.utime(path)
+    assert np.array_equal(data.train.read(np.arange(9))["tokens"], before["tokens"])
+
+
 def test_a_store_of_another_tokenizer_is_refused(tmp_path):
     path = write_text(tmp_path / "a.txt", 500)
     config = config_of(path, tmp_path / "s")

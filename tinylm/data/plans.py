@@ -3,7 +3,7 @@
 A row is one or more pieces, each a stretch of targets; the input of a target is the token before it, and before a
 document that is the end of text. So no loss crosses from one document into another, and each target token of a split
 is in exactly one row. Windows need no index. The other two plans depend on the context length and on nothing else, so
-they are made once for a store, as two arrays beside it that are memory-mapped too.
+they are made once for a store, as two arrays beside it that are memory-mapped.
 """
 
 import heapq
@@ -135,8 +135,8 @@ def load_plan(folder: pathlib.Path) -> DocumentPlan | None:
     """Open a written plan, memory-mapped; None where it isn't there, or not whole."""
     try:
         num_rows, num_pieces, num_split = json.loads((folder / PLAN).read_text())
-        ends = ArrayFile(folder / "ends-00000.bin", np.int64, num_rows)
-        pieces = ArrayFile(folder / "pieces-00000.bin", np.int64, 2 * num_pieces)
+        ends = ArrayFile(folder, {"file": "ends-00000.bin", "items": num_rows}, np.int64)
+        pieces = ArrayFile(folder, {"file": "pieces-00000.bin", "items": 2 * num_pieces}, np.int64)
     except (OSError, ValueError):
         return None
     return DocumentPlan(ends.mapped(), pieces.mapped().reshape(-1, 2), num_split, (ends, pieces))

@@ -4,7 +4,8 @@ A store is a folder. `manifest.json` names its shards (in the smallest unsigned 
 ready files that are read in place) with sizes and checksums; `documents.bin` has, after each document, how many tokens
 and bytes of text there are so far; `mask-*.bin`, where there are prompts, is 1 where a token carries loss. Both splits
 lie in one sequence. Opening costs a look at each shard, whatever its size. A file that is cut or written to under a
-run is an error at the next reading, so shards are read, not mapped (a map that shrinks kills the process).
+run is an error at the next reading, so shards are read, not mapped (a map that shrinks kills the process). One that was
+only touched is compared with its checksum, and read on.
 """
 
 import bisect
@@ -24,7 +25,7 @@ from tinylm.core.errors import StorageError, UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-SHARD_TOKENS = 1 << 32  # few files: each mapped one costs a descriptor
+SHARD_TOKENS = 1 << 32  # few files: each costs a descriptor
 _MASK_TOKENS = 1 << 20
 _READ_AHEAD_BYTES = 1 << 26
 
@@ -137,7 +138,7 @@ class TokenArray:
 
     def __init__(self, folder: pathlib.Path, shards: list[dict[str, Any]], dtype: np.dtype | type):
         _allow_files(len(shards))
-        self._files = [ArrayFile(folder / s["file"], np.dtype(s.get("dtype", dtype)), s["items"]) for s in shards]
+        self._files = [ArrayFile(folder, s, np.dtype(s.get("dtype", dtype))) for s in shards]
         self._starts = [0, *itertools.accumulate(shard["items"] for shard in shards)]
 
     def __len__(self) -> int:
@@ -160,13 +161,15 @@ class ArrayFile:
     A small one is read ahead whole, a large one never, for most would be in vain.
     """
 
-    def __init__(self, path: pathlib.Path, dtype: np.dtype | type, items: int):
-        self.path, self.dtype, self.items = path, np.dtype(dtype), items
+    def __init__(self, folder: pathlib.Path, shard: dict[str, Any], dtype: np.dtype | type):
+        """Open a shard of the store in `folder`: its `file`, `items` and, where it is known, `sha256`."""
+        self.folder, self.path, self.sha256 = folder, folder / shard["file"], shard.get("sha256")
+        self.dtype, self.items = np.dtype(dtype), shard["items"]
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = self.path.open("rb", buffering=0)
         except OSError as error:
             raise self._damaged(str(error.strerror)) from error
-        self._at_first, expected = self._look(), items * self.dtype.itemsize
+        self._at_first, expected = self._look(), self.items * self.dtype.itemsize
         if self._at_first[0] != expected:
             raise self._damaged(f"has {self._at_first[0]:,} bytes instead of {expected:,}")
         if hasattr(os, "posix_fadvise"):
@@ -174,7 +177,7 @@ class ArrayFile:
             os.posix_fadvise(self._file.fileno(), 0, 0, advice)
 
     def _damaged(self, how: str) -> StorageError:
-        return StorageError(f"{self.path} {how}: it is damaged; delete {self.path.parent} to prepare it again.")
+        return StorageError(f"{self.path} {how}: it is damaged; delete {self.folder} to prepare it again.")
 
     def _look(self) -> tuple[int, int]:
         status = os.fstat(self._file.fileno())
@@ -182,13 +185,24 @@ class ArrayFile:
 
     def check(self) -> None:
         """Raise StorageError where it was changed since it was opened."""
-        if self._look() != self._at_first:
-            raise self._damaged("was changed while it was read")
+        now = self._look()
+        if now != self._at_first:
+            with self.path.open("rb") as file:
+                same = now[0] == self._at_first[0] and hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+            if not same:
+                raise self._damaged("was changed while it was read")
+            self._at_first = now
 
     def read(self, begin: int, count: int) -> np.ndarray:
         """Return `count` items from `begin` on."""
-        content = os.pread(self._file.fileno(), count * self.dtype.itemsize, begin * self.dtype.itemsize)
-        self.check()
+        size = self.dtype.itemsize
+        try:
+            content = os.pread(self._file.fileno(), count * size, begin * size)
+            self.check()
+        except OSError as error:
+            raise self._damaged(f"can't be read ({error.strerror})") from error
+        if len(content) != count * size:
+            raise self._damaged("ends too early")
         return np.frombuffer(content, self.dtype)
 
     def mapped(self) -> np.ndarray:
@@ -202,7 +216,7 @@ class ArrayFile:
 
 
 def _allow_files(count: int) -> None:
-    """Let this process hold `count` more files open, as far as the system lets it: each mapped one is held."""
+    """Let this process hold `count` more files open, as far as the system lets it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
     if count > soft // 4 and soft != resource.RLIM_INFINITY:
@@ -238,7 +252,7 @@ class Store:
     def document_ends(self) -> np.ndarray:
         """Return, for each document, the tokens and bytes up to its end: [documents, 2]."""
         (shard,) = self.manifest["document_shards"]
-        return ArrayFile(self.folder / shard["file"], np.int64, shard["items"]).mapped().reshape(-1, 2)
+        return ArrayFile(self.folder, shard, np.int64).mapped().reshape(-1, 2)
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
