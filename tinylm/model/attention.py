@@ -119,15 +119,17 @@ def _softmax_sum(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap, dropout):
 
 def _fused(q_BNTH, k_BKSH, v_BKSH, visibility, scale):
     """Use cuDNN's flash attention through `jax.nn.dot_product_attention`, which wants sequence before heads."""
-    q, k, v = (x.swapaxes(1, 2) for x in (q_BNTH, k_BKSH, v_BKSH))
-    mask = None
-    if visibility.segments_BT is not None:
-        mask = visibility.segments_BT[:, None, :, None] == visibility.segments_BT[:, None, None, :]
-    window = (visibility.window - 1, 0) if visibility.window else None
-    out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
-    )
-    return out.swapaxes(1, 2)
+
+    def on_device(q_BNTH, k_BKSH, v_BKSH, *segments_BT):
+        q, k, v = (x.swapaxes(1, 2) for x in (q_BNTH, k_BKSH, v_BKSH))
+        mask = next((ids[:, None, :, None] == ids[:, None, None, :] for ids in segments_BT), None)
+        window = (visibility.window - 1, 0) if visibility.window else None
+        out = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
+        )
+        return out.swapaxes(1, 2)
+
+    return _on_each_device(on_device, q_BNTH, k_BKSH, v_BKSH, visibility.segments_BT)
 
 
 def splash(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, interpret=False):
@@ -150,10 +152,14 @@ def splash(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, interpret=False):
         rows = jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, *(lib.SegmentIds(x, x) for x in ids)))
         return rows((q_BNTH * scale).astype(q_BNTH.dtype), k_BKSH, v_BKSH, *segments_BT).astype(q_BNTH.dtype)
 
+    return _on_each_device(on_device, q_BNTH, k_BKSH, v_BKSH, visibility.segments_BT)
+
+
+def _on_each_device(kernel, q_BNTH, k_BKSH, v_BKSH, segments_BT):
+    """Run a kernel on each device's rows and heads, with the kv heads that these need."""
     q_axes, kv_axes = (("batch", heads, None, "head_dim") for heads in ("heads", "kv_heads"))
     if layout(q_BNTH, q_axes)[1] != layout(k_BKSH, kv_axes)[1]:  # a device's heads would lack their kv heads
         k_BKSH, v_BKSH = (jnp.repeat(x, q_BNTH.shape[1] // x.shape[1], axis=1) for x in (k_BKSH, v_BKSH))
         kv_axes = q_axes
-    segments_BT = visibility.segments_BT
     segments = () if segments_BT is None else ((segments_BT.astype(jnp.int32), ("batch", None)),)
-    return on_shards(on_device, (q_BNTH, q_axes), (k_BKSH, kv_axes), (v_BKSH, kv_axes), *segments)
+    return on_shards(kernel, (q_BNTH, q_axes), (k_BKSH, kv_axes), (v_BKSH, kv_axes), *segments)
