@@ -260,7 +260,7 @@ def test_fault_10_a_disk_that_takes_no_more(start, tmp_path, how):
 LIMITED = """
 import resource, runpy, sys
 from tinylm.run import checkpoint
-checkpoint._PEER_SECS, hard, fail = 10, resource.getrlimit(resource.RLIMIT_FSIZE)[1], checkpoint.Checkpoints._fail
+checkpoint._COMMIT_SECS, hard, fail = 10, resource.getrlimit(resource.RLIMIT_FSIZE)[1], checkpoint.Checkpoints._fail
 def lifted(self, error):
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     fail(self, error)

@@ -192,10 +192,8 @@ def test_data_that_fails_under_a_run_is_one_line_and_no_batch_is_lost_or_repeate
     wanted = (HangError, "thread") if how == "thread ends" else (StorageError, "was changed while it was read")
     with monkeypatch.context() as patched:
         if how == "thread ends":
-            read = pipeline._TrainBatches.__getitem__
-            patched.setattr(
-                pipeline._TrainBatches, "__getitem__", lambda *args: sys.exit() if args[1] == 9 else read(*args)
-            )
+            read = pipeline._Runs.__getitem__  # of eight batches
+            patched.setattr(pipeline._Runs, "__getitem__", lambda *args: sys.exit() if args[1] == 2 else read(*args))
         else:
             change = {"cut": lambda: os.truncate(shard, 1000), "altered": lambda: shard.write_bytes(content[::-1])}
             before_batch(patched, 5, change[how])

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
 from etils import epath
 
 from tinylm.core.distributed import from_main, is_main, speaker
@@ -22,7 +23,7 @@ from tinylm.core.settings import setting
 from tinylm.run import checksums
 
 ITEMS = ("params", "train")
-_PEER_SECS = 300  # after which a process gives a save up whose other processes, as it seems, could not write theirs
+_COMMIT_SECS = 1800  # after which a save is given up: where one process can't write its part, the others wait so long
 _FAILURES = (OSError, ValueError, RuntimeError)  # what Orbax and TensorStore raise for a disk that is full or gone
 
 
@@ -49,8 +50,11 @@ class Checkpoints:
         self._ocp, self._folder, self._config = ocp, folder, config
         # Floats hardly get smaller, and compressing takes a copy of them and nearly all the time of a save.
         handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
-        # Folders are made at once: a thread that waits for one which a full disk refused would hold up the exit.
-        waiting = ocp.options.AsyncOptions(timeout_secs=_PEER_SECS, create_directories_asynchronously=False)
+        # A thread that waits for a folder which a full disk refused would hold up the exit; but where there are several
+        # processes, one alone makes folders, and must not fail between two barriers.
+        waiting = ocp.options.AsyncOptions(
+            timeout_secs=_COMMIT_SECS, create_directories_asynchronously=jax.process_count() > 1
+        )
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers), async_options=waiting)
         self._sealer = ThreadPoolExecutor(1)
         self._sealing: Future[None] | None = None
@@ -133,14 +137,19 @@ class Checkpoints:
         self.check(wait=True)
         args = self._ocp.args
         try:
-            if is_main():
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._remove(str(step), but_mark=True)  # a damaged one
+            from_main(lambda: self._make_room(step))
             saved = args.Composite(**{name: args.PyTreeSave(item) for name, item in items.items()})
             self._orbax.save(self._folder / str(step), args=saved)
             self._sealing = self._sealer.submit(self._seal, step, loss)
         except _FAILURES as error:
             self._fail(error)
+
+    def _make_room(self, step: int) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._remove(str(step), but_mark=True)  # a damaged one
+        except OSError as error:
+            raise StorageError(error.strerror or str(error)) from error
 
     def _seal(self, step: int, loss: float | None) -> None:
         """Wait until a step is written, add its checksums, and remove the steps that it replaces."""
@@ -179,7 +188,8 @@ class Checkpoints:
 
     def _fail(self, error: Exception) -> None:
         # TensorStore names its file at length, and says last what the system said.
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rpartition(": ")[2].partition(" [")[0]
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first.rpartition(": ")[2].partition(" [")[0]
         self._failure = f"a checkpoint could not be written to {os.fspath(self._folder)}: {reason}"
         say(f"warning: {speaker()}{self._failure}; the next save tries again", from_all=True)
 

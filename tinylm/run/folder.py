@@ -7,6 +7,7 @@ last line (a crash while writing) is mended at the next start, and a step that w
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from etils import epath
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
+
+BUCKET_SECS = 30.0
 
 
 class RunFolder:
@@ -30,6 +33,7 @@ class RunFolder:
         self.plot_file = self.path / "loss.png"
         self._mended: dict[epath.Path, bytes] = {}  # and what they hold, in a bucket
         self._unwritten: dict[epath.Path, str] = {}
+        self._sent: dict[epath.Path, float] = {}
 
     def exists(self) -> bool:
         """Say whether a run was started here."""
@@ -77,21 +81,26 @@ class RunFolder:
         except OSError as error:
             raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
 
-    def append(self, path: epath.Path, text: str) -> None:
+    def append(self, path: epath.Path, text: str, now: bool = False) -> None:
         """Add text to the end of a log; the first time, cut off the torn line that an earlier process may have left.
 
-        What can't be written is kept, and written with the next that can.
+        What can't be written is kept, and written with the next that can. In a bucket an object can't grow and is
+        written anew, so it takes what came in BUCKET_SECS at once, unless it has to be written `now`.
         """
         waiting = path in self._unwritten
         self._unwritten[path] = self._unwritten.get(path, "") + text
+        in_bucket = "://" in os.fspath(path)
+        if in_bucket and not now and time.monotonic() - self._sent.get(path, -math.inf) < BUCKET_SECS:
+            return
+        self._sent[path] = time.monotonic()
         try:
-            new, in_bucket = self._unwritten[path].encode(), "://" in os.fspath(path)
+            new = self._unwritten[path].encode()
             if path not in self._mended:
                 old = path.read_bytes() if path.exists() else b""
                 self._mended[path] = old[: old.rfind(b"\n") + 1]
-                if self._mended[path] != old:
-                    path.write_bytes(self._mended[path])
-            if in_bucket:  # an object can't grow: appending to it would begin it anew
+                if self._mended[path] != old and not in_bucket:
+                    os.truncate(path, len(self._mended[path]))
+            if in_bucket:
                 self._mended[path] += new
                 path.write_bytes(self._mended[path])
             else:
@@ -107,7 +116,7 @@ class RunFolder:
     def flush(self) -> None:
         """Write what could not be written before; raise StorageError where it still can't."""
         for path in list(self._unwritten):
-            self.append(path, "")
+            self.append(path, "", now=True)
         for path in self._unwritten:
             raise StorageError(f"{path} cannot be written, its last lines are lost; free space there.")
 
@@ -116,7 +125,7 @@ class RunFolder:
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
                 record = {**record, name: None}
-        self.append(self.metrics_file, json.dumps(record) + "\n")
+        self.append(self.metrics_file, json.dumps(record) + "\n", now=record.get("split") == "time")  # with a save
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl in order of steps, the last of each (step, split), without torn ones."""
