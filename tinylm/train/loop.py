@@ -166,7 +166,7 @@ class Trainer:
         """Compile the step; wait for the other processes, of which none may be late by half a minute from here on."""
         with self.account.phase("compile"):
             self.train_steps = self.train_steps.lower(state, placed, 1, self.config.seed).compile()
-            barrier("compiled")
+            barrier("compiled", 3600)  # one host may find the program in its cache, another compile it
 
     def _settle(self) -> None:
         """Read what the pending dispatch did, waiting for the device if need be: log its steps, count bad ones."""

@@ -125,7 +125,8 @@ def prove_resume(config: Config, arguments: list[str]) -> Proof:
         process = _train(arguments, killed)
         kept = Checkpoints(RunFolder(str(killed)).checkpoints)
         while not (saved := kept.steps()) and process.poll() is None:
-            time.sleep(0.001)
+            time.sleep(0.02)
+        kept.close()
         process.kill()
         process.communicate()
         shutil.copytree(killed, moved)
