@@ -53,6 +53,24 @@ def test_logs_grow_over_restarts_and_torn_lines_are_mended(folder):
     assert len(list(again.lines())) == 5
 
 
+def test_a_bucket_that_fails_after_lines_were_held_back_is_said_once(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr("tinylm.run.folder.say", said.append)
+    folder.log({"step": 1, "split": "train"})
+    folder.log({"step": 2, "split": "train"})  # held back
+    with monkeypatch.context() as broken:
+        broken.setattr(epath.Path("gs://bucket").__class__, "write_bytes", fails)
+        for _ in range(2):
+            folder.log({"step": 2, "split": "time"})
+    assert len(said) == 1 and "cannot be written" in said[0]
+    folder.flush()
+    assert len(list(folder.lines())) == 4
+
+
+def fails(*_):
+    raise OSError(5, "the bucket is away")
+
+
 def test_a_config_is_replaced_in_one_step(folder):
     for number in 1, 2:
         folder.write_config({"seed": number})

@@ -33,6 +33,7 @@ class RunFolder:
         self.plot_file = self.path / "loss.png"
         self._mended: dict[epath.Path, bytes] = {}  # and what they hold, in a bucket
         self._unwritten: dict[epath.Path, str] = {}
+        self._failing: set[epath.Path] = set()  # said once
         self._sent: dict[epath.Path, float] = {}
 
     def exists(self) -> bool:
@@ -87,7 +88,6 @@ class RunFolder:
         What can't be written is kept, and written with the next that can. In a bucket an object can't grow and is
         written anew, so it takes what came in BUCKET_SECS at once, unless it has to be written `now`.
         """
-        waiting = path in self._unwritten
         self._unwritten[path] = self._unwritten.get(path, "") + text
         in_bucket = "://" in os.fspath(path)
         if in_bucket and not now and time.monotonic() - self._sent.get(path, -math.inf) < BUCKET_SECS:
@@ -108,9 +108,11 @@ class RunFolder:
                 with path.open("ab") as file:
                     file.write(new)
             del self._unwritten[path]
+            self._failing.discard(path)
         except OSError as error:
             self._mended.pop(path, None)  # a part of it may be there
-            if not waiting:
+            if path not in self._failing:
+                self._failing.add(path)
                 say(f"warning: {path} cannot be written: {error.strerror}; its lines are kept until it can.")
 
     def flush(self) -> None:
