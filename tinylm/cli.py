@@ -38,10 +38,15 @@ def define_config() -> None:
     _SHARED.append("config")
 
 
-def config(reads_data: bool = True) -> config_lib.Config:
-    """Return the checked config of --config; a command that reads no data needs the size of the vocabulary in it."""
+def require_config() -> None:
+    """Raise UserError where --config was not given."""
     if FLAGS.config is None:
         raise UserError("--config is required, for example --config=tales.")
+
+
+def config(reads_data: bool = True) -> config_lib.Config:
+    """Return the checked config of --config; a command that reads no data needs the size of the vocabulary in it."""
+    require_config()
     chosen = config_lib.checked(FLAGS.config)
     if not (reads_data or chosen.model.vocab_size):
         raise UserError("no data is read here: set --config.model.vocab_size to the tokenizer's size.")

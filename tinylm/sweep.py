@@ -30,7 +30,7 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Sweep as the flags say."""
-    cli.config()
+    cli.require_config()  # whether it holds is seen at each point of the grid
     base = [argument for argument in sys.argv if argument.startswith(("--config", "--cpu_devices"))]
     rows = sweep(base, FLAGS.grid, FLAGS.workdir, FLAGS.jobs)
     print(json.dumps(rows) if FLAGS.json else text_of(rows))
