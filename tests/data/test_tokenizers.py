@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm.core.errors import UserError
-from tinylm.data import tokenizers, vocabularies
+from tinylm.data import pieces, tokenizers, vocabularies
 from tinylm.data.cut import CutTokenizer, count_ids
 from tinylm.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
 
@@ -113,13 +113,13 @@ def test_training_bpe_twice_gives_the_same_merges():
     )
 )
 def test_pieces_of_a_long_text_give_the_ids_of_the_whole(text):
-    cut, whole = tokenizers._PIECE_CHARS, BPE._encode_pieces([text])[0]
-    tokenizers._PIECE_CHARS = 2
+    cut, whole = pieces._PIECE_CHARS, BPE._encode_pieces([text])[0]
+    pieces._PIECE_CHARS = 2
     try:
-        assert "".join(tokenizers.pieces(text)) == text
+        assert "".join(pieces.pieces(text)) == text
         assert BPE.encode_batch([text])[0].tolist() == whole.tolist()
     finally:
-        tokenizers._PIECE_CHARS = cut
+        pieces._PIECE_CHARS = cut
 
 
 BPE = BpeTokenizer.train([TEXT + "a b\n\nit's 1,\r\n  é\t" * 9], 330)

@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from tinylm.core.errors import UserError
 from tinylm.core.log import say
 from tinylm.data.config import split_spec
+from tinylm.data.pieces import in_pieces, pieces
 
 HEADER_FILE = "tinylm_tokenizer.json"
 END = "<|endoftext|>"
@@ -216,29 +217,6 @@ def encode_by(inner: Any, texts: Sequence[str]) -> list[np.ndarray]:
     """Return the ids that a tokenizer of the `tokenizers` library gives to each text."""
     encodings = inner.encode_batch_fast([utf8(text).decode() for text in texts], add_special_tokens=False)
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
-
-
-_PIECE_CHARS = 1 << 16
-_CUT = re.compile(r"(?<=[^\s]\n)(?=[^\s])")
-
-
-def pieces(text: str) -> Iterator[str]:
-    """Cut a long text at newlines between two words, where no token of GPT-2's kind reaches across."""
-    start = 0
-    while len(text) - start > 2 * _PIECE_CHARS:
-        cut = _CUT.search(text, start + _PIECE_CHARS)
-        if cut is None:
-            break
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
-
-
-def in_pieces(texts: Sequence[str], encode: Any) -> list[np.ndarray]:
-    """Encode texts through `encode`, long ones cut in pieces so that all cores share them."""
-    cut = [list(pieces(text)) for text in texts]
-    ids = iter(encode([piece for one in cut for piece in one]))
-    return [next(ids) if len(one) == 1 else np.concatenate([next(ids) for _ in one]) for one in cut]
 
 
 def utf8(text: str) -> bytes:
