@@ -50,12 +50,12 @@ def test_tensorboard_has_scalars_samples_settings_and_the_plot(tmp_path):
     pytest.importorskip("tensorboardX")
     picture = tmp_path / "loss.png"
     image.imsave(picture, [[0.0, 1.0], [1.0, 0.0]])
-    feed(open_trackers(tmp_path / "run", "writers.tensorboard=True"), picture=picture)
+    feed(open_trackers(tmp_path / "run", "writers.tensorboard=True", "optimizer.learning_rate=0.025"), picture=picture)
     found = events(tmp_path / "run")
     values = {(value.tag, event.step): value for event in found for value in event.summary.value}
     assert [values["train/loss", step].simple_value for step in (1, 2, 3)] == [4.0, 2.0, pytest.approx(4 / 3)]
     assert b"Once upon a time" in values["samples/text_summary", 3].tensor.string_val[0]
-    assert b'"optimizer.learning_rate": 0.02' in values["config/text_summary", 1].tensor.string_val[0]
+    assert b'"optimizer.learning_rate": 0.025' in values["config/text_summary", 1].tensor.string_val[0]
     assert values["loss", 3].image.width == 2
     assert any("hparams" in tag for tag, _ in values)
     assert not any("mfu" in tag for tag, _ in values)
