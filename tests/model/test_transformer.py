@@ -23,6 +23,7 @@ VARIANTS = {
     "neo": {"attention_window": (0, 3), "attention_scale": 1.0, "position": "learned", "bias": True},
     "mixed_heads": {"attention_window": (4,), "local_heads": 2, "qk_norm": True, "mlp": "relu2"},
     "capped": {"attention_softcap": 5.0, "logit_softcap": 10.0, "mlp": "geglu", "residual_scale": 0.5},
+    "convolved": {"conv_taps": 4, "attention_window": (0, 3), "mlp": "relu2"},
 }
 CPU = "".join(path.read_text() for path in pathlib.Path("/proc").glob("cpuinfo"))
 DTYPES = (jnp.bfloat16, jnp.float32)
@@ -33,7 +34,11 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 65, (2, 16)))
 def build(name: str, **changes):
     """Return (graph, parameters) of a variant with weights large enough to make differences seen."""
     config = tiny_model(init_std=0.3, **VARIANTS[name], **changes)
-    return abstract_transformer(config)[0], jax.jit(lambda: init_parameters(config, 0))()
+    params = jax.jit(lambda: init_parameters(config, 0))()
+    for part in ("attention", "mlp") if config.conv_taps else ():  # they begin at 0
+        taps = params["blocks"][part]["conv"]["taps"]
+        params["blocks"][part]["conv"]["taps"] = taps + np.random.default_rng(0).normal(size=taps.shape)
+    return abstract_transformer(config)[0], params
 
 
 def logits_of(graph, params, tokens):
@@ -64,7 +69,7 @@ def test_logits_depend_on_no_later_token(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cached_decoding_equals_the_full_forward(name):
-    """Prompts of 6 and 4 tokens, padded on the left to 8, then token by token; then the second row alone."""
+    """Prompts of 6 and 2 tokens, padded on the left to 8, then token by token; then the second row alone."""
     graph, params = build(name)
     whole = logits_of(graph, params, TOKENS)
 
@@ -81,7 +86,7 @@ def test_cached_decoding_equals_the_full_forward(name):
         return model.logits(x[:, None])[:, 0], cache
 
     for rows in ([0, 1], [1]):
-        lengths = np.array([6, 4])[rows]
+        lengths = np.array([6, 2])[rows]
         prompts = np.stack([np.r_[[9] * (8 - n), TOKENS[row, :n]] for row, n in zip(rows, lengths, strict=True)])
         logits, cache = prefill(prompts, lengths)
         for t in range(10):
@@ -90,7 +95,7 @@ def test_cached_decoding_equals_the_full_forward(name):
             logits, cache = decode(tokens, lengths + t, 8 + t, cache)
     config = tiny_model(**VARIANTS[name])
     kept = [window if window and not config.local_heads else 18 for window in config.attention_window * 2]
-    assert [k.shape[-2] for k, _ in cache] == kept[: len(cache)]
+    assert [k.shape[-2] for k, *_ in cache] == kept[: len(cache)]
 
 
 def loss_and_grads(config):
@@ -142,8 +147,9 @@ def test_a_window_hides_what_is_farther():
     np.testing.assert_array_equal(np.flatnonzero(differs), [3, 4, 5, 6])
 
 
-def test_packed_documents_equal_separate_ones():
-    graph, params = build("default")
+@pytest.mark.parametrize("name", ["default", "convolved"])
+def test_packed_documents_equal_separate_ones(name):
+    graph, params = build(name)
     separate = logits_of(graph, params, TOKENS[:1, :6]), logits_of(graph, params, TOKENS[:1, 6:])
     segments = jnp.asarray([[1] * 6 + [2] * 10])
     positions = jnp.asarray([[*range(6), *range(10)]])

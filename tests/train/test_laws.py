@@ -13,7 +13,7 @@ from tinylm.train.planning import held_bytes
 from tinylm.train.state import make_blueprint
 
 BATCHES = [random_batch(seed) for seed in range(20)]
-DROPPING = tiny_model(dropout=0.1)
+DROPPING = tiny_model(dropout=0.1, conv_taps=4)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,9 @@ def test_a_split_vocabulary_gives_the_same_rows_and_gradient_where_the_mesh_divi
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizers_give_the_same_state_on_a_mesh(name):
-    plain = train(MeshConfig(data=1), tiny_model(), BATCHES[:4], name=name)[2]
-    meshed = train(MeshConfig(data=4, model=2, fsdp=True), tiny_model(), BATCHES[:4], name=name)[2]
+    model = tiny_model(conv_taps=4)
+    plain = train(MeshConfig(data=1), model, BATCHES[:4], name=name)[2]
+    meshed = train(MeshConfig(data=4, model=2, fsdp=True), model, BATCHES[:4], name=name)[2]
     for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(meshed.params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4)
 

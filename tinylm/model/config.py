@@ -40,6 +40,7 @@ class ModelConfig:
     norm_epsilon: float = setting(1e-5, "added to the variance in norms")
     qk_norm: bool = setting(False, "normalize queries and keys (parameter-free RMS) before attention")
     mlp: str = setting("gelu", "activation: gelu (tanh form), gelu_exact, relu2, or the gated swiglu, geglu")
+    conv_taps: int = setting(0, "taps of a short causal convolution before attention and mlp (0: none; Canon: 4)")
     bias: bool = setting(False, "biases in norms, mlp and attention output")
     qkv_bias: bool = setting(False, "biases in query, key and value projections")
     parallel_residual: bool = setting(False, "attention and mlp read the same input (GPT-NeoX)")
@@ -82,7 +83,8 @@ class ModelConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"model.{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
-        for name in ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "context", "unroll", "init_std", "z_loss"):
+        least_zero = ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "context", "unroll", "init_std", "z_loss")
+        for name in (*least_zero, "conv_taps"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 0.")
         if not 0 < self.rotary_fraction <= 1:

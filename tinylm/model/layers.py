@@ -111,6 +111,40 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
+class ShortConv(nnx.Module):
+    """A causal convolution of each feature beside the identity (Canon layers, Allen-Zhu 2025); 0 taps: the identity.
+
+    `taps[i]` weighs the input i positions before; all are 0 at first.
+    """
+
+    def __init__(self, size: int, taps: int):
+        """Build `taps` weights for each of `size` features."""
+        self.taps = constant(0.0, (taps, size), ("tap", "embed")) if taps else None
+
+    def __call__(self, x_BTD, segments_BT=None, earlier_BCD=None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Return (y_BTD, what the next position needs as `earlier_BCD`: the last C = taps - 1 inputs).
+
+        Inputs of other segments are not seen; those before `x_BTD` are `earlier_BCD` (None: there are none).
+        """
+        if self.taps is None:
+            return x_BTD, ()
+        taps, (batch, length, size) = self.taps[...].astype(x_BTD.dtype), x_BTD.shape
+        before = len(taps) - 1
+        earlier_BCD = jnp.zeros((batch, before, size), x_BTD.dtype) if earlier_BCD is None else earlier_BCD
+        x_BSD, y_BTD = jnp.concatenate([earlier_BCD, x_BTD], axis=1), x_BTD
+        ids_BS = None if segments_BT is None else jnp.pad(segments_BT, ((0, 0), (before, 0)))
+        for i, tap_D in enumerate(taps):
+            part = slice(before - i, before - i + length)
+            near_BTD = x_BSD[:, part]
+            if ids_BS is not None:
+                near_BTD = jnp.where((ids_BS[:, part] == segments_BT)[..., None], near_BTD, 0)
+            y_BTD = y_BTD + tap_D * near_BTD
+        last_BCD = x_BSD[:, length:]
+        if ids_BS is not None:
+            last_BCD = jnp.where((ids_BS[:, length:] == ids_BS[:, -1:])[..., None], last_BCD, 0)
+        return y_BTD, (last_BCD,)
+
+
 def rms_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
     """Return `x` scaled to unit mean square over its last axis (query-key norm, Henry et al. 2020)."""
     y = x.astype(jnp.float32)

@@ -20,7 +20,7 @@ from tinylm.model import layers
 from tinylm.model.attention import Visibility, attend
 from tinylm.model.config import ModelConfig
 
-Cache = list[tuple[jax.Array, ...]]  # keys and values of each layer (see `prefill`)
+Cache = list[tuple[jax.Array, ...]]  # keys, values and convolutions' last inputs of each layer (see `prefill`)
 
 _REMAT: dict[str, Callable] = {
     "none": lambda body: body,
@@ -36,6 +36,7 @@ class Attention(nnx.Module):
         """Build the four projections."""
         c = config
         self.config = c
+        self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
         kv_heads = {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
         project = functools.partial(layers.Linear, {"embed": c.embed_dim}, std=c.init_std, bias=c.qkv_bias, rngs=rngs)
@@ -44,9 +45,13 @@ class Attention(nnx.Module):
         self.value = project(kv_heads)
         self.out = layers.Linear(heads, {"embed": c.embed_dim}, std=_output_std(c), bias=c.bias, rngs=rngs)
 
-    def __call__(self, x_BTD, visibility, tables, dropout, write=None):
-        """Return (o_BTD, (keys, values) that were attended to): those of `x_BTD`, or what `write` makes of them."""
+    def __call__(self, x_BTD, visibility, tables, dropout, write=None, earlier=()):
+        """Return (o_BTD, (keys, values, what the convolution keeps)).
+
+        Keys and values are those of `x_BTD`, or what `write` makes of them.
+        """
         c = self.config
+        x_BTD, last = self.conv(x_BTD, visibility.segments_BT, *earlier)
         q_BNTH, k_BKTH, v_BKTH = (
             constrain(project(x_BTD).swapaxes(1, 2), "batch", heads, None, "head_dim")
             for project, heads in ((self.query, "heads"), (self.key, "kv_heads"), (self.value, "kv_heads"))
@@ -61,7 +66,8 @@ class Attention(nnx.Module):
             q_BNTH, k_BKTH, v_BKTH, visibility, scale=c.attention_scale, softcap=c.attention_softcap,
             dropout=dropout, kernel=c.attention,
         )  # fmt: skip
-        return self.out(constrain(o_BNTH, "batch", "heads", None, "head_dim").swapaxes(1, 2)), (k_BKTH, v_BKTH)
+        o_BTNH = constrain(o_BNTH, "batch", "heads", None, "head_dim").swapaxes(1, 2)
+        return self.out(o_BTNH), (k_BKTH, v_BKTH, *last)
 
 
 class Mlp(nnx.Module):
@@ -71,17 +77,19 @@ class Mlp(nnx.Module):
         """Build the maps."""
         c = config
         embed, mlp = {"embed": c.embed_dim}, {"mlp": c.mlp_dim}
+        self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
         self.activation = layers.ACTIVATIONS[c.mlp]
         self.up = layers.Linear(embed, mlp, std=c.init_std, bias=c.bias, rngs=rngs)
         gated = c.mlp in layers.GATED
         self.gate = layers.Linear(embed, mlp, std=c.init_std, bias=c.bias, rngs=rngs) if gated else None
         self.down = layers.Linear(mlp, embed, std=_output_std(c), bias=c.bias, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Apply the mlp to each position."""
+    def __call__(self, x_BTD, segments_BT=None, earlier=()) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Apply the mlp to each position; return (y_BTD, what the convolution keeps)."""
+        x_BTD, last = self.conv(x_BTD, segments_BT, *earlier)
         up_BTF = self.up(x_BTD)
         h_BTF = self.activation(up_BTF) if self.gate is None else self.activation(self.gate(x_BTD)) * up_BTF
-        return self.down(constrain(h_BTF, "batch", None, "mlp"))
+        return self.down(constrain(h_BTF, "batch", None, "mlp")), last
 
 
 class Block(nnx.Module):
@@ -94,17 +102,19 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x_BTD, visibility, tables, dropout, write=None):
-        """Return (x_BTD, keys and values as attention does).
+    def __call__(self, x_BTD, visibility, tables, dropout, write=None, earlier=()):
+        """Return (x_BTD, (keys, values as attention does, what the two convolutions keep: `earlier` of the next call)).
 
         Positions are whole for products, split between them (Korthikanti et al. 2022, section 4.2.2).
         """
         whole, split = (lambda x, seq=seq: constrain(x, "batch", seq, "embed") for seq in (None, "seq"))
-        o_BTD, kv = self.attention(whole(self.attention_norm(x_BTD)), visibility, tables, dropout.at(0), write)
+        normed_BTD = whole(self.attention_norm(x_BTD))
+        o_BTD, kept = self.attention(normed_BTD, visibility, tables, dropout.at(0), write, earlier[:1])
         o_BTD = self.scale * dropout.at(1)(split(o_BTD))
         middle_BTD = x_BTD + o_BTD
-        h_BTD = self.mlp(whole(self.mlp_norm(x_BTD if self.parallel else middle_BTD)))
-        return middle_BTD + self.scale * dropout.at(2)(split(h_BTD)), kv
+        normed_BTD = whole(self.mlp_norm(x_BTD if self.parallel else middle_BTD))
+        h_BTD, last = self.mlp(normed_BTD, visibility.segments_BT, earlier[1:])
+        return middle_BTD + self.scale * dropout.at(2)(split(h_BTD)), (*kept, *last)
 
 
 class Transformer(nnx.Module):
@@ -167,9 +177,12 @@ class Transformer(nnx.Module):
             kept = constrain(kept, "batch", "kv_heads", None, "head_dim")
             return kept.reshape(*[n for n in kept.shape[:2] if n > 1], *kept.shape[2:])
 
-        x_BTD, kv_LBKTH = self._scan(layer, x_BTD)
+        x_BTD, (k_LBKTH, v_LBKTH, *last) = self._scan(layer, x_BTD)
         windows = c.attention_window * (c.num_layers // len(c.attention_window))
-        return x_BTD, [tuple(keep(x[i], window) for x in kv_LBKTH) for i, window in enumerate(windows)]
+        return x_BTD, [
+            (keep(k_LBKTH[i], window), keep(v_LBKTH[i], window), *(x[i] for x in last))
+            for i, window in enumerate(windows)
+        ]
 
     def unstacked_blocks(self) -> list[Block]:
         """Return the blocks one by one; to be called before a loop over tokens, for it copies their parameters."""
@@ -190,7 +203,7 @@ class Transformer(nnx.Module):
             visible = Visibility(position_B[:, None], position_B[:, None] - age_S, window=window,
                                  local_heads=c.local_heads)  # fmt: skip
 
-            def write(*new, old=old, at=slot % size):
+            def write(*new, old=old[:2], at=slot % size):
                 at = (*[0] * (old[0].ndim - 2), at, 0)
                 cache.append(tuple(
                     jax.lax.dynamic_update_slice(x, x1.reshape(*x.shape[:-2], 1, -1), at)
@@ -198,7 +211,8 @@ class Transformer(nnx.Module):
                 ))  # fmt: skip
                 return (x.reshape(*new[0].shape[:2], *x.shape[-2:]) for x in cache[-1])
 
-            x_B1D = block(x_B1D, visible, tables, layers.Dropout(0.0, None), write)[0]
+            x_B1D, (_, _, *last) = block(x_B1D, visible, tables, layers.Dropout(0.0, None), write, old[2:])
+            cache[-1] += tuple(last)
         return self.norm(x_B1D)[:, 0], cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:

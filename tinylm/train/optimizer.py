@@ -74,7 +74,8 @@ def _muon_dimensions(axes: tuple) -> optax.contrib.MuonDimensionNumbers | None:
 def is_matrix(axes: tuple) -> bool:
     """Say whether a parameter with these logical axes is a matrix (weights, embeddings), not a scale or a bias.
 
-    The kernels of attention have three axes, one of them split in heads; a bias over heads has two, both outputs.
+    The kernels of attention have three axes, one of them split in heads; a bias over heads has two, both outputs;
+    the taps of a convolution are scales of features.
     """
     inner = [name for name in axes if name != "layers"]
-    return len(inner) >= 2 and "embed" in inner
+    return len(inner) >= 2 and "embed" in inner and "tap" not in inner
