@@ -47,6 +47,17 @@ def hf_json(bpe):
     return json.dumps(content).encode()
 
 
+def metaspace_json():
+    """Return a tokenizer.json that marks spaces as SentencePiece does, as Llama's own is."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["</s>"], show_progress=False)
+    inner.train_from_iterator([TEXT], trainer)
+    return inner.to_str().encode()
+
+
 @pytest.fixture(scope="module")
 def makers():
     bpe = BpeTokenizer.train([TEXT], 300)
@@ -54,6 +65,7 @@ def makers():
         "byte": ByteTokenizer,
         "bpe": lambda: bpe,
         "hf": lambda: vocabularies.HfTokenizer(hf_json(bpe)),
+        "metaspace": lambda: vocabularies.HfTokenizer(metaspace_json()),
         "sentencepiece": lambda: vocabularies.SentencePieceTokenizer(sentencepiece_model()),
         "gpt2": lambda: vocabularies.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe"))),
         "llama2c": lambda: build_tokenizer(f"llama2c:{real('stories260k/tok512.bin')}", 0, list),
@@ -209,24 +221,29 @@ def test_a_cut_of_a_byte_level_vocabulary_spells_what_it_drops(makers):
     assert len(cut.encode(TEXT)) > len(base.encode(TEXT))
 
 
-def metaspace_json():
-    """Return a tokenizer.json that marks spaces as SentencePiece does, as Llama's own is."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["</s>"], show_progress=False)
-    inner.train_from_iterator([TEXT], trainer)
-    return inner.to_str().encode()
-
-
 @pytest.mark.parametrize("name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"])
 def test_bytes_of_ids_are_those_of_the_texts(makers, name):
     """So that bits per byte of ready ids are those of the text they were made from."""
-    tokenizer = vocabularies.HfTokenizer(metaspace_json()) if name == "metaspace" else makers[name]()
+    tokenizer = makers[name]()
     texts = ["Once upon a cat.", "She said: “café!”", "there was"]
     ids = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eot_id]]
     assert tokenizer.count_bytes(np.array(ids)) == sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"])
+def test_what_follows_other_ids_keeps_its_space(makers, name):
+    tokenizer, text = makers[name](), "Once upon a time there was a cat."
+    ids = tokenizer.encode(text)
+    for i in range(len(ids) + 1):
+        assert tokenizer.decode(ids[:i]) + tokenizer.decode_after(ids[:i], ids[i:]) == text
+
+
+@pytest.mark.parametrize("name", ["metaspace", "sentencepiece"])
+def test_a_cut_keeps_the_spaces_around_what_it_does_not_know(makers, name):
+    base = makers[name]()
+    cut = CutTokenizer.of(base, ["there was a cat"], 99)
+    strange = "\ufffd" * len(base.encode("Two"))
+    assert cut.decode(cut.encode("Two was Two Two a cat")) == f"{strange} was{strange}{strange} a cat"
 
 
 @pytest.mark.parametrize("damage", [b"{", b'{"name": "char"}', b"[]", b'{"name": "no:kind"}', b'{"chars": "ab"}'])

@@ -14,6 +14,8 @@ from small import SETTINGS, VOCAB, small_model, small_run
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.core.settings import differing_settings
+from tinylm.evaluate import score_stories
+from tinylm.inference.decode import Decoder
 from tinylm.interop import models, tensor_files, weights
 from tinylm.interop.families import FAMILIES
 
@@ -362,6 +364,14 @@ def test_an_export_overwrites_nothing(tmp_path):
 def test_a_model_of_no_family_is_told_what_stands_in_the_way(name, changes, wanted):
     with pytest.raises(UserError, match=wanted):
         models.fitting_family(small_model(name, **changes))
+
+
+def test_stories_begin_as_the_texts_of_the_run_do(monkeypatch):
+    run, seen = small_run(small_model("llama")), []
+    run.start_id = 7
+    monkeypatch.setattr(Decoder, "stream", lambda self, params, prompts, **_: seen.extend(prompts) or [])
+    assert score_stories(run)["ended"] == 1
+    assert {prompt[0] for prompt in seen} == {7}
 
 
 def test_an_imported_run_opens(copy, tmp_path):

@@ -58,6 +58,10 @@ class Tokenizer:
         """Return the text of ids; bytes that are no UTF-8 become replacement characters."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Return the text of ids that follow `before`; decoded alone, they may lose the space they begin with."""
+        return self.decode([*before, *ids])[len(self.decode(before)) :]
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides what ids mean."""
