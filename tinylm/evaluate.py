@@ -43,7 +43,9 @@ def score_split(run: Any) -> dict[str, Any]:
     from tinylm.data.config import DataConfig
     from tinylm.inference.evaluation import evaluate, make_eval_step
 
-    data = open_data(from_dict(DataConfig, run.config["data"]), seed=run.config["seed"], is_writer=is_main())
+    config, imported = from_dict(DataConfig, run.config["data"]), "imported_from" in run.folder.read_config()
+    own = run.tokenizer if imported else None  # where its file was once named may be nothing now
+    data = open_data(config, seed=run.config["seed"], is_writer=is_main(), tokenizer=own)
     if data.valid is None:
         raise UserError("the run has no validation split; set data.valid_fraction or data.valid_source.")
     if data.tokenizer.fingerprint != run.tokenizer.fingerprint:

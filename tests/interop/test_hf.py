@@ -9,15 +9,22 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from helpers import run_command
 from small import SETTINGS, VOCAB, small_model, small_run
 
+from tinylm.config import Config, DataConfig
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
-from tinylm.core.settings import differing_settings
+from tinylm.core.settings import differing_settings, to_dict
+from tinylm.data.tokenizers import BpeTokenizer, build_tokenizer, load_tokenizer
+from tinylm.data.vocabularies import tokenizer_file_hashes
 from tinylm.evaluate import score_stories
 from tinylm.inference.decode import Decoder
 from tinylm.interop import models, tensor_files, weights
 from tinylm.interop.families import FAMILIES
+from tinylm.interop.tokenizer_files import data_tokenizer
+from tinylm.run.folder import RunFolder
+from tinylm.run.open_run import open_run
 
 ONE = MeshConfig(data=1)
 
@@ -366,6 +373,39 @@ def test_a_model_of_no_family_is_told_what_stands_in_the_way(name, changes, want
         models.fitting_family(small_model(name, **changes))
 
 
+@pytest.mark.parametrize("named", [256, [256, 3]])
+def test_the_end_of_text_is_the_one_that_the_config_names(copy, tmp_path, named):
+    folder = copy()
+    (folder / "tinylm_tokenizer.json").unlink()
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|endoftext|>", "<|fin|>"))
+    edit_config(folder, eos_token_id=named)
+    found = models.import_hf(str(folder)).tokenizer
+    assert (found.eot_id, found.vocab_size) == (256, 257)
+    found.save(tmp_path / "saved")
+    again = [load_tokenizer(tmp_path / "saved"), build_tokenizer(f"hf:{tmp_path}/saved/tokenizer.json", 0, list)]
+    assert {one.fingerprint for one in again} == {found.fingerprint}
+    assert tokenizer_file_hashes(f"hf:{file}") != tokenizer_file_hashes(f"hf:{tmp_path}/saved/tokenizer.json")
+    edit_config(folder, eos_token_id="none", bos_token_id=True)
+    assert models.import_hf(str(folder)).start_id == 257
+
+
+def test_an_imported_run_is_scored_with_its_own_tokenizer_wherever_it_is(tmp_path):
+    run = small_run(small_model("llama"))
+    run.tokenizer = BpeTokenizer.train(["Once upon a time"], 259)
+    run.start_id = run.tokenizer.eot_id
+    models.export_hf(run, str(tmp_path / "hf"))
+    imported, first = models.import_hf(str(tmp_path / "hf")), RunFolder(str(tmp_path / "first"))
+    spec = data_tokenizer(imported.tokenizer, first.tokenizer)
+    data = DataConfig(source="tales:50", tokenizer=spec, seq_len=16, batch_size=8)
+    config = to_dict(Config(data=data, model=imported.model))
+    models.write_run(first, {"config": config, "imported_from": "there"}, imported)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    done = run_command("tinylm.evaluate", f"--workdir={tmp_path / 'moved'}", "--json", "--max_batches=1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 8 * 16
+
+
 def test_stories_begin_as_the_texts_of_the_run_do(monkeypatch):
     run, seen = small_run(small_model("llama")), []
     run.start_id = 7
@@ -375,11 +415,6 @@ def test_stories_begin_as_the_texts_of_the_run_do(monkeypatch):
 
 
 def test_an_imported_run_opens(copy, tmp_path):
-    from tinylm.config import Config
-    from tinylm.core.settings import to_dict
-    from tinylm.run.folder import RunFolder
-    from tinylm.run.open_run import open_run
-
     imported = models.import_hf(str(copy()))
     folder = RunFolder(str(tmp_path / "run"))
     models.write_run(folder, {"config": to_dict(Config(model=imported.model)), "imported_from": "there"}, imported)

@@ -21,7 +21,7 @@ TEXT = "A fox, a fox, and one more fox."
 def model():
     """A random model of bytes with a context of 24."""
     run = small_run(small_model("llama"))
-    run.start_id = 258
+    run.start_id = 7
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter, "open_run", lambda workdir, step: run)
         return adapter.TinyLM("nowhere", batch_size=3)
@@ -50,12 +50,11 @@ def test_likelihoods_are_those_of_the_plain_model(model):
 
 
 def test_what_greedy_decoding_writes_is_greedy(model):
-    ids = model.decoder.write(
-        model.run.params, [[model.prefix_token_id, 65]], max_tokens=3, sampler=adapter.Sampler(0.0)
-    )[0]
-    [(_, greedy)] = model.score_pairs([([model.prefix_token_id, 65], ids)])
+    prompt = [model.prefix_token_id, 65]
+    [ids] = model.decoder.write(model.run.params, [prompt], max_tokens=3, sampler=adapter.Sampler(0.0))
+    [(_, greedy)] = model.score_pairs([(prompt, ids)])
     assert greedy
-    assert not model.score_pairs([([model.prefix_token_id, 65], [*ids[:-1], (ids[-1] + 1) % 256])])[0][1]
+    assert not model.score_pairs([(prompt, [*ids[:-1], (ids[-1] + 1) % 256])])[0][1]
 
 
 def test_every_byte_of_a_long_text_is_scored_once(model):

@@ -5,6 +5,7 @@ from may go.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from tinylm.core.errors import UserError
 from tinylm.core.optional import optional_module
 from tinylm.data.config import split_spec
 from tinylm.data.pieces import in_pieces
-from tinylm.data.tokenizers import END, BpeTokenizer, TableTokenizer, Tokenizer, byte_chars, encode_by, utf8
+from tinylm.data.tokenizers import END, HEADER_FILE, BpeTokenizer, TableTokenizer, Tokenizer, byte_chars, ids_by, utf8
 
 # As many threads as the tokenizers library takes, whose variable this is; a process of `encoding` has one.
 THREADS = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
@@ -97,8 +98,8 @@ class Gpt2Tokenizer(TableTokenizer):
 class HfTokenizer(BpeTokenizer):
     """Any tokenizer.json, as Hugging Face's `tokenizers` reads it."""
 
-    def __init__(self, tokenizer_json: bytes):
-        super().__init__("hf", tokenizer_json)
+    def __init__(self, tokenizer_json: bytes, eot_id: int | None = None):
+        super().__init__("hf", tokenizer_json, eot_id)
         self._inner.no_truncation()
         self._inner.no_padding()
         decoder = json.loads(tokenizer_json).get("decoder") or {}
@@ -160,7 +161,7 @@ class Llama2cTokenizer(TableTokenizer):
         self.inner = _byte_fallback_bpe(names, [names[i] for i in best_first])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return encode_by(self.inner, texts)
+        return ids_by(self.inner, texts)
 
     def count_bytes(self, ids: np.ndarray) -> int:
         spaces = np.array([content.startswith(b" ") for content in self._bytes_of_id])[ids]
@@ -211,7 +212,9 @@ def tokenizer_file_hashes(spec: str) -> list[str]:
         return []
     path = pathlib.Path(argument)
     files = [path / name for name in ("encoder.json", "vocab.bpe")] if kind == "gpt2" else [path]
-    return [hashlib.sha256(read_user_file(file)).hexdigest() for file in files]
+    hashes = [hashlib.sha256(read_user_file(file)).hexdigest() for file in files]
+    eot_id = _saved_eot_id(path) if kind == "hf" else None
+    return hashes if eot_id is None else [*hashes, str(eot_id)]
 
 
 def read_user_file(path: pathlib.Path) -> bytes:
@@ -230,15 +233,26 @@ _OF_FILE: dict[str, tuple[str, Callable[[bytes], Tokenizer]]] = {
 }
 
 
-def read_vocabulary(spec: str) -> Tokenizer:
-    """Return the tokenizer of the file or folder that a spec names."""
+def read_vocabulary(spec: str, eot_id: int | None = None) -> Tokenizer:
+    """Return the tokenizer of the file or folder that a spec names; a tokenizer.json may need to be told its end."""
     kind, argument = split_spec(spec)
     if kind == "gpt2":
         return Gpt2Tokenizer.of_folder(argument) if argument else Gpt2Tokenizer.of_tiktoken()
-    return _OF_FILE[kind][1](read_user_file(pathlib.Path(argument)))
+    path = pathlib.Path(argument)
+    content = read_user_file(path)
+    if kind == "hf":
+        return HfTokenizer(content, _saved_eot_id(path) if eot_id is None else eot_id)
+    return _OF_FILE[kind][1](content)
 
 
-def restore(kind: str, folder: Any) -> Tokenizer:
-    """Return the tokenizer of `kind` that was saved in `folder`."""
+def _saved_eot_id(path: pathlib.Path) -> Any:
+    """Return the end of text that the header beside a tokenizer.json names, if it does: a run's folder has one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads(path.expanduser().with_name(HEADER_FILE).read_bytes()).get("eot_id")
+
+
+def restore(kind: str, folder: Any, eot_id: int | None) -> Tokenizer:
+    """Return the tokenizer of `kind` that was saved in `folder`; `eot_id` is that of its header."""
     name, make = _OF_FILE[kind]
-    return make((folder / name).read_bytes())
+    content = (folder / name).read_bytes()
+    return HfTokenizer(content, eot_id) if kind == "hf" else make(content)

@@ -57,14 +57,21 @@ def import_hf(folder: str, tokenizer: str = "", mesh_config: MeshConfig | None =
             f"--from_hf={folder} is no folder; download the model first (tinylm fetches nothing by itself)."
         )
     family, model = read_model_config(place)
-    found = find_tokenizer(place, tokenizer)
+    config = read_json(place / "config.json")
+    found = find_tokenizer(place, tokenizer, _special_id(config, "eos_token_id", model.vocab_size))
     check_vocabulary(found, model.vocab_size)
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
     params = weights.import_params(open_folder(place), family, model, mesh, mesh_config.fsdp)
-    start = read_json(place / "config.json").get("bos_token_id")
-    start = start if isinstance(start, int) and 0 <= start < found.vocab_size else found.eot_id
-    return Imported(model, params, found, mesh, start)
+    start = _special_id(config, "bos_token_id", found.vocab_size)
+    return Imported(model, params, found, mesh, found.eot_id if start is None else start)
+
+
+def _special_id(config: dict[str, Any], key: str, vocab_size: int) -> int | None:
+    """Return the id that a config.json gives for `key`, the first of several, where there is such an id."""
+    found = config.get(key)
+    found = found[0] if isinstance(found, list) and found else found
+    return found if type(found) is int and 0 <= found < vocab_size else None
 
 
 def import_llama2c(path: str, tokenizer: str, mesh_config: MeshConfig | None = None) -> Imported:
@@ -130,7 +137,7 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
 def _write_model(run: Run, family: Family, folder: pathlib.Path) -> None:
     model, end = run.model_config, run.tokenizer.eot_id
     config = {"model_type": family.model_type, "architectures": [family.architecture], "dtype": "float32",
-              "bos_token_id": end, "eos_token_id": end, **family.write_config(model)}  # fmt: skip
+              "bos_token_id": run.start_id, "eos_token_id": end, **family.write_config(model)}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = weights.export_tensors(run.params, family, model)
     write_file(folder / "model.safetensors", weights.their_shapes(family, model), tensors)
