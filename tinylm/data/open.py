@@ -174,14 +174,19 @@ def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:
     if split not in store.manifest["splits"]:
         raise UserError(f"data.source={store.manifest['source']} has no text to train on; check data.valid_fraction.")
     begin, end = store.manifest["splits"][split]["tokens"]
-    if seed is not None and config.packing == "stream" and end - begin < config.seq_len:
+    if seed is not None and end - begin < config.seq_len:
         raise UserError(
             f"data.seq_len={config.seq_len} must be at most the {end - begin} training tokens of "
             f"data.source={store.manifest['source']}."
         )
+    if config.loss_on == "answer" and store.mask is None:
+        raise UserError(
+            f"data.loss_on=answer needs prompts, and data.source={store.manifest['source']} has none; check "
+            "data.prompt_field and data.completion_field."
+        )
     plan = _plan(config, store, split)
     rows = SplitRows(store, split, plan, config.seq_len, seed)
-    rows.use_mask = config.loss_on == "answer" and store.mask is not None
+    rows.use_mask = config.loss_on == "answer"
     rows.packed = config.packing == "packed"
     return rows
 
