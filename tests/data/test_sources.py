@@ -60,6 +60,11 @@ def test_text_files_split_at_the_separator_wherever_chunks_end(tmp_path, monkeyp
     assert texts_of(f"text:{tmp_path}/a*", separator="") == [content.decode()]
 
 
+def test_a_file_whose_name_is_a_pattern_is_itself(tmp_path):
+    (tmp_path / "story [1].txt").write_text("a cat")
+    assert texts_of(f"text:{tmp_path}/story [1].txt") == ["a cat"]
+
+
 def test_files_of_a_glob_come_in_the_order_of_their_names(tmp_path):
     for name, story in zip("bca", STORIES, strict=True):
         (tmp_path / f"{name}.txt").write_text(story)

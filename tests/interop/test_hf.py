@@ -414,6 +414,11 @@ def test_stories_begin_as_the_texts_of_the_run_do(monkeypatch):
     assert {prompt[0] for prompt in seen} == {7}
 
 
+@pytest.mark.parametrize("changes", [{"z_loss": 1e-4}, {"dropout": 0.1}, {"init_std": 0.1}])
+def test_what_logits_do_not_depend_on_stands_in_no_way(changes):
+    assert models.fitting_family(small_model("llama", **changes)).model_type == "llama"
+
+
 def test_an_imported_run_opens(copy, tmp_path):
     imported = models.import_hf(str(copy()))
     folder = RunFolder(str(tmp_path / "run"))

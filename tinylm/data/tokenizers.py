@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
 from tinylm.data.config import MAX_IDS, split_spec
 from tinylm.data.pieces import in_pieces, pieces
@@ -73,11 +73,14 @@ class Tokenizer:
     def save(self, folder: Any) -> None:
         """Write this tokenizer into `folder`, which may also be in a bucket."""
         folder = _path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
         header = {"name": self.name, "fingerprint": self.fingerprint, **self.header}
-        (folder / HEADER_FILE).write_text(json.dumps(header, indent=1))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in self.files.items():
+                (folder / name).write_bytes(content)
+            (folder / HEADER_FILE).write_text(json.dumps(header, indent=1))
+        except OSError as error:
+            raise StorageError(f"the tokenizer can't be written into {folder}: {error.strerror or error}.") from error
 
 
 class ByteTokenizer(Tokenizer):
@@ -225,7 +228,11 @@ class BpeTokenizer(TableTokenizer):
 
 def ids_by(inner: Any, texts: Sequence[str]) -> list[np.ndarray]:
     """Return the ids that a tokenizer of the `tokenizers` library gives to each text."""
-    encodings = inner.encode_batch_fast([utf8(text).decode() for text in texts], add_special_tokens=False)
+    texts = [utf8(text).decode() for text in texts]
+    try:
+        encodings = inner.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(f"the file of data.tokenizer can't spell a text: {error}.") from error
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 

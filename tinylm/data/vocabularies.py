@@ -12,7 +12,6 @@ import os
 import pathlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,9 @@ from tinylm.data.tokenizers import END, HEADER_FILE, BpeTokenizer, TableTokenize
 THREADS = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
 
 
+_BYTES = {bytes([byte]) for byte in range(256)}
+
+
 class Gpt2Tokenizer(TableTokenizer):
     """GPT-2's 50,257 ids, encoded by tiktoken (Radford et al. 2019, section 2.2)."""
 
@@ -36,7 +38,9 @@ class Gpt2Tokenizer(TableTokenizer):
     def __init__(self, id_of_bytes: dict[bytes, int]):
         tiktoken = optional_module("tiktoken", "tokens")
 
-        self.eot_id = max(id_of_bytes.values()) + 1
+        self.eot_id = len(id_of_bytes)
+        if sorted(id_of_bytes.values()) != list(range(self.eot_id)) or len(set(id_of_bytes) & _BYTES) < 256:
+            raise ValueError("its ranks must be those from 0 on, and have each byte")
         self.vocab_size = self.eot_id + 1
         self._inner = tiktoken.Encoding(
             "gpt2", pat_str=self._PATTERN, mergeable_ranks=id_of_bytes, special_tokens={END: self.eot_id}
@@ -83,16 +87,10 @@ class Gpt2Tokenizer(TableTokenizer):
         return cls({base64.b64decode(token): int(i) for token, i in pairs})
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return in_pieces(texts, self._encode_pieces)
+        return in_pieces([utf8(text).decode() for text in texts], self._encode_pieces)
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
-        """Encode on all cores, many texts a turn."""
-        groups = [texts[i : i + 64] for i in range(0, len(texts), 64)]
-        with futures.ThreadPoolExecutor(THREADS) as threads:
-            return [ids for group in threads.map(self._encode_group, groups) for ids in group]
-
-    def _encode_group(self, texts: list[str]) -> list[np.ndarray]:
-        return [self._inner.encode_to_numpy(text, disallowed_special=()).astype(np.int32) for text in texts]
+        return [np.array(ids, np.int32) for ids in self._inner.encode_ordinary_batch(texts, num_threads=THREADS)]
 
 
 class HfTokenizer(BpeTokenizer):
@@ -128,6 +126,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.files = {"tokenizer.model": model}
         try:
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=model)
+            if not model:  # which the library takes for none given
+                raise RuntimeError
         except RuntimeError as error:
             raise UserError("the file of data.tokenizer=sentencepiece: is no SentencePiece model.") from error
         pieces = self._inner.get_piece_size()

@@ -160,7 +160,7 @@ def _misfits(family: Family, model: ModelConfig) -> list[str]:
     """Return the settings that change on the way to a family's config.json and back."""
     there = family.read_config(family.write_config(model) | {"model_type": family.model_type})
     there.resolve(model.vocab_size, model.context)
-    irrelevant = {"dropout", "init_std", "compute_dtype"}
+    irrelevant = {"dropout", "init_std", "compute_dtype", "z_loss"}
     if model.position != "rotary":
         irrelevant |= {"rotary_base", "rotary_fraction"}
     keys = [key for key, _, _ in differing_settings(model, there) if key not in irrelevant]
