@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import resource
 import shutil
 import struct
 
@@ -13,7 +14,7 @@ from helpers import run_command
 from small import SETTINGS, VOCAB, small_model, small_run
 
 from tinylm.config import Config, DataConfig
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.core.settings import differing_settings, to_dict
 from tinylm.data.tokenizers import BpeTokenizer, build_tokenizer, load_tokenizer
@@ -275,6 +276,26 @@ CONFIGS = {
 }
 
 
+WRONG = ["12", "x", None, True, 1.5, 0, -1, 10**30, float("nan"), [], {}, [[1]]]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gpt_neox", "llama"])
+def test_values_of_any_kind_in_a_config_are_read_or_refused(copy, name):
+    folder = copy(name)
+    config = json.loads((folder / "config.json").read_text())
+    more = ["rope_parameters", "rope_scaling", "num_key_value_heads", "attention_layers", "partial_rotary_factor"]
+    for key in [*config, *more]:
+        for value in WRONG:
+            (folder / "config.json").write_text(json.dumps({**config, key: value}))
+            try:
+                model = models.read_model_config(folder)[1]
+            except UserError as error:
+                assert "\n" not in str(error)
+            else:
+                sizes = [getattr(model, size) for size in ("vocab_size", "context", "embed_dim", "head_dim", "mlp_dim")]
+                assert all(type(size) is int and 0 < size < 1 << 31 for size in sizes), (key, value)
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_configs_that_we_cannot_follow_are_refused(copy, case):
     name, changes, wanted = CONFIGS[case]
@@ -298,6 +319,7 @@ def test_pickled_weights_are_refused_with_the_reason(copy):
         (struct.pack("<Q", 1 << 40) + b"{}", "its header would be 1,099,511,627,776 bytes"),
         (struct.pack("<Q", 5) + b"hello", "its header is not JSON"),
         (struct.pack("<Q", 2) + b"[]", "its header is no object"),
+        (struct.pack("<Q", 100_000) + b"[" * 100_000, "its header is not JSON"),
         (b"abc", "is no safetensors file"),
         (b"", "can't be read as safetensors"),
     ],
@@ -317,7 +339,19 @@ def test_a_tensor_must_lie_inside_its_file(tmp_path, offsets):
         tensor_files.open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["F32", "I64"])
+@pytest.mark.parametrize("shape", [["a"], [-1], [True], [2**62] * 2, [0, 2**63], [1] * 70, [1.0], 5, "1", None])
+def test_a_shape_that_no_tensor_has_is_refused(tmp_path, kind, shape):
+    text = json.dumps({"w": {"dtype": kind, "shape": shape, "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    with pytest.raises(UserError, match=r"cut short or altered|describes w wrongly"):
+        tensor_files.open_folder(tmp_path)
+
+
 def test_folders_that_are_no_model(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"deep.json can't be read"):
+        tensor_files.read_json(tmp_path / "deep.json")
     with pytest.raises(UserError, match="is no folder"):
         models.import_hf(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"config.json can't be read"):
@@ -351,6 +385,25 @@ def test_transformers_must_agree_where_it_is_installed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="nothing was exported: transformers' logits differ"):
         models.export_hf(small_run(small_model("gpt2")), str(tmp_path / "hf"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_into_the_empty_folder_that_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models.export_hf(small_run(small_model("gpt2")), ".")
+    assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("place", ["file/hf", "/proc/hf", "full"])
+def test_an_export_that_cannot_be_written_is_one_line(tmp_path, place):
+    (tmp_path / "file").write_text("kept")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limit[1]))
+    try:
+        with pytest.raises(StorageError, match=f"--to_hf={tmp_path / place} can't be written: "):
+            models.export_hf(small_run(small_model("gpt2")), str(tmp_path / place))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_export_overwrites_nothing(tmp_path):

@@ -275,7 +275,7 @@ def load_tokenizer(folder: Any) -> Tokenizer:
     try:
         header = json.loads((folder / HEADER_FILE).read_text())
         tokenizer = _restore(header, folder)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} holds no whole tokenizer of tinylm ({type(error).__name__}: {error}).") from error
     if tokenizer.fingerprint != header.get("fingerprint"):
         raise UserError(f"the tokenizer in {folder} was altered: its fingerprint is not {header.get('fingerprint')}.")

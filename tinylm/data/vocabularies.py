@@ -63,7 +63,7 @@ class Gpt2Tokenizer(TableTokenizer):
             if ids != {token: i for i, token in enumerate(tokens)}:
                 raise ValueError("their tokens differ")
             return cls({bytes(byte_of_char[char] for char in token): i for i, token in enumerate(tokens)})
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             why = f"{type(error).__name__}: {error}"
             raise UserError(f"{place} has no encoder.json and vocab.bpe that belong together ({why}).") from error
 
@@ -247,7 +247,7 @@ def read_vocabulary(spec: str, eot_id: int | None = None) -> Tokenizer:
 
 def _saved_eot_id(path: pathlib.Path) -> Any:
     """Return the end of text that the header beside a tokenizer.json names, if it does: a run's folder has one."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
         return json.loads(path.expanduser().with_name(HEADER_FILE).read_bytes()).get("eot_id")
 
 

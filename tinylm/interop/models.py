@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
-from tinylm.core.settings import differing_settings
+from tinylm.core.settings import differing_settings, settings_of
 from tinylm.data.tokenizers import Tokenizer
 from tinylm.interop import weights
 from tinylm.interop.families import FAMILIES, LLAMA, Family
@@ -101,12 +101,28 @@ def read_model_config(folder: pathlib.Path) -> tuple[Family, ModelConfig]:
     """Return the family and the resolved model settings of a config.json of Hugging Face."""
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in list(FAMILIES):
         raise UserError(f"config.json has model_type={kind!r}; tinylm reads {', '.join(FAMILIES)}.")
-    model = FAMILIES[kind].read_config(config)
-    model.resolve(model.vocab_size, model.context)
+    try:
+        model = FAMILIES[kind].read_config(config)
+    except UserError:
+        raise
+    except Exception as error:  # what a value of a wrong kind leads to
+        raise UserError(f"{folder / 'config.json'} has a value of a wrong kind ({error}).") from error
+    _check_kinds(model)
     model.check()
+    model.resolve(model.vocab_size, model.context)
     return FAMILIES[kind], model
+
+
+def _check_kinds(model: ModelConfig) -> None:
+    """Raise UserError for settings that have another type than their default, or no size that a model can have."""
+    for name, field, value in settings_of(model):
+        known, values = (x if isinstance(x, tuple) else (x,) for x in (field.default, value))
+        kinds = (float, int) if isinstance(known[0], float) else (type(known[0]),)
+        good = all(type(one) in kinds and (isinstance(one, str) or abs(one) < 1 << 31) for one in values)
+        if not good or (name in ("vocab_size", "context") and not value):
+            raise UserError(f"config.json gives model.{name}={value!r}, which no model of tinylm can have.")
 
 
 def export_hf(run: Run, folder: str) -> dict[str, Any]:
@@ -114,7 +130,7 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
 
     Raises UserError where no family holds the model or the logits of what was written differ from the run's.
     """
-    place = pathlib.Path(folder).expanduser()
+    place = pathlib.Path(folder).expanduser().resolve()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"--to_hf={folder} is there already; name a new folder.")
     if jax.process_count() > 1:
@@ -122,13 +138,15 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
     family = fitting_family(run.model_config)
     part = place.with_name(f".{place.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         _write_model(run, family, part)
         checked = check_logits(run, part)
         if place.exists():
             place.rmdir()
         part.rename(place)
+    except OSError as error:
+        raise StorageError(f"--to_hf={folder} can't be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return {"folder": str(place), "family": family.model_type, **checked}
