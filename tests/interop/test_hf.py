@@ -1,5 +1,6 @@
 """Hugging Face folders without Hugging Face: layouts, round trips, meshes, and every file that must be refused."""
 
+import dataclasses
 import json
 import pathlib
 import resource
@@ -26,6 +27,7 @@ from tinylm.interop.families import FAMILIES
 from tinylm.interop.tokenizer_files import data_tokenizer
 from tinylm.run.folder import RunFolder
 from tinylm.run.open_run import open_run
+from tinylm.view.attention import attention_of
 
 ONE = MeshConfig(data=1)
 
@@ -465,6 +467,8 @@ def test_stories_begin_as_the_texts_of_the_run_do(monkeypatch):
     monkeypatch.setattr(Decoder, "stream", lambda self, params, prompts, **_: seen.extend(prompts) or [])
     assert score_stories(run)["ended"] == 1
     assert {prompt[0] for prompt in seen} == {7}
+    others = dataclasses.replace(run, start_id=8)
+    assert not np.array_equal(attention_of(run, "ab")[1], attention_of(others, "ab")[1])
 
 
 @pytest.mark.parametrize("changes", [{"z_loss": 1e-4}, {"dropout": 0.1}, {"init_std": 0.1}])

@@ -84,8 +84,8 @@ def open_data(
     """Return the data of a run, prepared first where it isn't yet.
 
     `is_writer` is for one process of a job; the others wait `wait_secs` at most. `tokenizer` takes the place of the
-    config's, as the one of an imported model does. Raises UserError for anything wrong
-    in the data, StorageError where it can't be written.
+    config's, as the one of an imported model does. Raises UserError for anything wrong in the data, StorageError where
+    it can't be written.
     """
     config.check()
     opener = _Opener(config, is_writer, wait_secs, progress)

@@ -25,7 +25,6 @@ from tinylm.data.tokenizers import END, HEADER_FILE, BpeTokenizer, TableTokenize
 # As many threads as the tokenizers library takes, whose variable this is; a process of `encoding` has one.
 THREADS = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
 
-
 _BYTES = {bytes([byte]) for byte in range(256)}
 
 
