@@ -392,7 +392,8 @@ def test_transformers_must_agree_where_it_is_installed(tmp_path, monkeypatch):
 def test_an_export_into_the_empty_folder_that_one_is_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models.export_hf(small_run(small_model("gpt2")), ".")
-    assert (tmp_path / "config.json").exists()
+    assert sorted(map(str, pathlib.Path().iterdir())) == sorted(path.name for path in tmp_path.iterdir())
+    assert models.read_model_config(pathlib.Path())[0].model_type == "gpt2"
 
 
 @pytest.mark.parametrize("place", ["file/hf", "/proc/hf", "full"])

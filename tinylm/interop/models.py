@@ -142,9 +142,11 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
         part.mkdir(parents=True)
         _write_model(run, family, part)
         checked = check_logits(run, part)
-        if place.exists():
-            place.rmdir()
-        part.rename(place)
+        if place.exists():  # and is empty: it is filled, as someone may be in it
+            for path in part.iterdir():
+                path.rename(place / path.name)
+        else:
+            part.rename(place)
     except OSError as error:
         raise StorageError(f"--to_hf={folder} can't be written: {error.strerror or error}.") from error
     finally:
