@@ -43,7 +43,9 @@ def score_split(run: Any) -> dict[str, Any]:
     from tinylm.data.config import DataConfig
     from tinylm.inference.evaluation import evaluate, make_eval_step
 
-    data = open_data(from_dict(DataConfig, run.config["data"]), seed=run.config["seed"], is_writer=is_main())
+    config, imported = from_dict(DataConfig, run.config["data"]), "imported_from" in run.folder.read_config()
+    own = run.tokenizer if imported else None  # where its file was once named may be nothing now
+    data = open_data(config, seed=run.config["seed"], is_writer=is_main(), tokenizer=own)
     if data.valid is None:
         raise UserError("the run has no validation split; set data.valid_fraction or data.valid_source.")
     if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
@@ -61,16 +63,13 @@ def score_split(run: Any) -> dict[str, Any]:
 
 def score_stories(run: Any, max_tokens: int = 250) -> dict[str, Any]:
     """Return measures of how the model goes on with fixed prompts, eight times each."""
-    from tinylm.inference.decode import Decoder
     from tinylm.inference.samplers import Sampler
     from tinylm.inference.stories import PROMPTS, measure
+    from tinylm.inference.writing import write_texts
 
-    suite, tokenizer = PROMPTS * 8, run.tokenizer
-    decoder = Decoder(run.graph, run.model_config.context, tokenizer.eot_id, tokenizer.vocab_size)
-    prompts = [[tokenizer.eot_id, *tokenizer.encode(prompt)] for prompt, _ in suite]
-    rows = decoder.write(run.params, prompts, max_tokens=max_tokens, sampler=Sampler(0.8))
-    ended = [len(row) < max_tokens for row in rows]
-    return measure([tokenizer.decode(row) for row in rows], [names for _, names in suite], ended)
+    prompts, names = zip(*PROMPTS * 8, strict=True)
+    texts = write_texts(run, prompts, max_tokens=max_tokens, sampler=Sampler(0.8))
+    return measure([text.completion for text in texts], names, [len(text.ids) < max_tokens for text in texts])
 
 
 if __name__ == "__main__":

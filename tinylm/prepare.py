@@ -25,7 +25,8 @@ def main() -> None:
     if FLAGS.to_tfds:
         from tinylm.data.tfds_builder import write_tfds
 
-        print(write_tfds(config.data, FLAGS.to_tfds, FLAGS.tfds_name))
+        folder = str(write_tfds(config.data, FLAGS.to_tfds, FLAGS.tfds_name))
+        print(json.dumps({"folder": folder}) if FLAGS.json else folder)
         return
     data = open_data(config.data, seed=config.seed, is_writer=is_main())
     if FLAGS.verify:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -57,6 +58,11 @@ def test_text_files_split_at_the_separator_wherever_chunks_end(tmp_path, monkeyp
     (tmp_path / f"a.txt{ending}").write_bytes(packers[ending](content))
     assert texts_of(f"text:{tmp_path}/a*") == STORIES
     assert texts_of(f"text:{tmp_path}/a*", separator="") == [content.decode()]
+
+
+def test_a_file_whose_name_is_a_pattern_is_itself(tmp_path):
+    (tmp_path / "story [1].txt").write_text("a cat")
+    assert texts_of(f"text:{tmp_path}/story [1].txt") == ["a cat"]
 
 
 def test_files_of_a_glob_come_in_the_order_of_their_names(tmp_path):
@@ -195,6 +201,20 @@ def test_bad_lines_of_jsonl_are_named_or_skipped(tmp_path):
     assert manifest(data)["skipped"]["count"] == 4 and manifest(data)["documents"] == 1
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
+def test_bad_strings_of_parquet_are_named_or_skipped(tmp_path, kind):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = pa.array([b"a good line here", b"\xff\xfe", None]).view(pa.string())
+    texts = texts.dictionary_encode() if kind == "dictionary" else texts.cast(kind)
+    parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    spec = {"source": f"parquet:{tmp_path}/a.parquet", "valid_fraction": 0}
+    refused(tmp_path, r"a\.parquet, row 1, field text, is not UTF-8 \(byte 0 of it\)", **spec)
+    data = open_data(config_of(tmp_path, on_bad_text="skip", **spec), seed=0, progress=False)
+    assert manifest(data)["skipped"]["count"] == 2 and manifest(data)["documents"] == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
@@ -209,14 +229,19 @@ def test_bad_lines_of_jsonl_are_named_or_skipped(tmp_path):
         ({"source": "0.7.1*tales, 0.3*addition"}, r"must be WEIGHT\*SOURCE"),
         ({"source": "0.7*tales, 0.333333333*addition"}, "too fine"),
         ({"tokenizer": "bpe:100"}, "at least 257"),
+        ({"tokenizer": "bpe:1000000000000"}, "at most 16777216"),
+        ({"tokenizer": "bpe:99999999999999999999"}, "a whole number above 0"),
         ({"tokenizer": "bbpe:300"}, "did you mean 'bpe'"),
         ({"packing": "pack"}, "did you mean 'packed'"),
         ({"batch_size": 0}, "at least 1"),
         ({"valid_fraction": 1.0}, "below 1"),
         ({"loss_on": "answer"}, "needs prompt and completion"),
+        ({"source": "jsonl:{}/texts.jsonl", "loss_on": "answer"}, "loss_on=answer needs prompts, and .* has none"),
         ({"source": "tokens:x", "vocab_top_k": 9}, "can't cut"),
         ({"source": "tokens:x", "tokenizer": "char"}, "must be the one that made the ids"),
         ({"source": "text:{}/short.txt", "seq_len": 99}, r"data\.seq_len=99 must be at most the 18 training tokens"),
+        ({"source": "text:{}/short.txt", "seq_len": 10**13, "packing": "packed"}, "at most the 18 training tokens"),
+        ({"source": "text:{}/short.txt", "seq_len": 10**13, "packing": "single"}, "at most the 18 training tokens"),
         (
             {"source": "text:{}/short.txt", "seq_len": 9, "batch_size": 7},
             r"data\.batch_size=7 must be at most the 2 rows",
@@ -233,6 +258,7 @@ def test_bad_lines_of_jsonl_are_named_or_skipped(tmp_path):
 def test_each_mistake_is_one_line(tmp_path, settings, match):
     (tmp_path / "short.txt").write_text("twenty characters ok")
     (tmp_path / "blank.txt").write_text("  \n")
+    (tmp_path / "texts.jsonl").write_text('{"text": "twenty characters ok"}\n' * 9)
     (tmp_path / "broken.gz").write_text("no gzip")
     (tmp_path / "cut.gz").write_bytes(gzip.compress(os.urandom(9999))[:-99])
     (tmp_path / "cut.zst").write_bytes(zstandard.compress(os.urandom(9999))[:-99])
@@ -323,6 +349,21 @@ def test_pairs_after_plain_texts_keep_their_prompts_in_tfds(tmp_path):
     assert texts_of(f"tfds:{folder}", "train") == ["abc", ("de", "f")]
 
 
+@pytest.mark.parametrize("place", ["file", "full"])
+def test_a_tfds_data_set_that_cannot_be_written_is_one_line(tmp_path, place):
+    from tinylm.data.tfds_builder import write_tfds
+
+    (tmp_path / "file").write_text("kept")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limit[1]))
+    try:
+        with pytest.raises(StorageError, match=r"1\.0\.0 can't be written: ") as error:
+            write_tfds(config_of(tmp_path, source="tales:500"), str(tmp_path / place), "my_text")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "\n" not in str(error.value) and (tmp_path / "file").read_text() == "kept"
+
+
 def test_ready_ids_show_how_far_they_are(tmp_path, monkeypatch):
     seen = []
 
@@ -356,7 +397,7 @@ def test_the_hub_without_a_network_says_how_to_use_a_local_copy(tmp_path, monkey
 
 
 @pytest.mark.parametrize("source", ["tales:40", "addition:5", "text"])
-def test_a_written_tfds_data_set_gives_the_tokens_of_its_source(tmp_path, monkeypatch, source):
+def test_a_written_tfds_data_set_gives_the_tokens_of_its_source(tmp_path, monkeypatch, capsys, source):
     monkeypatch.setattr(sources, "VALID_TALES", 30)
     from tinylm.data.tfds_builder import write_tfds
 
@@ -366,6 +407,9 @@ def test_a_written_tfds_data_set_gives_the_tokens_of_its_source(tmp_path, monkey
     config = config_of(tmp_path, source=source)
     folder = write_tfds(config, str(tmp_path / "tfds"), "my_text", "1.2.3")
     assert folder.name == "1.2.3" and list(folder.glob("*.array_record*"))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"1\.2\.3 is there already; remove it"):
+        write_tfds(config_of(tmp_path, source="addition:4"), str(tmp_path / "tfds"), "my_text", "1.2.3")
     again = open_data(config_of(tmp_path, source=f"tfds:{folder}"), seed=0, progress=False)
     direct = open_data(config, seed=0, progress=False)
     by_name = config_of(tmp_path, source="tfds:my_text", tfds_data_dir=str(tmp_path / "tfds"))

@@ -259,7 +259,13 @@ def test_without_a_home_stores_go_to_a_private_temporary_folder(tmp_path, monkey
     monkeypatch.setenv("HOME", home)
     monkeypatch.setattr(preparing.tempfile, "gettempdir", lambda: str(tmp_path))
     folder = preparing.store_folder(DataConfig())
-    assert tmp_path in folder.parents and os.stat(folder).st_mode & 0o077 == 0
+    assert tmp_path in folder.parents
+    assert all(os.stat(path).st_mode & 0o077 == 0 for path in (folder, folder.parent))
+    other = os.stat_result([*os.lstat(folder)[:4], os.getuid() + 1, *os.lstat(folder)[5:]])
+    real = os.lstat
+    monkeypatch.setattr(os, "lstat", lambda path, **_: other if path == folder.parent else real(path))
+    with pytest.raises(StorageError, match=r"set data\.store_dir"):  # who owns the parent could rename what is in it
+        preparing.store_folder(DataConfig())
 
 
 def test_a_trillion_tokens_open_at_once_and_read_like_few(tmp_path):

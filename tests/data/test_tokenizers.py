@@ -1,16 +1,18 @@
 """Tokenizers: exact round trips on hostile text, ids of the libraries they stand for, saving, cutting."""
 
+import base64
 import io
 import json
 import os
 import pathlib
+import resource
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.data import pieces, tokenizers, vocabularies
 from tinylm.data.cut import CutTokenizer, count_ids
 from tinylm.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
@@ -47,6 +49,17 @@ def hf_json(bpe):
     return json.dumps(content).encode()
 
 
+def metaspace_json():
+    """Return a tokenizer.json that marks spaces as SentencePiece does, as Llama's own is."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["</s>"], show_progress=False)
+    inner.train_from_iterator([TEXT], trainer)
+    return inner.to_str().encode()
+
+
 @pytest.fixture(scope="module")
 def makers():
     bpe = BpeTokenizer.train([TEXT], 300)
@@ -54,6 +67,7 @@ def makers():
         "byte": ByteTokenizer,
         "bpe": lambda: bpe,
         "hf": lambda: vocabularies.HfTokenizer(hf_json(bpe)),
+        "metaspace": lambda: vocabularies.HfTokenizer(metaspace_json()),
         "sentencepiece": lambda: vocabularies.SentencePieceTokenizer(sentencepiece_model()),
         "gpt2": lambda: vocabularies.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe"))),
         "llama2c": lambda: build_tokenizer(f"llama2c:{real('stories260k/tok512.bin')}", 0, list),
@@ -209,24 +223,29 @@ def test_a_cut_of_a_byte_level_vocabulary_spells_what_it_drops(makers):
     assert len(cut.encode(TEXT)) > len(base.encode(TEXT))
 
 
-def metaspace_json():
-    """Return a tokenizer.json that marks spaces as SentencePiece does, as Llama's own is."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["</s>"], show_progress=False)
-    inner.train_from_iterator([TEXT], trainer)
-    return inner.to_str().encode()
-
-
 @pytest.mark.parametrize("name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"])
 def test_bytes_of_ids_are_those_of_the_texts(makers, name):
     """So that bits per byte of ready ids are those of the text they were made from."""
-    tokenizer = vocabularies.HfTokenizer(metaspace_json()) if name == "metaspace" else makers[name]()
+    tokenizer = makers[name]()
     texts = ["Once upon a cat.", "She said: “café!”", "there was"]
     ids = [i for text in texts for i in [*tokenizer.encode(text), tokenizer.eot_id]]
     assert tokenizer.count_bytes(np.array(ids)) == sum(len(text.encode()) for text in texts)
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"])
+def test_what_follows_other_ids_keeps_its_space(makers, name):
+    tokenizer, text = makers[name](), "Once upon a time there was a cat."
+    ids = tokenizer.encode(text)
+    for i in range(len(ids) + 1):
+        assert tokenizer.decode(ids[:i]) + tokenizer.decode_after(ids[:i], ids[i:]) == text
+
+
+@pytest.mark.parametrize("name", ["metaspace", "sentencepiece"])
+def test_a_cut_keeps_the_spaces_around_what_it_does_not_know(makers, name):
+    base = makers[name]()
+    cut = CutTokenizer.of(base, ["there was a cat"], 99)
+    strange = "\ufffd" * len(base.encode("Two"))
+    assert cut.decode(cut.encode("Two was Two Two a cat")) == f"{strange} was{strange}{strange} a cat"
 
 
 @pytest.mark.parametrize("damage", [b"{", b'{"name": "char"}', b"[]", b'{"name": "no:kind"}', b'{"chars": "ab"}'])
@@ -246,9 +265,57 @@ def test_a_damaged_gpt2_vocabulary_is_one_clear_line(tmp_path, name, content):
         build_tokenizer(f"gpt2:{tmp_path}", 0, list)
 
 
+BYTE_RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
+
+
+@pytest.mark.parametrize("content", [b"", b"YQ== 0\nYg== 0\n", BYTE_RANKS[7:], BYTE_RANKS + b"YWI= 9\n"])
+def test_ranks_that_are_no_vocabulary_are_one_clear_line(tmp_path, content):
+    vocabularies.Gpt2Tokenizer.restore(BYTE_RANKS).save(tmp_path)
+    (tmp_path / "gpt2.tiktoken").write_bytes(content)
+    with pytest.raises(UserError, match=r"holds no whole tokenizer.*its ranks must be"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bpe", "hf", "gpt2", "llama2c", "sentencepiece", "cut"])
+def test_half_of_a_surrogate_pair_is_one_clear_line(makers, name):
+    with pytest.raises(UserError, match=r"no Unicode at character 1: '\\udcff'"):
+        makers[name]().encode("a\udcffb")
+
+
+def test_a_vocabulary_without_unknown_token_says_what_it_cannot_spell():
+    from tokenizers import Tokenizer, models
+
+    word_kinds = [kind({"a": 0}, unk_token="zz") for kind in (models.WordLevel, models.WordPiece)]
+    for kind in [*word_kinds, models.Unigram([("a", -1.0)])]:
+        with pytest.raises(UserError, match="can't spell a text: "):
+            vocabularies.HfTokenizer(Tokenizer(kind).to_str().encode()).encode("hello")
+
+
+def test_ids_that_no_memory_holds_are_refused():
+    from tokenizers import Tokenizer, models
+
+    content = Tokenizer(models.BPE({"a": 0, "b": 4_000_000_000}, [])).to_str().encode()
+    with pytest.raises(UserError, match=r"no tokenizer\.json: its ids reach 4000000001"):
+        vocabularies.HfTokenizer(content)
+
+
+@pytest.mark.parametrize("place", ["file", "full"])
+def test_a_tokenizer_that_cannot_be_saved_is_one_clear_line(makers, tmp_path, place):
+    (tmp_path / "file").write_text("kept")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(StorageError, match=r"the tokenizer can't be written into .*: "):
+            makers["bpe"]().save(tmp_path / place)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("content", [b"no such thing", b""])
 @pytest.mark.parametrize("spec", ["hf:{}", "llama2c:{}", "sentencepiece:{}", "gpt2:{}"])
-def test_a_wrong_or_missing_vocabulary_is_one_clear_line(spec, tmp_path):
-    (tmp_path / "x").write_bytes(b"no such thing")
+def test_a_wrong_or_missing_vocabulary_is_one_clear_line(spec, content, tmp_path):
+    (tmp_path / "x").write_bytes(content)
     for path in (tmp_path / "x", tmp_path / "absent"):
         with pytest.raises(UserError) as error:
             build_tokenizer(spec.format(path), 0, list)

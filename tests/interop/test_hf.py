@@ -1,7 +1,9 @@
 """Hugging Face folders without Hugging Face: layouts, round trips, meshes, and every file that must be refused."""
 
+import dataclasses
 import json
 import pathlib
+import resource
 import shutil
 import struct
 
@@ -9,13 +11,23 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from helpers import run_command
 from small import SETTINGS, VOCAB, small_model, small_run
 
-from tinylm.core.errors import UserError
+from tinylm.config import Config, DataConfig
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
-from tinylm.core.settings import differing_settings
+from tinylm.core.settings import differing_settings, to_dict
+from tinylm.data.tokenizers import BpeTokenizer, build_tokenizer, load_tokenizer
+from tinylm.data.vocabularies import tokenizer_file_hashes
+from tinylm.evaluate import score_stories
+from tinylm.inference.decode import Decoder
 from tinylm.interop import models, tensor_files, weights
 from tinylm.interop.families import FAMILIES
+from tinylm.interop.tokenizer_files import data_tokenizer
+from tinylm.run.folder import RunFolder
+from tinylm.run.open_run import open_run
+from tinylm.view.attention import attention_of
 
 ONE = MeshConfig(data=1)
 
@@ -266,6 +278,26 @@ CONFIGS = {
 }
 
 
+WRONG = ["12", "x", None, True, 1.5, 0, -1, 10**30, float("nan"), [], {}, [[1]]]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gpt_neox", "llama"])
+def test_values_of_any_kind_in_a_config_are_read_or_refused(copy, name):
+    folder = copy(name)
+    config = json.loads((folder / "config.json").read_text())
+    more = ["rope_parameters", "rope_scaling", "num_key_value_heads", "attention_layers", "partial_rotary_factor"]
+    for key in [*config, *more]:
+        for value in WRONG:
+            (folder / "config.json").write_text(json.dumps({**config, key: value}))
+            try:
+                model = models.read_model_config(folder)[1]
+            except UserError as error:
+                assert "\n" not in str(error)
+            else:
+                sizes = [getattr(model, size) for size in ("vocab_size", "context", "embed_dim", "head_dim", "mlp_dim")]
+                assert all(type(size) is int and 0 < size < 1 << 31 for size in sizes), (key, value)
+
+
 @pytest.mark.parametrize("case", CONFIGS)
 def test_configs_that_we_cannot_follow_are_refused(copy, case):
     name, changes, wanted = CONFIGS[case]
@@ -289,6 +321,7 @@ def test_pickled_weights_are_refused_with_the_reason(copy):
         (struct.pack("<Q", 1 << 40) + b"{}", "its header would be 1,099,511,627,776 bytes"),
         (struct.pack("<Q", 5) + b"hello", "its header is not JSON"),
         (struct.pack("<Q", 2) + b"[]", "its header is no object"),
+        (struct.pack("<Q", 100_000) + b"[" * 100_000, "its header is not JSON"),
         (b"abc", "is no safetensors file"),
         (b"", "can't be read as safetensors"),
     ],
@@ -308,7 +341,19 @@ def test_a_tensor_must_lie_inside_its_file(tmp_path, offsets):
         tensor_files.open_folder(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["F32", "I64"])
+@pytest.mark.parametrize("shape", [["a"], [-1], [True], [2**62] * 2, [0, 2**63], [1] * 70, [1.0], 5, "1", None])
+def test_a_shape_that_no_tensor_has_is_refused(tmp_path, kind, shape):
+    text = json.dumps({"w": {"dtype": kind, "shape": shape, "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
+    with pytest.raises(UserError, match=r"cut short or altered|describes w wrongly"):
+        tensor_files.open_folder(tmp_path)
+
+
 def test_folders_that_are_no_model(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"deep.json can't be read"):
+        tensor_files.read_json(tmp_path / "deep.json")
     with pytest.raises(UserError, match="is no folder"):
         models.import_hf(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"config.json can't be read"):
@@ -344,6 +389,26 @@ def test_transformers_must_agree_where_it_is_installed(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_into_the_empty_folder_that_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    models.export_hf(small_run(small_model("gpt2")), ".")
+    assert sorted(map(str, pathlib.Path().iterdir())) == sorted(path.name for path in tmp_path.iterdir())
+    assert models.read_model_config(pathlib.Path())[0].model_type == "gpt2"
+
+
+@pytest.mark.parametrize("place", ["file/hf", "/proc/hf", "full"])
+def test_an_export_that_cannot_be_written_is_one_line(tmp_path, place):
+    (tmp_path / "file").write_text("kept")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, limit[1]))
+    try:
+        with pytest.raises(StorageError, match=f"--to_hf={tmp_path / place} can't be written: "):
+            models.export_hf(small_run(small_model("gpt2")), str(tmp_path / place))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_an_export_overwrites_nothing(tmp_path):
     (tmp_path / "mine").write_text("kept")
     with pytest.raises(UserError, match="is there already"):
@@ -364,12 +429,55 @@ def test_a_model_of_no_family_is_told_what_stands_in_the_way(name, changes, want
         models.fitting_family(small_model(name, **changes))
 
 
-def test_an_imported_run_opens(copy, tmp_path):
-    from tinylm.config import Config
-    from tinylm.core.settings import to_dict
-    from tinylm.run.folder import RunFolder
-    from tinylm.run.open_run import open_run
+@pytest.mark.parametrize("named", [256, [256, 3]])
+def test_the_end_of_text_is_the_one_that_the_config_names(copy, tmp_path, named):
+    folder = copy()
+    (folder / "tinylm_tokenizer.json").unlink()
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|endoftext|>", "<|fin|>"))
+    edit_config(folder, eos_token_id=named)
+    found = models.import_hf(str(folder)).tokenizer
+    assert (found.eot_id, found.vocab_size) == (256, 257)
+    found.save(tmp_path / "saved")
+    again = [load_tokenizer(tmp_path / "saved"), build_tokenizer(f"hf:{tmp_path}/saved/tokenizer.json", 0, list)]
+    assert {one.fingerprint for one in again} == {found.fingerprint}
+    assert tokenizer_file_hashes(f"hf:{file}") != tokenizer_file_hashes(f"hf:{tmp_path}/saved/tokenizer.json")
+    edit_config(folder, eos_token_id="none", bos_token_id=True)
+    assert models.import_hf(str(folder)).start_id == 257
 
+
+def test_an_imported_run_is_scored_with_its_own_tokenizer_wherever_it_is(tmp_path):
+    run = small_run(small_model("llama"))
+    run.tokenizer = BpeTokenizer.train(["Once upon a time"], 259)
+    run.start_id = run.tokenizer.eot_id
+    models.export_hf(run, str(tmp_path / "hf"))
+    imported, first = models.import_hf(str(tmp_path / "hf")), RunFolder(str(tmp_path / "first"))
+    spec = data_tokenizer(imported.tokenizer, first.tokenizer)
+    data = DataConfig(source="tales:50", tokenizer=spec, seq_len=16, batch_size=8)
+    config = to_dict(Config(data=data, model=imported.model))
+    models.write_run(first, {"config": config, "imported_from": "there"}, imported)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    done = run_command("tinylm.evaluate", f"--workdir={tmp_path / 'moved'}", "--json", "--max_batches=1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 8 * 16
+
+
+def test_stories_begin_as_the_texts_of_the_run_do(monkeypatch):
+    run, seen = small_run(small_model("llama")), []
+    run.start_id = 7
+    monkeypatch.setattr(Decoder, "stream", lambda self, params, prompts, **_: seen.extend(prompts) or [])
+    assert score_stories(run)["ended"] == 1
+    assert {prompt[0] for prompt in seen} == {7}
+    others = dataclasses.replace(run, start_id=8)
+    assert not np.array_equal(attention_of(run, "ab")[1], attention_of(others, "ab")[1])
+
+
+@pytest.mark.parametrize("changes", [{"z_loss": 1e-4}, {"dropout": 0.1}, {"init_std": 0.1}])
+def test_what_logits_do_not_depend_on_stands_in_no_way(changes):
+    assert models.fitting_family(small_model("llama", **changes)).model_type == "llama"
+
+
+def test_an_imported_run_opens(copy, tmp_path):
     imported = models.import_hf(str(copy()))
     folder = RunFolder(str(tmp_path / "run"))
     models.write_run(folder, {"config": to_dict(Config(model=imported.model)), "imported_from": "there"}, imported)

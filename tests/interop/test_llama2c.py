@@ -3,6 +3,7 @@
 import functools
 import json
 import struct
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,19 @@ from flax import nnx
 from helpers import run_command
 from small import data_folder
 
+from tinylm.config import Config
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig
+from tinylm.inference.config import SampleConfig
 from tinylm.inference.decode import Decoder
 from tinylm.inference.samplers import Sampler
+from tinylm.inference.writing import write_texts
 from tinylm.interop import models
 from tinylm.interop.llama2c import open_llama2c
 from tinylm.interop.tokenizer_files import tokenizer_json
 from tinylm.model.transformer import abstract_transformer
+from tinylm.run.open_run import Run
+from tinylm.train.looks import Looks
 
 DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, VOCAB, SEQ = 16, 24, 2, 4, 2, 300, 12
 HEAD, KV_DIM = DIM // HEADS, DIM // HEADS * KV_HEADS
@@ -173,6 +179,29 @@ def test_stories260k_writes_what_llama2c_writes(stories, data, model):
     with jax.set_mesh(imported.mesh):
         ids = decoder.write(imported.params, [[end]], max_tokens=200, sampler=Sampler(0.0))[0]
     assert imported.tokenizer.decode(ids) == expected
+
+
+def test_stories260k_goes_on_after_a_prompt_with_its_space(stories):
+    on, expected = stories
+    imported, shown = on(1, 1), []
+    graph = abstract_transformer(imported.model)[0]
+    run = Run(None, {}, 0, imported.mesh, imported.model, graph, imported.params, imported.tokenizer, 1)
+    for stop in ([], ["time"]):
+        text = write_texts(run, ["Once upon"], max_tokens=20, sampler=Sampler(0.0), stop=stop, show=shown.append)[0]
+        assert expected.startswith(text.prompt + text.completion)
+        assert text.completion.startswith(" a time" if not stop else " a ")
+    assert "".join(shown).endswith(text.completion)
+
+
+def test_samples_keep_the_space_after_their_prompt(small):
+    path, tokenizer = small
+    write_model(path)
+    read = models.import_llama2c(str(path), tokenizer, MeshConfig(data=1)).tokenizer
+    looks = object.__new__(Looks)
+    looks.config, looks.data = Config(sample=SampleConfig(prompts=("the",))), types.SimpleNamespace(tokenizer=read)
+    looks.prompts = [[read.eot_id, *read.encode("the")]]
+    looks.decoder = types.SimpleNamespace(write=lambda *_, **__: [read.encode("cat")])
+    assert looks.samples({}) == ["the cat"]
 
 
 @pytest.mark.parametrize(("data", "model"), [(1, 1), (2, 2)])

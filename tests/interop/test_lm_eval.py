@@ -21,6 +21,7 @@ TEXT = "A fox, a fox, and one more fox."
 def model():
     """A random model of bytes with a context of 24."""
     run = small_run(small_model("llama"))
+    run.start_id = 7
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adapter, "open_run", lambda workdir, step: run)
         return adapter.TinyLM("nowhere", batch_size=3)
@@ -41,7 +42,7 @@ def test_likelihoods_are_those_of_the_plain_model(model):
     pairs = [("A fox", ", a"), ("", "A fox"), ("A", " fox"), ("A fox and one", "!"), ("A ", "fox")]
     found = model.loglikelihood(requests(*pairs), disable_tqdm=True)
     for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
-        ids = [model.eot_token_id, *model.tokenizer.encode(context + continuation)]
+        ids = [model.prefix_token_id, *model.tokenizer.encode(context + continuation)]
         scores, hits = log_probabilities(model, ids)
         size = len(continuation) + (context.endswith(" "))  # the harness moves spaces to the continuation
         assert total == pytest.approx(scores[-size:].sum(), rel=1e-5)
@@ -49,12 +50,11 @@ def test_likelihoods_are_those_of_the_plain_model(model):
 
 
 def test_what_greedy_decoding_writes_is_greedy(model):
-    ids = model.decoder.write(model.run.params, [[model.eot_token_id, 65]], max_tokens=3, sampler=adapter.Sampler(0.0))[
-        0
-    ]
-    [(_, greedy)] = model.score_pairs([([model.eot_token_id, 65], ids)])
+    prompt = [model.prefix_token_id, 65]
+    [ids] = model.decoder.write(model.run.params, [prompt], max_tokens=3, sampler=adapter.Sampler(0.0))
+    [(_, greedy)] = model.score_pairs([(prompt, ids)])
     assert greedy
-    assert not model.score_pairs([([model.eot_token_id, 65], [*ids[:-1], (ids[-1] + 1) % 256])])[0][1]
+    assert not model.score_pairs([(prompt, [*ids[:-1], (ids[-1] + 1) % 256])])[0][1]
 
 
 def test_every_byte_of_a_long_text_is_scored_once(model):

@@ -38,7 +38,7 @@ def trainer(tmp_path, first, *overrides):
 
 
 def test_parameters_are_taken_over_and_the_rest_is_new(first, tmp_path):
-    state = trainer(tmp_path, first, "model.dropout=0.1", "mesh.fsdp=True").restore_or_init()
+    state = trainer(tmp_path, first, "model.dropout=0.1", "model.z_loss=0.0001", "mesh.fsdp=True").restore_or_init()
     theirs = start_run(load_config("tales", SMALL), str(first)).restore_or_init()
     assert int(state.step) == 0 and int(theirs.step) == 3
     assert np.isinf(float(state.guard["best_loss"]))

@@ -25,17 +25,13 @@ class Layout:
 def describe_parameter(mesh: Mesh, fsdp: bool, axes: Sequence[str | None], shape: Sequence[int]) -> Layout:
     """Return where a parameter with logical `axes` and `shape` lies on the mesh."""
     sharding = parameter_sharding(mesh, fsdp, axes, shape)
-    split_by = tuple("+".join(_names(entry)) for entry in sharding.spec)
+    split_by = tuple("+".join(entry) if isinstance(entry, tuple) else entry or "" for entry in sharding.spec)
     rules = {name: wanted for name, wanted in PARAMETER_RULES.items() if mesh.shape[name] > 1}
     if not fsdp:
         rules.pop("data", None)
     notes = [_passed_over(mesh_axis, mesh.shape[mesh_axis], wanted, axes, shape, split_by)
              for mesh_axis, wanted in rules.items()]  # fmt: skip
     return Layout(split_by, math.prod(sharding.shard_shape(tuple(shape))), tuple(note for note in notes if note))
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def _passed_over(

@@ -14,6 +14,7 @@ SOURCE_KINDS = ("tales", "addition", "text", "jsonl", "parquet", "tfds", "hf", "
 TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2", "hf", "sentencepiece", "llama2c")
 PACKINGS = ("stream", "packed", "single")
 MAX_MIXTURE_PERIOD = 1_000_000
+MAX_IDS = 1 << 24  # of a tokenizer
 
 _WITHOUT_ARGUMENT = ("tales", "addition", "byte", "char", "gpt2")
 _WITH_COUNT = ("tales", "addition", "bpe")
@@ -111,7 +112,7 @@ def _check_spec(key: str, spec: str, known: tuple[str, ...]) -> None:
         raise UserError(f"{key}={spec} must say more after the kind, like {kind}:{'512' if kind == 'bpe' else 'PATH'}.")
     if argument and kind in ("byte", "char"):
         raise UserError(f"{key}={spec} must be {kind} alone.")
-    if argument and kind in _WITH_COUNT and not (argument.isdecimal() and int(argument) > 0):
+    if argument and kind in _WITH_COUNT and not (re.fullmatch("[0-9]{1,18}", argument) and int(argument)):
         raise UserError(f"{key}={spec} must have a whole number above 0 after {kind}:.")
-    if kind == "bpe" and int(argument) < 257:
-        raise UserError(f"{key}={spec} must have at least 257 ids: 256 bytes and the end of text.")
+    if kind == "bpe" and not 257 <= int(argument) <= MAX_IDS:
+        raise UserError(f"{key}={spec} must have at least 257 ids (256 bytes and the end of text), at most {MAX_IDS}.")

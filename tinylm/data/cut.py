@@ -5,6 +5,7 @@ is dropped is spelled in bytes where the vocabulary has all 256, so that every t
 becomes one unknown id. The map of ids is saved with the tokenizer, and what was dropped is counted.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -72,13 +73,17 @@ class CutTokenizer(Tokenizer):
         return np.concatenate(parts)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        out, run = b"", []
+        runs: list[list[int]] = [[]]
         for i in ids:
             if i < len(self._kept):
-                run.append(int(self._kept[i]))
+                runs[-1].append(int(self._kept[i]))
             else:
-                out, run = out + self.base.decode_bytes(run) + UNKNOWN, []
-        return out + self.base.decode_bytes(run)
+                runs.append([])
+        out = self.base.decode_bytes(runs[0])
+        for before, run in itertools.pairwise(runs):
+            before = before or run[:1]  # what follows an unknown id doesn't begin the text: it keeps its space
+            out += UNKNOWN + self.base.decode_bytes([*before, *run])[len(self.base.decode_bytes(before)) :]
+        return out
 
 
 def byte_tokens(tokenizer: Tokenizer) -> np.ndarray | None:

@@ -78,15 +78,19 @@ class Data:
 
 
 def open_data(
-    config: DataConfig, *, seed: int, is_writer: bool = True, wait_secs: float = WAIT_SECS, progress: bool = True
-) -> Data:
+    config: DataConfig, *, seed: int, is_writer: bool = True, wait_secs: float = WAIT_SECS, progress: bool = True,
+    tokenizer: Tokenizer | None = None,
+) -> Data:  # fmt: skip
     """Return the data of a run, prepared first where it isn't yet.
 
-    `is_writer` is for one process of a job; the others wait `wait_secs` at most. Raises UserError for anything wrong
-    in the data, StorageError where it can't be written.
+    `is_writer` is for one process of a job; the others wait `wait_secs` at most. `tokenizer` takes the place of the
+    config's, as the one of an imported model does. Raises UserError for anything wrong in the data, StorageError where
+    it can't be written.
     """
     config.check()
     opener = _Opener(config, is_writer, wait_secs, progress)
+    if tokenizer:
+        opener.tokenizer, opener.tokenizer_key = tokenizer, tokenizer.fingerprint
     stores = [opener.store(source, opener.train_splits) for source in opener.sources]
     valid_stores = [opener.store(source, ("valid",)) for source in opener.valid_sources] or stores
     tokenizer = load_tokenizer(stores[0].folder / "tokenizer")
@@ -126,7 +130,7 @@ class _Opener:
         self._folder = preparing.store_folder(config)
 
     @functools.cached_property
-    def _tokenizer_key(self) -> Any:
+    def tokenizer_key(self) -> Any:
         """What decides the tokenizer: its name, its files, and the text where it learns from that."""
         c = self.config
         key: list[Any] = [c.tokenizer, c.vocab_top_k, *tokenizer_file_hashes(c.tokenizer)]
@@ -136,7 +140,8 @@ class _Opener:
         return key
 
     @functools.cached_property
-    def _tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the config names, or learned from its text."""
         return build_tokenizer(self.config.tokenizer, self.config.vocab_top_k, self._texts)
 
     def _texts(self) -> Iterator[str]:
@@ -147,7 +152,7 @@ class _Opener:
 
     def store(self, source: Source, splits: tuple[str, ...]) -> Store:
         """Return the store of some splits of a source, made by this process, by another, or long ago."""
-        folder = self._folder / preparing.store_key(source, splits, self._tokenizer_key)
+        folder = self._folder / preparing.store_key(source, splits, self.tokenizer_key)
         if not self.is_writer:
             preparing.wait_for(folder, self.wait_secs)
         elif not (folder / MANIFEST).exists():
@@ -157,11 +162,11 @@ class _Opener:
         return Store(folder)
 
     def _fill(self, source: Source, splits: tuple[str, ...], folder: pathlib.Path) -> None:
-        self._tokenizer.save(folder / "tokenizer")
+        self.tokenizer.save(folder / "tokenizer")
         if isinstance(source, TokenSource):
-            prepare_ready(source, self._tokenizer, folder, splits, self.progress)
+            prepare_ready(source, self.tokenizer, folder, splits, self.progress)
         else:
-            preparing.Preparer(source, self._tokenizer, folder, self.progress).run(splits)
+            preparing.Preparer(source, self.tokenizer, folder, self.progress).run(splits)
 
 
 def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:
@@ -169,14 +174,19 @@ def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:
     if split not in store.manifest["splits"]:
         raise UserError(f"data.source={store.manifest['source']} has no text to train on; check data.valid_fraction.")
     begin, end = store.manifest["splits"][split]["tokens"]
-    if seed is not None and config.packing == "stream" and end - begin < config.seq_len:
+    if seed is not None and end - begin < config.seq_len:
         raise UserError(
             f"data.seq_len={config.seq_len} must be at most the {end - begin} training tokens of "
             f"data.source={store.manifest['source']}."
         )
+    if config.loss_on == "answer" and store.mask is None:
+        raise UserError(
+            f"data.loss_on=answer needs prompts, and data.source={store.manifest['source']} has none; check "
+            "data.prompt_field and data.completion_field."
+        )
     plan = _plan(config, store, split)
     rows = SplitRows(store, split, plan, config.seq_len, seed)
-    rows.use_mask = config.loss_on == "answer" and store.mask is not None
+    rows.use_mask = config.loss_on == "answer"
     rows.packed = config.packing == "packed"
     return rows
 

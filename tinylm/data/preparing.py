@@ -44,8 +44,9 @@ def store_folder(config: DataConfig) -> pathlib.Path:
         candidates.append(pathlib.Path(tempfile.gettempdir(), f"tinylm-{os.getuid()}", "stores"))
     for folder in candidates:
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if os.stat(folder).st_uid == os.getuid() or config.store_dir:
+            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(exist_ok=True, mode=0o700)
+            if config.store_dir or all(os.lstat(path).st_uid == os.getuid() for path in (folder.parent, folder)):
                 return folder
     raise StorageError(f"{candidates[-1]} can't be made; set data.store_dir to a folder that can be written.")
 

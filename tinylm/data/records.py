@@ -5,7 +5,9 @@ huggingface_hub are imported when such a source is read. Nothing goes to the net
 isn't prepared yet, and `hf:`.
 """
 
+import contextlib
 import functools
+import io
 import json
 import pathlib
 import re
@@ -88,6 +90,9 @@ class ParquetSource(RecordSource, FileSource):
     def read(self, path: str) -> Iterator[Document]:
         pa, parquet = (optional_module(name, "files") for name in ("pyarrow", "pyarrow.parquet"))
 
+        def is_text(field: Any) -> bool:
+            return str(field.type).startswith(("string", "large_string", "dictionary<values=string"))
+
         c = self.config
         row = 0
         try:
@@ -95,10 +100,12 @@ class ParquetSource(RecordSource, FileSource):
             wanted = {c.text_field, c.prompt_field, c.completion_field}
             columns = [name for name in file.schema_arrow.names if name in wanted] or file.schema_arrow.names
             for batch in file.iter_batches(batch_size=4096, columns=columns):
-                for record in batch.to_pylist():
+                # As bytes: pyarrow raises for a string that is no UTF-8.
+                fields = [field.with_type(pa.large_binary()) if is_text(field) else field for field in batch.schema]
+                for record in batch.cast(pa.schema(fields)).to_pylist():
                     yield self.document(record, f"{path}, row {row},")
                     row += 1
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             why = str(error).splitlines()[0]
             raise UserError(f"{path} can't be read as parquet after row {row}: {why}.") from error
 
@@ -115,10 +122,7 @@ class HubSource(RecordSource):
         org, name, *rest = self.argument.split("/", 2) + [""] * 2
         name, _, revision = name.partition("@")
         local = "download its parquet files where there is a network and set data.source=parquet:DIR/*.parquet"
-        try:
-            import huggingface_hub
-        except ImportError as error:
-            raise UserError(f"{self.setting} needs huggingface_hub: pip install 'tinylm[hf]'; or {local}.") from error
+        huggingface_hub = optional_module("huggingface_hub", "hf")
         pattern = f"{rest[0]}/*.parquet" if rest[0] else "*.parquet"
         try:
             place = huggingface_hub.snapshot_download(
@@ -162,10 +166,7 @@ class TfdsSource(RecordSource):
     @functools.cached_property
     def _builder(self) -> Any:
         """A builder whose data is prepared as array_record, prepared here where TensorFlow is there to do so."""
-        try:
-            import tensorflow_datasets as tfds
-        except ImportError as error:
-            raise UserError(f"{self.setting} needs TFDS: pip install 'tinylm[tfds]'.") from error
+        tfds = optional_module("tensorflow_datasets", "tfds")
         c = self.config
         try:
             if folder := self._folder():
@@ -174,7 +175,8 @@ class TfdsSource(RecordSource):
                 self.argument, data_dir=c.tfds_data_dir or None, file_format="array_record", try_gcs=False
             )
             config = tfds.download.DownloadConfig(manual_dir=c.tfds_manual_dir or None, try_download_gcs=False)
-            builder.download_and_prepare(download_config=config)
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder.download_and_prepare(download_config=config)
         except tfds.core.DatasetNotFoundError as error:
             raise UserError(f"{self.setting} is no data set of TFDS, nor a folder with a prepared one.") from error
         except ImportError as error:

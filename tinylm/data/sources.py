@@ -109,7 +109,8 @@ class FileSource(Source):
     def files(self) -> list[str]:
         """The files of the glob, sorted; raise UserError where there are none or one can't be read."""
         pattern = os.path.expanduser(self.argument)
-        paths = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)  # a name may hold [ ]
+        paths = sorted(path for path in found if not os.path.isdir(path))
         if not paths:
             raise UserError(f"{self.setting} matches no file; set {self.key} to a file or glob that exists.")
         for path in paths:

@@ -4,12 +4,14 @@ Such a data set keeps the order of its source, is read without TensorFlow by thi
 same tokens as the source itself (`data.source=tfds:DIR/NAME/VERSION`).
 """
 
+import contextlib
+import io
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.optional import optional_module
 from tinylm.data.config import DataConfig, parse_mixture
 from tinylm.data.preparing import checked
@@ -23,9 +25,16 @@ def write_tfds(config: DataConfig, data_dir: str, name: str, version: str = "1.0
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise UserError(f"--tfds_name={name} must be small letters, digits and _, as names of TFDS are.")
     source = make_source(config.source, config)
-    builder = _builder_class(source, name, version)(data_dir=data_dir, file_format="array_record")
-    builder.download_and_prepare()
-    return pathlib.Path(builder.data_dir)
+    folder = pathlib.Path(data_dir).expanduser() / name / version
+    if folder.exists():  # TFDS would leave it as it is
+        raise UserError(f"{folder} is there already; remove it, or set --to_tfds or --tfds_name to another.")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            _builder_class(source, name, version)(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    except (OSError, RuntimeError) as error:  # the writer of array_record raises the second
+        why = str(error).partition("\n")[0]
+        raise StorageError(f"{folder} can't be written: {why}.") from error
+    return folder
 
 
 def _documents(source: Source, split: str) -> Iterator[Document]:

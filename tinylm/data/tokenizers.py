@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
-from tinylm.data.config import split_spec
+from tinylm.data.config import MAX_IDS, split_spec
 from tinylm.data.pieces import in_pieces, pieces
 
 HEADER_FILE = "tinylm_tokenizer.json"
@@ -58,6 +58,10 @@ class Tokenizer:
         """Return the text of ids; bytes that are no UTF-8 become replacement characters."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """Return the text of ids that follow `before`; decoded alone, they may lose the space they begin with."""
+        return self.decode([*before, *ids])[len(self.decode(before)) :]
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of everything that decides what ids mean."""
@@ -69,11 +73,14 @@ class Tokenizer:
     def save(self, folder: Any) -> None:
         """Write this tokenizer into `folder`, which may also be in a bucket."""
         folder = _path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files.items():
-            (folder / name).write_bytes(content)
         header = {"name": self.name, "fingerprint": self.fingerprint, **self.header}
-        (folder / HEADER_FILE).write_text(json.dumps(header, indent=1))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in self.files.items():
+                (folder / name).write_bytes(content)
+            (folder / HEADER_FILE).write_text(json.dumps(header, indent=1))
+        except OSError as error:
+            raise StorageError(f"the tokenizer can't be written into {folder}: {error.strerror or error}.") from error
 
 
 class ByteTokenizer(Tokenizer):
@@ -157,7 +164,8 @@ _ASCII_WORDS = re.compile(
 class BpeTokenizer(TableTokenizer):
     """Byte-level byte-pair encoding of a tokenizer.json (Sennrich et al. 2016, arXiv:1508.07909; GPT-2's bytes)."""
 
-    def __init__(self, name: str, tokenizer_json: bytes):
+    def __init__(self, name: str, tokenizer_json: bytes, eot_id: int | None = None):
+        """Take the file's content, and the end of text where it isn't the first of the usual names."""
         import tokenizers
 
         self.name, self.files = name, {"tokenizer.json": tokenizer_json}
@@ -167,11 +175,16 @@ class BpeTokenizer(TableTokenizer):
             self._inner = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
             vocab = self._inner.get_vocab(with_added_tokens=True)
             last_id = max(vocab.values())
+            usual = next((vocab[end] for end in _ENDS if end in vocab), last_id + 1)
+            self.eot_id = usual if eot_id is None else int(eot_id)
+            self.vocab_size = max(self.eot_id, last_id) + 1
+            if self.vocab_size > MAX_IDS or self.eot_id < 0:
+                raise ValueError(f"its ids reach {self.vocab_size - 1}, and its end of text is {self.eot_id}")
         except Exception as error:  # the library raises a bare Exception
             raise UserError(f"the file of data.tokenizer={name} is no tokenizer.json: {error}.") from error
         self._inner.encode_special_tokens = True
-        self.eot_id = next((vocab[end] for end in _ENDS if end in vocab), last_id + 1)
-        self.vocab_size = max(self.eot_id, last_id) + 1
+        if self.eot_id != usual:
+            self.header = {"eot_id": self.eot_id}
         byte_of_char = {char: byte for byte, char in byte_chars().items()}
         self._bytes_of_id = [b""] * self.vocab_size
         for token, i in vocab.items():
@@ -200,7 +213,7 @@ class BpeTokenizer(TableTokenizer):
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
         if self._by_words and all(text.isascii() for text in texts):
             return self._encode_words(texts)
-        return encode_by(self._inner, texts)
+        return ids_by(self._inner, texts)
 
     def _encode_words(self, texts: list[str]) -> list[np.ndarray]:
         """Encode each word once: on one core several times as fast as the library."""
@@ -213,9 +226,13 @@ class BpeTokenizer(TableTokenizer):
         return [np.array([i for word in line for i in self._known[word]], np.int32) for line in words]
 
 
-def encode_by(inner: Any, texts: Sequence[str]) -> list[np.ndarray]:
+def ids_by(inner: Any, texts: Sequence[str]) -> list[np.ndarray]:
     """Return the ids that a tokenizer of the `tokenizers` library gives to each text."""
-    encodings = inner.encode_batch_fast([utf8(text).decode() for text in texts], add_special_tokens=False)
+    texts = [utf8(text).decode() for text in texts]
+    try:
+        encodings = inner.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises a bare Exception
+        raise UserError(f"the file of data.tokenizer can't spell a text: {error}.") from error
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
 
@@ -258,7 +275,7 @@ def load_tokenizer(folder: Any) -> Tokenizer:
     try:
         header = json.loads((folder / HEADER_FILE).read_text())
         tokenizer = _restore(header, folder)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} holds no whole tokenizer of tinylm ({type(error).__name__}: {error}).") from error
     if tokenizer.fingerprint != header.get("fingerprint"):
         raise UserError(f"the tokenizer in {folder} was altered: its fingerprint is not {header.get('fingerprint')}.")
@@ -274,7 +291,7 @@ def _restore(header: dict[str, Any], folder: Any) -> Tokenizer:
     elif kind == "bpe":
         tokenizer = BpeTokenizer(header["name"], (folder / "tokenizer.json").read_bytes())
     else:
-        tokenizer = ByteTokenizer() if kind == "byte" else vocabularies.restore(kind, folder)
+        tokenizer = ByteTokenizer() if kind == "byte" else vocabularies.restore(kind, folder, header.get("eot_id"))
     if "cut" in header:
         counts = dict(header["cut"])
         tokenizer = cut.CutTokenizer(tokenizer, counts.pop("kept"), counts)

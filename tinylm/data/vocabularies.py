@@ -5,13 +5,13 @@ from may go.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,12 @@ from tinylm.core.errors import UserError
 from tinylm.core.optional import optional_module
 from tinylm.data.config import split_spec
 from tinylm.data.pieces import in_pieces
-from tinylm.data.tokenizers import END, BpeTokenizer, TableTokenizer, Tokenizer, byte_chars, encode_by, utf8
+from tinylm.data.tokenizers import END, HEADER_FILE, BpeTokenizer, TableTokenizer, Tokenizer, byte_chars, ids_by, utf8
 
 # As many threads as the tokenizers library takes, whose variable this is; a process of `encoding` has one.
 THREADS = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
+
+_BYTES = {bytes([byte]) for byte in range(256)}
 
 
 class Gpt2Tokenizer(TableTokenizer):
@@ -35,7 +37,9 @@ class Gpt2Tokenizer(TableTokenizer):
     def __init__(self, id_of_bytes: dict[bytes, int]):
         tiktoken = optional_module("tiktoken", "tokens")
 
-        self.eot_id = max(id_of_bytes.values()) + 1
+        self.eot_id = len(id_of_bytes)
+        if sorted(id_of_bytes.values()) != list(range(self.eot_id)) or len(set(id_of_bytes) & _BYTES) < 256:
+            raise ValueError("its ranks must be those from 0 on, and have each byte")
         self.vocab_size = self.eot_id + 1
         self._inner = tiktoken.Encoding(
             "gpt2", pat_str=self._PATTERN, mergeable_ranks=id_of_bytes, special_tokens={END: self.eot_id}
@@ -58,7 +62,7 @@ class Gpt2Tokenizer(TableTokenizer):
             if ids != {token: i for i, token in enumerate(tokens)}:
                 raise ValueError("their tokens differ")
             return cls({bytes(byte_of_char[char] for char in token): i for i, token in enumerate(tokens)})
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             why = f"{type(error).__name__}: {error}"
             raise UserError(f"{place} has no encoder.json and vocab.bpe that belong together ({why}).") from error
 
@@ -82,23 +86,17 @@ class Gpt2Tokenizer(TableTokenizer):
         return cls({base64.b64decode(token): int(i) for token, i in pairs})
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return in_pieces(texts, self._encode_pieces)
+        return in_pieces([utf8(text).decode() for text in texts], self._encode_pieces)
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
-        """Encode on all cores, many texts a turn."""
-        groups = [texts[i : i + 64] for i in range(0, len(texts), 64)]
-        with futures.ThreadPoolExecutor(THREADS) as threads:
-            return [ids for group in threads.map(self._encode_group, groups) for ids in group]
-
-    def _encode_group(self, texts: list[str]) -> list[np.ndarray]:
-        return [self._inner.encode_to_numpy(text, disallowed_special=()).astype(np.int32) for text in texts]
+        return [np.array(ids, np.int32) for ids in self._inner.encode_ordinary_batch(texts, num_threads=THREADS)]
 
 
 class HfTokenizer(BpeTokenizer):
     """Any tokenizer.json, as Hugging Face's `tokenizers` reads it."""
 
-    def __init__(self, tokenizer_json: bytes):
-        super().__init__("hf", tokenizer_json)
+    def __init__(self, tokenizer_json: bytes, eot_id: int | None = None):
+        super().__init__("hf", tokenizer_json, eot_id)
         self._inner.no_truncation()
         self._inner.no_padding()
         decoder = json.loads(tokenizer_json).get("decoder") or {}
@@ -127,6 +125,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.files = {"tokenizer.model": model}
         try:
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=model)
+            if not model:  # which the library takes for none given
+                raise RuntimeError
         except RuntimeError as error:
             raise UserError("the file of data.tokenizer=sentencepiece: is no SentencePiece model.") from error
         pieces = self._inner.get_piece_size()
@@ -160,7 +160,7 @@ class Llama2cTokenizer(TableTokenizer):
         self.inner = _byte_fallback_bpe(names, [names[i] for i in best_first])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return encode_by(self.inner, texts)
+        return ids_by(self.inner, texts)
 
     def count_bytes(self, ids: np.ndarray) -> int:
         spaces = np.array([content.startswith(b" ") for content in self._bytes_of_id])[ids]
@@ -211,7 +211,9 @@ def tokenizer_file_hashes(spec: str) -> list[str]:
         return []
     path = pathlib.Path(argument)
     files = [path / name for name in ("encoder.json", "vocab.bpe")] if kind == "gpt2" else [path]
-    return [hashlib.sha256(read_user_file(file)).hexdigest() for file in files]
+    hashes = [hashlib.sha256(read_user_file(file)).hexdigest() for file in files]
+    eot_id = _saved_eot_id(path) if kind == "hf" else None
+    return hashes if eot_id is None else [*hashes, str(eot_id)]
 
 
 def read_user_file(path: pathlib.Path) -> bytes:
@@ -230,15 +232,26 @@ _OF_FILE: dict[str, tuple[str, Callable[[bytes], Tokenizer]]] = {
 }
 
 
-def read_vocabulary(spec: str) -> Tokenizer:
-    """Return the tokenizer of the file or folder that a spec names."""
+def read_vocabulary(spec: str, eot_id: int | None = None) -> Tokenizer:
+    """Return the tokenizer of the file or folder that a spec names; a tokenizer.json may need to be told its end."""
     kind, argument = split_spec(spec)
     if kind == "gpt2":
         return Gpt2Tokenizer.of_folder(argument) if argument else Gpt2Tokenizer.of_tiktoken()
-    return _OF_FILE[kind][1](read_user_file(pathlib.Path(argument)))
+    path = pathlib.Path(argument)
+    content = read_user_file(path)
+    if kind == "hf":
+        return HfTokenizer(content, _saved_eot_id(path) if eot_id is None else eot_id)
+    return _OF_FILE[kind][1](content)
 
 
-def restore(kind: str, folder: Any) -> Tokenizer:
-    """Return the tokenizer of `kind` that was saved in `folder`."""
+def _saved_eot_id(path: pathlib.Path) -> Any:
+    """Return the end of text that the header beside a tokenizer.json names, if it does: a run's folder has one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        return json.loads(path.expanduser().with_name(HEADER_FILE).read_bytes()).get("eot_id")
+
+
+def restore(kind: str, folder: Any, eot_id: int | None) -> Tokenizer:
+    """Return the tokenizer of `kind` that was saved in `folder`; `eot_id` is that of its header."""
     name, make = _OF_FILE[kind]
-    return make((folder / name).read_bytes())
+    content = (folder / name).read_bytes()
+    return HfTokenizer(content, eot_id) if kind == "hf" else make(content)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from tinylm.inference.decode import Decoder
+from tinylm.inference.decode import Decoder, before_end
 from tinylm.inference.samplers import Sampler
 
 _UNFINISHED = "�"  # what the first bytes of a character decode to
@@ -40,17 +40,22 @@ def write_texts(
     """
     tokenizer = run.tokenizer
     decoder = Decoder(run.graph, run.model_config.context, tokenizer.eot_id, tokenizer.vocab_size)
+    before = [tokenizer.encode(prompt) for prompt in prompts]
     rows: list[list[int]] = [[] for _ in prompts]
     scores: list[list[float]] = [[] for _ in prompts]
     held, shown = max(map(len, stop), default=1) - 1, 0
 
-    def ended(_: int, ids: list[int]) -> bool:
-        return _cut(tokenizer.decode(ids), stop) is not None
+    def written(i: int, ids: list[int]) -> str:
+        text = tokenizer.decode_after(before[i], ids)
+        return text[: _cut(text, stop)]
+
+    def ended(i: int, ids: list[int]) -> bool:
+        return _cut(tokenizer.decode_after(before[i], ids), stop) is not None
 
     with jax.set_mesh(run.mesh):
         chunks = decoder.stream(
             run.params,
-            [[run.start_id, *tokenizer.encode(prompt)] for prompt in prompts],
+            [[run.start_id, *ids] for ids in before],
             max_tokens=max_tokens,
             sampler=sampler,
             seed=seed,
@@ -64,24 +69,18 @@ def write_texts(
                     row += new
                     score += values
             if show:
-                text = _written(tokenizer, rows[0], stop)
+                text = written(0, rows[0])
                 ready = text[: len(text) - held] if held else text
                 if len(ready) > shown and not ready.endswith(_UNFINISHED):
                     show(ready[shown:])
                     shown = len(ready)
     texts = []
-    for prompt, row, score in zip(prompts, rows, scores, strict=True):
-        row = row[: row.index(tokenizer.eot_id)] if tokenizer.eot_id in row else row
-        texts.append(Text(prompt, _written(tokenizer, row, stop), row, score[: len(row)] if logprobs else []))
+    for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
+        row = before_end(row, tokenizer.eot_id)
+        texts.append(Text(prompts[i], written(i, row), row, score[: len(row)] if logprobs else []))
     if show:
         show(texts[0].completion[shown:])
     return texts
-
-
-def _written(tokenizer: Any, ids: list[int], stop: Sequence[str]) -> str:
-    """Return the text of ids, up to the first stop string."""
-    text = tokenizer.decode(ids)
-    return text[: _cut(text, stop)]
 
 
 def _cut(text: str, stop: Sequence[str]) -> int | None:

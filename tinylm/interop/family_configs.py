@@ -115,19 +115,15 @@ def _period(windows: list[int]) -> tuple[int, ...]:
 def read_gpt_neox(c: dict[str, Any]) -> ModelConfig:
     """Return the model settings of a GPT-NeoX config.json."""
     base, fraction = _rope(c, 0.25)
+    _only(c, attention_bias=True)
     return ModelConfig(
         vocab_size=_need(c, "vocab_size"), context=_need(c, "max_position_embeddings"),
         embed_dim=_need(c, "hidden_size"), num_layers=_need(c, "num_hidden_layers"),
         num_heads=_need(c, "num_attention_heads"), mlp_dim=_need(c, "intermediate_size"), position="rotary",
         rotary_fraction=fraction, rotary_base=base, norm="layernorm", norm_epsilon=c.get("layer_norm_eps", 1e-5),
-        mlp=_activation(c, "hidden_act", "gelu", _ACTIVATIONS), bias=True, qkv_bias=_only_true(c, "attention_bias"),
+        mlp=_activation(c, "hidden_act", "gelu", _ACTIVATIONS), bias=True, qkv_bias=True,
         parallel_residual=c.get("use_parallel_residual", True), tie_embeddings=c.get("tie_word_embeddings", False),
     )  # fmt: skip
-
-
-def _only_true(config: dict[str, Any], key: str) -> bool:
-    _only(config, **{key: True})
-    return True
 
 
 def write_gpt_neox(m: ModelConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 python -m tinylm.interop.lm_eval run --model=tinylm --model_args=workdir=runs/tales --tasks=lambada_openai
 
-Flags are the harness's own; the model is named `tinylm` there. Every text begins with an end of text, as in training.
+Flags are the harness's own; the model is named `tinylm` there. Every text begins as in training.
 Rows are padded to powers of two, so that few programs are compiled.
 """
 
@@ -46,12 +46,17 @@ class TinyLM(_Template):
 
     @property
     def eot_token_id(self) -> int:
-        """The end of text, which begins every text too."""
+        """The end of text."""
         return self.tokenizer.eot_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        """What begins every text."""
+        return self.run.start_id
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return ids, an end of text first unless that is refused."""
-        return [*([] if add_special_tokens is False else [self.eot_token_id]), *self.tokenizer.encode(string)]
+        """Return ids, the begin of a text first unless that is refused."""
+        return [*([] if add_special_tokens is False else [self.prefix_token_id]), *self.tokenizer.encode(string)]
 
     def score_pairs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         """Return for each (context ids, ids) log p(ids | context), and whether greedy decoding would write them.
@@ -80,7 +85,7 @@ class TinyLM(_Template):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return log p of whole texts, long ones in windows that together hold each id once."""
         texts = [self.tokenizer.encode(request.args[0]) for request in requests]
-        windows = [list(_windows(ids, self.eot_token_id, self.context, self.context // 2)) for ids in texts]
+        windows = [list(_windows(ids, self.prefix_token_id, self.context, self.context // 2)) for ids in texts]
         pairs = [(before[: len(before) - len(ids) + 1], ids) for text in windows for before, ids in text]
         scores = iter(self.score_pairs(pairs))
         return [sum(next(scores)[0] for _ in text) for text in windows]
@@ -96,7 +101,7 @@ class TinyLM(_Template):
         with jax.set_mesh(self.run.mesh):
             sampler = Sampler(temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)))
             [ids] = self.decoder.write(self.run.params, [prompt], max_tokens=most, sampler=sampler)
-        written, until = self.tokenizer.decode(ids), options.get("until") or []
+        written, until = self.tokenizer.decode_after(prompt, ids), options.get("until") or []
         ends = [written.find(end) for end in ([until] if isinstance(until, str) else until) if end in written]
         return written[: min(ends, default=len(written))]
 

@@ -20,9 +20,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
-from tinylm.core.settings import differing_settings
+from tinylm.core.settings import differing_settings, settings_of
 from tinylm.data.tokenizers import Tokenizer
 from tinylm.interop import weights
 from tinylm.interop.families import FAMILIES, LLAMA, Family
@@ -57,14 +57,21 @@ def import_hf(folder: str, tokenizer: str = "", mesh_config: MeshConfig | None =
             f"--from_hf={folder} is no folder; download the model first (tinylm fetches nothing by itself)."
         )
     family, model = read_model_config(place)
-    found = find_tokenizer(place, tokenizer)
+    config = read_json(place / "config.json")
+    found = find_tokenizer(place, tokenizer, _special_id(config, "eos_token_id", model.vocab_size))
     check_vocabulary(found, model.vocab_size)
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
     params = weights.import_params(open_folder(place), family, model, mesh, mesh_config.fsdp)
-    start = read_json(place / "config.json").get("bos_token_id")
-    start = start if isinstance(start, int) and 0 <= start < found.vocab_size else found.eot_id
-    return Imported(model, params, found, mesh, start)
+    start = _special_id(config, "bos_token_id", found.vocab_size)
+    return Imported(model, params, found, mesh, found.eot_id if start is None else start)
+
+
+def _special_id(config: dict[str, Any], key: str, vocab_size: int) -> int | None:
+    """Return the id that a config.json gives for `key`, the first of several, where there is such an id."""
+    found = config.get(key)
+    found = found[0] if isinstance(found, list) and found else found
+    return found if type(found) is int and 0 <= found < vocab_size else None
 
 
 def import_llama2c(path: str, tokenizer: str, mesh_config: MeshConfig | None = None) -> Imported:
@@ -94,12 +101,28 @@ def read_model_config(folder: pathlib.Path) -> tuple[Family, ModelConfig]:
     """Return the family and the resolved model settings of a config.json of Hugging Face."""
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in list(FAMILIES):
         raise UserError(f"config.json has model_type={kind!r}; tinylm reads {', '.join(FAMILIES)}.")
-    model = FAMILIES[kind].read_config(config)
-    model.resolve(model.vocab_size, model.context)
+    try:
+        model = FAMILIES[kind].read_config(config)
+    except UserError:
+        raise
+    except Exception as error:  # what a value of a wrong kind leads to
+        raise UserError(f"{folder / 'config.json'} has a value of a wrong kind ({error}).") from error
+    _check_kinds(model)
     model.check()
+    model.resolve(model.vocab_size, model.context)
     return FAMILIES[kind], model
+
+
+def _check_kinds(model: ModelConfig) -> None:
+    """Raise UserError for settings that have another type than their default, or no size that a model can have."""
+    for name, field, value in settings_of(model):
+        known, values = (x if isinstance(x, tuple) else (x,) for x in (field.default, value))
+        kinds = (float, int) if isinstance(known[0], float) else (type(known[0]),)
+        good = all(type(one) in kinds and (isinstance(one, str) or abs(one) < 1 << 31) for one in values)
+        if not good or (name in ("vocab_size", "context") and not value):
+            raise UserError(f"config.json gives model.{name}={value!r}, which no model of tinylm can have.")
 
 
 def export_hf(run: Run, folder: str) -> dict[str, Any]:
@@ -107,7 +130,7 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
 
     Raises UserError where no family holds the model or the logits of what was written differ from the run's.
     """
-    place = pathlib.Path(folder).expanduser()
+    place = pathlib.Path(folder).expanduser().resolve()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"--to_hf={folder} is there already; name a new folder.")
     if jax.process_count() > 1:
@@ -115,13 +138,17 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
     family = fitting_family(run.model_config)
     part = place.with_name(f".{place.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         _write_model(run, family, part)
         checked = check_logits(run, part)
-        if place.exists():
-            place.rmdir()
-        part.rename(place)
+        if place.exists():  # and is empty: it is filled, as someone may be in it
+            for path in part.iterdir():
+                path.rename(place / path.name)
+        else:
+            part.rename(place)
+    except OSError as error:
+        raise StorageError(f"--to_hf={folder} can't be written: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return {"folder": str(place), "family": family.model_type, **checked}
@@ -130,7 +157,7 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
 def _write_model(run: Run, family: Family, folder: pathlib.Path) -> None:
     model, end = run.model_config, run.tokenizer.eot_id
     config = {"model_type": family.model_type, "architectures": [family.architecture], "dtype": "float32",
-              "bos_token_id": end, "eos_token_id": end, **family.write_config(model)}  # fmt: skip
+              "bos_token_id": run.start_id, "eos_token_id": end, **family.write_config(model)}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = weights.export_tensors(run.params, family, model)
     write_file(folder / "model.safetensors", weights.their_shapes(family, model), tensors)
@@ -153,7 +180,7 @@ def _misfits(family: Family, model: ModelConfig) -> list[str]:
     """Return the settings that change on the way to a family's config.json and back."""
     there = family.read_config(family.write_config(model) | {"model_type": family.model_type})
     there.resolve(model.vocab_size, model.context)
-    irrelevant = {"dropout", "init_std", "compute_dtype"}
+    irrelevant = {"dropout", "init_std", "compute_dtype", "z_loss"}
     if model.position != "rotary":
         irrelevant |= {"rotary_base", "rotary_fraction"}
     keys = [key for key, _, _ in differing_settings(model, there) if key not in irrelevant]

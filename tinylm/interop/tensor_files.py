@@ -18,6 +18,7 @@ import numpy as np
 from tinylm.core.errors import StorageError, UserError
 
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_NUMBERS = 1 << 48  # of a tensor
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -79,7 +80,7 @@ def _read_header(path: pathlib.Path, content: np.ndarray) -> tuple[dict, int]:
         )
     try:
         header = json.loads(content[8 : 8 + length].tobytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no safetensors file: its header is not JSON ({error}).") from error
     if not isinstance(header, dict):
         raise UserError(f"{path} is no safetensors file: its header is no object.")
@@ -90,13 +91,14 @@ def _view(path: pathlib.Path, data: np.ndarray, name: str, entry: dict) -> np.nd
     try:
         kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         dtype = np.dtype(_DTYPES[kind]) if kind in _DTYPES else None
-        fits = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and begin <= end <= len(data)
+        fits = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end <= len(data)
+        fits = fits and len(shape) <= 32 and math.prod(max(n, 1) for n in shape) <= _MAX_NUMBERS
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} describes {name} wrongly: {entry}.") from error
+    if not fits or (dtype is not None and end - begin != math.prod(shape) * dtype.itemsize):
+        raise UserError(f"{path} is cut short or altered: {name} {shape} isn't in bytes {begin} to {end}.")
     if dtype is None:
         return np.broadcast_to(np.zeros((), bool), shape)  # a mask or a quantized weight, refused where it is wanted
-    if not fits or end - begin != math.prod(shape) * dtype.itemsize:
-        raise UserError(f"{path} is cut short or altered: {name} {shape} isn't in bytes {begin} to {end}.")
     return data[begin:end].view(dtype).reshape(shape)
 
 
@@ -125,7 +127,7 @@ def read_json(path: pathlib.Path) -> dict:
     """Return the object in a JSON file; raise UserError where there is none."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}.") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object.")

@@ -19,21 +19,21 @@ _KIND_OF_SUFFIX = {".json": "hf", ".model": "sentencepiece", ".bin": "llama2c"}
 _KIND_OF_FILE = {"tokenizer.json": "hf", "tokenizer.model": "sentencepiece", "tokenizer.bin": "llama2c"}
 
 
-def find_tokenizer(folder: pathlib.Path, given: str) -> Tokenizer:
-    """Return the tokenizer of the file `given`, or else the one in a model's folder."""
+def find_tokenizer(folder: pathlib.Path, given: str, eot_id: int | None = None) -> Tokenizer:
+    """Return the tokenizer of the file `given`, or else the one in a model's folder, whose texts end with `eot_id`."""
     if given:
         kind = _KIND_OF_SUFFIX.get(pathlib.Path(given).suffix)
         if kind is None:
             raise UserError(
                 f"--tokenizer={given} must be a .json (Hugging Face), .model (SentencePiece) or .bin (llama2.c)."
             )
-        return read_vocabulary(f"{kind}:{given}")
+        return read_vocabulary(f"{kind}:{given}", eot_id)
     if (folder / HEADER_FILE).exists():
         return load_tokenizer(folder)
     if (folder / "tokenizer.json").exists():
-        return read_vocabulary(f"hf:{folder / 'tokenizer.json'}")
+        return read_vocabulary(f"hf:{folder / 'tokenizer.json'}", eot_id)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return _of_merges(folder)
+        return _of_merges(folder, eot_id)
     if (folder / "tokenizer.model").exists():
         return read_vocabulary(f"sentencepiece:{folder / 'tokenizer.model'}")
     raise UserError(
@@ -90,7 +90,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
     return tokenizer.files.get("tokenizer.json")
 
 
-def _of_merges(folder: pathlib.Path) -> HfTokenizer:
+def _of_merges(folder: pathlib.Path, eot_id: int | None) -> HfTokenizer:
     """Read the two files of GPT-2's kind."""
     from tokenizers import models
 
@@ -98,7 +98,7 @@ def _of_merges(folder: pathlib.Path) -> HfTokenizer:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # the library raises a bare Exception
         raise UserError(f"{folder} has vocab.json and merges.txt that can't be read: {error}.") from error
-    return HfTokenizer(_byte_level(vocab, merges))
+    return HfTokenizer(_byte_level(vocab, merges), eot_id)
 
 
 def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> bytes:

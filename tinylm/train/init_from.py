@@ -1,8 +1,8 @@
 """Starting a run from what another one learned: its parameters, and if asked its optimizer's memory.
 
 The step, the schedule and the guards begin anew. What the weights mean must be the same in both runs, so tokenizer and
-model settings are compared before anything is compiled or written; dropout, precision and (where positions have no
-weights) the context may differ.
+model settings are compared before anything is compiled or written; dropout, z_loss, precision and (where positions
+have no weights) the context may differ.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config, OptimizerConfig
 from tinylm.train.state import Blueprint, TrainState
 
-_MAY_DIFFER = ("dropout", "init_std", "compute_dtype")
+_MAY_DIFFER = ("dropout", "init_std", "compute_dtype", "z_loss")
 
 
 def check_origin(config: Config, tokenizer: Any) -> None:

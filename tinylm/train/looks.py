@@ -49,7 +49,8 @@ class Looks:
         rows = self.decoder.write(
             params, self.prompts, max_tokens=c.max_tokens, sampler=c.sampler, seed=self.config.seed
         )
-        return [prompt + self.data.tokenizer.decode(ids) for prompt, ids in zip(c.prompts, rows, strict=True)]
+        texts = map(self.data.tokenizer.decode_after, self.prompts, rows)
+        return [prompt + text for prompt, text in zip(c.prompts, texts, strict=True)]
 
 
 def encode_prompts(config: Config, tokenizer: Any) -> list[list[int]]:

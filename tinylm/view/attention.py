@@ -22,8 +22,8 @@ MOST_TOKENS = 64
 
 
 def attention_of(run: Run, text: str) -> tuple[list[str], np.ndarray]:
-    """Return the first tokens of `text` after an end of text, as strings, and the weights of every head over them."""
-    ids = [run.tokenizer.eot_id, *run.tokenizer.encode(text)][: min(MOST_TOKENS, run.model_config.context)]
+    """Return the first tokens of `text` after its begin, as strings, and the weights of every head over them."""
+    ids = [run.start_id, *run.tokenizer.encode(text)][: min(MOST_TOKENS, run.model_config.context)]
     if len(ids) < 2:
         raise UserError("--attention_text has no tokens; give a sentence.")
     config = dataclasses.replace(run.model_config, attention="xla", compute_dtype="float32")
