@@ -23,14 +23,14 @@ def get_config() -> Config:
     """Return the config."""
     return Config(
         seed=1337,
-        data=DataConfig(source="text:data/input.txt", tokenizer="char", seq_len=128, batch_size=6),
+        data=DataConfig(source="text:data/input.txt", tokenizer="char", seq_len=256, batch_size=3),
         model=ModelConfig(
             embed_dim=128, num_layers=4, num_heads=4, qk_norm=True, mlp="relu2", attention_window=(8,), local_heads=2,
-            tie_embeddings=False, unroll=0,
+            conv_taps=4, tie_embeddings=False, unroll=0,
         ),
         optimizer=OptimizerConfig(
-            name="muon", learning_rate=0.01, adam_learning_rate=0.004, schedule="linear", min_ratio=0.0,
-            warmup_steps=50,
+            name="muon", learning_rate=0.01, muon_momentum=0.9, adam_learning_rate=0.004, schedule="linear",
+            min_ratio=0.0, warmup_steps=50,
         ),
         train=TrainConfig(num_steps=2000, steps_per_dispatch=10, log_every_steps=10),
         eval=EvalConfig(every_steps=500),

@@ -1,5 +1,7 @@
-"""Schedules, and which parameters are matrices."""
+"""Schedules, which parameters are matrices, and what they are moved by."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny_model
@@ -7,7 +9,7 @@ from helpers import tiny_model
 from tinylm.analysis.flops import count_parameters, forward_flops_per_token
 from tinylm.model.transformer import abstract_transformer
 from tinylm.train.config import OptimizerConfig
-from tinylm.train.optimizer import is_matrix, make_schedule
+from tinylm.train.optimizer import is_matrix, make_optimizer, make_schedule
 
 
 def rates(**settings):
@@ -30,9 +32,25 @@ def test_schedules_end_where_they_should():
 
 
 def test_matrices_are_kernels_and_embeddings_alone():
-    axes = abstract_transformer(tiny_model(bias=True, qkv_bias=True, norm="layernorm", tie_embeddings=False))[2]
+    axes = abstract_transformer(
+        tiny_model(bias=True, qkv_bias=True, norm="layernorm", tie_embeddings=False, conv_taps=2)
+    )[2]
     matrices = {path for path, names in axes.items() if is_matrix(names)}
     assert matrices == {path for path in axes if path.endswith("kernel")} | {"embedding", "head"}
+
+
+def test_muons_momentum_is_of_matrices_alone():
+    """A gradient, then a tenth of it turned round: with momentum a matrix goes on as before, without it turns too."""
+    axes = {"kernel": ("embed", "mlp"), "scale": ("embed",)}
+    params = {name: jnp.asarray(np.random.default_rng(0).normal(size=[8] * len(axes[name]))) for name in axes}
+    second = {}
+    for momentum in (0.0, 0.95):
+        config = OptimizerConfig(name="muon", muon_momentum=momentum, weight_decay=0.0, clip_norm=0.0)
+        optimizer = make_optimizer(config, 10, axes)
+        first, state = optimizer.update(params, optimizer.init(params), params)
+        second[momentum], _ = optimizer.update(jax.tree.map(lambda g: -g / 10, params), state, params)
+    np.testing.assert_allclose(second[0.0]["scale"], second[0.95]["scale"])
+    assert jnp.vdot(first["kernel"], second[0.95]["kernel"]) > 0 > jnp.vdot(first["kernel"], second[0.0]["kernel"])
 
 
 def test_parameters_and_flops_are_counted_by_formula():

@@ -36,6 +36,7 @@ class OptimizerConfig:
     epsilon: float = setting(1e-8, "added to the root of the second moment")
     clip_norm: float = setting(1.0, "largest global norm of the gradient (0: no limit)")
     adam_learning_rate: float = setting(0.0, "with muon: peak rate of what is not a matrix (0: learning_rate)")
+    muon_momentum: float = setting(0.95, "decay of the first moment of what muon optimizes")
 
     def check(self, num_steps: int) -> None:
         """Raise UserError for what no optimizer could follow over `num_steps`."""
@@ -53,8 +54,9 @@ class OptimizerConfig:
         for name in ("clip_norm", "weight_decay", "adam_learning_rate"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0.")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise UserError(f"optimizer.beta1={self.beta1} and beta2={self.beta2} must be at least 0 and below 1.")
+        for name in ("beta1", "beta2", "muon_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1.")
         if not (0 <= self.min_ratio <= 1 and 0 < self.decay_fraction <= 1):
             raise UserError("optimizer.min_ratio and decay_fraction must lie between 0 and 1.")
 

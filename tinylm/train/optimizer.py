@@ -44,6 +44,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, axes: Axes) -> optax
         return optax.chain(*clip, optax.adamw(schedule, config.beta1, config.beta2, mask=decayed, **shared))
     muon = optax.contrib.muon(
         schedule,
+        beta=config.muon_momentum,
         adam_b1=config.beta1,
         adam_b2=config.beta2,
         adam_learning_rate=make_schedule(config, num_steps, config.adam_learning_rate or None),
