@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.data import pieces, tokenizers, vocabularies
+from tinylm.data.bpe import BpeTokenizer
 from tinylm.data.cut import CutTokenizer, count_ids
-from tinylm.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
+from tinylm.data.tokenizers import ByteTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
 
 TEXT = "Once upon a time there was a cat.\nShe said: “café!”\n\n  Two  spaces, 日本 and 🙂.\n" * 20
 HOSTILE = st.text(max_size=60) | st.lists(

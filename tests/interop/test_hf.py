@@ -18,7 +18,8 @@ from tinylm.config import Config, DataConfig
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.core.settings import differing_settings, to_dict
-from tinylm.data.tokenizers import BpeTokenizer, build_tokenizer, load_tokenizer
+from tinylm.data.bpe import BpeTokenizer
+from tinylm.data.tokenizers import build_tokenizer, load_tokenizer
 from tinylm.data.vocabularies import tokenizer_file_hashes
 from tinylm.evaluate import score_stories
 from tinylm.inference.decode import Decoder

@@ -11,7 +11,7 @@ import pytest
 
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
-from tinylm.data.tokenizers import BpeTokenizer
+from tinylm.data.bpe import BpeTokenizer
 from tinylm.data.vocabularies import read_vocabulary
 from tinylm.run.folder import RunFolder
 from tinylm.train import init_from

@@ -18,9 +18,10 @@ import numpy as np
 
 from tinylm.core.errors import UserError
 from tinylm.core.optional import optional_module
+from tinylm.data.bpe import BpeTokenizer, byte_chars, ids_by
 from tinylm.data.config import split_spec
 from tinylm.data.pieces import in_pieces
-from tinylm.data.tokenizers import END, HEADER_FILE, BpeTokenizer, TableTokenizer, Tokenizer, byte_chars, ids_by, utf8
+from tinylm.data.tokenizers import END, HEADER_FILE, TableTokenizer, Tokenizer, utf8
 
 # As many threads as the tokenizers library takes, whose variable this is; a process of `encoding` has one.
 THREADS = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)

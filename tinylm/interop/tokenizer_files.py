@@ -11,8 +11,9 @@ from typing import Any
 
 from tinylm.core.errors import UserError
 from tinylm.core.log import say
+from tinylm.data.bpe import byte_chars
 from tinylm.data.cut import CutTokenizer
-from tinylm.data.tokenizers import END, HEADER_FILE, ByteTokenizer, CharTokenizer, Tokenizer, byte_chars, load_tokenizer
+from tinylm.data.tokenizers import END, HEADER_FILE, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from tinylm.data.vocabularies import Gpt2Tokenizer, HfTokenizer, Llama2cTokenizer, read_vocabulary
 
 _KIND_OF_SUFFIX = {".json": "hf", ".model": "sentencepiece", ".bin": "llama2c"}
