@@ -93,6 +93,16 @@ def test_a_file_too_many_and_a_link_are_named(folder, said, tmp_path):
     assert "params/_METADATA is a link" in said[-1]
 
 
+def test_only_what_dead_saves_left_here_is_cleared(folder, tmp_path):
+    left = [folder / "2.unfinished", folder / "3.orbax-checkpoint-tmp-1" / "part"]
+    stranger = RunFolder(str(tmp_path / "other")).checkpoints / "3.orbax-checkpoint-tmp-1" / "part"
+    for path in *left, stranger:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    assert Checkpoints(folder, CheckpointConfig()).newest() == 1
+    assert ([path.name for path in folder.iterdir()], stranger.exists()) == (["1"], True)
+
+
 def test_damaged_checkpoints_alone_are_an_error_and_no_start_at_0(folder, said):
     for step in "1", "2":
         (folder / step / checksums.NAME).unlink()

@@ -29,6 +29,18 @@ def test_a_step_logged_twice_counts_by_its_last_line(tmp_path):
     assert [line["loss"] for line in folder.metrics()] == [2.0, 5.0]
 
 
+@pytest.mark.parametrize("name", ["a*b", "a?b", "a[1]", "a[1]/b"])
+def test_a_name_that_stands_for_others_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=r"/a.* must be free of \* \? and \["):
+        RunFolder(f"{tmp_path}/{name}")
+
+
+def test_home_may_be_written_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(RunFolder("~/run").path) == f"{tmp_path}/run"
+    assert str(RunFolder("gs://bucket/~/run").path) == "gs://bucket/~/run"
+
+
 def test_a_config_that_is_missing_or_broken_is_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         RunFolder(str(tmp_path)).read_config()
@@ -39,7 +51,8 @@ def test_a_config_that_is_missing_or_broken_is_one_line(tmp_path):
 
 def test_the_latest_and_the_best_stay(tmp_path):
     folder = RunFolder(str(tmp_path)).checkpoints
-    for part in (((1, 3.0), (2, 1.0), (3, 2.0)), ((4, None), (5, 4.0))):  # a run and its resumption
+    nan = float("nan")
+    for part in (((0, nan), (1, 3.0), (2, 1.0), (3, 2.0)), ((4, nan), (5, 4.0))):  # a run and its resumption
         checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
         for step, loss in part:
             checkpoints.save(small_state(step), loss)
@@ -47,8 +60,9 @@ def test_the_latest_and_the_best_stay(tmp_path):
     opened = Checkpoints(folder)
     assert opened.steps() == [2, 4, 5]
     assert (opened.find("best"), opened.find("latest"), opened.find("4")) == (2, 5, 4)
-    with pytest.raises(UserError, match="--step=3 must be best, latest or one of 2, 4, 5"):
-        opened.find("3")
+    for step in "3", "²", "-4", "":
+        with pytest.raises(UserError, match=f"--step={step} must be best, latest or one of 2, 4, 5"):
+            opened.find(step)
     restored = opened.restore(2, jax.eval_shape(lambda: small_state(0)))
     assert (int(restored.step), restored.params["w"].tolist()) == (2, [2.0] * 4)
 

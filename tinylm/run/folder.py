@@ -24,7 +24,10 @@ class RunFolder:
 
     def __init__(self, workdir: str):
         """Name the folder; nothing is made before `create`."""
-        self.path = epath.Path(os.path.abspath(workdir) if "://" not in workdir else workdir)
+        path = workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
+        if set(path) & set("*?["):
+            raise UserError(f"--workdir={path} must be free of * ? and [, which file patterns take for other names.")
+        self.path = epath.Path(path)
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
