@@ -106,6 +106,17 @@ def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
         report.chosen_heads(["0.1", "2.7"], 2, 4)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "wanted"),
+    [({"data": "x"}, "MeshConfig.data is 'x', no int"), ({"data": 0}, "mesh.data=0 must be at least 1")],
+)
+def test_a_mesh_that_is_none_is_one_line(tmp_path, mesh, wanted):
+    folder = RunFolder(made_run(tmp_path / "run"))
+    folder.write_config(folder.read_config() | {"versions": {"mesh": mesh}})
+    with pytest.raises(UserError, match=wanted):
+        report.model_table(str(folder.path))
+
+
 def two_runs(tmp_path):
     runs = [gather(made_run(tmp_path / name, rate)) for name, rate in (("a", 1e-3), ("b", 1e-2))]
     weights = np.tril(np.full((2, 2, 3, 3), 0.25))

@@ -217,7 +217,13 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         args, laid_out = self._ocp.args, self._ocp.checkpoint_utils.construct_restore_args
         wanted = args.Composite(**{name: args.PyTreeRestore(item, laid_out(item)) for name, item in items.items()})
-        return self._orbax.restore(self._folder / str(step), args=wanted)
+        try:
+            return self._orbax.restore(self._folder / str(step), args=wanted)
+        except ValueError as error:
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"step {step} in {os.fspath(self._folder)} doesn't hold what config.json says: {said:.200}"
+            ) from error
 
 
 def _rest(state: Any) -> dict[str, Any]:
