@@ -76,8 +76,10 @@ def model_table(workdir: str) -> dict[str, Any]:
     from tinylm.show import describe
 
     record = RunFolder(workdir).read_config()
+    config = from_dict(Config, record["config"])
+    config.model.check()
     sizes = from_dict(MeshConfig, record["versions"]["mesh"]).sizes(2**30)  # which are all given
-    return describe(from_dict(Config, record["config"]), AbstractMesh(sizes, AXES))
+    return describe(config, AbstractMesh(sizes, AXES))
 
 
 def attention(workdir: str, picture: pathlib.Path) -> dict[str, Any]:

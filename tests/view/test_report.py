@@ -107,12 +107,18 @@ def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "wanted"),
-    [({"data": "x"}, "MeshConfig.data is 'x', no int"), ({"data": 0}, "mesh.data=0 must be at least 1")],
+    ("part", "key", "value", "wanted"),
+    [
+        ("versions", "mesh", {"data": "x"}, "MeshConfig.data is 'x', no int"),
+        ("versions", "mesh", {"data": 0}, "mesh.data=0 must be at least 1"),
+        ("config", "model", {"num_layers": 0}, "model.num_layers=0 must be at least 1"),
+    ],
 )
-def test_a_mesh_that_is_none_is_one_line(tmp_path, mesh, wanted):
+def test_a_model_or_mesh_that_is_none_is_one_line(tmp_path, part, key, value, wanted):
     folder = RunFolder(made_run(tmp_path / "run"))
-    folder.write_config(folder.read_config() | {"versions": {"mesh": mesh}})
+    record = folder.read_config()
+    record[part][key].update(value)
+    folder.write_config(record)
     with pytest.raises(UserError, match=wanted):
         report.model_table(str(folder.path))
 

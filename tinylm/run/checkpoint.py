@@ -222,7 +222,7 @@ class Checkpoints:
         except ValueError as error:
             said = " ".join(str(error).split())
             raise UserError(
-                f"step {step} in {os.fspath(self._folder)} doesn't hold what config.json says: {said:.200}"
+                f"step {step} in {os.fspath(self._folder)} doesn't hold what config.json says: {said:.120}"
             ) from error
 
 
