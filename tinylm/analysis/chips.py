@@ -26,13 +26,17 @@ class Chip:
 CHIPS = {
     "NVIDIA A100": Chip(312e12, 80e9, 2.0e12, 300e9),
     "NVIDIA H100": Chip(989e12, 80e9, 3.35e12, 450e9),
+    "NVIDIA H100 PCIe": Chip(756e12, 80e9, 2.0e12, 300e9),
     "NVIDIA H200": Chip(989e12, 141e9, 4.8e12, 450e9),
     "NVIDIA L4": Chip(121e12, 24e9, 0.3e12, 32e9),
+    "NVIDIA L40S": Chip(362e12, 48e9, 0.86e12, 32e9),
     "TPU v4": Chip(275e12, 32 * 2**30, 1.2e12, 150e9),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 0.82e12, 100e9),
     "TPU v5e": Chip(197e12, 16 * 2**30, 0.82e12, 100e9),
     "TPU v5": Chip(459e12, 95 * 2**30, 2.77e12, 300e9),
+    "TPU v5p": Chip(459e12, 95 * 2**30, 2.77e12, 300e9),
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.64e12, 200e9),
+    "TPU v6e": Chip(918e12, 32 * 2**30, 1.64e12, 200e9),
 }
 SLICE_BYTES_PER_SEC = 6e9  # what one chip can send to another slice over the data center's network
 
@@ -45,7 +49,7 @@ def find_chip(device: jax.Device, devices_here: int = 1) -> Chip | None:
     if device.platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Chip(measured_cpu_flops() / devices_here, memory / devices_here, 20e9 / devices_here, 0)
-    kinds = [name for name in CHIPS if device.device_kind.startswith(name)]
+    kinds = [name for name in CHIPS if f"{device.device_kind} ".replace("-", " ").startswith(f"{name} ")]
     return CHIPS[max(kinds, key=len)] if kinds else None
 
 

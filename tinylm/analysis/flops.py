@@ -20,8 +20,10 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     mlp_maps = 3 if c.mlp in ("swiglu", "geglu") else 2
     block = 2 * c.embed_dim * (2 * heads + 2 * kv_heads + mlp_maps * c.mlp_dim)
-    attention = sum(4 * heads * _visible_keys(seq_len, window) for window in c.attention_window)
-    return c.num_layers * (block + attention / len(c.attention_window)) + 2 * c.embed_dim * c.vocab_size
+    local = (c.local_heads or c.num_heads) * c.head_dim
+    keys = [(_visible_keys(seq_len, window), _visible_keys(seq_len, 0)) for window in c.attention_window]
+    attention = sum(4 * (local * near + (heads - local) * all_) for near, all_ in keys) / len(keys)
+    return c.num_layers * (block + attention) + 2 * c.embed_dim * c.vocab_size
 
 
 def _visible_keys(seq_len: int, window: int) -> float:

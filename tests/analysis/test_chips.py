@@ -1,0 +1,25 @@
+"""A chip is found by the name that JAX gives it, and another model of its maker isn't taken for it."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from tinylm.analysis.chips import CHIPS, find_chip
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100"),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
+        ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe"),
+        ("NVIDIA L4", "NVIDIA L4"),
+        ("NVIDIA L40S", "NVIDIA L40S"),
+        ("NVIDIA L40", None),
+        ("TPU v5 lite", "TPU v5 lite"),
+        ("TPU v5", "TPU v5"),
+        ("TPU v5p", "TPU v5p"),
+    ],
+)
+def test_a_chip_is_found_by_its_whole_name(kind, name):
+    assert find_chip(SimpleNamespace(platform="gpu", device_kind=kind)) is CHIPS.get(name)
