@@ -45,6 +45,16 @@ def test_a_start_that_comes_second_changes_nothing(tmp_path, monkeypatch):
     assert b'"keep": 7' in content(tmp_path)["config.json"]
 
 
+def test_an_evaluation_reads_as_many_rows_whatever_the_micro_batches(tmp_path):
+    losses = []
+    for count in (1, 4):
+        many = f"train.accumulation_steps={count}"
+        trainer = begin(tmp_path / many, many, "eval.every_steps=2", "eval.max_batches=1")
+        trainer.run()
+        losses.append(trainer.valid_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("fails", ["check_same_stores", "store_digests", "make_blueprint", "Trainer"])
 def test_a_start_that_fails_gives_the_workdir_free(tmp_path, monkeypatch, fails):
     begin(tmp_path).lock.close()

@@ -34,7 +34,8 @@ class Looks:
 
         c = self.config
         rows = c.data.batch_size // c.train.accumulation_steps
-        nats, count = evaluate(step, params, self.data.valid, rows, self.mesh, c.eval.max_batches)
+        most = c.eval.max_batches * c.train.accumulation_steps  # micro-batches
+        nats, count = evaluate(step, params, self.data.valid, rows, self.mesh, most)
         if not c.eval.exact_match:
             return {"loss": nats / count}
         pairs = self.data.answers(c.eval.exact_match)

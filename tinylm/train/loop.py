@@ -135,7 +135,9 @@ class Trainer:
         self.checkpoints.check(wait=True)
         state = self.restore_or_init()
         values = {"skipped": past + 1 - int(state.step), "bad_in_row": in_row}
-        return self._start(self._with_guard(state, values))
+        state = self._start(self._with_guard(state, values))
+        self.progress.restart(self.step)
+        return state
 
     def _with_guard(self, state: TrainState, values: dict[str, Any]) -> TrainState:
         self.guard = {**self.guard, **values}
@@ -163,7 +165,7 @@ class Trainer:
 
     def _compile(self, state: TrainState, placed: dict[str, jax.Array]) -> None:
         """Compile the step; wait for the other processes, of which none may be late by half a minute from here on."""
-        with self.account.phase("compile"):
+        with self.progress.pause(), self.account.phase("compile"):
             self.train_steps = self.train_steps.lower(state, placed, 1, self.config.seed).compile()
             barrier("compiled", 3600)  # one host may find the program in its cache, another compile it
 
@@ -215,7 +217,8 @@ class Trainer:
 
     def _place(self, host: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
         """Stack host batches to [K, A, rows, T], K the same in every dispatch, and put them on the mesh."""
-        missing = self.config.train.steps_per_dispatch - len(host)
+        longest = min(every for every in (self.config.train.steps_per_dispatch, *self._stops()) if every)
+        missing = longest - len(host)
         stacked = {name: np.stack([batch[name] for batch in host] + [host[-1][name]] * missing) for name in host[0]}
         return place_batch(self.mesh, stacked, self.owned, self.rows, 2)
 
@@ -229,8 +232,11 @@ class Trainer:
 
     def _next_stop(self) -> int:
         """Return the first step from here on at which something is due."""
-        cadences = (*self._cadences(), self.config.train.log_every_steps, self.config.train.last_step)
-        return min((self.step // every + 1) * every for every in cadences if every)
+        return min((self.step // every + 1) * every for every in self._stops() if every)
+
+    def _stops(self) -> tuple[int, ...]:
+        """Return after how many steps a dispatch must end; 0: never for that."""
+        return *self._cadences(), self.config.train.log_every_steps, self.config.train.last_step
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         """Write the metrics of a step."""

@@ -30,13 +30,17 @@ class Progress:
     def __init__(self, first_step: int, last_step: int):
         """Begin at `first_step`."""
         self._last_step = last_step
-        self._mark_step, self._mark_time = first_step, time.perf_counter()
+        self.restart(first_step)
         self._shown = 0.0
         self._bar = None
         if sys.stderr.isatty() and is_main():
             from tqdm import tqdm
 
             self._bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def restart(self, step: int) -> None:
+        """Measure the rate from `step` and now on."""
+        self._mark_step, self._mark_time = step, time.perf_counter()
 
     def tokens_per_sec(self, step: int, tokens_per_step: int) -> float:
         """Return the rate since the last call, tokens a second."""
