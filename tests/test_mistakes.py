@@ -27,6 +27,9 @@ MISTAKES = {
     "top_p": (["sample.top_p=0"], "sample.top_p=0.0 must be above 0"),
     "mesh": (["mesh.data=-1", "mesh.model=-1"], "only one axis"),
     "window": (["model.num_layers=3", "model.attention_window=(0, 4)"], "model.num_layers=3 must be divisible"),
+    "no number": (["train.hang_secs=inf"], "train.hang_secs=inf must be a finite number"),
+    "below 0": (["model.norm_epsilon=-1"], "model.norm_epsilon=-1.0 must be at least 0"),
+    "too long": (["train.num_steps=3000000000"], "train.num_steps=3000000000 must be below 2^31"),
     "schedule": (["optimizer.schedule=cosin"], "must be one of cosine"),
 }
 

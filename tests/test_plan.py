@@ -139,6 +139,7 @@ def test_a_model_that_does_not_fit_names_what_to_change():
         (["--cpu_devices=2", "--config.model.vocab_size=0"], "--config.model.vocab_size"),
         ([], "either --topology"),
         (["--topology=v5e:4x4", "--cpu_devices=2"], "either --topology"),
+        (["--slices=2", "--cpu_devices=2"], "--slices=2 needs --topology"),
     ],
 )
 def test_mistakes_are_one_line(arguments, wanted):

@@ -1,5 +1,6 @@
 """The proofs hold on a tiny config, and a proof that does not hold exits with 1."""
 
+import numpy as np
 import pytest
 from helpers import SMALL, run_command
 
@@ -23,6 +24,11 @@ def test_batches_that_differ_are_told(monkeypatch):
     hashes = proofs._hashes
     monkeypatch.setattr(proofs, "_hashes", lambda config, data, n: ["x"] * 3 if n == 4 else hashes(config, data, n))
     assert not proofs.prove_hosts(load_config("tales", overrides())).holds
+
+
+def test_losses_that_are_no_numbers_prove_nothing(monkeypatch):
+    monkeypatch.setattr(proofs, "_one_step", lambda *_: (float("nan"), 1.0, [np.zeros(1)]))
+    assert not proofs.prove_mesh(load_config("tales", overrides())).holds
 
 
 def test_a_proof_must_be_named():

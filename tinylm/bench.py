@@ -8,12 +8,14 @@ an empty and a filled compile cache, what the host does, memory, and where the t
 """
 
 import json
+import os
 from typing import Any
 
 from absl import flags
 
 from tinylm import cli
 from tinylm.core.distributed import is_main
+from tinylm.core.errors import StorageError
 
 FLAGS = flags.FLAGS
 
@@ -27,6 +29,11 @@ def main() -> None:
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
     config.resolve(config.model.vocab_size)
+    if FLAGS.profile:
+        try:
+            os.makedirs(FLAGS.profile, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"--profile={FLAGS.profile} can't be made: {error.strerror}.") from error
     found = measure(config, mesh, FLAGS.dispatches, FLAGS.profile)
     if is_main():
         print(json.dumps(found) if FLAGS.json else text_of(found))

@@ -30,6 +30,8 @@ def main() -> None:
     config = cli.config(reads_data=False)
     if bool(FLAGS.topology) == bool(FLAGS.cpu_devices):
         raise UserError("give either --topology=v5e:4x4 or --cpu_devices=8.")
+    if FLAGS.cpu_devices and FLAGS.slices > 1:
+        raise UserError(f"--slices={FLAGS.slices} needs --topology; simulated devices have none.")
     devices = topology_devices(FLAGS.topology, FLAGS.slices) if FLAGS.topology else jax.devices()
     config.resolve(config.model.vocab_size)
     if FLAGS.search:

@@ -456,7 +456,7 @@ def test_an_imported_run_is_scored_with_its_own_tokenizer_wherever_it_is(tmp_pat
     spec = data_tokenizer(imported.tokenizer, first.tokenizer)
     data = DataConfig(source="tales:50", tokenizer=spec, seq_len=16, batch_size=8)
     config = to_dict(Config(data=data, model=imported.model))
-    models.write_run(first, {"config": config, "imported_from": "there"}, imported)
+    models.write_run(first, {"config": config, "versions": {"mesh": {}}, "imported_from": "there"}, imported)
     (tmp_path / "first").rename(tmp_path / "moved")
     done = run_command("tinylm.evaluate", f"--workdir={tmp_path / 'moved'}", "--json", "--max_batches=1")
     assert done.returncode == 0, done.stderr

@@ -83,12 +83,16 @@ class ModelConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UserError(f"model.{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
-        least_zero = ("num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "context", "unroll", "init_std", "z_loss")
-        for name in (*least_zero, "conv_taps"):
+        for name in (
+            "num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "context", "unroll", "init_std", "z_loss", "conv_taps",
+            "norm_epsilon", "attention_scale", "attention_softcap", "logit_softcap",
+        ):  # fmt: skip
             if not getattr(self, name) >= 0:
                 raise UserError(f"model.{name}={getattr(self, name)} must be at least 0.")
         if not 0 < self.rotary_fraction <= 1:
             raise UserError(f"model.rotary_fraction={self.rotary_fraction} must be above 0 and at most 1.")
+        if not self.rotary_base > 0:
+            raise UserError(f"model.rotary_base={self.rotary_base} must be above 0.")
         self._check_heads()
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1.")

@@ -9,7 +9,7 @@ import math
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig
-from tinylm.core.settings import setting
+from tinylm.core.settings import setting, settings_of
 from tinylm.data.config import DataConfig
 from tinylm.inference.config import EvalConfig, SampleConfig
 from tinylm.model.config import ModelConfig
@@ -30,7 +30,7 @@ class OptimizerConfig:
     schedule: str = setting("cosine", "after warm-up: cosine, linear, constant or wsd (warm-up, stable, decay)")
     warmup_steps: int = setting(0, "steps of linear warm-up, part of the schedule")
     decay_fraction: float = setting(0.2, "last part of the schedule in which wsd decays")
-    weight_decay: float = setting(0.1, "decay of matrices and embeddings; norms and biases have none")
+    weight_decay: float = setting(0.1, "decay of matrices and embeddings (with muon: of its matrices alone)")
     beta1: float = setting(0.9, "decay of the first moment")
     beta2: float = setting(0.95, "decay of the second moment")
     epsilon: float = setting(1e-8, "added to the root of the second moment")
@@ -49,9 +49,9 @@ class OptimizerConfig:
                 f"optimizer.warmup_steps={self.warmup_steps} must be at most the schedule's length "
                 f"(train.num_steps={num_steps}); make one shorter or the other longer."
             )
-        if not 0 < self.learning_rate < math.inf:
+        if not self.learning_rate > 0:
             raise UserError(f"optimizer.learning_rate={self.learning_rate} must be above 0.")
-        for name in ("clip_norm", "weight_decay", "adam_learning_rate"):
+        for name in ("clip_norm", "weight_decay", "adam_learning_rate", "epsilon"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0.")
         for name in ("beta1", "beta2", "muon_momentum"):
@@ -93,6 +93,8 @@ class TrainConfig:
         for name in ("num_steps", "accumulation_steps", "steps_per_dispatch", "log_every_steps", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 1.")
+        if self.num_steps >= 2**31:
+            raise UserError(f"train.num_steps={self.num_steps} must be below 2^31.")
         for name in ("stop_step", "spike_sigmas", "hang_secs", "replicas_every_steps"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"train.{name}={getattr(self, name)} must be at least 0.")
@@ -130,6 +132,9 @@ class Config:
 
     def check(self) -> None:
         """Raise UserError for any mistake that needs neither data nor devices to be seen."""
+        for key, _, value in settings_of(self):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{key}={value} must be a finite number.")
         for section in (self.data, self.model, self.mesh, self.train, self.eval, self.checkpoint, self.sample):
             section.check()
         self.optimizer.check(self.train.num_steps)
