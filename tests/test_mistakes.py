@@ -22,7 +22,8 @@ MISTAKES = {
     "accumulation": (["train.accumulation_steps=7"], "must be divisible by train.accumulation_steps=7"),
     "context": (["model.context=8"], "must be at most model.context=8"),
     "dropout": (["model.dropout=1.5"], "model.dropout=1.5"),
-    "temperature": (["sample.temperature=-1"], "sample.temperature=-1.0 must be at least 0"),
+    "temperature": (["sample.temperature=-1"], "sample.temperature=-1.0 must be 0, or from"),
+    "prompts": (["sample.prompts=(1,)"], "sample.prompts=(1,) must hold texts"),
     "top_p": (["sample.top_p=0"], "sample.top_p=0.0 must be above 0"),
     "mesh": (["mesh.data=-1", "mesh.model=-1"], "only one axis"),
     "window": (["model.num_layers=3", "model.attention_window=(0, 4)"], "model.num_layers=3 must be divisible"),
@@ -89,6 +90,7 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
         (["--config=talse"], "did you mean 'tales'"),
         (["--config=tales", "--wrokdir=x"], "wrokdir"),
         (["--config=tales", "--cpu_devices=2", "--config.mesh.data=4"], "larger than the 2 devices"),
+        (["--config=tales", "--cpu_devices=-1"], "--cpu_devices=-1"),
         ([], "--config is required"),
     ],
 )

@@ -147,10 +147,25 @@ def test_evaluate_gives_the_loss_that_training_logged(whole):
     assert result["tokens"] == 4 * 8 * 32
 
 
-def test_a_step_that_is_not_there_is_named(whole):
-    done = run_command("tinylm.generate", f"--workdir={whole[0]}", "--step=7")
-    assert done.returncode == 2
-    assert "--step=7 must be best, latest or one of" in done.stderr
+@pytest.mark.parametrize(
+    ("mistake", "wanted"),
+    [
+        ("--step=7", "--step=7 must be best, latest or one of"),
+        ("--stop=", "--stop must not be empty"),
+        (f"--prompt={'long ' * 20}", "must be shorter than the context"),
+    ],
+)
+def test_a_mistake_in_what_to_write_is_one_line(whole, mistake, wanted):
+    done = run_command("tinylm.generate", f"--workdir={whole[0]}", mistake)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert wanted in done.stderr
+
+
+def test_a_terminal_that_lacks_a_character_gets_a_question_mark(whole):
+    arguments = [f"--workdir={whole[0]}", "--prompt=schön", "--max_tokens=1"]
+    done = run_command("tinylm.generate", *arguments, env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("sch?n")
 
 
 def test_open_run_gives_what_the_commands_have(whole):

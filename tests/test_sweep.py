@@ -62,6 +62,10 @@ def test_the_table_is_best_first_and_the_best_validation_loss_counts(tmp_path, t
     assert [row["step"] for row in rows] == [2, 2]
 
 
+def test_the_name_of_a_run_is_one_folder_and_no_pattern():
+    assert module.name_of({"data.source": "0.7*text:a/[b]?.txt"}) == "data.source=0.7_text:a__b]_.txt"
+
+
 @pytest.mark.parametrize(
     ("grid", "said"),
     [("optimizer.learning_rat=1", "did you mean"), ("seed", "KEY=VALUE"), ("model.num_heads=4,3", "embed_dim=128")],
@@ -69,4 +73,6 @@ def test_the_table_is_best_first_and_the_best_validation_loss_counts(tmp_path, t
 def test_mistakes_come_before_the_first_run(tmp_path, trained, grid, said):
     with pytest.raises(UserError, match=said):
         module.sweep(["--config=tales"], [grid], str(tmp_path), jobs=1)
+    with pytest.raises(UserError, match="must be free of"):
+        module.sweep(["--config=tales"], GRID, f"{tmp_path}/a*", jobs=1)
     assert trained[0] == []

@@ -6,6 +6,7 @@ process, and none begins before all were found to run the same command, config a
 """
 
 import faulthandler
+import io
 import os
 import pathlib
 import sys
@@ -22,7 +23,7 @@ from tinylm.core.settings import settings_of
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_integer("cpu_devices", 0, "simulated CPU devices of this process (0: the devices that are here)")
+flags.DEFINE_integer("cpu_devices", 0, "simulated CPU devices of this process (0: those that are here)", lower_bound=0)
 flags.DEFINE_string("coordinator", "", "host:port of process 0, where the cluster doesn't say")
 flags.DEFINE_integer("num_processes", 0, "processes of the job, with --coordinator")
 flags.DEFINE_integer("process_id", -1, "number of this process, with --coordinator")
@@ -69,6 +70,8 @@ def define_json() -> None:
 
 def run(main: Callable[[], None], doc: str | None) -> None:
     """Parse flags, start JAX, call `main`, and exit with the code that tells how it went."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # where its encoding lacks a character of a text
     faulthandler.enable()  # what kills the process, as a file of weights that shrinks while it is mapped, is said where
     try:
         _parse(doc or "")

@@ -11,6 +11,7 @@ import json
 from absl import flags
 
 from tinylm import cli
+from tinylm.core.errors import UserError
 from tinylm.inference.samplers import Sampler
 
 FLAGS = flags.FLAGS
@@ -19,15 +20,19 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Write as the flags say; only text goes to stdout."""
     from tinylm.core.distributed import is_main
+    from tinylm.inference.decode import check_prompts
     from tinylm.inference.writing import write_texts
     from tinylm.run.open_run import open_run
 
     sampler = Sampler(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.min_p, FLAGS.repetition_penalty)
     sampler.check(prefix="--")
+    if "" in (FLAGS.stop or []):
+        raise UserError("--stop must not be empty: every text would end before its first character.")
     prompts = [text for text in FLAGS.prompt or [""] for _ in range(FLAGS.num_samples)]
     run = open_run(FLAGS.workdir, FLAGS.step)
     show = functools.partial(print, end="", flush=True) if len(prompts) == 1 and is_main() and not FLAGS.json else None
     if show:
+        check_prompts([[run.start_id, *run.tokenizer.encode(prompts[0])]], run.model_config.context)
         show(prompts[0])
     texts = write_texts(
         run, prompts, max_tokens=FLAGS.max_tokens, sampler=sampler, seed=FLAGS.seed, stop=FLAGS.stop or [],

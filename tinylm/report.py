@@ -70,13 +70,16 @@ def model_table(workdir: str) -> dict[str, Any]:
     from jax.sharding import AbstractMesh
 
     from tinylm.config import Config
+    from tinylm.core.mesh import AXES, MeshConfig
     from tinylm.core.settings import from_dict
     from tinylm.run.folder import RunFolder
     from tinylm.show import describe
 
     record = RunFolder(workdir).read_config()
-    sizes = record["versions"]["mesh"]
-    return describe(from_dict(Config, record["config"]), AbstractMesh(tuple(sizes.values()), tuple(sizes)))
+    config = from_dict(Config, record["config"])
+    config.model.check()
+    sizes = from_dict(MeshConfig, record["versions"]["mesh"]).sizes(2**30)  # which are all given
+    return describe(config, AbstractMesh(sizes, AXES))
 
 
 def attention(workdir: str, picture: pathlib.Path) -> dict[str, Any]:

@@ -39,7 +39,9 @@ def main() -> None:
 
 def sweep(base: Sequence[str], grid: Sequence[str], workdir: str, jobs: int) -> list[dict[str, Any]]:
     """Train with the flags `base` at each point of `grid`, `jobs` at a time; return a row for each, best first."""
-    axes = dict(map(parse_axis, grid))
+    from tinylm.run.folder import RunFolder
+
+    workdir, axes = str(RunFolder(workdir).path), dict(map(parse_axis, grid))
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     config = next(argument.removeprefix("--config=") for argument in base if argument.startswith("--config="))
     settings = [argument.removeprefix("--config.") for argument in base if argument.startswith("--config.")]
@@ -67,7 +69,7 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
 
 def name_of(point: dict[str, str]) -> str:
     """Return the name of the folder of a run."""
-    return ",".join(f"{key}={value}" for key, value in point.items()).replace("/", "_")
+    return re.sub(r"[/*?\[]", "_", ",".join(f"{key}={value}" for key, value in point.items()))
 
 
 def train(base: Sequence[str], point: dict[str, str], workdir: str, jobs: int) -> dict[str, Any]:

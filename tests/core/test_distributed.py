@@ -92,9 +92,21 @@ def test_a_mesh_that_is_smaller_than_the_job_is_refused_on_both(tmp_path):
     assert all("smaller than the 4 devices" in error for error in pair.refused())
 
 
-def test_a_number_outside_the_job_is_refused():
-    with pytest.raises(UserError, match="--num_processes=2 --process_id=2"):
-        distributed.start(coordinator="127.0.0.1:1", num_processes=2, process_id=2)
+@pytest.mark.parametrize(
+    "job",
+    [
+        ("127.0.0.1:1", 2, 2),
+        ("127.0.0.1:1", 0, -1),
+        ("", 2, 1),
+        ("", 0, 0),
+        ("nonsense", 2, 0),
+        (":1", 2, 0),
+        ("a:b", 2, 0),
+    ],
+)
+def test_a_job_that_is_not_whole_is_refused(job):
+    with pytest.raises(UserError, match=r"found --coordinator={} --num_processes={} --process_id={}\.".format(*job)):
+        distributed.start(coordinator=job[0], num_processes=job[1], process_id=job[2])
 
 
 def test_an_error_on_one_process_ends_both_and_has_its_number(tmp_path):

@@ -76,8 +76,19 @@ def test_the_penalty_pushes_seen_tokens_down_on_both_sides_of_0():
     assert got.tolist() == [[0.5, -8.0, 2.0, -2.0]]
 
 
+@pytest.mark.parametrize(("extreme", "drawn"), [({"top_p": 1e-60}, {1}), ({"top_k": 2**40}, {0, 1, 2, 3, 4, 5}),
+                                                ({"temperature": 1e-6}, {1})])  # fmt: skip
+def test_values_at_the_ends_of_their_ranges_mean_what_they_say(extreme, drawn):
+    sampler, uniform = Sampler(**extreme), jnp.linspace(0, 1, 200, endpoint=False)
+    sampler.check(prefix="--")
+    logits = jnp.broadcast_to(LOGITS, (200, 6))
+    ids = jax.jit(draw, static_argnums=2)(uniform, logits, sampler.candidates, sampler.values)
+    assert set(ids.tolist()) == drawn
+
+
 @pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 1}, {"top_k": -1},
-                                   {"repetition_penalty": 0}, {"temperature": float("nan")}])  # fmt: skip
+                                   {"repetition_penalty": 0}, {"repetition_penalty": 1e-40}, {"temperature": 1e-40},
+                                   {"temperature": 1e30}, {"temperature": float("nan")}])  # fmt: skip
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))}=.* must be"):
         Sampler(**wrong).check(prefix="--")

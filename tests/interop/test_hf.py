@@ -481,7 +481,8 @@ def test_what_logits_do_not_depend_on_stands_in_no_way(changes):
 def test_an_imported_run_opens(copy, tmp_path):
     imported = models.import_hf(str(copy()))
     folder = RunFolder(str(tmp_path / "run"))
-    models.write_run(folder, {"config": to_dict(Config(model=imported.model)), "imported_from": "there"}, imported)
+    record = {"config": to_dict(Config(model=imported.model)), "versions": {"mesh": {}}, "imported_from": "there"}
+    models.write_run(folder, record, imported)
     run = open_run(str(tmp_path / "run"))
     assert (run.step, run.model_config, run.tokenizer.eot_id) == (0, imported.model, 256)
     assert all(map(np.array_equal, jax.tree.leaves(run.params), jax.tree.leaves(imported.params)))

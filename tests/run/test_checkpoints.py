@@ -81,6 +81,27 @@ def test_every_flipped_bit_is_found(folder, said):
         path.write_bytes(original)
 
 
+@pytest.mark.parametrize(
+    "body", ["x", "5", "[]", "{}", '{"files": 5, "loss": null}', '{"files": {}, "loss": "x"}', "[" * 100_000]
+)
+def test_a_list_of_another_shape_counts_as_altered(folder, said, body):
+    file = folder / "2" / checksums.NAME
+    file.write_bytes(checksums._digest(body.encode()).encode() + b"\n" + body.encode())
+    assert Checkpoints(folder, CheckpointConfig()).find("best") == 1
+    assert "checksums is altered" in said[-1]
+
+
+def test_an_entry_of_another_shape_counts_as_an_altered_file(folder, said):
+    _, _, body = (folder / "2" / checksums.NAME).read_bytes().partition(b"\n")
+    for entry in None, 5, "ab", [], ["1", "2"]:
+        content = json.loads(body)
+        content["files"]["params/_METADATA"] = entry
+        changed = json.dumps(content).encode()
+        (folder / "2" / checksums.NAME).write_bytes(checksums._digest(changed).encode() + b"\n" + changed)
+        assert Checkpoints(folder).newest() == 1
+        assert "params/_METADATA is altered" in said[-1]
+
+
 def test_a_file_too_many_and_a_link_are_named(folder, said, tmp_path):
     (folder / "2" / "params" / "more").write_text("?")
     assert Checkpoints(folder).newest() == 1
@@ -91,6 +112,16 @@ def test_a_file_too_many_and_a_link_are_named(folder, said, tmp_path):
     os.symlink(tmp_path / "elsewhere", file)
     assert Checkpoints(folder).newest() == 1
     assert "params/_METADATA is a link" in said[-1]
+
+
+def test_only_what_dead_saves_left_here_is_cleared(folder, tmp_path):
+    left = [folder / "2.unfinished", folder / "3.orbax-checkpoint-tmp-1" / "part"]
+    stranger = RunFolder(str(tmp_path / "other")).checkpoints / "3.orbax-checkpoint-tmp-1" / "part"
+    for path in *left, stranger:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    assert Checkpoints(folder, CheckpointConfig()).newest() == 1
+    assert ([path.name for path in folder.iterdir()], stranger.exists()) == (["1"], True)
 
 
 def test_damaged_checkpoints_alone_are_an_error_and_no_start_at_0(folder, said):

@@ -46,6 +46,12 @@ def test_a_dead_process_of_this_host_has_nothing(folder):
     WorkdirLock(folder).release()
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "5", '{"host": 1, "pid": 2, "id": 3, "since": 4}', "[" * 100_000])
+def test_what_is_no_lease_holds_nothing(folder, content):
+    (folder / "lock.json").write_text(content)
+    WorkdirLock(folder).release()
+
+
 def test_another_hosts_lease_counts_while_it_is_renewed(folder):
     (folder / "lock.json").write_text(
         json.dumps({"host": "other", "pid": 1, "id": "x", "since": "then", "renewals": 1})

@@ -7,8 +7,13 @@ import pytest
 from helpers import small_state
 
 from tinylm.core.errors import StorageError, UserError
+from tinylm.core.settings import to_dict
 from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
 from tinylm.run.folder import RunFolder
+from tinylm.run.gather import gather
+from tinylm.run.open_run import open_run
+from tinylm.train.account import Account
+from tinylm.train.config import Config
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path):
@@ -29,17 +34,107 @@ def test_a_step_logged_twice_counts_by_its_last_line(tmp_path):
     assert [line["loss"] for line in folder.metrics()] == [2.0, 5.0]
 
 
+@pytest.mark.parametrize("name", ["a*b", "a?b", "a[1]", "a[1]/b"])
+def test_a_name_that_stands_for_others_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match=r"/a.* must be free of \* \? and \["):
+        RunFolder(f"{tmp_path}/{name}")
+
+
+def test_home_may_be_written_short(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(RunFolder("~/run").path) == f"{tmp_path}/run"
+    assert str(RunFolder("gs://bucket/~/run").path) == "gs://bucket/~/run"
+
+
 def test_a_config_that_is_missing_or_broken_is_one_line(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         RunFolder(str(tmp_path)).read_config()
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
+    for content in b"{", b"\xff", b"[" * 100_000:
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"config.json is not JSON") as caught:
+            RunFolder(str(tmp_path)).read_config()
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"config.json holds no run \(no config.json\)"):
+        RunFolder(str(tmp_path / "config.json")).read_config()
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(StorageError, match=r"config.json cannot be read: Is a directory"):
         RunFolder(str(tmp_path)).read_config()
+
+
+def config_record():
+    config = Config()
+    config.resolve(257)
+    return {"config": to_dict(config), "versions": {"mesh": {"data": 1, "model": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        ((), []), ((), {}), (("versions",), 5), (("stores",), []), (("start_id",), "x"),
+        (("config", "model"), None), (("config", "seed"), "0"),
+        (("config", "data", "seq_len"), None), (("config", "sample", "prompts"), "x"),
+    ],
+)  # fmt: skip
+def test_a_config_that_lacks_what_is_read_of_it_is_one_line(tmp_path, keys, value):
+    folder, record = RunFolder(str(tmp_path)), config_record()
+    folder.write_config(record)
+    assert folder.read_config() == json.loads(json.dumps(record))
+    place = record
+    for key in keys[:-1]:
+        place = place[key]
+    if keys:
+        place[keys[-1]] = value
+    folder.write_config(record if keys else value)
+    with pytest.raises(UserError, match=f"^{folder.config_file} lacks what a run's has"):
+        folder.read_config()
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ({"embed_dim": "wide"}, "ModelConfig.embed_dim is 'wide', no int"),
+        ({"norm_epsilon": None}, "ModelConfig.norm_epsilon is None, no float"),
+        ({"attention_window": 0}, "ModelConfig.attention_window is 0, no tuple"),
+        ({"num_layers": -1}, "model.num_layers=-1 must be at least 1"),
+        ({"embed_dim": 64}, r"step 2 in .*/checkpoints doesn't hold what config.json says"),
+        ({"bias": True}, r"step 2 in .*/checkpoints doesn't hold what config.json says"),
+    ],
+)
+def test_a_model_that_the_config_does_not_describe_is_one_line(tmp_path, setting, wanted):
+    folder = RunFolder(str(tmp_path))
+    checkpoints = Checkpoints(folder.checkpoints, CheckpointConfig())
+    checkpoints.save(small_state(2), None)
+    checkpoints.close()
+    record = config_record()
+    record["config"]["model"].update(setting)
+    folder.write_config(record)
+    with pytest.raises(UserError, match=wanted) as caught:
+        open_run(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_lines_and_samples_that_no_run_wrote_are_passed_over(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    folder.write_config(config_record())
+    good = [
+        b'{"step": 1, "split": "train", "loss": 2.0, "note": "a", "unix_secs": null, "mfu": 1e999}',
+        b'{"step": 2, "split": "time"}',
+    ]
+    bad = [b"5", b"[]", b"null", b'{"step": "x", "split": "train"}', b'{"step": 1, "split": []}', b"\xff", b"\0" * 4,
+           b"[" * 100_000]  # fmt: skip
+    folder.metrics_file.write_bytes(b"\n".join([*bad, *good, *bad, b""]))
+    folder.samples_file.write_bytes(b"--- step 1 ---\n\xff\n--- step " + b"1" * 5000 + b" ---\n")
+    assert folder.metrics() == [{"step": 1, "split": "train", "loss": 2.0}, {"step": 2, "split": "time"}]
+    run = gather(str(tmp_path))
+    assert (run["train"]["loss"], run["samples"][0]["texts"][0][0]) == ([2.0], "\N{REPLACEMENT CHARACTER}")
+    assert "Goodput" in Account(folder).summary(1)
 
 
 def test_the_latest_and_the_best_stay(tmp_path):
     folder = RunFolder(str(tmp_path)).checkpoints
-    for part in (((1, 3.0), (2, 1.0), (3, 2.0)), ((4, None), (5, 4.0))):  # a run and its resumption
+    nan = float("nan")
+    for part in (((0, nan), (1, 3.0), (2, 1.0), (3, 2.0)), ((4, nan), (5, 4.0))):  # a run and its resumption
         checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
         for step, loss in part:
             checkpoints.save(small_state(step), loss)
@@ -47,8 +142,9 @@ def test_the_latest_and_the_best_stay(tmp_path):
     opened = Checkpoints(folder)
     assert opened.steps() == [2, 4, 5]
     assert (opened.find("best"), opened.find("latest"), opened.find("4")) == (2, 5, 4)
-    with pytest.raises(UserError, match="--step=3 must be best, latest or one of 2, 4, 5"):
-        opened.find("3")
+    for step in "3", "²", "-4", "":
+        with pytest.raises(UserError, match=f"--step={step} must be best, latest or one of 2, 4, 5"):
+            opened.find(step)
     restored = opened.restore(2, jax.eval_shape(lambda: small_state(0)))
     assert (int(restored.step), restored.params["w"].tolist()) == (2, [2.0] * 4)
 

@@ -37,9 +37,15 @@ def trainer(tmp_path, first, *overrides):
     return start_run(load_config("tales", [*SMALL, f"train.init_from={first}", *overrides]), str(tmp_path / "next"))
 
 
+def state_of(workdir):
+    there = start_run(load_config("tales", SMALL), str(workdir))
+    with there.lock:
+        return there.restore_or_init()
+
+
 def test_parameters_are_taken_over_and_the_rest_is_new(first, tmp_path):
     state = trainer(tmp_path, first, "model.dropout=0.1", "model.z_loss=0.0001", "mesh.fsdp=True").restore_or_init()
-    theirs = start_run(load_config("tales", SMALL), str(first)).restore_or_init()
+    theirs = state_of(first)
     assert int(state.step) == 0 and int(theirs.step) == 3
     assert np.isinf(float(state.guard["best_loss"]))
     assert all(map(np.array_equal, jax.tree.leaves(state.params), jax.tree.leaves(theirs.params)))
@@ -49,7 +55,7 @@ def test_parameters_are_taken_over_and_the_rest_is_new(first, tmp_path):
 def test_the_optimizer_comes_along_when_asked(first, tmp_path):
     begun = trainer(tmp_path, first, "train.init_optimizer=True")
     state = begun.restore_or_init()
-    theirs = start_run(load_config("tales", SMALL), str(first)).restore_or_init()
+    theirs = state_of(first)
 
     def schedule_counts(tree):
         is_schedule = lambda node: isinstance(node, optax.ScaleByScheduleState)  # noqa: E731

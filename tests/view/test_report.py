@@ -106,6 +106,23 @@ def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
         report.chosen_heads(["0.1", "2.7"], 2, 4)
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value", "wanted"),
+    [
+        ("versions", "mesh", {"data": "x"}, "MeshConfig.data is 'x', no int"),
+        ("versions", "mesh", {"data": 0}, "mesh.data=0 must be at least 1"),
+        ("config", "model", {"num_layers": 0}, "model.num_layers=0 must be at least 1"),
+    ],
+)
+def test_a_model_or_mesh_that_is_none_is_one_line(tmp_path, part, key, value, wanted):
+    folder = RunFolder(made_run(tmp_path / "run"))
+    record = folder.read_config()
+    record[part][key].update(value)
+    folder.write_config(record)
+    with pytest.raises(UserError, match=wanted):
+        report.model_table(str(folder.path))
+
+
 def two_runs(tmp_path):
     runs = [gather(made_run(tmp_path / name, rate)) for name, rate in (("a", 1e-3), ("b", 1e-2))]
     weights = np.tril(np.full((2, 2, 3, 3), 0.25))

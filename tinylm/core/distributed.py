@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import socket
 import sys
 import threading
@@ -47,10 +48,11 @@ def start(
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    if coordinator and not 0 <= process_id < num_processes:
+    complete = re.fullmatch(r".+:\d{1,5}", coordinator, re.ASCII) and 0 <= process_id < num_processes
+    if (coordinator or num_processes or process_id != -1) and not complete:
         raise UserError(
-            f"--coordinator needs --num_processes and --process_id, numbered from 0; found "
-            f"--num_processes={num_processes} --process_id={process_id}."
+            f"--coordinator=HOST:PORT, --num_processes and --process_id, numbered from 0, need each other; found "
+            f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}."
         )
     if not coordinator and not _in_cluster():
         return

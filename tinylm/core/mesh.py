@@ -7,6 +7,7 @@ the next dimension of the same parameter is tried, so every model runs on every 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from tinylm.core.errors import UserError
 from tinylm.core.settings import setting
 
 AXES = ("replica", "data", "model")
+_shard_map = functools.partial(jax.shard_map, check_vma=False)
 
 # For each mesh axis, the logical axes that it may split, in order of preference.
 PARAMETER_RULES = {
@@ -180,9 +182,8 @@ def sum_over_rows(function: Callable, whole: tuple, by_rows: Any, fsdp: bool) ->
     def total(whole, by_rows):
         return jax.lax.psum(function(*whole, *by_rows), rows)
 
-    in_specs, out_specs = (PartitionSpec(), PartitionSpec(None, rows)), PartitionSpec()
-    split = jax.shard_map(total, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False)
-    return split(whole, by_rows)
+    specs = PartitionSpec(), PartitionSpec(None, rows)
+    return _shard_map(total, in_specs=specs, out_specs=specs[0], axis_names=names)(whole, by_rows)
 
 
 def on_shards(function: Callable, *parts: tuple[jax.Array, Sequence[str | None]]) -> jax.Array:
@@ -195,15 +196,14 @@ def on_shards(function: Callable, *parts: tuple[jax.Array, Sequence[str | None]]
         return function(*arrays)
     specs = tuple(layout(x, axes) for x, axes in parts)
     names = set(jax.sharding.get_abstract_mesh().auto_axes)
-    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=names, check_vma=False)(*arrays)
+    return _shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=names)(*arrays)
 
 
 def in_each_replica(function: Callable) -> Callable:
     """Return `function` of arrays that all replicas hold alike, computed in each: nothing crosses between slices."""
     if _sizes()["replica"] == 1:
         return function
-    whole = PartitionSpec()
-    return jax.shard_map(function, in_specs=whole, out_specs=whole, axis_names={"replica"}, check_vma=False)
+    return _shard_map(function, in_specs=PartitionSpec(), out_specs=PartitionSpec(), axis_names={"replica"})
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:
@@ -228,7 +228,7 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:
 
     specs = (PartitionSpec(split), layout(ids_BT, ("batch", None)))
     names = set(jax.sharding.get_abstract_mesh().auto_axes)
-    find = jax.shard_map(own, in_specs=specs, out_specs=out, axis_names=names, check_vma=False)
+    find = _shard_map(own, in_specs=specs, out_specs=out, axis_names=names)
     return find(table_VD.astype(sent_as), ids_BT).astype(table_VD.dtype)
 
 

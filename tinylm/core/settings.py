@@ -49,17 +49,24 @@ def to_dict(section: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """Return a section of type `cls` from nested plain values; raise UserError for a key it doesn't have."""
+    """Return a section of type `cls` from nested plain values; raise UserError for a key it doesn't have, or a value of
+    another type than its default's.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"config.json: {cls.__name__} is {values!r:.60}, no object.")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"{cls.__name__} has no setting {name!r}{nearest(name, fields)}.")
+            raise UserError(f"config.json: {cls.__name__} has no setting {name!r}{nearest(name, fields)}.")
         section: Any = fields[name].default_factory
         if section is not dataclasses.MISSING:
             arguments[name] = from_dict(section, value)
         else:
             arguments[name] = tuple(value) if isinstance(value, list) else value
+            wanted = type(fields[name].default)
+            if not isinstance(arguments[name], int | float if wanted is float else wanted):
+                raise UserError(f"config.json: {cls.__name__}.{name} is {value!r:.60}, no {wanted.__name__}.")
     return cls(**arguments)
 
 

@@ -44,5 +44,7 @@ class SampleConfig:
     def check(self) -> None:
         """Raise UserError for values that no sampler could follow."""
         self.sampler.check(prefix="sample.")
+        if not all(isinstance(text, str) for text in self.prompts):
+            raise UserError(f"sample.prompts={self.prompts!r} must hold texts, for example ('Once',).")
         if self.every_steps < 0 or self.max_tokens < 0:
             raise UserError("sample.every_steps and sample.max_tokens must be at least 0.")

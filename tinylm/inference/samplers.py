@@ -27,12 +27,12 @@ class Sampler:
 
     def check(self, prefix: str) -> None:
         """Raise UserError where a value is out of range; `prefix` names where it was given."""
-        ranges = {
-            "temperature": (0 <= self.temperature < float("inf"), "at least 0"),
+        ranges = {  # what float32 can hold once a logit, or _FAR_BELOW, is divided by it
+            "temperature": (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "0, or from 1e-6 to 1e6"),
             "top_k": (self.top_k >= 0, "at least 0"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+            "repetition_penalty": (1e-6 <= self.repetition_penalty <= 1e6, "from 1e-6 to 1e6"),
         }
         for name, (fits, required) in ranges.items():
             if not fits:
@@ -55,7 +55,7 @@ class Sampler:
     @property
     def values(self) -> tuple[float, int, float, float]:
         """The traced part: temperature, top_k, top_p, min_p."""
-        return float(self.temperature), int(self.top_k), float(self.top_p), float(self.min_p)
+        return float(self.temperature), min(self.top_k, 2**31 - 1), float(self.top_p), float(self.min_p)
 
 
 def draw(uniform_B: jax.Array, logits_BV: jax.Array, candidates: int, values: tuple) -> jax.Array:
@@ -98,7 +98,7 @@ def keep_likely(sorted_BC: jax.Array, top_k, top_p, min_p) -> jax.Array:
     probability_BC = jax.nn.softmax(kept_BC, axis=-1)
     before_BC = cumulate(probability_BC) - probability_BC
     likely_BC = (before_BC < top_p) & (kept_BC >= kept_BC[:, :1] + jnp.log(min_p))
-    return jnp.where(likely_BC, kept_BC, _FAR_BELOW)
+    return jnp.where(likely_BC | (ranks_C == 0), kept_BC, _FAR_BELOW)
 
 
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty) -> jax.Array:

@@ -8,6 +8,7 @@ best by validation loss are kept. A step that fails its checksums is named and p
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -64,13 +65,14 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Return the steps that were finished, in order; not those that were found damaged."""
         names = {path.name for path in self._folder.iterdir()} if self._folder.exists() else set()
-        finished = {int(name) for name in names if name.isdigit() and f"{name}.unfinished" not in names}
+        finished = {int(name) for name in names if name.isdecimal() and f"{name}.unfinished" not in names}
         return sorted(finished - self._damaged)
 
     def losses(self) -> dict[int, float]:
-        """Return the validation loss of each step that has one."""
+        """Return the validation loss of each step that has a finite one."""
         found = {step: checksums.read(self._folder / str(step)) for step in self.steps()}
-        return {step: facts["loss"] for step, facts in found.items() if facts and facts["loss"] is not None}
+        losses = {step: facts["loss"] for step, facts in found.items() if facts and facts["loss"] is not None}
+        return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
 
     def newest(self) -> int | None:
         """Clear what dead saves left, and return the newest whole step, or None where no step was ever finished.
@@ -81,10 +83,11 @@ class Checkpoints:
 
     def _newest(self) -> int | None:
         if self._config and self._folder.exists():
-            for mark in self._folder.glob("*.unfinished"):
-                self._remove(mark.name.partition(".")[0])
-            for temporary in self._folder.glob("*.orbax-checkpoint-tmp*"):
-                temporary.rmtree()
+            for path in list(self._folder.iterdir()):
+                if path.suffix == ".unfinished":
+                    self._remove(path.stem)
+                elif ".orbax-checkpoint-tmp" in path.name:
+                    path.rmtree()
         return self._first_whole(self.steps()[::-1], ITEMS)
 
     def find(self, step: str, parts: Sequence[str] = ITEMS) -> int:
@@ -103,7 +106,7 @@ class Checkpoints:
             losses = self.losses()
             order.sort(key=lambda s: losses.get(s, float("inf")))
         elif step != "latest":
-            if not step.isdigit() or int(step) not in steps:
+            if step not in map(str, steps):
                 raise UserError(f"--step={step} must be best, latest or one of {', '.join(map(str, steps))}.")
             order = [int(step)]
         found = self._first_whole(order, parts)
@@ -214,7 +217,13 @@ class Checkpoints:
     def _restore(self, step: int, **items: Any) -> Any:
         args, laid_out = self._ocp.args, self._ocp.checkpoint_utils.construct_restore_args
         wanted = args.Composite(**{name: args.PyTreeRestore(item, laid_out(item)) for name, item in items.items()})
-        return self._orbax.restore(self._folder / str(step), args=wanted)
+        try:
+            return self._orbax.restore(self._folder / str(step), args=wanted)
+        except ValueError as error:
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"step {step} in {os.fspath(self._folder)} doesn't hold what config.json says: {said:.120}"
+            ) from error
 
 
 def _rest(state: Any) -> dict[str, Any]:

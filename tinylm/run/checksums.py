@@ -35,11 +35,12 @@ def write(folder: epath.Path, **facts: Any) -> None:
 
 def read(folder: epath.Path) -> dict[str, Any] | None:
     """Return the list of `folder` with its facts, or None where it is missing or altered."""
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         digest, _, body = (folder / NAME).read_bytes().partition(b"\n")
-        return json.loads(body) if digest == _digest(body).encode() else None
-    except OSError:
-        return None
+        match json.loads(body) if digest == _digest(body).encode() else None:
+            case {"files": {}, "loss": int() | float() | None} as content:
+                return content
+    return None
 
 
 def damage(folder: epath.Path, parts: Iterable[str]) -> str:
@@ -55,10 +56,11 @@ def damage(folder: epath.Path, parts: Iterable[str]) -> str:
     checked = [name for name in wanted if "/" not in name or name.partition("/")[0] in parts]
     with ThreadPoolExecutor(_THREADS) as threads:
         for name, now in zip(checked, threads.map(lambda name: _describe(found[name]), checked), strict=True):
-            if now[0] != wanted[name][0]:
-                return f"{name} has {now[0]:,} bytes instead of {wanted[name][0]:,}"
-            if now != wanted[name]:
-                return f"{name} is altered"
+            match wanted[name]:
+                case [int(size), str()] if size != now[0]:
+                    return f"{name} has {now[0]:,} bytes instead of {size:,}"
+                case entry if entry != now:
+                    return f"{name} is altered"
     return ""
 
 

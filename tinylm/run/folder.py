@@ -24,7 +24,10 @@ class RunFolder:
 
     def __init__(self, workdir: str):
         """Name the folder; nothing is made before `create`."""
-        self.path = epath.Path(os.path.abspath(workdir) if "://" not in workdir else workdir)
+        path = workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
+        if set(path) & set("*?["):
+            raise UserError(f"--workdir={path} must be free of * ? and [, which file patterns take for other names.")
+        self.path = epath.Path(path)
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -64,14 +67,26 @@ class RunFolder:
         self.write(self.config_file, json.dumps(record, indent=2) + "\n")
 
     def read_config(self) -> dict[str, Any]:
-        """Read config.json; raise UserError where there is no run."""
+        """Read config.json; raise UserError where there is no run, or what the readers name is amiss."""
         self._refuse_links()
         try:
-            return json.loads(self.config_file.read_text())
-        except FileNotFoundError as error:
+            record = json.loads(self.config_file.read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(f"--workdir={self.path} holds no run (no config.json); train one there first.") from error
-        except json.JSONDecodeError as error:
+        except OSError as error:
+            raise StorageError(f"{self.config_file} cannot be read: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.config_file} is not JSON: {error}; restore it or use another workdir.") from error
+        match record:
+            case {
+                "config": {
+                    "seed": int(), "model": {}, "optimizer": {}, "train": {"accumulation_steps": int()},
+                    "data": {"batch_size": int(), "seq_len": int(), "tokenizer": str()}, "sample": {"prompts": [*_]},
+                },
+                "versions": {"mesh": {}},
+            } if isinstance(record.get("stores", {}), dict) and isinstance(record.get("start_id", 0), int):  # fmt: skip
+                return record
+        raise UserError(f"{self.config_file} lacks what a run's has; restore it or use another workdir.")
 
     def write(self, path: epath.Path, text: str) -> None:
         """Replace a small file in one step."""
@@ -131,15 +146,19 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl in order of steps, the last of each (step, split), without torn ones."""
-        found = {(line.get("step", -1), line.get("split") or ""): line for line in self.lines()}
+        found = {(line["step"], line["split"]): line for line in self.lines()}
         return [found[key] for key in sorted(found)]
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of metrics.jsonl as they were written, without torn ones."""
+        """Yield the lines of metrics.jsonl, their split and their numbers, without torn ones and what else is none."""
         if not self.metrics_file.exists():
             return
-        for line in self.metrics_file.read_text().splitlines():
+        for text in self.metrics_file.read_bytes().splitlines():
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 continue
+            match line:
+                case {"step": int(), "split": str(split)}:
+                    numbers = {name: x for name, x in line.items() if isinstance(x, int | float) and abs(x) < 1e300}
+                    yield {**numbers, "split": split}

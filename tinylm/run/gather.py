@@ -9,7 +9,7 @@ import numpy as np
 from tinylm.run.folder import RunFolder
 
 MOST_POINTS = 1500  # of a curve; a longer one is thinned evenly, its ends kept
-_SAMPLE = re.compile(r"^--- step (\d+) ---\n", re.MULTILINE)
+_SAMPLE = re.compile(r"^--- step (\d{1,18}) ---\n", re.MULTILINE)
 
 
 def gather(workdir: str) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def seconds_by_kind(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 def samples(folder: RunFolder, prompts: int) -> list[dict[str, Any]]:
     """Return [{step, texts}] in order; of a step written twice, the last texts."""
-    text = folder.samples_file.read_text() if folder.samples_file.exists() else ""
+    text = folder.samples_file.read_bytes().decode(errors="replace") if folder.samples_file.exists() else ""
     parts, found = _SAMPLE.split(text)[1:], collections.defaultdict(list)
     for step, sample in zip(parts[::2], parts[1::2], strict=True):
         found[int(step)].append(sample.strip("\n"))

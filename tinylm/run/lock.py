@@ -77,8 +77,10 @@ class WorkdirLock:
 
     def _read(self) -> dict[str, Any] | None:
         for _ in range(3):  # it may be in the middle of being renewed
-            with contextlib.suppress(OSError, ValueError):
-                return json.loads(self._path.read_text())
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                match json.loads(self._path.read_text()):
+                    case {"host": str(), "pid": int(), "id": str(), "since": str()} as there:
+                        return there
             time.sleep(0.05)
         return None
 

@@ -49,6 +49,7 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     record = folder.read_config()
     config = record["config"]
     model_config = from_dict(ModelConfig, config["model"])
+    model_config.check()
     checkpoints = Checkpoints(folder.checkpoints)
     found = checkpoints.find(str(step), ["params"])
     mesh_config = mesh_config or MeshConfig(fsdp=True)

@@ -23,7 +23,7 @@ class Account:
         """Read what processes before this one noted."""
         lines = list(folder.lines())
         self.redo_until = max((line["step"] for line in lines if line.get("split") == "train"), default=0)
-        self._before = {line["process"]: line for line in lines if line.get("split") == "time"}
+        self._before = {line.get("process"): line for line in lines if line.get("split") == "time"}
         self.secs = dict.fromkeys(KINDS, 0.0)
         self.secs["start"] = self._mark = time.monotonic() - STARTED
         self._booked = self._booked_at_mark = 0.0
@@ -57,6 +57,6 @@ class Account:
     def summary(self, step: int) -> str:
         """Return goodput over all processes of the run, and where the rest went."""
         records = [*{**self._before, self._process: self.record(step)}.values()]
-        sums = {name: sum(record[f"{name}_secs"] for record in records) for name in ("total", "train", *KINDS)}
+        sums = {name: sum(record.get(f"{name}_secs", 0.0) for record in records) for name in ("total", "train", *KINDS)}
         rest = ", ".join(f"{name} {sums[name]:.0f} s" for name in KINDS if sums[name] >= 0.5)
         return f"Goodput {sums['train'] / sums['total']:.0%} of {sums['total']:.0f} s; the rest: {rest or 'nothing'}."

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from tinylm.analysis.chips import peak_flops
 from tinylm.analysis.flops import train_flops_per_token
-from tinylm.core.distributed import barrier, from_main, is_main
+from tinylm.core.distributed import barrier, is_main
 from tinylm.core.errors import Preempted
 from tinylm.core.log import say
 from tinylm.core.mesh import owned_rows, place_batch
@@ -27,7 +27,6 @@ from tinylm.core.watchdog import Watchdog
 from tinylm.data.pipeline import train_batches
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
-from tinylm.run.lock import WorkdirLock
 from tinylm.run.plot import draw_loss
 from tinylm.train import guard
 from tinylm.train.account import Account
@@ -67,6 +66,7 @@ class Trainer:
         self.guard: dict[str, Any] = {}  # the state's, on the host; it is brought up to date as steps settle
         self.last_samples: list[str] = []
         self.trackers = Trackers(config, folder)
+        self.lock = contextlib.ExitStack()  # of the workdir, given free when the run ends
 
     def restore_or_init(self) -> TrainState:
         """Return the state of the newest checkpoint, or a new one."""
@@ -81,10 +81,9 @@ class Trainer:
 
         Raises Preempted, after a save, where the run was asked to stop.
         """
-        started, lock = time.monotonic(), contextlib.ExitStack()
-        from_main(lambda: lock.callback(WorkdirLock(self.folder.path).release) is None)
-        self.stop, self.watchdog = stop or StopRequest(), Watchdog(self.config.train.hang_secs)
-        with lock, contextlib.closing(self.watchdog):
+        started = time.monotonic()
+        with self.lock, contextlib.closing(Watchdog(self.config.train.hang_secs)) as self.watchdog:
+            self.stop = stop or StopRequest()
             return self._train(started)
 
     def _train(self, started: float) -> Outcome:

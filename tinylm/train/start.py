@@ -1,5 +1,6 @@
 """Starting a run or going on with one: the checks that come before anything is compiled or written."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from tinylm import __version__
-from tinylm.core.distributed import is_main
+from tinylm.core.distributed import from_main, is_main
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import batch_shards, make_mesh
 from tinylm.core.settings import differing_settings, from_dict, to_dict
@@ -19,6 +20,7 @@ from tinylm.data import Data, open_data
 from tinylm.data.store import verify
 from tinylm.data.tokenizers import load_tokenizer
 from tinylm.run.folder import RunFolder
+from tinylm.run.lock import WorkdirLock
 from tinylm.train.config import Config
 from tinylm.train.init_from import check_origin
 from tinylm.train.looks import encode_prompts
@@ -32,7 +34,7 @@ def start_run(config: Config, workdir: str) -> Trainer:
     """Return the trainer of the run in `workdir`, new or to be resumed.
 
     Raises UserError for a config that doesn't fit the devices or the data, or that differs from the run's own in an
-    identity setting.
+    identity setting, and for a workdir in use; this one is the trainer's until the end of its run.
     """
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
@@ -40,26 +42,30 @@ def start_run(config: Config, workdir: str) -> Trainer:
     flag = "--xla_gpu_deterministic_ops=true"
     if config.train.deterministic and jax.default_backend() == "gpu" and flag not in os.environ.get("XLA_FLAGS", ""):
         raise UserError(f"train.deterministic on GPU needs XLA_FLAGS={flag} in the environment; set it and retry.")
-    exists = folder.exists()
-    if exists:
+    if folder.exists():
         check_same_config(config, folder)
     data = open_data(config.data, seed=config.seed, is_writer=is_main())
     config.resolve(data.vocab_size)
     encode_prompts(config, data.tokenizer)
-    if exists:
-        check_same_config(config, folder)
-        check_same_tokenizer(data.tokenizer.fingerprint, folder)
-        check_same_stores(data, folder)
-    else:
+    if not folder.exists():
         check_origin(config, data.tokenizer)
     folder.create()
-    if is_main():
-        if not exists:
-            data.tokenizer.save(str(folder.tokenizer))
-        folder.write_config({"config": to_dict(config), "versions": versions(mesh), "stores": store_digests(data)})
-    jax.set_mesh(mesh)
-    blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
-    return Trainer(config, data, mesh, folder, blueprint)
+    with contextlib.ExitStack() as lock:  # let go where something fails, else by the trainer at the end of its run
+        from_main(lambda: lock.callback(WorkdirLock(folder.path).release) is None)
+        exists = folder.exists()
+        if exists:
+            check_same_config(config, folder)
+            check_same_tokenizer(data.tokenizer.fingerprint, folder)
+            check_same_stores(data, folder)
+        if is_main():
+            if not exists:
+                data.tokenizer.save(str(folder.tokenizer))
+            folder.write_config({"config": to_dict(config), "versions": versions(mesh), "stores": store_digests(data)})
+        jax.set_mesh(mesh)
+        blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
+        trainer = Trainer(config, data, mesh, folder, blueprint)
+        trainer.lock = lock.pop_all()
+    return trainer
 
 
 def check_same_config(config: Config, folder: RunFolder) -> None:
