@@ -99,6 +99,7 @@ def test_attention_weights_are_those_of_the_model(options):
 def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
     assert report.spread(["--workdir", "a", "b", "--out=x"]) == ["--workdir=a", "--workdir=b", "--out=x"]
     assert report.spread(["--workdir=a", "b", "--step", "best"]) == ["--workdir=a", "--workdir=b", "--step", "best"]
+    assert report.spread(["--out", "workdir", "--workdir", "a"]) == ["--out", "workdir", "--workdir=a"]
     runs = [{"name": "x", "path": "/r/1/x"}, {"name": "x", "path": "/r/2/x"}]
     report.distinct_names(runs)
     assert [run["name"] for run in runs] == ["/r/1/x", "/r/2/x"]
@@ -145,7 +146,9 @@ def test_the_page_holds_everything_itself(tmp_path):
 
 
 def test_the_pictures_are_drawn(tmp_path):
-    draw_curves(two_runs(tmp_path), tmp_path / "curves.png")
+    runs = two_runs(tmp_path)
+    runs[0]["name"] = r"a$\b$"
+    draw_curves(runs, tmp_path / "curves.png")
     page.draw_attention(["x", "$y", "\n"], np.ones((1, 2, 3, 3)) / 3, [(0, 0), (0, 1)], tmp_path / "attention.png")
     for name in ("curves", "attention"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
