@@ -53,7 +53,6 @@ make_slice() { # make the slice unless it is there and ready, and install the pa
         [ -z "$now" ] || tpu delete --quiet
         tpu create --accelerator-type="$type" --version="$version" ${spot:+"$spot"} || return 1
     fi
-    archive=$(mktemp -d)/tinylm.tar.gz
     run git archive --format=tar.gz --output="$archive" HEAD &&
         run gcloud compute tpus tpu-vm scp "$archive" "$name:tinylm.tar.gz" --zone="$zone" --worker=all &&
         on_all_hosts "$install"
@@ -67,11 +66,13 @@ if [ -n "$delete" ]; then
     exit
 fi
 
+archive=$(mktemp) || exit 1
+trap 'rm -f "$archive"' EXIT
 stopped=
 trap 'stopped=yes; on_all_hosts "pkill -TERM -f tinylm.main"' INT TERM
 
-for ((try = 0; try <= restarts; try++)); do
-    if make_slice; then
+for ((try = 0; ; try++)); do
+    if make_slice && [ -z "$stopped" ]; then
         # In a session of its own, so that Ctrl-C here asks the hosts to save rather than cutting the connection.
         if [ -n "$dry_run" ]; then
             on_all_hosts "$train"
@@ -79,16 +80,15 @@ for ((try = 0; try <= restarts; try++)); do
         fi
         run setsid gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all --command="$train" &
         job=$!
-        wait "$job"
-        code=$?
         while kill -0 "$job" 2>/dev/null; do # a signal ends `wait` early
             wait "$job"
-            code=$?
         done
+        wait "$job" # also of a job that ended while the trap ran
+        code=$?
     else
         code=255
     fi
-    [ -z "$stopped" ] || break
+    if [ -n "$stopped" ] || [ "$try" -ge "$restarts" ]; then break; fi
     case $code in
     4 | 6 | 75 | 134 | 137 | 143 | 255) ;; # a hang, a lost peer, a stop; 255: the slice or the connection was lost
     *) break ;;
@@ -96,5 +96,6 @@ for ((try = 0; try <= restarts; try++)); do
     secs=$((try < 6 ? 10 * 2 ** try : 600))
     echo "exit code $code: again in $secs s ($((try + 1)) of $restarts)" >&2
     run sleep "$secs"
+    [ -z "$stopped" ] || break
 done
 exit "$code"

@@ -1,10 +1,16 @@
 """Sweeps: every point is trained once, what failed or was killed again, and the table is in order."""
 
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import time
 import types
 
 import pytest
+from helpers import ROOT
 
 from tinylm import sweep as module
 from tinylm.core.errors import UserError
@@ -26,9 +32,9 @@ def trained(monkeypatch):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         stdout.write("error: loss is not finite\n" if codes.get(rate) else "done\n")
         stdout.flush()
-        return types.SimpleNamespace(returncode=codes.get(rate, 0))
+        return types.SimpleNamespace(returncode=codes.get(rate, 0), poll=lambda: True)
 
-    monkeypatch.setattr(module, "subprocess", types.SimpleNamespace(run=run))
+    monkeypatch.setattr(module, "subprocess", types.SimpleNamespace(Popen=run))
     return commands, codes
 
 
@@ -64,15 +70,47 @@ def test_the_table_is_best_first_and_the_best_validation_loss_counts(tmp_path, t
 
 def test_the_name_of_a_run_is_one_folder_and_no_pattern():
     assert module.name_of({"data.source": "0.7*text:a/[b]?.txt"}) == "data.source=0.7_text:a__b]_.txt"
+    long = [module.name_of({"data.source": f"text:{'é' * 200}{end}"}) for end in "ab"]
+    assert max(len(name.encode()) for name in long) <= 255
+    assert len(set(long)) == 2
 
 
 @pytest.mark.parametrize(
     ("grid", "said"),
-    [("optimizer.learning_rat=1", "did you mean"), ("seed", "KEY=VALUE"), ("model.num_heads=4,3", "embed_dim=128")],
+    [
+        (["optimizer.learning_rat=1"], "did you mean"),
+        (["seed"], "KEY=VALUE"),
+        (["model.num_heads=4,3"], "embed_dim=128"),
+        (["seed=1,2", "seed=3"], "has seed twice"),
+        (["seed=1,1", "model.num_heads=4"], "has seed=1,model.num_heads=4 twice"),
+    ],
 )
 def test_mistakes_come_before_the_first_run(tmp_path, trained, grid, said):
     with pytest.raises(UserError, match=said):
-        module.sweep(["--config=tales"], [grid], str(tmp_path), jobs=1)
+        module.sweep(["--config=tales"], grid, str(tmp_path), jobs=1)
     with pytest.raises(UserError, match="must be free of"):
         module.sweep(["--config=tales"], GRID, f"{tmp_path}/a*", jobs=1)
+    with pytest.raises(UserError, match="must be a folder on a disk"):
+        module.sweep(["--config=tales"], GRID, "gs://bucket/sweep", jobs=1)
     assert trained[0] == []
+
+
+def test_what_is_asked_to_stop_leaves_no_process_and_starts_none(tmp_path):
+    note, fake = tmp_path / "note", tmp_path / "python"
+    fake.write_text(f'#!/bin/bash\necho "$$ $*" >> {note}\ntrap "exit 75" TERM\nwhile :; do sleep 0.05; done\n')
+    fake.chmod(0o755)
+    code = f"import runpy, sys; sys.executable = {str(fake)!r}; runpy.run_module('tinylm.sweep', run_name='__main__')"
+    job = subprocess.Popen(
+        [sys.executable, "-c", code, "--config=tales", "--cpu_devices", "2", "--grid=seed=0,1",
+         f"--workdir={tmp_path}/w"],
+        stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    while not (note.exists() and note.read_text()):
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    error = job.communicate(timeout=60)[1]
+    assert (job.returncode, error) == (75, "error: asked to stop; the same command goes on.\n")
+    (line,) = note.read_text().splitlines()
+    assert "--cpu_devices=2" in line
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(line.split()[0]), 0)

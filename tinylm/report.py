@@ -7,11 +7,11 @@ python -m tinylm.report --workdir=runs/tales --attention_text="Once upon a time,
 Curves against steps, tokens or wall time; where the time went; samples; the model's parameters; what differs.
 """
 
-import pathlib
 import sys
 from typing import Any
 
 from absl import flags
+from etils import epath
 
 from tinylm import cli
 from tinylm.core.errors import StorageError, UserError
@@ -27,7 +27,7 @@ def main() -> None:
 
     runs = [gather(workdir) for workdir in FLAGS.workdir]
     distinct_names(runs)
-    out = pathlib.Path(FLAGS.out or f"{runs[0]['path']}/report.html")
+    out = epath.Path(FLAGS.out or f"{runs[0]['path']}/report.html")
     written = [out]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def spread(arguments: list[str]) -> list[str]:
             taking = argument.lstrip("-").partition("=")[0] == "workdir"
         elif taking:
             argument = f"--workdir={argument}"
-        if argument.lstrip("-") != "workdir":
+        if argument not in ("-workdir", "--workdir"):
             found.append(argument)
     return found
 
@@ -82,7 +82,7 @@ def model_table(workdir: str) -> dict[str, Any]:
     return describe(config, AbstractMesh(sizes, AXES))
 
 
-def attention(workdir: str, picture: pathlib.Path) -> dict[str, Any]:
+def attention(workdir: str, picture: epath.Path) -> dict[str, Any]:
     """Draw the chosen heads of a run over the text, and return them for the page."""
     from tinylm.run.open_run import open_run
     from tinylm.view import page

@@ -6,15 +6,19 @@ python -m tinylm.sweep --config=tales --config.train.num_steps=200 --grid=model.
 Each run is a folder below --workdir, with its log.txt. Ends in a table, best first, and sweep.png beside it.
 """
 
+import collections
 import concurrent.futures
+import hashlib
 import itertools
 import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +26,7 @@ from absl import flags
 
 from tinylm import cli
 from tinylm.config import load_config
-from tinylm.core.errors import UserError
+from tinylm.core.errors import Preempted, UserError
 from tinylm.core.log import say
 
 FLAGS = flags.FLAGS
@@ -31,10 +35,18 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Sweep as the flags say."""
     cli.require_config()  # whether it holds is seen at each point of the grid
-    base = [argument for argument in sys.argv if argument.startswith(("--config", "--cpu_devices"))]
+    signal.signal(signal.SIGTERM, asked_to_stop)
+    base = [argument for argument in sys.argv if argument.startswith("--config")]
+    if FLAGS.cpu_devices:
+        base.append(f"--cpu_devices={FLAGS.cpu_devices}")
     rows = sweep(base, FLAGS.grid, FLAGS.workdir, FLAGS.jobs)
     print(json.dumps(rows) if FLAGS.json else text_of(rows))
     sys.exit(0 if all(row["loss"] is not None for row in rows) else 1)
+
+
+def asked_to_stop(*_: Any) -> None:
+    """Raise Preempted, as a handler of signals."""
+    raise Preempted("asked to stop; the same command goes on.")
 
 
 def sweep(base: Sequence[str], grid: Sequence[str], workdir: str, jobs: int) -> list[dict[str, Any]]:
@@ -42,17 +54,23 @@ def sweep(base: Sequence[str], grid: Sequence[str], workdir: str, jobs: int) -> 
     from tinylm.run.folder import RunFolder
 
     workdir, axes = str(RunFolder(workdir).path), dict(map(parse_axis, grid))
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir} must be a folder on a disk: processes write their logs there.")
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    refuse_twice(parse_axis(text)[0] for text in grid)
+    refuse_twice(map(name_of, points))
     config = next(argument.removeprefix("--config=") for argument in base if argument.startswith("--config="))
     settings = [argument.removeprefix("--config.") for argument in base if argument.startswith("--config.")]
     for point in points:  # every mistake comes before the first run
         load_config(config, [*settings, *(f"{key}={value}" for key, value in point.items())])
+    stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(train, base, point, workdir, jobs) for point in points]
+        futures = [pool.submit(train, base, point, workdir, jobs, stop) for point in points]
         try:
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 say(f"[{done}/{len(points)}] {name_of(future.result()['point'])}: {future.result()['result']}")
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Preempted):
+            stop.set()
             pool.shutdown(cancel_futures=True)
             raise
     draw([future.result() for future in futures], pathlib.Path(workdir, "sweep.png"))
@@ -67,12 +85,21 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
     return key, re.split(r",(?![^(]*\))", values)
 
 
+def refuse_twice(names: Iterable[str]) -> None:
+    """Raise UserError where a key, or the folder of a point, is there twice."""
+    name, count = collections.Counter(names).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"--grid has {name} twice; give each key once, with all its values, and each value once.")
+
+
 def name_of(point: dict[str, str]) -> str:
-    """Return the name of the folder of a run."""
-    return re.sub(r"[/*?\[]", "_", ",".join(f"{key}={value}" for key, value in point.items()))
+    """Return the name of the folder of a run; where a file system would refuse it, its beginning and a hash."""
+    name = re.sub(r"[/*?\[]", "_", ",".join(f"{key}={value}" for key, value in point.items()))
+    whole = os.fsencode(name)
+    return name if len(whole) <= 255 else whole[:220].decode(errors="ignore") + hashlib.sha256(whole).hexdigest()[:32]
 
 
-def train(base: Sequence[str], point: dict[str, str], workdir: str, jobs: int) -> dict[str, Any]:
+def train(base: Sequence[str], point: dict[str, str], workdir: str, jobs: int, stop: threading.Event) -> dict[str, Any]:
     """Train one run unless it is done; return its point, best loss (None where it failed) and what to say of it."""
     folder = pathlib.Path(workdir, name_of(point))
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,13 +109,23 @@ def train(base: Sequence[str], point: dict[str, str], workdir: str, jobs: int) -
         share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"}  # of a GPU that the jobs share
         with log.open("a") as file:
             command = [sys.executable, "-m", "tinylm.main", *settings, f"--workdir={folder}"]
-            code = subprocess.run(command, stdout=file, stderr=file, env={**share, **os.environ}).returncode
+            process = subprocess.Popen(command, stdout=file, stderr=file, env={**share, **os.environ})
+            code = wait_for(process, stop)
         if code:
             last = log.read_text().strip().rpartition("\n")[2]
             return {"point": point, "loss": None, "step": None, "result": f"exit code {code}: {last}"}
         done.write_text(json.dumps(settings))
     loss, step = best_loss(str(folder))
     return {"point": point, "loss": loss, "step": step, "result": f"best loss {loss:.4f} at step {step}"}
+
+
+def wait_for(process: subprocess.Popen, stop: threading.Event) -> int:
+    """Return the exit code of a process, which is asked to end where the sweep is."""
+    while process.poll() is None:
+        if stop.wait(0.1):
+            process.terminate()
+            process.wait()
+    return process.returncode
 
 
 def best_loss(workdir: str) -> tuple[float, int]:

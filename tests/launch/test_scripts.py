@@ -4,8 +4,10 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import ROOT
@@ -34,14 +36,56 @@ def test_scripts_start_again_after_what_can_be_resumed_alone(name):
     assert {int(code) for code in codes.split("|")} - {255} == RESUMABLE | ABORTED
 
 
+def programs(folder, **bodies):
+    """Write programs that stand in for a cluster's, and return an environment that has them first."""
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "tmp").mkdir()
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "TMPDIR": str(folder / "tmp")}
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_a_step_that_ends_while_it_is_told_to_stop_keeps_its_exit_code(tmp_path, code):
+    pid = tmp_path / "pid"
+    env = programs(tmp_path, srun=f"trap 'exit {code}' TERM; echo $$ > {pid}; while :; do sleep 0.05; done",
+                   scancel=f"kill -TERM $(cat {pid}); sleep 0.5", scontrol="echo $*")  # fmt: skip
+    env |= {"TINYLM_PYTHON": sys.executable, "SLURM_JOB_ID": "1"}
+    job = subprocess.Popen(["bash", LAUNCH / "slurm.sbatch"], env=env, stdout=subprocess.PIPE, text=True)
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == code
+    assert ("requeue 1" in said) == (code == 75)
+
+
+@pytest.mark.parametrize(
+    ("scp", "sleep", "starts", "waits"),
+    [
+        (":", ":", 3, ["10", "20"]),
+        (":", "kill -TERM $PPID", 1, ["10"]),
+        ("kill -TERM $PPID", ":", 0, []),
+    ],
+)
+def test_a_slice_is_tried_again_until_asked_to_stop(tmp_path, scp, sleep, starts, waits):
+    log = tmp_path / "log"
+    gcloud = f'case $* in *describe*) echo READY;; *scp*) {scp};; *"exec ~/venv"*) echo start >> {log}; exit 4;; esac'
+    env = programs(tmp_path, gcloud=gcloud, sleep=f"echo $1 >> {log}; {sleep}")
+    done = subprocess.run([LAUNCH / "tpu_vm.sh", "--name=p", "--zone=z", "--type=t", "--restarts=2"],
+                          capture_output=True, text=True, env=env)  # fmt: skip
+    assert done.returncode == (4 if starts else 255), done.stderr
+    noted = log.read_text().split() if log.exists() else []
+    assert noted.count("start") == starts, done.stderr
+    assert [word for word in noted if word != "start"] == waits
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
 def test_a_dry_run_prints_every_command_and_runs_none(tmp_path):
-    gcloud = tmp_path / "gcloud"
-    gcloud.write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
-    gcloud.chmod(0o755)
     done = subprocess.run(
         [LAUNCH / "tpu_vm.sh", "--name=pod", "--zone=z", "--type=v5litepod-16", "--spot", "--dry_run", "--",
          "--config=tales", "--config.sample.prompts=('a b',)"],
-        capture_output=True, text=True, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True, text=True, env=programs(tmp_path, gcloud=f"touch {tmp_path}/called"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stderr.splitlines() if line.startswith("+ gcloud")]

@@ -4,15 +4,21 @@ The store is fsspec's memory behind epath's gs://, with what Google's lacks: app
 """
 
 import json
+import types
 
 import fsspec
 import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
+from tinylm import report
+from tinylm.config import load_config
 from tinylm.core.errors import UserError
+from tinylm.core.settings import to_dict
 from tinylm.run import checksums, lock
 from tinylm.run.folder import RunFolder
+from tinylm.run.plot import draw_loss
+from tinylm.train import trackers
 
 
 class Bucket(MemoryFileSystem):
@@ -96,3 +102,18 @@ def test_damage_is_found(folder):
     assert checksums.damage(step, ["params"]) == ""
     (step / "params" / "array").write_bytes(b"weighty")
     assert checksums.damage(step, ["params"]) == "params/array is altered"
+
+
+def test_pictures_and_the_report_stay_in_the_bucket(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = load_config("tales")
+    config.resolve(1024)
+    folder.write_config({"config": to_dict(config), "versions": {"mesh": {"data": 1}}})
+    folder.log({"step": 1, "split": "train", "loss": 3.0})
+    assert draw_loss(folder)
+    assert trackers.pixels(str(folder.plot_file)).ndim == 3
+    flags = types.SimpleNamespace(workdir=[str(folder.path)], out="", attention_text="")
+    monkeypatch.setattr(report, "FLAGS", flags)
+    report.main()
+    assert {path.name for path in folder.path.glob("report.*")} == {"report.html", "report.png"}
+    assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import struct
 import threading
 import time
 
+import numpy as np
 import pytest
 from matplotlib import image
 
@@ -99,6 +100,8 @@ def test_wandb_offline_for_real(tmp_path, monkeypatch):
     rows = [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
             for record in records if record.HasField("history")]  # fmt: skip
     assert [row["train/loss"] for row in rows if "train/loss" in row] == [4.0, 2.0, 4 / 3]
+    drawn = next((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/loss*.png"))
+    np.testing.assert_array_equal(image.imread(drawn), image.imread(picture)[..., :3])
     assert {"samples", "loss"} <= {name.split("/")[0] for name in set().union(*rows)}
     run = next(record.run for record in records if record.HasField("run"))
     assert run.run_id == (tmp_path / "run" / "wandb_id").read_text()

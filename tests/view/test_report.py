@@ -29,7 +29,7 @@ EVIL = "</script><script>document.title='run'</script>"
 
 def made_run(workdir, learning_rate=1e-3):
     """Write the folder of a run of 40 steps, killed at 30 and gone on with from 20."""
-    config = load_config("tales", [f"optimizer.learning_rate={learning_rate}"])
+    config = load_config("tales", [f"optimizer.learning_rate={learning_rate}", "train.hang_secs=inf"])
     config.resolve(1024)
     folder = RunFolder(str(workdir))
     folder.create()
@@ -99,6 +99,7 @@ def test_attention_weights_are_those_of_the_model(options):
 def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
     assert report.spread(["--workdir", "a", "b", "--out=x"]) == ["--workdir=a", "--workdir=b", "--out=x"]
     assert report.spread(["--workdir=a", "b", "--step", "best"]) == ["--workdir=a", "--workdir=b", "--step", "best"]
+    assert report.spread(["--out", "workdir", "--workdir", "a"]) == ["--out", "workdir", "--workdir=a"]
     runs = [{"name": "x", "path": "/r/1/x"}, {"name": "x", "path": "/r/2/x"}]
     report.distinct_names(runs)
     assert [run["name"] for run in runs] == ["/r/1/x", "/r/2/x"]
@@ -139,12 +140,15 @@ def test_the_page_holds_everything_itself(tmp_path):
     assert "<title>a &lt;b&gt;</title>" in text
     data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
     assert data["runs"][0]["samples"][0]["texts"][0].endswith(EVIL)
+    assert data["runs"][0]["settings"]["train.hang_secs"] == "inf"
     axes = {row["parameter"]: row["split_by"] for row in data["runs"][0]["model"]["parameters"]}
     assert axes["embedding"] == ["model", ""]
 
 
 def test_the_pictures_are_drawn(tmp_path):
-    draw_curves(two_runs(tmp_path), tmp_path / "curves.png")
+    runs = two_runs(tmp_path)
+    runs[0]["name"] = r"a$\b$"
+    draw_curves(runs, tmp_path / "curves.png")
     page.draw_attention(["x", "$y", "\n"], np.ones((1, 2, 3, 3)) / 3, [(0, 0), (0, 1)], tmp_path / "attention.png")
     for name in ("curves", "attention"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -208,3 +212,16 @@ def test_every_control_of_the_page_works_in_a_browser(tmp_path, browser):
     assert view.locator("#model table").count() == 2
     assert errors == []
     assert asked == [f"file://{tmp_path / 'r.html'}"]
+
+
+def test_many_long_runs_are_drawn_and_each_prompt_has_its_name(tmp_path, browser):
+    runs, steps = two_runs(tmp_path), list(range(MOST_POINTS))
+    runs[0] |= {"prompts": ["first"], "train": {"step": steps, "secs": steps, "loss": steps}}
+    runs[1]["prompts"] = ["other", "second"]
+    (tmp_path / "r.html").write_text(page.page("report", runs[:1] * 100 + runs[1:]))
+    view, errors = browser.new_page(), []
+    view.on("pageerror", lambda error: errors.append(str(error)))
+    view.goto(f"file://{tmp_path / 'r.html'}")
+    assert view.locator("figure path").count() >= 100
+    assert view.locator("#prompt option").all_inner_texts() == ["1: first", "2: second"]
+    assert errors == []

@@ -1,6 +1,7 @@
 """What can be shown of a run: curves, samples, time, settings, gathered from the files of its folder alone."""
 
 import collections
+import math
 import re
 from typing import Any
 
@@ -62,8 +63,9 @@ def samples(folder: RunFolder, prompts: int) -> list[dict[str, Any]]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted key."""
+    """Return nested settings by dotted key; what is not finite, which JSON can't hold, becomes text."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
+        value = str(value) if isinstance(value, float) and not math.isfinite(value) else value
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

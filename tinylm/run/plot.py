@@ -61,7 +61,7 @@ def _curves(i: int, run: dict[str, Any], name: str) -> list[tuple[Any, ...]]:
         pairs = zip(run[split].get("step", ()), run[split].get(name, ()), strict=False)
         points = [(step, value) for step, value in pairs if value is not None]
         if points:
-            label = f"{run['name']}, {split} (last {points[-1][1]:.3f})"
+            label = f"{run['name']}, {split} (last {points[-1][1]:.3f})".replace("$", r"\$")  # or it begins a formula
             found.append((*map(list, zip(*points, strict=True)), {**line_style(i), **look, "label": label}))
     return found
 

@@ -14,6 +14,9 @@ import uuid
 from collections.abc import Callable, Generator
 from typing import Any
 
+import numpy as np
+from etils import epath
+
 from tinylm.core.distributed import is_main
 from tinylm.core.log import say
 from tinylm.core.optional import optional_module
@@ -39,9 +42,7 @@ def tensorboard(module: Any, folder: RunFolder, settings: dict[str, Any], first_
             if kind == "text":
                 writer.add_text("samples", "\n\n---\n\n".join(what), step)
             elif kind == "picture":
-                from matplotlib.image import imread
-
-                writer.add_image("loss", imread(what)[..., :3], step, dataformats="HWC")
+                writer.add_image("loss", pixels(what), step, dataformats="HWC")
             else:
                 for name, value in what.items():
                     writer.add_scalar(name, value, step)
@@ -64,9 +65,17 @@ def wandb(module: Any, folder: RunFolder, settings: dict[str, Any], first_step: 
             kind, step, what = yield
             if kind == "text":
                 what = {"samples": module.Table(["step", "text"], [[step, text] for text in what])}
-            run.log({"loss": module.Image(what)} if kind == "picture" else what, step=step)
+            run.log({"loss": module.Image(pixels(what))} if kind == "picture" else what, step=step)
     finally:
         run.finish()
+
+
+def pixels(path: str) -> np.ndarray:
+    """Return the colours of a PNG on a disk or in a bucket, from 0 to 255."""
+    from matplotlib.image import imread
+
+    with epath.Path(path).open("rb") as file:
+        return np.round(imread(file)[..., :3] * 255).astype(np.uint8)
 
 
 KINDS: dict[str, tuple[Callable, str]] = {"tensorboard": (tensorboard, "tensorboardX"), "wandb": (wandb, "wandb")}
