@@ -29,7 +29,7 @@ def get_config() -> Config:
             conv_taps=4, tie_embeddings=False, unroll=0,
         ),
         optimizer=OptimizerConfig(
-            name="muon", learning_rate=0.01, muon_momentum=0.9, adam_learning_rate=0.004, schedule="linear",
+            name="muon", learning_rate=0.008, muon_momentum=0.9, adam_learning_rate=0.004, schedule="linear",
             min_ratio=0.0, warmup_steps=50,
         ),
         train=TrainConfig(num_steps=2000, steps_per_dispatch=10, log_every_steps=10),

@@ -67,7 +67,5 @@ def test_parameters_and_flops_are_counted_by_formula():
     assert count_parameters(shapes, config) == 65 * 32 + 2 * block + 32
     flops = 2 * (2 * (4 * 32 * 32 + 2 * 32 * 128) + 4 * 32 * 8.5) + 2 * 32 * 65
     assert forward_flops_per_token(config, 16) == flops
-    mixed = tiny_model(
-        attention_window=(4,), local_heads=1
-    )  # which sees 3.625 keys on average
+    mixed = tiny_model(attention_window=(4,), local_heads=1)  # which sees 3.625 keys on average
     assert forward_flops_per_token(mixed, 16) == flops - 2 * 4 * 8 * (8.5 - 3.625)

@@ -128,10 +128,11 @@ class ShortConv(nnx.Module):
         """
         if self.taps is None:
             return x_BTD, ()
-        taps, (batch, length, size) = self.taps[...].astype(x_BTD.dtype), x_BTD.shape
+        taps, (batch, length, size) = self.taps[...], x_BTD.shape
         before = len(taps) - 1
-        earlier_BCD = jnp.zeros((batch, before, size), x_BTD.dtype) if earlier_BCD is None else earlier_BCD
-        x_BSD, y_BTD = jnp.concatenate([earlier_BCD, x_BTD], axis=1), x_BTD
+        earlier_BCD = jnp.zeros((batch, before, size)) if earlier_BCD is None else earlier_BCD
+        dtype, x_BTD = x_BTD.dtype, x_BTD.astype(jnp.float32)  # in which CPUs are faster, too
+        x_BSD, y_BTD = jnp.concatenate([earlier_BCD.astype(jnp.float32), x_BTD], axis=1), x_BTD
         ids_BS = None if segments_BT is None else jnp.pad(segments_BT, ((0, 0), (before, 0)))
         for i, tap_D in enumerate(taps):
             part = slice(before - i, before - i + length)
@@ -142,7 +143,7 @@ class ShortConv(nnx.Module):
         last_BCD = x_BSD[:, length:]
         if ids_BS is not None:
             last_BCD = jnp.where((ids_BS[:, length:] == ids_BS[:, -1:])[..., None], last_BCD, 0)
-        return y_BTD, (last_BCD,)
+        return y_BTD.astype(dtype), (last_BCD.astype(dtype),)
 
 
 def rms_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
