@@ -1,6 +1,7 @@
 """Reports: what is gathered from a run's files, attention as the model computes it, and the page in a real browser."""
 
 import json
+import math
 import re
 import shutil
 
@@ -29,7 +30,8 @@ EVIL = "</script><script>document.title='run'</script>"
 
 def made_run(workdir, learning_rate=1e-3):
     """Write the folder of a run of 40 steps, killed at 30 and gone on with from 20."""
-    config = load_config("tales", [f"optimizer.learning_rate={learning_rate}", "train.hang_secs=inf"])
+    config = load_config("tales", [f"optimizer.learning_rate={learning_rate}"])
+    config.train.hang_secs = math.inf  # as older runs could have
     config.resolve(1024)
     folder = RunFolder(str(workdir))
     folder.create()
