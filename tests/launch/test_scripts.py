@@ -71,7 +71,7 @@ def test_a_step_that_ends_while_it_is_told_to_stop_keeps_its_exit_code(tmp_path,
 def test_a_slice_is_tried_again_until_asked_to_stop(tmp_path, scp, sleep, starts, waits):
     log = tmp_path / "log"
     gcloud = f'case $* in *describe*) echo READY;; *scp*) {scp};; *"exec ~/venv"*) echo start >> {log}; exit 4;; esac'
-    env = programs(tmp_path, gcloud=gcloud, sleep=f"echo $1 >> {log}; {sleep}")
+    env = programs(tmp_path, gcloud=gcloud, git=":", sleep=f"echo $1 >> {log}; {sleep}")
     done = subprocess.run([LAUNCH / "tpu_vm.sh", "--name=p", "--zone=z", "--type=t", "--restarts=2"],
                           capture_output=True, text=True, env=env)  # fmt: skip
     assert done.returncode == (4 if starts else 255), done.stderr
