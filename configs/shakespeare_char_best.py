@@ -3,8 +3,8 @@
 python -m tinylm.main --config=configs/shakespeare_char_best.py --config.data.source=text:PATH/input.txt
 
 Two CPU cores: 2 to 4 minutes, loss over the whole validation tenth 1.50 nats a character (nanoGPT's own setting:
-1.8857; `shakespeare_char_cpu.py`, which keeps its shape and AdamW: 1.667). Muon for the matrices, four times the context
-with a quarter of the rows, short convolutions, half of the heads looking at the last 8 characters only.
+1.8857; `shakespeare_char_cpu.py`, which keeps its shape and AdamW: 1.667). Muon for the matrices, four times the
+context with a quarter of the rows, short convolutions, half of the heads looking at the last 8 characters only.
 """
 
 from tinylm.config import (
