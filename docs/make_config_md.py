@@ -15,13 +15,13 @@ that *decides its numbers*; the others may change at any time.
 
 def table(section: object, prefix: str) -> str:
     """Return a row for each setting of a section."""
-    rows = ["| setting | default | decides numbers | meaning |", "|---|---|---|---|"]
+    rows = ["| setting | default | values | decides numbers | meaning |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(section):  # type: ignore[arg-type]
         if field.metadata:
-            texts = repr(getattr(section, field.name)), field.metadata["doc"]
-            default, doc = (text.replace("|", "\\|") for text in texts)
+            texts = repr(getattr(section, field.name)), str(field.metadata["bounds"]), field.metadata["doc"]
+            default, bounds, doc = (text.replace("|", "\\|") for text in texts)
             decides = "" if field.metadata["free"] else "yes"
-            rows.append(f"| `{prefix}{field.name}` | `{default}` | {decides} | {doc} |")
+            rows.append(f"| `{prefix}{field.name}` | `{default}` | {bounds} | {decides} | {doc} |")
     return "\n".join(rows)
 
 

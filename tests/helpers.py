@@ -51,7 +51,7 @@ SMALL = [
 def tiny_model(**changes) -> ModelConfig:
     """Return a resolved model of 65 tokens and a context of 16."""
     config = ModelConfig(**{"embed_dim": 32, "num_layers": 2, "num_heads": 4, **changes})
-    config.resolve(65, 16)
+    config = config.resolve(65, 16)
     config.check()
     return config
 

@@ -22,14 +22,14 @@ MISTAKES = {
     "accumulation": (["train.accumulation_steps=7"], "must be divisible by train.accumulation_steps=7"),
     "context": (["model.context=8"], "must be at most model.context=8"),
     "dropout": (["model.dropout=1.5"], "model.dropout=1.5"),
-    "temperature": (["sample.temperature=-1"], "sample.temperature=-1.0 must be 0, or from"),
-    "prompts": (["sample.prompts=(1,)"], "sample.prompts=(1,) must hold texts"),
+    "temperature": (["sample.temperature=-1"], "sample.temperature=-1.0 must be at least 1e-06"),
+    "prompts": (["sample.prompts=(1,)"], "sample.prompts=1 must be a text"),
     "top_p": (["sample.top_p=0"], "sample.top_p=0.0 must be above 0"),
     "mesh": (["mesh.data=-1", "mesh.model=-1"], "only one axis"),
     "window": (["model.num_layers=3", "model.attention_window=(0, 4)"], "model.num_layers=3 must be divisible"),
     "no number": (["train.hang_secs=inf"], "train.hang_secs=inf must be a finite number"),
     "below 0": (["model.norm_epsilon=-1"], "model.norm_epsilon=-1.0 must be at least 0"),
-    "too long": (["train.num_steps=3000000000"], "train.num_steps=3000000000 must be below 2^31"),
+    "too long": (["train.num_steps=3000000000"], "train.num_steps=3000000000 must be at least 1 and below 2^31"),
     "schedule": (["optimizer.schedule=cosin"], "must be one of cosine"),
 }
 

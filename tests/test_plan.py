@@ -33,7 +33,7 @@ def small(mesh, *changes):
     """Return a resolved config of two layers, and a mesh of four devices here."""
     settings = [flag.removeprefix("--config.") for flag in TINY[1:]]
     config = load_config("tales", [*settings, *(f"mesh.{key}={value}" for key, value in mesh.items()), *changes])
-    config.resolve(256)
+    config = config.resolve(256)
     return config, make_mesh(config.mesh, jax.devices()[:4])
 
 
@@ -70,7 +70,7 @@ def test_a_program_that_cannot_be_printed_has_the_traffic_of_the_formula(monkeyp
 
 def test_a_search_ranks_what_fits_and_its_formula_is_near_the_compiler():
     config = load_config("tales", [flag.removeprefix("--config.") for flag in TINY[1:]])
-    config.resolve(256)
+    config = config.resolve(256)
     rows = search(config, jax.devices()[:4], compiled=1)
     assert {(row["mesh"]["data"], row["mesh"]["model"], row["fsdp"]) for row in rows} == {
         (4, 1, True), (4, 1, False), (2, 2, True), (2, 2, False), (1, 4, False)
@@ -89,7 +89,7 @@ def test_a_search_ranks_what_fits_and_its_formula_is_near_the_compiler():
 
 def test_a_search_in_which_nothing_fits_says_so():
     config = load_config("tales", ["model.vocab_size=256", "data.seq_len=1000000000"])
-    config.resolve(256)
+    config = config.resolve(256)
     with pytest.raises(UserError, match="nothing fits"):
         search(config, jax.devices()[:2])
 

@@ -29,7 +29,7 @@ PARAMETERS = {
 def table(name, *overrides, **mesh):
     config = load_config(name, overrides)
     config.mesh = MeshConfig(**mesh)
-    config.resolve(config.model.vocab_size)
+    config = config.resolve(config.model.vocab_size)
     return describe(config, make_mesh(config.mesh))
 
 

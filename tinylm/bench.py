@@ -28,7 +28,7 @@ def main() -> None:
     config = cli.config(reads_data=False)
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
-    config.resolve(config.model.vocab_size)
+    config = config.resolve(config.model.vocab_size)
     if FLAGS.profile:
         try:
             os.makedirs(FLAGS.profile, exist_ok=True)

@@ -132,7 +132,10 @@ def _help() -> str:
     if "config" in names:
         lines += ["", "Settings, each an override of the config file, with their defaults:"]
         settings = settings_of(config_lib.Config())
-        lines += [f"  --config.{key}={value!r}\n      {field.metadata['doc']}" for key, field, value in settings]
+        for key, field, value in settings:
+            bounds = str(field.metadata["bounds"])
+            lines.append(f"  --config.{key}={value!r}")
+            lines.append(f"      {field.metadata['doc']}{bounds and f' ({bounds})'}")
     return "\n".join(lines)
 
 

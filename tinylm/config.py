@@ -12,7 +12,7 @@ from absl import flags
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig
-from tinylm.core.settings import nearest, settings_of
+from tinylm.core.settings import nearest, nearest_setting, settings_of
 from tinylm.data.config import DataConfig
 from tinylm.inference.config import EvalConfig, SampleConfig
 from tinylm.model.config import ModelConfig
@@ -79,9 +79,8 @@ def prepare_arguments(argv: Sequence[str]) -> list[str]:
 
 
 def _check_key(key: str, known: Iterable[str]) -> None:
-    known = list(known)
     if key not in known:
-        raise UserError(f"--config.{key} is not a setting{nearest(key, known)}")
+        raise UserError(f"--config.{key} is not a setting{nearest_setting(key) or '.'}")
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:

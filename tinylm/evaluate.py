@@ -42,6 +42,7 @@ def score_split(run: Any) -> dict[str, Any]:
     from tinylm.data import open_data
     from tinylm.data.config import DataConfig
     from tinylm.inference.evaluation import evaluate, make_eval_step
+    from tinylm.train.config import Config
 
     config, imported = from_dict(DataConfig, run.config["data"]), "imported_from" in run.folder.read_config()
     own = run.tokenizer if imported else None  # where its file was once named may be nothing now
@@ -50,7 +51,7 @@ def score_split(run: Any) -> dict[str, Any]:
         raise UserError("the run has no validation split; set data.valid_fraction or data.valid_source.")
     if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise UserError("the run's data now makes another tokenizer than the run learned with; restore the text.")
-    rows = run.config["data"]["batch_size"] // run.config["train"]["accumulation_steps"]
+    rows = from_dict(Config, run.config).micro_batch_rows
     nats, tokens = evaluate(make_eval_step(run.graph), run.params, data.valid, rows, run.mesh, FLAGS.max_batches)
     loss = nats / tokens
     return {

@@ -33,7 +33,7 @@ def main() -> None:
     if FLAGS.cpu_devices and FLAGS.slices > 1:
         raise UserError(f"--slices={FLAGS.slices} needs --topology; simulated devices have none.")
     devices = topology_devices(FLAGS.topology, FLAGS.slices) if FLAGS.topology else jax.devices()
-    config.resolve(config.model.vocab_size)
+    config = config.resolve(config.model.vocab_size)
     if FLAGS.search:
         found = search(config, devices)
         print(json.dumps(found) if FLAGS.json else describe_search(found))

@@ -28,11 +28,12 @@ def main() -> None:
 
     config = cli.config()
     mesh = make_mesh(config.mesh)
-    if not config.model.vocab_size:
+    vocab_size = config.model.vocab_size
+    if not vocab_size:
         from tinylm.data import open_data
 
-        config.model.vocab_size = open_data(config.data, seed=config.seed, is_writer=is_main()).vocab_size
-    config.resolve(config.model.vocab_size)
+        vocab_size = open_data(config.data, seed=config.seed, is_writer=is_main()).vocab_size
+    config = config.resolve(vocab_size)
     table = describe(config, mesh)
     if is_main():
         print(json.dumps(table) if FLAGS.json else text_of(table))

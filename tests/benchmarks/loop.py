@@ -78,7 +78,7 @@ def main(_) -> None:
         for dispatch in map(int, FLAGS.dispatch):
             loop_ms(dispatch, store)  # prepares the data, fills the compile cache
             config = config_of(dispatch, store)
-            config.resolve(257)
+            config = config.resolve(257)
             work = Workload(config, make_mesh(config.mesh))
             turns = [(bare_ms(work), loop_ms(dispatch, store)) for _ in range(FLAGS.pairs)]
             bare, loop = map(statistics.median, zip(*turns, strict=True))

@@ -65,7 +65,7 @@ class Ours:
             optimizer=OptimizerConfig(beta2=0.99),
             train=TrainConfig(steps_per_dispatch=count),
         )  # fmt: skip
-        config.resolve(65)
+        config = config.resolve(65)
         self.work = Workload(config, make_mesh(MeshConfig(data=1)))
         self.state = self.work.blueprint.init(0)
 

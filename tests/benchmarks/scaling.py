@@ -21,7 +21,7 @@ WIDTH = ["model.embed_dim=1024", "model.num_heads=16", "model.mlp_dim=4096", "op
 def state() -> None:
     """Print a row for each number of devices."""
     config = load_config("llama_110m", [*WIDTH, "mesh.fsdp=true"])
-    config.resolve(0)
+    config = config.resolve(0)
     for devices in 1, 2, 8, 64, 256, 1024:
         mesh = AbstractMesh((1, devices, 1), AXES, axis_types=(AxisType.Auto,) * 3)
         abstract = make_blueprint(config.model, config.optimizer, config.mesh, 10, mesh).abstract
@@ -36,7 +36,7 @@ def traffic(arguments: argparse.Namespace) -> None:
         *WIDTH, "model.num_layers=4", "data.batch_size=64", f"mesh.replica={replica}", f"mesh.data={data}",
         f"mesh.model={model}", f"mesh.fsdp={arguments.fsdp}", f"train.accumulation_steps={arguments.accumulation}",
     ])  # fmt: skip
-    config.resolve(0)
+    config = config.resolve(0)
     rows = make_plan(config, make_mesh(config.mesh, topology_devices(arguments.topology, 1)))["collectives"]
     sent, least = (sum(row[name] for row in rows) / 1e6 for name in ("bytes_per_step", "minimum_bytes"))
     for row in rows:

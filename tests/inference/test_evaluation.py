@@ -27,7 +27,7 @@ def addition(tmp_path_factory):
         for packing in ("single", "packed")
     }
     config = ModelConfig(embed_dim=32, num_layers=2, num_heads=4, init_std=0.3)
-    config.resolve(data["single"].vocab_size, 20)
+    config = config.resolve(data["single"].vocab_size, 20)
     graph = abstract_transformer(config)[0]
     return data, config, graph, jax.jit(lambda: init_parameters(config, 0))()
 

@@ -34,7 +34,7 @@ def small_model(name: str, **changes) -> ModelConfig:
     """Return the resolved settings of a small model: context 24, two layers of four heads."""
     sizes = {"embed_dim": 32, "num_layers": 2, "num_heads": 4}
     config = ModelConfig(**{**sizes, **SETTINGS[name], **changes})
-    config.resolve(VOCAB, 24)
+    config = config.resolve(VOCAB, 24)
     config.check()
     return config
 

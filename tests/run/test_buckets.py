@@ -107,7 +107,7 @@ def test_damage_is_found(folder):
 def test_pictures_and_the_report_stay_in_the_bucket(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = load_config("tales")
-    config.resolve(1024)
+    config = config.resolve(1024)
     folder.write_config({"config": to_dict(config), "versions": {"mesh": {"data": 1}}})
     folder.log({"step": 1, "split": "train", "loss": 3.0})
     assert draw_loss(folder)

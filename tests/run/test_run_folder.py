@@ -64,7 +64,7 @@ def test_a_config_that_is_missing_or_broken_is_one_line(tmp_path):
 
 def config_record():
     config = Config()
-    config.resolve(257)
+    config = config.resolve(257)
     return {"config": to_dict(config), "versions": {"mesh": {"data": 1, "model": 1}}}
 
 
@@ -93,9 +93,9 @@ def test_a_config_that_lacks_what_is_read_of_it_is_one_line(tmp_path, keys, valu
 @pytest.mark.parametrize(
     ("setting", "wanted"),
     [
-        ({"embed_dim": "wide"}, "ModelConfig.embed_dim is 'wide', no int"),
-        ({"norm_epsilon": None}, "ModelConfig.norm_epsilon is None, no float"),
-        ({"attention_window": 0}, "ModelConfig.attention_window is 0, no tuple"),
+        ({"embed_dim": "wide"}, "config.json: model.embed_dim='wide' must be a whole number"),
+        ({"norm_epsilon": None}, "config.json: model.norm_epsilon=None must be a number"),
+        ({"attention_window": "0"}, "config.json: model.attention_window='0' must be a whole number"),
         ({"num_layers": -1}, "model.num_layers=-1 must be at least 1"),
         ({"embed_dim": 64}, r"step 2 in .*/checkpoints doesn't hold what config.json says"),
         ({"bias": True}, r"step 2 in .*/checkpoints doesn't hold what config.json says"),

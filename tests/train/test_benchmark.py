@@ -26,7 +26,7 @@ TINY = ["model.vocab_size=65", "model.embed_dim=32", "model.num_layers=2", "data
 
 def tiny_config(*overrides):
     config = load_config("shakespeare_char_cpu", [*TINY, *overrides])
-    config.resolve(65)
+    config = config.resolve(65)
     return config
 
 
@@ -144,7 +144,7 @@ def test_the_compiled_step_transposes_and_communicates_no_more_than_it_did():
 
 def test_the_best_config_keeps_to_the_budget_that_it_names():
     config = load_config("shakespeare_char_best")
-    config.resolve(65)
+    config = config.resolve(65)
     shapes = traverse_util.flatten_dict(abstract_transformer(config.model)[1], sep="/")
     assert count_parameters({path: leaf.shape for path, leaf in shapes.items()}, config.model) <= 830_000
     assert config.train.num_steps * config.data.batch_size * config.data.seq_len <= 2000 * 768

@@ -32,7 +32,7 @@ def made_run(workdir, learning_rate=1e-3):
     """Write the folder of a run of 40 steps, killed at 30 and gone on with from 20."""
     config = load_config("tales", [f"optimizer.learning_rate={learning_rate}"])
     config.train.hang_secs = math.inf  # as older runs could have
-    config.resolve(1024)
+    config = config.resolve(1024)
     folder = RunFolder(str(workdir))
     folder.create()
     folder.write_config({"config": to_dict(config), "versions": {"jax": "1", "mesh": {"data": 4, "model": 2}}})
@@ -112,7 +112,7 @@ def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
 @pytest.mark.parametrize(
     ("part", "key", "value", "wanted"),
     [
-        ("versions", "mesh", {"data": "x"}, "MeshConfig.data is 'x', no int"),
+        ("versions", "mesh", {"data": "x"}, "mesh.data='x' must be a whole number"),
         ("versions", "mesh", {"data": 0}, "mesh.data=0 must be at least 1"),
         ("config", "model", {"num_layers": 0}, "model.num_layers=0 must be at least 1"),
     ],

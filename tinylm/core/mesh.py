@@ -18,7 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tinylm.core.errors import UserError
-from tinylm.core.settings import setting
+from tinylm.core.settings import Section, setting
 
 AXES = ("replica", "data", "model")
 _shard_map = functools.partial(jax.shard_map, check_vma=False)
@@ -36,20 +36,39 @@ ACTIVATION_RULES = {
 
 
 @dataclasses.dataclass
-class MeshConfig:
+class MeshConfig(Section, name="mesh"):
     """How many devices each mesh axis has; one of them may be -1: all that is left."""
 
-    replica: int = setting(1, "data-parallel groups between slices; one all-reduce a step crosses it", free=True)
-    data: int = setting(-1, "devices that split the batch (-1: all that are left)", free=True)
-    model: int = setting(1, "devices that split heads, mlp and vocabulary", free=True)
+    replica: int = setting(
+        1,
+        "data-parallel groups between slices; one all-reduce a step crosses it",
+        free=True,
+        least=1,
+        also=(-1,),
+        aliases=("dcn_data_parallelism", "num_slices", "data_parallel_replicate_degree"),
+    )
+    data: int = setting(
+        -1,
+        "devices that split the batch (-1: all that are left)",
+        free=True,
+        least=1,
+        also=(-1,),
+        aliases=("ici_data_parallelism", "ici_fsdp_parallelism", "data_parallel_size", "data_parallel_shard_degree"),
+    )
+    model: int = setting(
+        1,
+        "devices that split heads, mlp and vocabulary",
+        free=True,
+        least=1,
+        also=(-1,),
+        aliases=("ici_tensor_parallelism", "tensor_parallel_degree", "tensor_parallel_size"),
+    )
     fsdp: bool = setting(False, "split parameters and optimizer state over the data axis too", free=True)
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
         """Return the axis sizes with -1 filled in; raise UserError where they don't fit `num_devices`."""
+        self.check_bounds()
         sizes = {"replica": self.replica, "data": self.data, "model": self.model}
-        for name, size in sizes.items():
-            if size < 1 and size != -1:
-                raise UserError(f"mesh.{name}={size} must be at least 1, or -1 for all that is left.")
         free = [name for name, size in sizes.items() if size == -1]
         if len(free) > 1:
             raise UserError(f"mesh.{free[0]} and mesh.{free[1]} are both -1; only one axis can take what is left.")

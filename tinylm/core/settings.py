@@ -1,23 +1,184 @@
-"""How a config section declares a setting: default, one line of help, and whether it changes the numbers.
+"""How a config section declares its settings, and what holds for every value that gets into one.
 
-Each room owns the dataclass of its section and writes its fields with `setting`. An *identity* setting changes
-what a run computes, so a run is never resumed with another value; a *free* one (mesh, cadences, writers) may change.
-Sections go to JSON and back by `to_dict` and `from_dict`, which know tuples and unknown keys.
+Each room owns the dataclass of its section: a `Section` that has a field for each setting, written with `setting`.
+The declaration says all there is to know about a setting: its default, a line of help, which values it takes, what
+other programs call it, and whether it changes the numbers of a run. The checks, `--help` and docs/config.md read it
+from there.
+
+A value's type is checked, and converted where nothing can get lost, whenever it is set: by the constructor, as an
+attribute, by an override on the command line, or from config.json. Its bounds are checked by `check`, when the config
+is complete. A section that was resolved is frozen.
 """
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+import numbers
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from tinylm.core.errors import UserError
 
 T = TypeVar("T")
+S = TypeVar("S", bound="Section")
+
+_LARGEST_FLOAT32 = 3.4e38
+_KINDS = {int: "a whole number (int)", float: "a number", bool: "True or False", str: "a text (str)"}
 
 
-def setting(default: Any, doc: str, *, free: bool = False) -> Any:
-    """Declare one config field: its only default, its help line, and whether a resumed run may change it."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "free": free})
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Which values a setting takes: numbers within limits, one of some choices, or one of the values in `also`."""
+
+    least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    most: float | None = None
+    choices: tuple = ()
+    also: tuple = ()
+
+    def admits(self, value: Any) -> bool:
+        """Say whether a value, or each entry of a tuple, is allowed."""
+        if isinstance(value, tuple):
+            return all(self.admits(entry) for entry in value)
+        if value in self.also:
+            return True
+        if self.choices and value not in self.choices:
+            return False
+        # Each comparison is written so that NaN fails it.
+        return (
+            (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and (self.most is None or value <= self.most)
+        )
+
+    def __str__(self) -> str:
+        """Return the bounds in words, such as "at least 2, or 0"; nothing where there are none."""
+        if self.choices:
+            within = f"one of {', '.join(map(str, self.choices))}"
+        else:
+            limits = (("at least", self.least), ("above", self.above), ("below", self.below), ("at most", self.most))
+            within = " and ".join(f"{words} {_short(limit)}" for words, limit in limits if limit is not None)
+        return ", or ".join([within, *map(_short, self.also)])
+
+
+def _short(limit: float) -> str:
+    """Return a limit as one would write it: 2^31 rather than 2147483648."""
+    if isinstance(limit, float):
+        return f"{limit:g}"
+    is_large_power = limit >= 2**16 and limit.bit_count() == 1
+    return f"2^{limit.bit_length() - 1}" if is_large_power else str(limit)
+
+
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    free: bool = False,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    choices: Sequence = (),
+    also: Sequence = (),
+    bounds: Bounds | None = None,
+    aliases: Sequence[str] = (),
+) -> Any:
+    """Declare one config field.
+
+    Args:
+        default: The only default of the setting.
+        doc: One line of help.
+        free: Whether a run may be resumed with another value. An *identity* setting (not free) changes what a run
+            computes, so a run is never resumed with another value; mesh, cadences and writers may change.
+        least: The smallest value allowed.
+        above: The value must be larger than this.
+        below: The value must be smaller than this.
+        most: The largest value allowed.
+        choices: The values allowed. For a tuple, bounds and choices hold for each entry.
+        also: Values allowed outside of the bounds, such as a 0 that turns something off.
+        bounds: All of these in one, where another part of the program has the same bounds.
+        aliases: What nanoGPT, transformers, MaxText and others call it; an error about such a name leads here.
+    """
+    if bounds is None:
+        bounds = Bounds(least, above, below, most, tuple(choices), tuple(also))
+    metadata = {"doc": doc, "free": free, "bounds": bounds, "aliases": tuple(aliases)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Section:
+    """A part of the config, whose fields are settings: the base of the dataclasses.
+
+    Example:
+        @dataclasses.dataclass
+        class EvalConfig(Section, name="eval"):
+            every_steps: int = setting(500, "steps between evaluations (0: none)", free=True, least=0)
+    """
+
+    section_name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, name: str = ""):
+        """Take the section's name in the config, which messages begin with; the whole config has none."""
+        super().__init_subclass__()
+        cls.section_name = name
+
+    def __new__(cls, *_: Any, **values: Any):
+        """Raise UserError for an argument that isn't a setting, which `__init__` would refuse with a TypeError."""
+        for name in values:
+            _check_name(cls, name)
+        return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a setting to a value of its type; raise UserError for another type and for an unknown name."""
+        _check_name(type(self), name)
+        key = _key(type(self), name)
+        if self.is_frozen:
+            raise dataclasses.FrozenInstanceError(
+                f"{key} can't change: this config is resolved; change the one it was resolved from, or an "
+                "editable_copy() of it."
+            )
+        object.__setattr__(self, name, _converted(key, value, _fields(type(self))[name].type))
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"{_key(type(self), name)} can't be deleted.")
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the section was resolved, so that it can't change any more."""
+        return self.__dict__.get("_frozen", False)
+
+    def freeze(self) -> None:
+        """Let neither this section nor those inside it change from here on."""
+        for section in _sections_in(self).values():
+            section.freeze()
+        self.__dict__["_frozen"] = True
+
+    def editable_copy(self: S) -> S:
+        """Return a copy, down to the sections inside it, that can change."""
+        inner = {name: section.editable_copy() for name, section in _sections_in(self).items()}
+        return dataclasses.replace(self, **inner)  # type: ignore[type-var]
+
+    def check(self) -> None:
+        """Raise UserError for what can't work; a section with rules between its settings adds them."""
+        self.check_bounds()
+        for section in _sections_in(self).values():
+            section.check()
+
+    def check_bounds(self) -> None:
+        """Raise UserError for a setting outside its bounds, or a number that float32 can't hold."""
+        for name, field in _fields(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, Section):
+                continue
+            key = _key(type(self), name)
+            # Written so that NaN is refused too.
+            if isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT32:
+                raise UserError(f"{key}={value} must be a finite number that float32 can hold.")
+            bounds = field.metadata["bounds"]
+            if not bounds.admits(value):
+                hint = nearest(value, bounds.choices) if isinstance(value, str) else ""
+                raise UserError(f"{key}={value!r} must be {bounds}{hint or '.'}")
 
 
 def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
@@ -49,28 +210,108 @@ def to_dict(section: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """Return a section of type `cls` from nested plain values; raise UserError for a key it doesn't have, or a value of
-    another type than its default's.
+    """Return a section of type `cls` from nested plain values, as config.json holds them.
+
+    Raises UserError for a key that it doesn't have, or a value of another type than the setting's.
     """
     if not isinstance(values, dict):
-        raise UserError(f"config.json: {cls.__name__} is {values!r:.60}, no object.")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        raise UserError(f"config.json: {cls.__name__} is {values!r:.60}, not an object.")
     arguments: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise UserError(f"config.json: {cls.__name__} has no setting {name!r}{nearest(name, fields)}.")
-        section: Any = fields[name].default_factory
-        if section is not dataclasses.MISSING:
-            arguments[name] = from_dict(section, value)
-        else:
-            arguments[name] = tuple(value) if isinstance(value, list) else value
-            wanted = type(fields[name].default)
-            if not isinstance(arguments[name], int | float if wanted is float else wanted):
-                raise UserError(f"config.json: {cls.__name__}.{name} is {value!r:.60}, no {wanted.__name__}.")
-    return cls(**arguments)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in values:
+            value = values[field.name]
+            is_section = field.default_factory is not dataclasses.MISSING
+            arguments[field.name] = from_dict(typing.cast(type, field.type), value) if is_section else value
+    try:
+        # A name that isn't a setting goes to the constructor as well, which refuses it.
+        return cls(**{**values, **arguments})
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith("config.json: ") else f"config.json: {text}") from error
 
 
-def nearest(name: str, known: Any) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" for the known name nearest to `name`, or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def nearest_setting(key: str) -> str:
+    """Return "; did you mean X?" for the setting that a wrong key such as `train.max_iters` means, or nothing.
+
+    A name that another program uses leads to ours, whatever section it was given; then the nearest spelling counts.
+    """
+    by_alias: dict[str, str] = {}
+    known = []
+    for section in _all_sections():
+        for name, field in _fields(section).items():
+            if not dataclasses.is_dataclass(field.type):
+                known.append(_key(section, name))
+                by_alias |= dict.fromkeys(field.metadata["aliases"], _key(section, name))
+    section_name, _, name = key.rpartition(".")
+    if name in by_alias:
+        return f"; did you mean {by_alias[name]!r}?"
+    # A right name in a wrong section.
+    elsewhere = [other for other in known if other.rpartition(".")[2] == name]
+    if elsewhere and section_name:
+        return nearest(key, elsewhere) or f"; did you mean {elsewhere[0]!r}?"
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return nearest(key, known)
+
+
+def _all_sections() -> list[type]:
+    """Return the types of all sections, that of the whole config too."""
+    return [cls for cls in Section.__subclasses__() if dataclasses.is_dataclass(cls)]
+
+
+def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
+def _sections_in(section: Any) -> dict[str, Section]:
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    return {name: value for name, value in values.items() if isinstance(value, Section)}
+
+
+def _key(cls: type[Section], name: str) -> str:
+    """Return the dotted key of a setting, as users type it after --config."""
+    return f"{cls.section_name}.{name}" if cls.section_name else name
+
+
+def _check_name(cls: type[Section], name: str) -> None:
+    if name not in _fields(cls):
+        key = _key(cls, name)
+        raise UserError(f"{key} is not a setting{nearest_setting(key) or '.'}")
+
+
+def _converted(key: str, value: Any, kind: Any) -> Any:
+    """Return a value as a setting of type `kind` holds it; raise UserError where it is of another type.
+
+    A whole number serves as a float, NumPy's numbers as Python's, a list as a tuple, and a single value as a tuple of
+    one (so that a text never counts as a list of its letters, and the command line and Python agree). Nothing that
+    could lose a part of the value is converted.
+    """
+    if typing.get_origin(kind) is tuple:
+        entry_kind = typing.get_args(kind)[0]
+        entries = value if isinstance(value, list | tuple) else [value]
+        return tuple(_converted(key, entry, entry_kind) for entry in entries)
+    is_bool = isinstance(value, bool)
+    # Whole numbers that no float can hold are left out; an infinite float, which may come here, `check` refuses.
+    if kind is float and isinstance(value, numbers.Real) and not is_bool and not _is_huge(value):
+        return float(value)
+    if kind is int and isinstance(value, numbers.Integral) and not is_bool:
+        return int(value)
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, kind):
+        return value
+    required = _KINDS.get(kind) or f"a {kind.__name__}"
+    hint = ""
+    if kind is int and isinstance(value, float) and value.is_integer():
+        hint = f"; write {int(value)}"
+    raise UserError(f"{key}={value!r:.60} must be {required}, not {type(value).__name__}{hint}.")
+
+
+def _is_huge(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and abs(int(value)).bit_length() > 1000

@@ -8,11 +8,10 @@ import re
 from fractions import Fraction
 
 from tinylm.core.errors import UserError
-from tinylm.core.settings import nearest, setting
+from tinylm.core.settings import Section, nearest, setting
 
 SOURCE_KINDS = ("tales", "addition", "text", "jsonl", "parquet", "tfds", "hf", "tokens")
 TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2", "hf", "sentencepiece", "llama2c")
-PACKINGS = ("stream", "packed", "single")
 MAX_MIXTURE_PERIOD = 1_000_000
 MAX_IDS = 1 << 24  # of a tokenizer
 
@@ -23,42 +22,100 @@ _WEIGHTED = re.compile(r"\s*([\d.]+)\s*\*\s*(.+)", re.DOTALL)
 
 
 @dataclasses.dataclass
-class DataConfig:
+class DataConfig(Section, name="data"):
     """Source, tokenizer, rows and batches."""
 
     source: str = setting(
-        "tales", "tales | addition | text:, jsonl:, parquet:, tokens:GLOB | tfds:, hf:NAME; 0.7*A, 0.3*B mixes"
+        "tales",
+        "tales | addition | text:, jsonl:, parquet:, tokens:GLOB | tfds:, hf:NAME; 0.7*A, 0.3*B mixes",
+        aliases=("dataset", "dataset_path", "dataset_name", "dataset_type", "hf_path", "train_file", "data_dir"),
     )
-    valid_source: str = setting("", "a source of its own for validation (empty: the source's, or its tail)")
-    valid_fraction: float = setting(0.1, "share of a source without validation split that is held out, from its end")
+    valid_source: str = setting(
+        "",
+        "a source of its own for validation (empty: the source's, or its tail)",
+        aliases=("validation_file", "eval_dataset_name", "hf_eval_files"),
+    )
+    valid_fraction: float = setting(
+        0.1,
+        "share of a source without validation split that is held out, from its end",
+        least=0,
+        below=1,
+        aliases=("validation_split_percentage", "val_fraction", "test_size"),
+    )
     separator: str = setting("<|endoftext|>", "text between two documents of one text file (empty: a file is one)")
-    text_field: str = setting("text", "field of jsonl, parquet, tfds and hf that holds the text")
+    text_field: str = setting(
+        "text",
+        "field of jsonl, parquet, tfds and hf that holds the text",
+        aliases=("text_column", "train_data_columns"),
+    )
     prompt_field: str = setting("prompt", "field of the prompt, where records are pairs")
     completion_field: str = setting("completion", "field of the completion, where records are pairs")
-    on_bad_text: str = setting("error", "bad UTF-8 and empty documents: error, or skip and count")
-    tokenizer: str = setting("byte", "byte | char | bpe:N | gpt2[:DIR] | hf:FILE | sentencepiece:FILE | llama2c:FILE")
-    vocab_top_k: int = setting(0, "keep only this many ids, the most common ones (0: all)")
-    seq_len: int = setting(256, "target tokens of a row")
-    batch_size: int = setting(32, "rows of a step, over all devices")
-    packing: str = setting("stream", "stream: shifting windows; packed: whole documents; single: a document a row")
-    loss_on: str = setting("all", "tokens that carry loss: all, or answer (the completions of pairs)")
-    store_dir: str = setting("", "folder of prepared tokens, shared between runs (empty: the user's cache)", free=True)
+    on_bad_text: str = setting(
+        "error", "bad UTF-8 and empty documents: error, or skip and count", choices=("error", "skip")
+    )
+    tokenizer: str = setting(
+        "byte",
+        "byte | char | bpe:N | gpt2[:DIR] | hf:FILE | sentencepiece:FILE | llama2c:FILE",
+        aliases=("tokenizer_name", "tokenizer_path"),
+    )
+    # One id would be the end of text alone.
+    vocab_top_k: int = setting(0, "keep only this many ids, the most common ones (0: all)", least=2, also=(0,))
+    seq_len: int = setting(
+        256,
+        "target tokens of a row",
+        least=1,
+        aliases=(
+            "block_size",
+            "max_seq_len",
+            "max_seq_length",
+            "max_target_length",
+            "sequence_length",
+            "context_length",
+        ),
+    )
+    batch_size: int = setting(
+        32,
+        "rows of a step, over all devices",
+        least=1,
+        aliases=(
+            "per_device_batch_size",
+            "per_device_train_batch_size",
+            "train_batch_size",
+            "global_batch_size",
+            "device_batch_size",
+            "total_batch_size",
+        ),
+    )
+    packing: str = setting(
+        "stream",
+        "stream: shifting windows; packed: whole documents; single: a document a row",
+        choices=("stream", "packed", "single"),
+    )
+    loss_on: str = setting(
+        "all",
+        "tokens that carry loss: all, or answer (the completions of pairs)",
+        choices=("all", "answer"),
+        aliases=("completion_only_loss", "train_on_prompt", "sft_train_on_completion_only"),
+    )
+    store_dir: str = setting(
+        "",
+        "folder of prepared tokens, shared between runs (empty: the user's cache)",
+        free=True,
+        aliases=("cache_dir",),
+    )
     tfds_data_dir: str = setting("", "folder of prepared TFDS data sets (empty: TFDS's own)", free=True)
     tfds_manual_dir: str = setting("", "folder with files that a TFDS builder wants placed by hand", free=True)
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Target tokens of a step, over all devices."""
+        return self.batch_size * self.seq_len
+
     def check(self) -> None:
         """Raise UserError for a setting that can't work; read no file."""
-        for key, known in (("packing", PACKINGS), ("loss_on", ("all", "answer")), ("on_bad_text", ("error", "skip"))):
-            _check_choice(f"data.{key}", getattr(self, key), known)
-        for key in ("seq_len", "batch_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"data.{key}={getattr(self, key)} must be at least 1.")
-        if not 0 <= self.valid_fraction < 1:
-            raise UserError(f"data.valid_fraction={self.valid_fraction} must be at least 0 and below 1.")
+        super().check()
         if not self.separator.isascii() and any("\ud800" <= char <= "\udfff" for char in self.separator):
             raise UserError(f"data.separator={self.separator!r} must be text in UTF-8.")
-        if self.vocab_top_k < 0 or self.vocab_top_k == 1:
-            raise UserError(f"data.vocab_top_k={self.vocab_top_k} must be 0 (keep all), or at least 2.")
         _check_spec("data.tokenizer", self.tokenizer, TOKENIZER_KINDS)
         keys = [("data.source", spec) for _, spec in parse_mixture(self.source)]
         keys += [("data.valid_source", self.valid_source)] * bool(self.valid_source)
@@ -97,11 +154,6 @@ def split_spec(spec: str) -> tuple[str, str]:
     """Split "kind:argument"; the argument may be empty."""
     kind, _, argument = spec.partition(":")
     return kind, argument
-
-
-def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UserError(f"{key}={value} must be one of {', '.join(known)}{nearest(value, known)}.")
 
 
 def _check_spec(key: str, spec: str, known: tuple[str, ...]) -> None:

@@ -2,49 +2,79 @@
 
 import dataclasses
 
-from tinylm.core.errors import UserError
-from tinylm.core.settings import setting
-from tinylm.inference.samplers import Sampler
+from tinylm.core.settings import Section, setting
+from tinylm.inference.samplers import BOUNDS, Sampler
 
 
 @dataclasses.dataclass
-class EvalConfig:
+class EvalConfig(Section, name="eval"):
     """Evaluation on the validation split."""
 
-    every_steps: int = setting(500, "steps between evaluations (0: none)", free=True)
-    max_batches: int = setting(0, "batches of an evaluation (0: the whole split)", free=True)
-    exact_match: int = setting(
-        0, "validation pairs to answer greedily and compare, token by token (0: none)", free=True
+    every_steps: int = setting(
+        500,
+        "steps between evaluations (0: none)",
+        free=True,
+        least=0,
+        aliases=("eval_interval", "eval_steps", "eval_every", "evaluation_interval", "val_check_interval"),
     )
-    patience: int = setting(0, "stop after this many evaluations without a better loss (0: never)")
-
-    def check(self) -> None:
-        """Raise UserError for negative counts."""
-        for name in ("every_steps", "max_batches", "exact_match", "patience"):
-            if getattr(self, name) < 0:
-                raise UserError(f"eval.{name}={getattr(self, name)} must be at least 0.")
+    max_batches: int = setting(
+        0,
+        "batches of an evaluation (0: the whole split)",
+        free=True,
+        least=0,
+        aliases=("eval_iters", "max_eval_batches", "limit_val_batches"),
+    )
+    exact_match: int = setting(
+        0, "validation pairs to answer greedily and compare, token by token (0: none)", free=True, least=0
+    )
+    patience: int = setting(
+        0,
+        "stop after this many evaluations without a better loss (0: never)",
+        least=0,
+        aliases=("early_stopping_patience",),
+    )
 
 
 @dataclasses.dataclass
-class SampleConfig:
+class SampleConfig(Section, name="sample"):
     """What the model writes while it trains."""
 
-    every_steps: int = setting(0, "steps between samples (0: only at the end)", free=True)
-    prompts: tuple[str, ...] = setting(("",), "texts to go on from; an empty one starts a new text", free=True)
-    max_tokens: int = setting(200, "most tokens of a sample (0: write none)", free=True)
-    temperature: float = setting(0.8, "0: the most probable token; 1: the model's own distribution", free=True)
-    top_k: int = setting(0, "draw from the k most probable tokens (0: all)", free=True)
-    top_p: float = setting(1.0, "draw from the fewest tokens that have this probability together", free=True)
+    every_steps: int = setting(
+        0, "steps between samples (0: only at the end)", free=True, least=0, aliases=("sample_every", "sample_interval")
+    )
+    prompts: tuple[str, ...] = setting(
+        ("",), "texts to go on from; an empty one starts a new text", free=True, aliases=("start", "prompt")
+    )
+    max_tokens: int = setting(
+        200,
+        "most tokens of a sample (0: write none)",
+        free=True,
+        least=0,
+        aliases=("max_new_tokens", "max_length", "max_decode_tokens"),
+    )
+    temperature: float = setting(
+        0.8,
+        "0: the most probable token; 1: the model's own distribution",
+        free=True,
+        bounds=BOUNDS["temperature"],
+        aliases=("decode_sampling_temperature",),
+    )
+    top_k: int = setting(
+        0,
+        "draw from the k most probable tokens (0: all)",
+        free=True,
+        bounds=BOUNDS["top_k"],
+        aliases=("decode_sampling_top_k",),
+    )
+    top_p: float = setting(
+        1.0,
+        "draw from the fewest tokens that have this probability together",
+        free=True,
+        bounds=BOUNDS["top_p"],
+        aliases=("decode_sampling_nucleus_p", "nucleus_p"),
+    )
 
     @property
     def sampler(self) -> Sampler:
         """The sampler of these settings."""
         return Sampler(self.temperature, self.top_k, self.top_p)
-
-    def check(self) -> None:
-        """Raise UserError for values that no sampler could follow."""
-        self.sampler.check(prefix="sample.")
-        if not all(isinstance(text, str) for text in self.prompts):
-            raise UserError(f"sample.prompts={self.prompts!r} must hold texts, for example ('Once',).")
-        if self.every_steps < 0 or self.max_tokens < 0:
-            raise UserError("sample.every_steps and sample.max_tokens must be at least 0.")

@@ -11,8 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from tinylm.core.errors import UserError
+from tinylm.core.settings import Bounds
 
 _FAR_BELOW = -1e30
+
+
+# The temperature and the penalty: what float32 can hold once a logit, or _FAR_BELOW, is divided by it.
+BOUNDS = {
+    "temperature": Bounds(least=1e-6, most=1e6, also=(0,)),
+    "top_k": Bounds(least=0),
+    "top_p": Bounds(above=0, most=1),
+    "min_p": Bounds(least=0, below=1),
+    "repetition_penalty": Bounds(least=1e-6, most=1e6),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +38,10 @@ class Sampler:
 
     def check(self, prefix: str) -> None:
         """Raise UserError where a value is out of range; `prefix` names where it was given."""
-        ranges = {  # what float32 can hold once a logit, or _FAR_BELOW, is divided by it
-            "temperature": (self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "0, or from 1e-6 to 1e6"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p < 1, "at least 0 and below 1"),
-            "repetition_penalty": (1e-6 <= self.repetition_penalty <= 1e6, "from 1e-6 to 1e6"),
-        }
-        for name, (fits, required) in ranges.items():
-            if not fits:
-                raise UserError(f"{prefix}{name}={getattr(self, name)} must be {required}.")
+        for name, bounds in BOUNDS.items():
+            value = getattr(self, name)
+            if not bounds.admits(value):
+                raise UserError(f"{prefix}{name}={value} must be {bounds}.")
 
     @property
     def penalizes(self) -> bool:

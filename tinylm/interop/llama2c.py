@@ -39,7 +39,7 @@ def open_llama2c(path: pathlib.Path) -> tuple[ModelConfig, Tensors]:
         num_kv_heads=h.kv_heads, mlp_dim=h.hidden, position="rotary", norm="rmsnorm", norm_epsilon=1e-5, mlp="swiglu",
         tie_embeddings=h.vocab > 0,
     )  # fmt: skip
-    config.resolve(vocab, h.seq_len)
+    config = config.resolve(vocab, h.seq_len)
     config.check()
     parts = {
         "embed_tokens": (vocab, h.dim),

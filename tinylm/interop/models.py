@@ -111,7 +111,7 @@ def read_model_config(folder: pathlib.Path) -> tuple[Family, ModelConfig]:
         raise UserError(f"{folder / 'config.json'} has a value of a wrong kind ({error}).") from error
     _check_kinds(model)
     model.check()
-    model.resolve(model.vocab_size, model.context)
+    model = model.resolve(model.vocab_size, model.context)
     return FAMILIES[kind], model
 
 
@@ -179,7 +179,7 @@ def fitting_family(model: ModelConfig) -> Family:
 def _misfits(family: Family, model: ModelConfig) -> list[str]:
     """Return the settings that change on the way to a family's config.json and back."""
     there = family.read_config(family.write_config(model) | {"model_type": family.model_type})
-    there.resolve(model.vocab_size, model.context)
+    there = there.resolve(model.vocab_size, model.context)
     irrelevant = {"dropout", "init_std", "compute_dtype", "z_loss"}
     if model.position != "rotary":
         irrelevant |= {"rotary_base", "rotary_fraction"}

@@ -7,97 +7,210 @@ setting here, read once when the block is built, so the forward pass has no fami
 import dataclasses
 
 from tinylm.core.errors import UserError
-from tinylm.core.settings import setting
+from tinylm.core.settings import Section, setting
 
 VOCAB_MULTIPLE = 128
 
-_CHOICES = {
-    "position": ("rotary", "learned", "none"),
-    "norm": ("layernorm", "rmsnorm"),
-    "mlp": ("gelu", "gelu_exact", "relu2", "swiglu", "geglu"),
-    "compute_dtype": ("float32", "bfloat16"),
-    "remat": ("none", "dots", "full"),
-    "attention": ("auto", "xla", "cudnn", "splash"),
-}
-
 
 @dataclasses.dataclass
-class ModelConfig:
+class ModelConfig(Section, name="model"):
     """Sizes and options of the transformer. Sizes that are 0 follow from the others (see `resolve`)."""
 
-    vocab_size: int = setting(0, "tokens the model knows (0: the tokenizer's)")
-    context: int = setting(0, "longest sequence of tokens (0: data.seq_len)")
-    embed_dim: int = setting(128, "width of the residual stream")
-    num_layers: int = setting(4, "number of blocks")
-    num_heads: int = setting(4, "query heads of a block")
-    num_kv_heads: int = setting(0, "key and value heads (0: num_heads; fewer: grouped queries)")
-    head_dim: int = setting(0, "size of a head (0: embed_dim / num_heads)")
-    mlp_dim: int = setting(0, "hidden width of the mlp (0: 4 x embed_dim)")
-    position: str = setting("rotary", "how positions enter: rotary, learned or none")
-    rotary_fraction: float = setting(1.0, "part of each head that rotates (GPT-NeoX: 0.25)")
-    rotary_base: float = setting(10_000.0, "wavelength base of rotary positions")
-    norm: str = setting("rmsnorm", "layernorm or rmsnorm")
-    norm_epsilon: float = setting(1e-5, "added to the variance in norms")
-    qk_norm: bool = setting(False, "normalize queries and keys (parameter-free RMS) before attention")
-    mlp: str = setting("gelu", "activation: gelu (tanh form), gelu_exact, relu2, or the gated swiglu, geglu")
-    conv_taps: int = setting(0, "taps of a short causal convolution before attention and mlp (0: none; Canon: 4)")
-    bias: bool = setting(False, "biases in norms, mlp and attention output")
-    qkv_bias: bool = setting(False, "biases in query, key and value projections")
-    parallel_residual: bool = setting(False, "attention and mlp read the same input (GPT-NeoX)")
-    attention_window: tuple[int, ...] = setting((0,), "window of each layer in turn, repeated; 0: all earlier tokens")
-    local_heads: int = setting(0, "heads that see the window, the others see all (0: all heads)")
-    attention_scale: float = setting(0.0, "factor on query-key products (0: 1/sqrt(head_dim); GPT-Neo: 1)")
-    attention_softcap: float = setting(0.0, "soft limit on attention logits (0: none)")
-    logit_softcap: float = setting(0.0, "soft limit on output logits (0: none)")
+    vocab_size: int = setting(0, "tokens the model knows (0: the tokenizer's)", least=0)
+    context: int = setting(
+        0,
+        "longest sequence of tokens (0: data.seq_len)",
+        least=0,
+        aliases=("max_position_embeddings", "n_positions", "n_ctx"),
+    )
+    embed_dim: int = setting(
+        128,
+        "width of the residual stream",
+        least=1,
+        aliases=("n_embd", "hidden_size", "d_model", "dim", "emb_dim", "base_emb_dim", "model_dim"),
+    )
+    num_layers: int = setting(
+        4,
+        "number of blocks",
+        least=1,
+        aliases=("n_layer", "n_layers", "num_hidden_layers", "base_num_decoder_layers", "depth"),
+    )
+    num_heads: int = setting(
+        4,
+        "query heads of a block",
+        least=1,
+        aliases=("n_head", "n_heads", "num_attention_heads", "base_num_query_heads"),
+    )
+    num_kv_heads: int = setting(
+        0,
+        "key and value heads (0: num_heads; fewer: grouped queries)",
+        least=0,
+        aliases=("n_kv_head", "n_kv_heads", "num_key_value_heads", "base_num_kv_heads"),
+    )
+    head_dim: int = setting(0, "size of a head (0: embed_dim / num_heads)", least=0)
+    mlp_dim: int = setting(
+        0,
+        "hidden width of the mlp (0: 4 x embed_dim)",
+        least=0,
+        aliases=("n_inner", "intermediate_size", "d_ff", "ffn_dim", "hidden_dim", "base_mlp_dim"),
+    )
+    position: str = setting(
+        "rotary",
+        "how positions enter: rotary, learned or none",
+        choices=("rotary", "learned", "none"),
+        aliases=("position_embedding_type",),
+    )
+    rotary_fraction: float = setting(
+        1.0,
+        "part of each head that rotates (GPT-NeoX: 0.25)",
+        above=0,
+        most=1,
+        aliases=("rotary_pct", "partial_rotary_factor"),
+    )
+    rotary_base: float = setting(
+        10_000.0,
+        "wavelength base of rotary positions",
+        above=0,
+        aliases=("rope_theta", "rotary_emb_base", "rope_max_timescale"),
+    )
+    norm: str = setting("rmsnorm", "layernorm or rmsnorm", choices=("layernorm", "rmsnorm"))
+    norm_epsilon: float = setting(
+        1e-5,
+        "added to the variance in norms",
+        least=0,
+        aliases=("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "normalization_layer_epsilon", "norm_eps"),
+    )
+    qk_norm: bool = setting(
+        False, "normalize queries and keys (parameter-free RMS) before attention", aliases=("use_qk_norm",)
+    )
+    mlp: str = setting(
+        "gelu",
+        "activation: gelu (tanh form), gelu_exact, relu2, or the gated swiglu, geglu",
+        choices=("gelu", "gelu_exact", "relu2", "swiglu", "geglu"),
+        aliases=("hidden_act", "activation_function", "mlp_activations"),
+    )
+    # A convolution of one tap would only scale its input.
+    conv_taps: int = setting(
+        0, "taps of a short causal convolution before attention and mlp (0: none; Canon: 4)", least=2, also=(0,)
+    )
+    bias: bool = setting(False, "biases in norms, mlp and attention output", aliases=("mlp_bias",))
+    qkv_bias: bool = setting(
+        False, "biases in query, key and value projections", aliases=("attention_bias", "use_qkv_bias")
+    )
+    parallel_residual: bool = setting(
+        False, "attention and mlp read the same input (GPT-NeoX)", aliases=("use_parallel_residual",)
+    )
+    attention_window: tuple[int, ...] = setting(
+        (0,),
+        "window of each layer in turn, repeated; 0: all earlier tokens",
+        least=0,
+        aliases=("sliding_window", "window_size", "sliding_window_size", "attention_layers"),
+    )
+    local_heads: int = setting(0, "heads that see the window, the others see all (0: all heads)", least=0)
+    attention_scale: float = setting(
+        0.0,
+        "factor on query-key products (0: 1/sqrt(head_dim); GPT-Neo: 1)",
+        least=0,
+        aliases=("query_pre_attn_scalar",),
+    )
+    # Logits are divided by a soft limit, so one that float32 rounds to 0 gives NaN.
+    attention_softcap: float = setting(
+        0.0,
+        "soft limit on attention logits (0: none)",
+        least=1e-6,
+        also=(0,),
+        aliases=("attn_logit_softcapping", "attn_logits_soft_cap"),
+    )
+    logit_softcap: float = setting(
+        0.0,
+        "soft limit on output logits (0: none)",
+        least=1e-6,
+        also=(0,),
+        aliases=("final_logit_softcapping", "final_logits_soft_cap"),
+    )
     embed_scale: float = setting(1.0, "factor on the token embeddings")
     residual_scale: float = setting(1.0, "factor on what each block adds to the residual stream")
-    tie_embeddings: bool = setting(True, "output matrix = embedding matrix")
-    init_std: float = setting(0.02, "standard deviation of initial weights; outputs of a block: / sqrt(2 num_layers)")
-    dropout: float = setting(0.0, "probability of dropping, in embedding, attention and residual")
-    compute_dtype: str = setting("float32", "float32 or bfloat16; weights stay float32")
-    z_loss: float = setting(0.0, "weight of the squared log normalizer in the trained loss (PaLM, section 5: 1e-4)")
-    attention: str = setting("auto", "attention kernel: auto (by platform), xla, cudnn (GPU), splash (TPU)", free=True)
-    loss_chunks: int = setting(1, "pieces of a sequence whose logits are made one at a time, to save memory", free=True)
-    remat: str = setting("none", "recompute in the backward pass: none, dots (all but matmuls), full", free=True)
-    unroll: int = setting(1, "layers per iteration of the scan (0: all)", free=True)
+    tie_embeddings: bool = setting(
+        True, "output matrix = embedding matrix", aliases=("tie_word_embeddings", "logits_via_embedding")
+    )
+    init_std: float = setting(
+        0.02,
+        "standard deviation of initial weights; outputs of a block: / sqrt(2 num_layers)",
+        least=0,
+        aliases=("initializer_range",),
+    )
+    dropout: float = setting(
+        0.0,
+        "probability of dropping, in embedding, attention and residual",
+        least=0,
+        most=0.99,
+        aliases=("dropout_rate", "attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout"),
+    )
+    compute_dtype: str = setting(
+        "float32",
+        "float32 or bfloat16; weights stay float32",
+        choices=("float32", "bfloat16"),
+        aliases=("dtype", "torch_dtype", "bf16", "mixed_precision"),
+    )
+    z_loss: float = setting(
+        0.0,
+        "weight of the squared log normalizer in the trained loss (PaLM, section 5: 1e-4)",
+        least=0,
+        aliases=("z_loss_multiplier", "z_loss_weight"),
+    )
+    attention: str = setting(
+        "auto",
+        "attention kernel: auto (by platform), xla, cudnn (GPU), splash (TPU)",
+        free=True,
+        choices=("auto", "xla", "cudnn", "splash"),
+        aliases=("attn_implementation", "attention_kernel"),
+    )
+    loss_chunks: int = setting(
+        1,
+        "pieces of a sequence whose logits are made one at a time, to save memory",
+        free=True,
+        least=1,
+        aliases=("num_vocab_tiling",),
+    )
+    remat: str = setting(
+        "none",
+        "recompute in the backward pass: none, dots (all but matmuls), full",
+        free=True,
+        choices=("none", "dots", "full"),
+        aliases=("gradient_checkpointing", "remat_policy", "activation_checkpointing"),
+    )
+    unroll: int = setting(1, "layers per iteration of the scan (0: all)", free=True, least=0, aliases=("scan_layers",))
 
     @property
     def padded_vocab(self) -> int:
         """Rows of the embedding: `vocab_size` rounded up, the same on every mesh, so that the state is too."""
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
-    def resolve(self, vocab_size: int, seq_len: int) -> None:
-        """Write numbers over every size that was left 0."""
-        self.vocab_size = self.vocab_size or vocab_size
-        self.context = self.context or seq_len
-        self.num_kv_heads = self.num_kv_heads or self.num_heads
-        self.head_dim = self.head_dim or self.embed_dim // self.num_heads
-        self.mlp_dim = self.mlp_dim or 4 * self.embed_dim
-        self.attention_scale = self.attention_scale or self.head_dim**-0.5
+    @property
+    def is_resolved(self) -> bool:
+        """Whether every size is a number, so that a model can be built."""
+        sizes = (self.vocab_size, self.context, self.num_kv_heads, self.head_dim, self.mlp_dim)
+        return all(sizes) and self.attention_scale > 0
+
+    def resolve(self, vocab_size: int, seq_len: int) -> "ModelConfig":
+        """Return a frozen copy in which every size that was left 0 is a number."""
+        resolved = self.editable_copy()
+        resolved.vocab_size = self.vocab_size or vocab_size
+        resolved.context = self.context or seq_len
+        resolved.num_kv_heads = self.num_kv_heads or self.num_heads
+        resolved.head_dim = self.head_dim or self.embed_dim // self.num_heads
+        resolved.mlp_dim = self.mlp_dim or 4 * self.embed_dim
+        resolved.attention_scale = self.attention_scale or resolved.head_dim**-0.5
+        resolved.freeze()
+        return resolved
 
     def check(self) -> None:
         """Raise UserError for sizes and options that can't be built."""
-        for name in ("embed_dim", "num_layers", "num_heads", "loss_chunks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1.")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"model.{name}={getattr(self, name)!r} must be one of {', '.join(choices)}.")
-        for name in (
-            "num_kv_heads", "head_dim", "mlp_dim", "vocab_size", "context", "unroll", "init_std", "z_loss", "conv_taps",
-            "norm_epsilon", "attention_scale", "attention_softcap", "logit_softcap",
-        ):  # fmt: skip
-            if not getattr(self, name) >= 0:
-                raise UserError(f"model.{name}={getattr(self, name)} must be at least 0.")
-        if not 0 < self.rotary_fraction <= 1:
-            raise UserError(f"model.rotary_fraction={self.rotary_fraction} must be above 0 and at most 1.")
-        if not self.rotary_base > 0:
-            raise UserError(f"model.rotary_base={self.rotary_base} must be above 0.")
+        super().check()
         self._check_heads()
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"model.dropout={self.dropout} must be at least 0 and below 1.")
-        if not self.attention_window or any(not isinstance(w, int) or w < 0 for w in self.attention_window):
-            raise UserError(f"model.attention_window={self.attention_window} must hold sizes of 0 or more.")
+        self._check_kernel()
+        if not self.attention_window:
+            raise UserError("model.attention_window=() must hold at least one size; (0,) is no window.")
         if self.num_layers % len(self.attention_window):
             raise UserError(
                 f"model.num_layers={self.num_layers} must be divisible by the {len(self.attention_window)} entries of "
@@ -114,8 +227,25 @@ class ModelConfig:
             raise UserError(
                 f"model.num_heads={self.num_heads} must be divisible by model.num_kv_heads={self.num_kv_heads}."
             )
-        if not 0 <= self.local_heads <= self.num_heads:
-            raise UserError(f"model.local_heads={self.local_heads} must be between 0 and {self.num_heads} (num_heads).")
+        if self.local_heads > self.num_heads:
+            raise UserError(f"model.local_heads={self.local_heads} must be at most model.num_heads={self.num_heads}.")
         head_dim = self.head_dim or self.embed_dim // self.num_heads
         if self.position == "rotary" and int(head_dim * self.rotary_fraction) % 2:
             raise UserError(f"the rotating part of a head ({head_dim} x model.rotary_fraction) must be even.")
+
+    def _check_kernel(self) -> None:
+        """Raise UserError for an attention kernel that could not compute this model's attention."""
+        kernel, head_dim = self.attention, self.head_dim or self.embed_dim // self.num_heads
+        misfits = []
+        if kernel == "cudnn" and self.compute_dtype != "bfloat16":
+            misfits.append(f"model.compute_dtype=bfloat16 (here {self.compute_dtype})")
+        if kernel == "cudnn" and (head_dim % 8 or head_dim > 128):
+            misfits.append(f"a head size of at most 128 that 8 divides (model.head_dim, here {head_dim})")
+        if kernel == "cudnn" and self.attention_softcap:
+            misfits.append(f"model.attention_softcap=0 (here {self.attention_softcap})")
+        if kernel in ("cudnn", "splash") and self.dropout:
+            misfits.append(f"model.dropout=0 (here {self.dropout})")
+        if kernel in ("cudnn", "splash") and self.local_heads and any(self.attention_window):
+            misfits.append(f"model.local_heads=0 (here {self.local_heads})")
+        if misfits:
+            raise UserError(f"model.attention={kernel} needs {' and '.join(misfits)}; or set model.attention=auto.")

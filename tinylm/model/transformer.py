@@ -274,6 +274,7 @@ def abstract_transformer(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict[
     `nnx.merge(graph, parameters)` is a model again; parameters are a nested dict of shapes; `axes` gives the logical
     axes of each by its path ("blocks/mlp/up/kernel"). Stacked parameters of the blocks begin with `layers`.
     """
+    assert config.is_resolved, f"sizes of the model are still open; use what resolve() returned, not {config}"
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
     graph, state = nnx.split(model, nnx.Param)
     axes = {

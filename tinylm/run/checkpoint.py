@@ -20,7 +20,7 @@ from etils import epath
 from tinylm.core.distributed import from_main, is_main, speaker
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
-from tinylm.core.settings import setting
+from tinylm.core.settings import Section, setting
 from tinylm.run import checksums
 
 ITEMS = ("params", "train")
@@ -29,16 +29,24 @@ _FAILURES = (OSError, ValueError, RuntimeError)  # what Orbax and TensorStore ra
 
 
 @dataclasses.dataclass
-class CheckpointConfig:
+class CheckpointConfig(Section, name="checkpoint"):
     """When to save and how much to keep."""
 
-    every_steps: int = setting(1000, "steps between checkpoints (0: only the best and the last)", free=True)
-    keep: int = setting(2, "latest checkpoints to keep, beside the best", free=True)
-
-    def check(self) -> None:
-        """Raise UserError for counts below their least."""
-        if self.every_steps < 0 or self.keep < 2:
-            raise UserError("checkpoint.every_steps must be at least 0 and checkpoint.keep at least 2.")
+    every_steps: int = setting(
+        1000,
+        "steps between checkpoints (0: only the best and the last)",
+        free=True,
+        least=0,
+        aliases=("save_steps", "save_every", "checkpoint_period", "checkpoint_interval", "save_interval"),
+    )
+    # With one alone, a damaged checkpoint would be the end of a run.
+    keep: int = setting(
+        2,
+        "latest checkpoints to keep, besides the best",
+        free=True,
+        least=2,
+        aliases=("save_total_limit", "max_to_keep"),
+    )
 
 
 class Checkpoints:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from tinylm.core.settings import from_dict
+from tinylm.data.config import DataConfig
 from tinylm.run.folder import RunFolder
 
 MOST_POINTS = 1500  # of a curve; a longer one is thinned evenly, its ends kept
@@ -21,7 +23,7 @@ def gather(workdir: str) -> dict[str, Any]:
     return {
         "name": folder.path.name,
         "path": str(folder.path),
-        "tokens_per_step": config["data"]["batch_size"] * config["data"]["seq_len"],
+        "tokens_per_step": from_dict(DataConfig, config["data"]).tokens_per_step,
         "floor": next((line["floor"] for line in reversed(lines) if "floor" in line), None),
         "train": curves(lines, "train", start),
         "valid": curves(lines, "valid", start),

@@ -57,7 +57,7 @@ class Workload:
         self.count, micro = c.train.steps_per_dispatch, c.train.accumulation_steps
         self.blueprint = make_blueprint(c.model, c.optimizer, c.mesh, c.train.num_steps, mesh)
         self.steps = make_train_steps(self.blueprint, make_schedule(c.optimizer, c.train.num_steps), c.train)
-        self.rows = c.data.batch_size // micro
+        self.rows = c.micro_batch_rows
         self.owned = owned_rows(mesh, self.rows)
         self.batches = train_batches(RandomRows(c), batch_shape=(micro, self.rows), owned_rows=self.owned)
 
@@ -80,7 +80,7 @@ def measure(config: Config, mesh: Mesh, dispatches: int = 20, profile: str = "")
         secs, waits, hosts, state = _steady(work, state, dispatches)
         kinds = _secs_by_kind(work, state, profile or scratch)
     low, median, high = (float(np.quantile(secs, q)) for q in (0.1, 0.5, 0.9))
-    tokens = config.data.batch_size * config.data.seq_len
+    tokens = config.data.tokens_per_step
     flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
     peak, device = peak_flops(list(mesh.devices.flat)), mesh.devices.flat[0]
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -5,121 +5,199 @@ follows from another or from the data becomes a number) and checked against each
 """
 
 import dataclasses
-import math
+from typing import Any
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig
-from tinylm.core.settings import setting, settings_of
+from tinylm.core.settings import Section, setting
 from tinylm.data.config import DataConfig
 from tinylm.inference.config import EvalConfig, SampleConfig
 from tinylm.model.config import ModelConfig
 from tinylm.run.checkpoint import CheckpointConfig
 from tinylm.train.guard import POLICIES
 
-OPTIMIZERS = ("adamw", "muon")
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
+# The largest decay that float32 tells apart from 1 with some digits to spare: with a decay of 1, the bias correction
+# of Adam divides by 0.
+_SLOWEST_DECAY = 0.999999
 
 
 @dataclasses.dataclass
-class OptimizerConfig:
+class OptimizerConfig(Section, name="optimizer"):
     """Which optimizer, at which learning rate over the run."""
 
-    name: str = setting("adamw", "adamw, or muon (for matrices; adamw for the rest)")
-    learning_rate: float = setting(1e-3, "peak learning rate")
-    min_ratio: float = setting(0.1, "learning rate at the end, as a part of the peak")
-    schedule: str = setting("cosine", "after warm-up: cosine, linear, constant or wsd (warm-up, stable, decay)")
-    warmup_steps: int = setting(0, "steps of linear warm-up, part of the schedule")
-    decay_fraction: float = setting(0.2, "last part of the schedule in which wsd decays")
-    weight_decay: float = setting(0.1, "decay of matrices and embeddings (with muon: of its matrices alone)")
-    beta1: float = setting(0.9, "decay of the first moment")
-    beta2: float = setting(0.95, "decay of the second moment")
-    epsilon: float = setting(1e-8, "added to the root of the second moment")
-    clip_norm: float = setting(1.0, "largest global norm of the gradient (0: no limit)")
-    adam_learning_rate: float = setting(0.0, "with muon: peak rate of what is not a matrix (0: learning_rate)")
-    muon_momentum: float = setting(0.95, "decay of the first moment of what muon optimizes")
-
-    def check(self, num_steps: int) -> None:
-        """Raise UserError for what no optimizer could follow over `num_steps`."""
-        if self.name not in OPTIMIZERS:
-            raise UserError(f"optimizer.name={self.name!r} must be one of {', '.join(OPTIMIZERS)}.")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"optimizer.schedule={self.schedule!r} must be one of {', '.join(SCHEDULES)}.")
-        if not 0 <= self.warmup_steps <= num_steps:
-            raise UserError(
-                f"optimizer.warmup_steps={self.warmup_steps} must be at most the schedule's length "
-                f"(train.num_steps={num_steps}); make one shorter or the other longer."
-            )
-        if not self.learning_rate > 0:
-            raise UserError(f"optimizer.learning_rate={self.learning_rate} must be above 0.")
-        for name in ("clip_norm", "weight_decay", "adam_learning_rate", "epsilon"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0.")
-        for name in ("beta1", "beta2", "muon_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1.")
-        if not (0 <= self.min_ratio <= 1 and 0 < self.decay_fraction <= 1):
-            raise UserError("optimizer.min_ratio and decay_fraction must lie between 0 and 1.")
+    name: str = setting(
+        "adamw",
+        "adamw, or muon (for matrices; adamw for the rest)",
+        choices=("adamw", "muon"),
+        aliases=("optim", "opt_type", "optimizer_type", "optimizer"),
+    )
+    learning_rate: float = setting(1e-3, "peak learning rate", above=0, aliases=("lr", "max_lr", "peak_lr"))
+    min_ratio: float = setting(
+        0.1,
+        "learning rate at the end, as a part of the peak",
+        least=0,
+        most=1,
+        aliases=("min_lr", "min_lr_ratio", "final_lr_frac", "cosine_learning_rate_final_fraction"),
+    )
+    schedule: str = setting(
+        "cosine",
+        "after warm-up: cosine, linear, constant or wsd (warm-up, stable, decay)",
+        choices=("cosine", "linear", "constant", "wsd"),
+        aliases=("lr_scheduler_type", "decay_lr", "lr_schedule", "lr_schedule_type"),
+    )
+    warmup_steps: int = setting(
+        0,
+        "steps of linear warm-up, part of the schedule",
+        least=0,
+        aliases=("warmup_iters", "warmup_ratio", "warmup_steps_fraction", "num_warmup_steps"),
+    )
+    decay_fraction: float = setting(
+        0.2,
+        "last part of the schedule in which wsd decays",
+        above=0,
+        most=1,
+        aliases=("warmdown_ratio", "wsd_decay_steps_fraction"),
+    )
+    weight_decay: float = setting(
+        0.1,
+        "decay of matrices and embeddings (with muon: of its matrices alone)",
+        least=0,
+        aliases=("adam_weight_decay", "wd"),
+    )
+    beta1: float = setting(
+        0.9, "decay of the first moment", least=0, most=_SLOWEST_DECAY, aliases=("adam_b1", "adam_beta1", "b1")
+    )
+    beta2: float = setting(
+        0.95, "decay of the second moment", least=0, most=_SLOWEST_DECAY, aliases=("adam_b2", "adam_beta2", "b2")
+    )
+    # A parameter that has no gradient is divided by this alone, so it must not be 0 in float32 either.
+    epsilon: float = setting(
+        1e-8, "added to the root of the second moment", least=1e-30, aliases=("eps", "adam_eps", "adam_epsilon")
+    )
+    clip_norm: float = setting(
+        1.0,
+        "largest global norm of the gradient (0: no limit)",
+        least=0,
+        aliases=("grad_clip", "max_grad_norm", "gradient_clipping_threshold", "clip_grad_norm"),
+    )
+    adam_learning_rate: float = setting(
+        0.0,
+        "with muon: peak rate of what is not a matrix (0: learning_rate)",
+        least=0,
+        aliases=("embedding_lr", "unembedding_lr"),
+    )
+    muon_momentum: float = setting(
+        0.95, "decay of the first moment of what muon optimizes", least=0, most=_SLOWEST_DECAY, aliases=("muon_beta",)
+    )
 
 
 @dataclasses.dataclass
-class TrainConfig:
+class TrainConfig(Section, name="train"):
     """How long, and how a step is carried out."""
 
-    num_steps: int = setting(1000, "length of the schedule, and of the run")
-    stop_step: int = setting(0, "stop after this step (0: num_steps); the schedule stays as long", free=True)
-    accumulation_steps: int = setting(1, "micro-batches that one step adds up")
-    steps_per_dispatch: int = setting(1, "most steps that one call to the device makes", free=True)
-    init_from: str = setting("", "start from the parameters of another run's folder, an imported model's too")
+    num_steps: int = setting(
+        1000,
+        "length of the schedule, and of the run",
+        least=1,
+        below=2**31,
+        aliases=(
+            "max_iters",
+            "max_steps",
+            "num_iterations",
+            "num_train_steps",
+            "steps",
+            "lr_decay_iters",
+            "num_train_epochs",
+            "learning_rate_schedule_steps",
+        ),
+    )
+    stop_step: int = setting(
+        0,
+        "stop after this step (0: num_steps); the schedule stays as long",
+        free=True,
+        least=0,
+        aliases=("stop_after",),
+    )
+    accumulation_steps: int = setting(
+        1,
+        "micro-batches that one step adds up",
+        least=1,
+        aliases=("gradient_accumulation_steps", "grad_accum_steps", "accumulate_grad_batches"),
+    )
+    steps_per_dispatch: int = setting(1, "most steps that one call to the device makes", free=True, least=1)
+    init_from: str = setting(
+        "",
+        "start from the parameters of another run's folder, an imported model's too",
+        aliases=("load_parameters_path", "model_name_or_path", "initialize_from", "resume_from_checkpoint"),
+    )
     init_optimizer: bool = setting(False, "with init_from: take the optimizer's moments as well")
     deterministic: bool = setting(False, "the same bits in every run on GPU and TPU too (slower)")
-    log_every_steps: int = setting(10, "steps between lines of metrics", free=True)
-    hang_secs: float = setting(600.0, "end a job that passes no step boundary for this long (0: never)", free=True)
+    log_every_steps: int = setting(
+        10,
+        "steps between lines of metrics",
+        free=True,
+        least=1,
+        aliases=("log_interval", "logging_steps", "log_period", "log_every_n_steps"),
+    )
+    hang_secs: float = setting(
+        600.0, "end a job that passes no step boundary for this long (0: never)", free=True, least=0
+    )
     replicas_every_steps: int = setting(
-        0, "compare the bits of parameters that several devices hold (0: never)", free=True
+        0, "compare the bits of parameters that several devices hold (0: never)", free=True, least=0
     )
     on_bad_step: str = setting(
-        "halt", "on a loss or gradient that is not finite, or a spike: " + ", ".join(POLICIES), free=True
+        "halt",
+        "on a loss or gradient that is not finite, or a spike: " + ", ".join(POLICIES),
+        free=True,
+        choices=POLICIES,
     )
-    spike_sigmas: float = setting(0.0, "a loss this many deviations above its mean is a spike (0: none is)", free=True)
-    max_bad_steps: int = setting(10, "bad steps in a row (rollback: since a checkpoint) that end the run", free=True)
+    spike_sigmas: float = setting(
+        0.0, "a loss this many deviations above its mean is a spike (0: none is)", free=True, least=0
+    )
+    max_bad_steps: int = setting(
+        10, "bad steps in a row (rollback: since a checkpoint) that end the run", free=True, least=1
+    )
 
     @property
     def last_step(self) -> int:
         """The step after which this run stops."""
         return min(self.stop_step or self.num_steps, self.num_steps)
 
-    def check(self) -> None:
-        """Raise UserError for counts below their least."""
-        for name in ("num_steps", "accumulation_steps", "steps_per_dispatch", "log_every_steps", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}={getattr(self, name)} must be at least 1.")
-        if self.num_steps >= 2**31:
-            raise UserError(f"train.num_steps={self.num_steps} must be below 2^31.")
-        for name in ("stop_step", "spike_sigmas", "hang_secs", "replicas_every_steps"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"train.{name}={getattr(self, name)} must be at least 0.")
-        if self.on_bad_step not in POLICIES:
-            raise UserError(f"train.on_bad_step={self.on_bad_step!r} must be one of {', '.join(POLICIES)}.")
-
 
 @dataclasses.dataclass
-class WritersConfig:
-    """Where metrics go beside metrics.jsonl."""
+class WritersConfig(Section, name="writers"):
+    """Where metrics go besides metrics.jsonl."""
 
     plot: bool = setting(True, "draw loss.png", free=True)
-    tensorboard: bool = setting(False, "TensorBoard event files, below tensorboard/ in the run's folder", free=True)
-    wandb: bool = setting(False, "Weights & Biases (WANDB_MODE=offline: without a network)", free=True)
+    tensorboard: bool = setting(
+        False,
+        "TensorBoard event files, below tensorboard/ in the run's folder",
+        free=True,
+        aliases=("enable_tensorboard", "report_to"),
+    )
+    wandb: bool = setting(
+        False,
+        "Weights & Biases (WANDB_MODE=offline: without a network)",
+        free=True,
+        aliases=("wandb_log", "use_wandb", "wandb_project"),
+    )
 
 
-def _section(cls: type):
+def _section(cls: type) -> Any:
     return dataclasses.field(default_factory=cls)
 
 
 @dataclasses.dataclass
-class Config:
+class Config(Section):
     """All settings of a run."""
 
-    seed: int = setting(0, "seed of initialization, data order and dropout")
+    seed: int = setting(
+        0,
+        "seed of initialization, data order and dropout",
+        least=0,
+        below=2**31,
+        aliases=("data_shuffle_seed", "init_weights_seed", "data_seed", "random_seed"),
+    )
     data: DataConfig = _section(DataConfig)
     model: ModelConfig = _section(ModelConfig)
     mesh: MeshConfig = _section(MeshConfig)
@@ -130,16 +208,19 @@ class Config:
     sample: SampleConfig = _section(SampleConfig)
     writers: WritersConfig = _section(WritersConfig)
 
+    @property
+    def micro_batch_rows(self) -> int:
+        """Rows of one micro-batch, over all devices."""
+        return self.data.batch_size // self.train.accumulation_steps
+
     def check(self) -> None:
         """Raise UserError for any mistake that needs neither data nor devices to be seen."""
-        for key, _, value in settings_of(self):
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{key}={value} must be a finite number.")
-        for section in (self.data, self.model, self.mesh, self.train, self.eval, self.checkpoint, self.sample):
-            section.check()
-        self.optimizer.check(self.train.num_steps)
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"seed={self.seed} must be at least 0 and below 2^31.")
+        super().check()
+        if self.optimizer.warmup_steps > self.train.num_steps:
+            raise UserError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be at most the schedule's length "
+                f"(train.num_steps={self.train.num_steps}); make one shorter or the other longer."
+            )
         if self.eval.patience and not self.eval.every_steps:
             raise UserError("eval.patience needs evaluations; set eval.every_steps.")
         if self.data.batch_size % self.train.accumulation_steps:
@@ -155,20 +236,27 @@ class Config:
             raise UserError(
                 f"data.seq_len={self.data.seq_len} must be at most model.context={self.model.context}; change one."
             )
+        if self.model.attention == "splash" and self.data.seq_len % 128:
+            raise UserError(
+                f"model.attention=splash needs a data.seq_len that 128 divides (here {self.data.seq_len}); "
+                "or set model.attention=auto."
+            )
 
     def check_mesh(self, batch_shards: int) -> None:
         """Raise UserError unless the mesh's `batch_shards` divide a micro-batch."""
-        micro = self.data.batch_size // self.train.accumulation_steps
-        if micro % batch_shards:
+        if self.micro_batch_rows % batch_shards:
             raise UserError(
                 f"data.batch_size={self.data.batch_size} must be divisible by the data axis ({batch_shards}) times "
                 f"train.accumulation_steps ({self.train.accumulation_steps}); set data.batch_size or mesh.data."
             )
 
-    def resolve(self, vocab_size: int) -> None:
-        """Write numbers over every size that was left open; `vocab_size` is the tokenizer's."""
+    def resolve(self, vocab_size: int) -> "Config":
+        """Return a frozen copy in which every size that was left open is a number; `vocab_size` is the tokenizer's."""
         if self.model.vocab_size and self.model.vocab_size < vocab_size:
             raise UserError(
                 f"model.vocab_size={self.model.vocab_size} must be at least the tokenizer's ({vocab_size}), or 0."
             )
-        self.model.resolve(vocab_size, self.data.seq_len)
+        resolved = self.editable_copy()
+        resolved.model = self.model.resolve(vocab_size, self.data.seq_len)
+        resolved.freeze()
+        return resolved

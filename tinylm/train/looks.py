@@ -33,7 +33,7 @@ class Looks:
             return self.eval_step(*arguments)
 
         c = self.config
-        rows = c.data.batch_size // c.train.accumulation_steps
+        rows = c.micro_batch_rows
         most = c.eval.max_batches * c.train.accumulation_steps  # micro-batches
         nats, count = evaluate(step, params, self.data.valid, rows, self.mesh, most)
         if not c.eval.exact_match:

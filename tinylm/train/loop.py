@@ -57,7 +57,7 @@ class Trainer:
         self.valid_step = -1
         self.compare_replicas = make_replica_check(mesh, blueprint.abstract.params)
         self.account = Account(folder)
-        self.rows = config.data.batch_size // config.train.accumulation_steps
+        self.rows = config.micro_batch_rows
         self.owned = owned_rows(mesh, self.rows)  # of a micro-batch: those of this process
         self.step = 0  # as far as is known; where a dispatch is pending, as if no step of it were bad
         self.settled = 0  # steps whose metrics were read
@@ -241,7 +241,7 @@ class Trainer:
     def _log(self, step: int, values: dict[str, float]) -> None:
         """Write the metrics of a step."""
         self.train_loss = values["loss"]
-        speed = self.progress.tokens_per_sec(step, self.config.data.batch_size * self.config.data.seq_len)
+        speed = self.progress.tokens_per_sec(step, self.config.data.tokens_per_step)
         mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
         shown = {name: value for name, value in values.items() if name != "bad"}
         self._write({"step": step, "split": "train", **shown, "tokens_per_sec": speed, "mfu": mfu})

@@ -58,7 +58,7 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 def by_formula(config: Config, abstract: TrainState, mesh: Mesh) -> tuple[int, float, list[Collective]]:
     """Return the tokens of a step, its FLOPs, and the least that it must communicate."""
-    tokens = config.data.batch_size * config.data.seq_len
+    tokens = config.data.tokens_per_step
     whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.params))
     least = least_collectives(config.model, config.mesh, mesh, Work(whole, tokens, config.train.accumulation_steps))
     return tokens, train_flops_per_token(config.model, config.data.seq_len) * tokens, least
@@ -75,8 +75,7 @@ def known_chip(mesh: Mesh) -> Chip:
 
 def compile_step(config: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Compiled:
     """Compile the train step that the trainer runs, one step a call; nothing is allocated."""
-    micro = config.train.accumulation_steps
-    shape = (1, micro, config.data.batch_size // micro, config.data.seq_len)
+    shape = (1, config.train.accumulation_steps, config.micro_batch_rows, config.data.seq_len)
     layout = activation_sharding(mesh, (None, None, "batch", None), shape)
     names = {"tokens": "int32", "targets": "int32", "weights": "float32"}
     if config.data.packing == "packed":

@@ -46,11 +46,11 @@ class Proof:
 def prove_mesh(config: Config) -> Proof:
     """Take one step on one device and on each mesh shape of all devices here."""
     data = open_data(config.data, seed=config.seed)
-    config.resolve(data.vocab_size)
-    batch = next(_batches(config, data, np.arange(_micro_rows(config))))[1]
+    config = config.resolve(data.vocab_size)
+    batch = next(_batches(config, data, np.arange(config.micro_batch_rows)))[1]
     one_loss, one_norm, one_params = _one_step(config, MeshConfig(data=1), batch)
     rows, apart = [("mesh", "loss", "loss apart", "gradient norm apart", "parameters apart")], []
-    for mesh in _meshes(jax.device_count(), _micro_rows(config)):
+    for mesh in _meshes(jax.device_count(), config.micro_batch_rows):
         loss, norm, params = _one_step(config, mesh, batch)
         apart.append(abs(loss / one_loss - 1))
         furthest = max(float(np.max(np.abs(a - b))) for a, b in zip(params, one_params, strict=True))
@@ -71,7 +71,7 @@ def _one_step(config: Config, mesh_config: MeshConfig, batch: dict[str, np.ndarr
     """Return loss, gradient norm and updated parameters of the first step on a mesh."""
     mesh = make_mesh(mesh_config)
     config.check_mesh(batch_shards(mesh))
-    rows = _micro_rows(config)
+    rows = config.micro_batch_rows
     with jax.set_mesh(mesh):
         blueprint = make_blueprint(config.model, config.optimizer, mesh_config, config.train.num_steps, mesh)
         steps = make_train_steps(blueprint, make_schedule(config.optimizer, config.train.num_steps))
@@ -84,7 +84,7 @@ def _one_step(config: Config, mesh_config: MeshConfig, batch: dict[str, np.ndarr
 def prove_hosts(config: Config) -> Proof:
     """Make the first batches as 1, 2, 4, ... processes would, each its rows alone, and compare their hashes."""
     data = open_data(config.data, seed=config.seed)
-    rows = _micro_rows(config)
+    rows = config.micro_batch_rows
     counts = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0]
     table = {count: _hashes(config, data, count) for count in counts}
     heads = ("processes", *(f"batch {step}" for step in range(HOSTS_STEPS)))
@@ -95,7 +95,7 @@ def prove_hosts(config: Config) -> Proof:
 
 def _hashes(config: Config, data: Any, processes: int) -> list[str]:
     """Return a hash of each of the first batches, put together from the parts that `processes` make."""
-    parts = [_batches(config, data, owned) for owned in np.split(np.arange(_micro_rows(config)), processes)]
+    parts = [_batches(config, data, owned) for owned in np.split(np.arange(config.micro_batch_rows), processes)]
     hashes = []
     for _ in range(HOSTS_STEPS):
         arrays = [next(part)[1] for part in parts]
@@ -106,12 +106,8 @@ def _hashes(config: Config, data: Any, processes: int) -> list[str]:
     return hashes
 
 
-def _micro_rows(config: Config) -> int:
-    return config.data.batch_size // config.train.accumulation_steps
-
-
 def _batches(config: Config, data: Any, owned: np.ndarray):
-    shape = (config.train.accumulation_steps, _micro_rows(config))
+    shape = (config.train.accumulation_steps, config.micro_batch_rows)
     return train_batches(data.train, batch_shape=shape, owned_rows=owned)
 
 

@@ -5,7 +5,6 @@ Each is ranked by formula: state is exact, from the abstract state; activations 
 one doesn't fit after all, its batch is halved until it does.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,7 +51,7 @@ def _rows(config: Config, mesh_config: MeshConfig, devices: Sequence[jax.Device]
     abstract = make_blueprint(config.model, config.optimizer, mesh_config, config.train.num_steps, mesh).abstract
     held = {"params": held_bytes(abstract.params), "optimizer": held_bytes(abstract.opt_state)}
     for remat in REMATS:
-        trial = copy.deepcopy(config)
+        trial = config.editable_copy()
         trial.mesh, trial.model.remat = mesh_config, remat
         fixed = 2 * held["params"] + held["optimizer"]  # the gradients lie where the parameters do
         per_row = activation_bytes(trial.model, mesh_config.model, config.data.seq_len)
@@ -86,13 +85,13 @@ def activation_bytes(model: ModelConfig, tensor: int, seq_len: int) -> float:
 
 def _compile(config: Config, row: dict[str, Any], devices: Sequence[jax.Device]) -> dict[str, Any]:
     """Return `row` with what its compiled step takes, the batch halved until it fits or is one row a device."""
-    trial = copy.deepcopy(config)
+    trial = config.editable_copy()
     trial.mesh, trial.model.remat = MeshConfig(**row["mesh"], fsdp=row["fsdp"]), row["remat"]
     mesh, trial.data.batch_size = make_mesh(trial.mesh, devices), row["batch_size"]
     least = batch_shards(mesh) * config.train.accumulation_steps
     while not (plan := make_plan(trial, mesh))["fits"] and trial.data.batch_size > least:
         trial.data.batch_size //= 2
-    tokens = trial.data.batch_size * config.data.seq_len
+    tokens = trial.data.tokens_per_step
     return {**row, "batch_size": trial.data.batch_size, "fits": plan["fits"],
             "compiled_bytes": plan["per_device_bytes"]["total"],
             "compiled_secs_per_token": plan["step_secs_estimate"] / tokens, "bound_by": plan["bound_by"]}  # fmt: skip

@@ -45,7 +45,7 @@ def start_run(config: Config, workdir: str) -> Trainer:
     if folder.exists():
         check_same_config(config, folder)
     data = open_data(config.data, seed=config.seed, is_writer=is_main())
-    config.resolve(data.vocab_size)
+    config = config.resolve(data.vocab_size)
     encode_prompts(config, data.tokenizer)
     if not folder.exists():
         check_origin(config, data.tokenizer)

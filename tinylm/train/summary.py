@@ -22,7 +22,7 @@ def opening(trainer: Trainer) -> None:
     say(f"mesh    {mesh_summary(trainer.mesh)}")
     say(f"data    {c.data.source}, {c.data.tokenizer}: {len(trainer.data.train):,} rows of {c.data.seq_len} tokens")
     say(
-        f"train   {c.train.last_step:,} steps of {c.data.batch_size * c.data.seq_len:,} tokens "
+        f"train   {c.train.last_step:,} steps of {c.data.tokens_per_step:,} tokens "
         f"into {trainer.folder.path}{expected(trainer)}"
     )
 
@@ -32,7 +32,7 @@ def expected(trainer: Trainer, mfu: float = 0.4) -> str:
     if not trainer.peak_flops:
         return ""
     c = trainer.config
-    left = (c.train.last_step - max([0, *trainer.checkpoints.steps()])) * c.data.batch_size * c.data.seq_len
+    left = (c.train.last_step - max([0, *trainer.checkpoints.steps()])) * c.data.tokens_per_step
     return f", about {left * trainer.flops_per_token / trainer.peak_flops / mfu / 60:.1f} min at {mfu:.0%} of the peak"
 
 
