@@ -35,7 +35,13 @@ def main() -> None:
         raise UserError(f"--workdir={folder.path} holds a run already; name another.")
     else:
         result = bring_in(folder)
-    print(json.dumps(result) if FLAGS.json else "\n".join(f"{name:<14}{value}" for name, value in result.items()))
+    if FLAGS.json:
+        print(json.dumps(result))
+        return
+    left_out = result.pop("left_out", [])
+    print("\n".join(f"{name:<14}{value}" for name, value in result.items()))
+    for line in left_out:
+        print(f"{'left out':<14}{line}")
 
 
 def bring_in(folder: Any) -> dict[str, Any]:
@@ -52,11 +58,22 @@ def bring_in(folder: Any) -> dict[str, Any]:
     model = imported.model
     tokenizer = data_tokenizer(imported.tokenizer, folder.tokenizer)
     config = Config(data=DataConfig(tokenizer=tokenizer, seq_len=min(model.context, 512), batch_size=8), model=model)
-    record = {"config": to_dict(config), "versions": versions(imported.mesh), "imported_from": source,
-              "start_id": imported.start_id}  # fmt: skip
+    record = {
+        "config": to_dict(config),
+        "versions": versions(imported.mesh),
+        "imported_from": source,
+        "start_id": imported.start_id,
+        "end_ids": list(imported.end_ids),
+    }
     write_run(folder, record, imported)
     count = sum(map(math.prod, unpadded_shapes(model).values()))
-    return {"workdir": str(folder.path), "parameters": count, "vocab_size": model.vocab_size, "context": model.context}
+    return {
+        "workdir": str(folder.path),
+        "parameters": count,
+        "vocab_size": model.vocab_size,
+        "context": model.context,
+        "left_out": list(imported.left_out),
+    }
 
 
 if __name__ == "__main__":

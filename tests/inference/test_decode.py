@@ -56,6 +56,20 @@ def test_only_known_ids_are_drawn_and_the_end_stays(model):
             assert (row[list(row).index(END) :] == END).all()
 
 
+def test_any_of_several_ends_ends_a_text(model):
+    """A second end is written as the first, with its own log-probability."""
+    graph, params, decoder = model
+    prompt = [[5, 9, 3]]
+    plain = decoder.write(params, prompt, max_tokens=8, sampler=GREEDY)[0]
+    assert plain[2] not in plain[:2], "greedy text repeats at once; take another prompt"
+    ending = Decoder(graph, 16, END, 60, (61, plain[2]))
+    assert ending.write(params, prompt, max_tokens=8, sampler=GREEDY)[0] == plain[:2]
+    [(ids, scores)] = ending.stream(params, prompt, max_tokens=8, sampler=GREEDY, scored=True)
+    [(_, plain_scores)] = decoder.stream(params, prompt, max_tokens=8, sampler=GREEDY, scored=True)
+    assert ids[0].tolist() == [*plain[:2], *[END] * 6]
+    np.testing.assert_array_equal(scores[0, :3], plain_scores[0, :3])
+
+
 def test_a_seed_decides_the_text(model):
     _, params, decoder = model
     texts = [decoder.write(params, [[4]], max_tokens=10, sampler=Sampler(1.0), seed=seed) for seed in (1, 1, 2)]

@@ -26,6 +26,11 @@ SETTINGS = {
                  "parallel_residual": True, "tie_embeddings": False},
     "gpt_neox_serial": {"norm": "layernorm", "bias": True, "qkv_bias": True, "rotary_base": 500.0},
     "llama": {"mlp": "swiglu", "mlp_dim": 40, "num_kv_heads": 2, "tie_embeddings": False},
+    "mistral": {"mlp": "swiglu", "mlp_dim": 40, "num_kv_heads": 2, "attention_window": (5,)},
+    "qwen2": {"mlp": "swiglu", "mlp_dim": 40, "qkv_bias": True, "attention_window": (0, 5), "rotary_base": 500.0},
+    "llama_attention_bias": {"mlp": "swiglu", "bias": True, "qkv_bias": True, "mlp_bias": False},
+    "llama_mlp_bias": {"mlp": "swiglu", "bias": True, "out_bias": False, "tie_embeddings": False},
+    "gpt_neox_without_attention_bias": {"norm": "layernorm", "bias": True, "out_bias": False, "mlp": "gelu_exact"},
     "llama_tied": {"mlp": "geglu", "bias": True, "qkv_bias": True, "head_dim": 16, "norm_epsilon": 1e-6},
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ from tinylm.evaluate import score_stories
 from tinylm.inference.decode import Decoder
 from tinylm.interop import models, tensor_files, weights
 from tinylm.interop.families import FAMILIES
+from tinylm.interop.hf_model import read_model
 from tinylm.interop.tokenizer_files import data_tokenizer
 from tinylm.run.folder import RunFolder
 from tinylm.run.open_run import open_run
@@ -224,6 +225,7 @@ def test_a_sharded_folder_is_read(copy, exported, monkeypatch):
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b"])
 def test_an_index_names_files_beside_it_alone(copy, name):
     folder = copy()
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"transformer.wte.weight": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="must lie beside its index"):
@@ -232,9 +234,10 @@ def test_an_index_names_files_beside_it_alone(copy, name):
 
 def test_an_index_that_names_what_is_not_there(copy):
     folder = copy()
-    index = {"weight_map": {"strange": "model.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    index = {"weight_map": {"strange": "other.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"names strange in model.safetensors, which isn't there"):
+    with pytest.raises(UserError, match=r"names strange in other.safetensors, which isn't there"):
         models.import_hf(str(folder))
 
 
@@ -268,35 +271,162 @@ def test_quantized_weights_are_refused(copy):
 
 
 CONFIGS = {
-    "family": ("gpt2", {"model_type": "t5"}, r"model_type='t5'; tinylm reads gpt2, gpt_neo, gpt_neox, llama"),
+    "family": (
+        "gpt2",
+        {"model_type": "t5"},
+        r"model_type='t5'; tinylm reads gpt2, gpt_neo, gpt_neox, llama, mistral, qwen2",
+    ),
     "activation": ("gpt2", {"activation_function": "mish"}, "activation_function='mish'.*gelu_new"),
     "scaling": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
     "rope": ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3'"),
-    "bias": ("llama", {"attention_bias": True}, "mlp_bias=False"),
     "size": ("gpt2", {"n_embd": None}, "lacks n_embd"),
     "vocabulary": ("gpt2", {"vocab_size": 100}, "the tokenizer has 257 ids and the model's vocabulary 100"),
-    "kind": ("gpt_neo", {"attention_layers": ["global", "sparse"]}, "sparse.*reads global and local"),
+    "kind": ("gpt_neo", {"attention_layers": ["global", "sparse"]}, "sparse.*reads lists of global and local"),
 }
 
 
 WRONG = ["12", "x", None, True, 1.5, 0, -1, 10**30, float("nan"), [], {}, [[1]]]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gpt_neox", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gpt_neox", "llama", "mistral", "qwen2"])
 def test_values_of_any_kind_in_a_config_are_read_or_refused(copy, name):
     folder = copy(name)
     config = json.loads((folder / "config.json").read_text())
-    more = ["rope_parameters", "rope_scaling", "num_key_value_heads", "attention_layers", "partial_rotary_factor"]
+    more = ["rope_parameters", "rope_scaling", "num_key_value_heads", "attention_layers", "partial_rotary_factor",
+            "attention_bias", "sliding_window", "layer_types", "eos_token_id"]  # fmt: skip
     for key in [*config, *more]:
         for value in WRONG:
             (folder / "config.json").write_text(json.dumps({**config, key: value}))
             try:
-                model = models.read_model_config(folder)[1]
+                model = read_model(folder)[1]
             except UserError as error:
                 assert "\n" not in str(error)
             else:
                 sizes = [getattr(model, size) for size in ("vocab_size", "context", "embed_dim", "head_dim", "mlp_dim")]
                 assert all(type(size) is int and 0 < size < 1 << 31 for size in sizes), (key, value)
+
+
+HUGE = 100_000_000
+# More than the weights hold, in a config.json of a few hundred bytes. Building any of these takes minutes or more.
+HOSTILE = {
+    "layers of gpt2": ("gpt2", {"n_layer": HUGE}, r"n_layer=100000000, and the weights hold 2 layers"),
+    "layers of gpt_neo": ("gpt_neo", {"num_layers": HUGE}, r"num_layers=100000000, and the weights hold 2 layers"),
+    "layers by another name": ("gpt2", {"n_layer": None, "num_hidden_layers": HUGE}, r"the weights hold 2 layers"),
+    "layers of llama": ("llama", {"num_hidden_layers": HUGE}, r"num_hidden_layers=100000000, and the weights hold 2"),
+    "pattern": ("gpt_neo", {"attention_layers": None, "attention_types": [[["global", "local"], HUGE]]},
+                r"attention_types of 200000000 layers and num_layers=2"),
+    "both": ("gpt_neo", {"attention_layers": None, "attention_types": [[["global"], HUGE]], "num_layers": HUGE},
+             r"the weights hold 2 layers"),
+    "long pattern": ("qwen2", {"layer_types": ["full_attention"] * 3}, r"layer_types of 3 layers; there are 2"),
+    "width": ("llama", {"hidden_size": 2**31 - 4}, r"hidden_size=2147483644, and no dimension.*is above 259"),
+    "mlp": ("llama", {"intermediate_size": 2**31 - 1}, r"intermediate_size=2147483647, and no dimension"),
+    "heads": ("llama", {"num_attention_heads": 2**30, "head_dim": 2**30}, r"num_attention_heads x head_dim=\d+, and"),
+    "vocabulary": ("gpt2", {"vocab_size": 2**31 - 1}, r"vocab_size=2147483647, and no dimension"),
+    "positions": ("gpt2", {"n_positions": 2**31 - 1}, r"n_positions=2147483647, and no dimension"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_sizes_are_checked_against_the_weights_before_anything_is_built(copy, case, monkeypatch):
+    name, changes, wanted = HOSTILE[case]
+    folder = copy(name)
+    edit_config(folder, **changes)
+    built = []
+    monkeypatch.setattr(weights, "abstract_transformer", built.append)
+    with pytest.raises(UserError, match=wanted) as caught:
+        models.import_hf(str(folder), mesh_config=ONE)
+    assert "\n" not in str(caught.value)
+    assert not built
+
+
+# What a family has that no setting of ours expresses, or that can't be, in the words of its own config.json.
+OWN_WORDS = {
+    "heads": ("llama", {"num_attention_heads": 5, "head_dim": None}, r"hidden_size=32 must be divisible by num_atte"),
+    "grouped": ("mistral", {"num_key_value_heads": 3}, r"num_attention_heads=4 must be divisible by num_key_"),
+    "default": ("mistral", {"num_key_value_heads": ...}, r"heads=4 must be divisible by num_key_value_heads=8"),
+    "number": ("llama", {"rms_norm_eps": "small"}, r"rms_norm_eps='small'"),
+    "size": ("gpt2", {"n_embd": 1.5}, r"n_embd=1.5; gpt2 needs a whole number"),
+    "flag": ("llama", {"attention_bias": "yes"}, r"attention_bias='yes'; llama needs true or false"),
+    "window": ("mistral", {"sliding_window": 0}, r"sliding_window=0; mistral needs a whole number"),
+    "no window": ("qwen2", {"use_sliding_window": False}, r"sliding_window=None; qwen2 needs a whole number"),
+    "yarn": ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling with rope_type='yarn'"),
+    "by layer": ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, r"for each kind of layer"),
+    "relative": ("llama", {"model_type": "qwen3"}, r"model_type='qwen3'.*reads gpt2,.*q_norm and k_norm"),
+    "base": ("llama", {"rope_theta": -1.0}, r"rope_theta=-1.0; llama needs a number above 0"),
+    "part": ("gpt_neox", {"rotary_pct": 1.5}, r"rotary_pct=1.5 must be above 0 and at most 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OWN_WORDS)
+def test_refusals_are_in_the_words_of_the_family(copy, case):
+    name, changes, wanted = OWN_WORDS[case]
+    folder = copy(name)
+    gone = [key for key, value in changes.items() if value is ...]
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: x for key, x in config.items() if key not in gone}))
+    with pytest.raises(UserError, match=wanted) as caught:
+        models.import_hf(str(folder), mesh_config=ONE)
+    assert "\n" not in str(caught.value)
+    assert "model." not in str(caught.value).replace("model.safetensors", "")
+
+
+def test_what_is_left_out_is_named_with_its_reason(copy):
+    folder = copy()
+
+    def add(tensors):
+        masks = {f"transformer.h.{i}.attn.bias": np.ones((1, 1, 2, 2), np.float32) for i in range(2)}
+        return tensors | masks | {"lm_head.weight": tensors["transformer.wte.weight"]}
+
+    rewrite(folder, add)
+    (folder / "adapter.safetensors").write_bytes(b"never read")
+    assert models.import_hf(str(folder), mesh_config=ONE).left_out == (
+        "transformer.h.*.attn.bias (2): causal mask, which is computed",
+        "lm_head.weight: the same numbers as transformer.wte.weight, as config.json says",
+        "adapter.safetensors: a file that transformers does not read",
+    )
+
+
+def test_a_tied_matrix_that_differs_is_a_matrix_of_its_own(copy):
+    folder = copy()
+    rewrite(folder, lambda t: t | {"lm_head.weight": t["transformer.wte.weight"] + 1})
+    imported = models.import_hf(str(folder), mesh_config=ONE)
+    assert not imported.model.tie_embeddings
+    head_EV, embedding_VE = (np.asarray(imported.params[name]) for name in ("head", "embedding"))
+    np.testing.assert_array_equal(head_EV.T[:VOCAB], embedding_VE[:VOCAB] + 1)
+
+
+def test_the_output_matrix_of_gpt_neox_has_two_names(copy, exported):
+    folder = copy("gpt_neox")
+    rewrite(folder, lambda t: {name.replace("embed_out", "lm_head"): x for name, x in t.items()})
+    run = exported("gpt_neox")[0]
+    assert_same_weights(run.params, models.import_hf(str(folder), mesh_config=ONE).params, run.model_config)
+
+
+def test_a_folder_of_an_adapter_is_refused(copy):
+    folder = copy()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds an adapter \(adapter_config.json\).*merge it"):
+        models.import_hf(str(folder))
+
+
+def test_files_among_which_none_is_the_model_are_refused(copy):
+    folder = copy()
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "b.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds 2 .safetensors files, but no model.safetensors"):
+        models.import_hf(str(folder))
+
+
+def test_all_ends_of_text_are_read_and_kept(copy, tmp_path):
+    """Ends that the tokenizer has no id for are none."""
+    folder = copy("llama")
+    edit_config(folder, eos_token_id=[256, 9])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 256, 258, "x", -1]}))
+    imported = models.import_hf(str(folder), mesh_config=ONE)
+    assert (imported.tokenizer.eot_id, imported.end_ids) == (256, (9, 11))
+    run = dataclasses.replace(small_run(small_model("llama")), end_ids=imported.end_ids)
+    models.export_hf(run, str(tmp_path / "again"))
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == [256, 9, 11]
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -394,7 +524,7 @@ def test_an_export_into_the_empty_folder_that_one_is_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models.export_hf(small_run(small_model("gpt2")), ".")
     assert sorted(map(str, pathlib.Path().iterdir())) == sorted(path.name for path in tmp_path.iterdir())
-    assert models.read_model_config(pathlib.Path())[0].model_type == "gpt2"
+    assert read_model(pathlib.Path())[0].model_type == "gpt2"
 
 
 @pytest.mark.parametrize("place", ["file/hf", "/proc/hf", "full"])
@@ -422,7 +552,7 @@ def test_an_export_overwrites_nothing(tmp_path):
         ("llama", {"qk_norm": True}, r"the nearest, llama, would need model.qk_norm=False \(here True\)"),
         ("gpt2", {"mlp": "swiglu"}, r"the nearest, gpt2, would need model.mlp='gelu' \(here 'swiglu'\)"),
         ("gpt2", {"head_dim": 4}, r"model.head_dim=8 \(here 4\)"),
-        ("llama", {"attention_window": (4,)}, r"model.attention_window=\(0,\) \(here \(4,\)\)"),
+        ("llama", {"local_heads": 2, "attention_window": (4,)}, r"mistral, would need model.local_heads=0 \(here 2\)"),
     ],
 )
 def test_a_model_of_no_family_is_told_what_stands_in_the_way(name, changes, wanted):
@@ -482,7 +612,8 @@ def test_an_imported_run_opens(copy, tmp_path):
     imported = models.import_hf(str(copy()))
     folder = RunFolder(str(tmp_path / "run"))
     record = {"config": to_dict(Config(model=imported.model)), "versions": {"mesh": {}}, "imported_from": "there"}
-    models.write_run(folder, record, imported)
+    models.write_run(folder, record | {"end_ids": [9]}, imported)
     run = open_run(str(tmp_path / "run"))
+    assert run.end_ids == (9,)
     assert (run.step, run.model_config, run.tokenizer.eot_id) == (0, imported.model, 256)
     assert all(map(np.array_equal, jax.tree.leaves(run.params), jax.tree.leaves(imported.params)))

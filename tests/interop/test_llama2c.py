@@ -157,6 +157,16 @@ def test_files_and_tokenizers_that_are_missing_are_named(small, tmp_path):
         models.import_llama2c(str(path), str(tmp_path / "x.txt"))
 
 
+@pytest.mark.parametrize("vocab", [VOCAB + 5, VOCAB - 5])
+def test_a_tokenizer_of_another_size_is_refused(small, vocab):
+    """Each model of llama2.c has a tokenizer of just its size; a smaller one would write other words."""
+    path, tokenizer = small
+    numbers = struct.pack("<7i", 4, 4, 1, 1, 1, vocab, 2)
+    path.write_bytes(numbers + bytes(4 * (vocab * 4 + 4 + 4 * 16 + 4 + 3 * 16 + 4 + 2 * 2 * 2)))
+    with pytest.raises(UserError, match=rf"has {VOCAB} ids and the model {vocab}; name the one that"):
+        models.import_llama2c(str(path), tokenizer)
+
+
 @pytest.fixture(scope="module")
 def stories():
     """A function of a mesh: stories260K on it."""

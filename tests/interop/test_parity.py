@@ -3,7 +3,9 @@
 Needs torch and transformers (the `parity` extra); without them these tests are skipped.
 """
 
+import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -15,13 +17,19 @@ from tinylm.core.mesh import MeshConfig
 from tinylm.data.bpe import BpeTokenizer
 from tinylm.data.tokenizers import ByteTokenizer, CharTokenizer
 from tinylm.data.vocabularies import read_vocabulary
+from tinylm.inference.decode import Decoder
+from tinylm.inference.samplers import Sampler
 from tinylm.interop import models, weights
 from tinylm.interop.families import FAMILIES
+from tinylm.interop.hf_model import read_model
+from tinylm.interop.tensor_files import open_folder
 from tinylm.interop.tokenizer_files import write_tokenizer
+from tinylm.model.transformer import abstract_transformer
 from tinylm.train import state as train_state
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the parity extra)")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (the parity extra)")
+safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed (the hf extra)")
 
 ONE = MeshConfig(data=1)
 VOCAB, CONTEXT = 259, 24
@@ -38,7 +46,15 @@ REFERENCES = {
     "gpt_neox_serial": lambda: transformers.GPTNeoXConfig(
         **MODERN, use_parallel_residual=False, rope_parameters={"rope_type": "default", "rope_theta": 500.0,
                                                                 "partial_rotary_factor": 1.0}),
+    "gpt_neox_without_attention_bias": lambda: transformers.GPTNeoXConfig(**MODERN, attention_bias=False),
     "llama": lambda: transformers.LlamaConfig(**MODERN, num_key_value_heads=2),
+    "llama_attention_bias": lambda: transformers.LlamaConfig(**MODERN, attention_bias=True),
+    "llama_mlp_bias": lambda: transformers.LlamaConfig(**MODERN, mlp_bias=True),
+    "mistral": lambda: transformers.MistralConfig(**MODERN, num_key_value_heads=2, sliding_window=None),
+    "mistral_window": lambda: transformers.MistralConfig(**MODERN, num_key_value_heads=2, sliding_window=5),
+    "qwen2": lambda: transformers.Qwen2Config(**MODERN, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2_window": lambda: transformers.Qwen2Config(**MODERN, num_key_value_heads=4, use_sliding_window=True,
+                                                     sliding_window=5, max_window_layers=1),
     "llama_biased": lambda: transformers.LlamaConfig(**MODERN, attention_bias=True, mlp_bias=True, head_dim=16,
                                                      tie_word_embeddings=True),
 }  # fmt: skip
@@ -47,7 +63,7 @@ REFERENCES = {
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     """A function of a name: (torch's model with random weights, the same imported by us)."""
-    made = {}
+    made, folders = {}, {}
 
     def get(name):
         if name not in made:
@@ -63,9 +79,11 @@ def pairs(tmp_path_factory):
             folder = tmp_path_factory.mktemp(name)
             theirs.save_pretrained(folder)
             ByteTokenizer().save(folder)
+            folders[name] = folder
             made[name] = theirs, models.import_hf(str(folder), mesh_config=ONE)
         return made[name]
 
+    get.folders = folders
     return get
 
 
@@ -82,6 +100,118 @@ def test_logits_agree_at_odd_lengths_and_beyond_the_window(name, pairs):
         reference = logits_of(theirs, tokens)
         assert np.abs(reference).max() > 1
         np.testing.assert_allclose(models._logits(ours.model, ours.params, tokens), reference, atol=1e-4, rtol=0)
+
+
+# Rotary settings as old and new versions of transformers write them, alone and against each other.
+ROPES = [
+    {},
+    {"rope_theta": 500.0},
+    {"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    {"rotary_emb_base": 500, "rotary_pct": 0.5},
+    {"rotary_emb_base": 500, "rope_theta": 7.0, "partial_rotary_factor": 0.75},
+    {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+    {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+    {"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 7.0, "rotary_emb_base": 7, "rotary_pct": 0.75},
+    {"rope_scaling": {"type": "default"}, "rope_theta": 500.0},
+    {"rope_scaling": {"rope_theta": 9.0}, "rope_parameters": {"rope_theta": 500.0}},
+    {"rope_scaling": {}, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+    {"rope_scaling": None, "rope_parameters": None, "rope_theta": 500.0},
+]
+
+
+def edited(source, target, **changes):
+    """Copy a model's folder and change its config.json; None takes a key out."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text()) | changes
+    config = {key: value for key, value in config.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def loaded(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "mistral", "qwen2"])
+def test_rotary_settings_are_read_from_where_transformers_reads_them(name, pairs, tmp_path):
+    """By the frequencies that transformers computes from the same config.json."""
+    pairs(name)
+    for i, rope in enumerate(ROPES):
+        folder = edited(pairs.folders[name], tmp_path / str(i), **{"rope_parameters": None, **rope})
+        wanted = getattr(loaded(folder), "gpt_neox" if name == "gpt_neox" else "model").rotary_emb.inv_freq.numpy()
+        model = read_model(folder)[1]
+        size = int(model.head_dim * model.rotary_fraction)
+        ours = model.rotary_base ** (-np.arange(0, size, 2) / size)
+        np.testing.assert_allclose(ours, wanted, rtol=1e-6, err_msg=str(rope))
+
+
+@pytest.mark.parametrize("name", ["gpt_neox", "llama"])
+def test_logits_agree_where_a_part_of_each_head_would_rotate(name, pairs, tmp_path):
+    """GPT-NeoX follows `partial_rotary_factor`; Llama ignores it, wherever it stands."""
+    pairs(name)
+    rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    folder = edited(pairs.folders[name], tmp_path / "hf", rope_parameters=rope)
+    assert_same_logits(folder)
+
+
+def assert_same_logits(folder):
+    theirs, ours = loaded(folder), models.import_hf(str(folder), mesh_config=ONE)
+    tokens = random_tokens(2, 23)
+    np.testing.assert_allclose(
+        models._logits(ours.model, ours.params, tokens), logits_of(theirs, tokens), atol=1e-4, rtol=0
+    )
+    return ours
+
+
+@pytest.mark.parametrize("name", ["gpt2_untied", "gpt_neox", "llama"])
+def test_two_matrices_that_differ_are_not_tied(name, pairs, tmp_path):
+    pairs(name)
+    ours = assert_same_logits(edited(pairs.folders[name], tmp_path / "hf", tie_word_embeddings=True))
+    assert not ours.model.tie_embeddings
+
+
+def test_a_file_that_has_the_output_matrix_alone_fills_both(pairs, tmp_path):
+    theirs, _ = pairs("llama_biased")
+    folder = edited(pairs.folders["llama_biased"], tmp_path / "hf")
+    tensors = {name: np.array(tensor) for name, tensor in open_folder(folder).items()}
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    safetensors_numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert assert_same_logits(folder).model.tie_embeddings
+    np.testing.assert_array_equal(tensors["lm_head.weight"], theirs.lm_head.weight.detach().numpy())
+
+
+def test_of_several_files_the_one_is_read_that_transformers_reads(pairs, tmp_path):
+    pairs("llama")
+    folder = edited(pairs.folders["llama"], tmp_path / "hf")
+    tensors = {name: np.zeros_like(tensor) for name, tensor in open_folder(folder).items()}
+    safetensors_numpy.save_file(tensors, folder / "consolidated.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "consolidated.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    ours = assert_same_logits(folder)
+    assert ours.left_out == ("consolidated.safetensors: a file that transformers does not read",)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_any_of_several_ends_of_text_stops_both(file, pairs, tmp_path):
+    """The third token that greedy decoding writes becomes an end of text."""
+    theirs, _ = pairs("llama")
+    prompt = torch.arange(5)[None]
+    written = theirs.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=256)[0, 5:].tolist()
+    third = next(i for i in range(2, 8) if written[i] not in (*written[:i], 256))
+    folder = edited(pairs.folders["llama"], tmp_path / "hf")
+    ends = {"eos_token_id": [256, written[third]]}
+    settings = json.loads((folder / file).read_text()) | ends
+    (folder / file).write_text(json.dumps(settings))
+    if file == "config.json":
+        (folder / "generation_config.json").unlink()
+    found = loaded(folder).generate(prompt, max_new_tokens=8, do_sample=False)[0, 5:].tolist()
+    assert found == written[: third + 1]
+    ours = models.import_hf(str(folder), mesh_config=ONE)
+    assert ours.end_ids == (written[third],)
+    decoder = Decoder(abstract_transformer(ours.model)[0], CONTEXT, 256, 257, ours.end_ids)
+    with jax.set_mesh(ours.mesh):
+        ids = decoder.write(ours.params, [prompt[0].tolist()], max_tokens=8, sampler=Sampler(0.0))[0]
+    assert ids == written[:third]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gpt_neox", "llama"])
@@ -139,7 +269,19 @@ def test_five_optimizer_steps_agree(name, pairs, monkeypatch):
     np.testing.assert_allclose(losses, reference, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "gpt_neox", "llama"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gpt2",
+        "gpt_neo",
+        "gpt_neox",
+        "gpt_neox_without_attention_bias",
+        "llama",
+        "llama_attention_bias",
+        "mistral",
+        "qwen2",
+    ],
+)
 def test_what_we_export_loads_there(name, tmp_path):
     """The export's own check compares with transformers; every tensor of theirs is filled, none left over."""
     run = small_run(small_model(name))

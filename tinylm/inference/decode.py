@@ -35,8 +35,12 @@ class Writing(NamedTuple):
 class Decoder:
     """Decodes with one model's graph; compiled programs are kept for the parameters of any step."""
 
-    def __init__(self, graph: nnx.GraphDef, context: int, end_id: int, num_ids: int):
-        """Compile nothing yet; `end_id` ends a text, and ids from `num_ids` on are never drawn."""
+    def __init__(self, graph: nnx.GraphDef, context: int, end_id: int, num_ids: int, more_ends: Sequence[int] = ()):
+        """Compile nothing yet; `end_id` ends a text, and ids from `num_ids` on are never drawn.
+
+        A model that came from elsewhere may have `more_ends`; one that it draws is written as `end_id`, so that who
+        reads ids has one end to look for.
+        """
         self._context, self._end_id = context, end_id
 
         def prefill(params, tokens_BT, length_B, done_B, num_slots, penalizes):
@@ -63,11 +67,14 @@ class Decoder:
                 t, (cache, logits_BV, position_B, slot, done_B, seen_BV), ids_BT, scores_BT = carry
                 known_BV = jnp.where(jnp.arange(vocab) < num_ids, logits_BV, -1e30)
                 wanted_BV = penalize(known_BV, seen_BV, penalty) if seen_BV.shape[1] else known_BV
-                id_B = jnp.where(done_B, end_id, draw(uniform_TB[t], wanted_BV, candidates, values))
+                drawn_B = jnp.where(done_B, end_id, draw(uniform_TB[t], wanted_BV, candidates, values))
+                id_B = drawn_B
+                for other_end in more_ends:
+                    id_B = jnp.where(drawn_B == other_end, end_id, id_B)
                 x_BD, cache = model.decode(id_B, position_B, slot, cache, blocks)
                 if scored:
                     score_BV = jax.nn.log_softmax(known_BV)
-                    scores_BT = scores_BT.at[:, t].set(jnp.take_along_axis(score_BV, id_B[:, None], axis=1)[:, 0])
+                    scores_BT = scores_BT.at[:, t].set(jnp.take_along_axis(score_BV, drawn_B[:, None], axis=1)[:, 0])
                 new = Writing(
                     cache, model.logits(x_BD[:, None])[:, 0], position_B + 1, slot + 1, done_B | (id_B == end_id),
                     seen_BV | (id_B[:, None] == jnp.arange(seen_BV.shape[1])),

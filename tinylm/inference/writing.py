@@ -39,7 +39,7 @@ def write_texts(
     Raises UserError for a prompt that is too long or has characters that the tokenizer doesn't know.
     """
     tokenizer = run.tokenizer
-    decoder = Decoder(run.graph, run.model_config.context, tokenizer.eot_id, tokenizer.vocab_size)
+    decoder = Decoder(run.graph, run.model_config.context, tokenizer.eot_id, tokenizer.vocab_size, run.end_ids)
     before = [tokenizer.encode(prompt) for prompt in prompts]
     rows: list[list[int]] = [[] for _ in prompts]
     scores: list[list[float]] = [[] for _ in prompts]

@@ -5,7 +5,7 @@ one table serves every variant of a family. `family_configs` maps the config.jso
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tinylm.interop import family_configs as configs
@@ -25,15 +25,31 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family: its names, its table, its config both ways."""
+    """A family: its names, its table, its config both ways.
+
+    `ignored` says of tensors that hold no weight, by the end of their names, why they are left out; `renamed` are
+    names that some versions of transformers give to tensors of the table.
+    """
 
     model_type: str
     architecture: str
     prefix: str  # of all names but the output matrix's; some published files leave it out
     rows: tuple[Row, ...]
-    ignored: tuple[str, ...]  # ends of names of buffers that hold no weight
+    ignored: Mapping[str, str]
+    names: configs.Names  # the family's own name of a setting of ours
     read_config: Callable[[dict[str, Any]], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]]
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def name_of(self, path: str) -> str:
+        """Return the name of the one tensor that holds a parameter of ours by itself."""
+        [name] = [row.theirs for row in self.rows if row.ours == (path,)]
+        return name
+
+    @property
+    def layer_prefix(self) -> str:
+        """What stands before the number of a layer in the names of its tensors."""
+        return next(row.theirs.partition("{}")[0] for row in self.rows if "{}" in row.theirs)
 
 
 def _rows(*lines: tuple[str, str | tuple[str, ...], Layout]) -> tuple[Row, ...]:
@@ -70,7 +86,13 @@ _ATTENTION = "blocks/attention"
 _GPT_TOP = (("transformer.wte.weight", "embedding", to.SAME), ("transformer.wpe.weight", "positions", to.SAME),
             *_norms("transformer.", {"ln_f": "norm"}), ("lm_head.weight", "head", to.OUTPUT_FIRST))  # fmt: skip
 _GPT_NORMS = _norms("transformer.h.{}.", {"ln_1": "blocks/attention_norm", "ln_2": "blocks/mlp_norm"})
-_MASKS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+_IGNORED = {
+    ".attn.bias": "causal mask, which is computed",
+    ".attn.masked_bias": "constant of a causal mask",
+    ".attention.bias": "causal mask, which is computed",
+    ".attention.masked_bias": "constant of a causal mask",
+    ".rotary_emb.inv_freq": "rotary frequencies, which follow from config.json",
+}
 
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel", "transformer.",
@@ -80,7 +102,7 @@ GPT2 = Family(
               "mlp.c_fc": ("blocks/mlp/up", to.INPUT_FIRST),
               "mlp.c_proj": ("blocks/mlp/down", to.INPUT_FIRST),
           })),
-    _MASKS, configs.read_gpt2, configs.write_gpt2,
+    _IGNORED, configs.GPT2_NAMES, configs.read_gpt2, configs.write_gpt2,
 )  # fmt: skip
 
 GPT_NEO = Family(
@@ -93,7 +115,7 @@ GPT_NEO = Family(
         "mlp.c_fc": ("blocks/mlp/up", to.OUTPUT_FIRST),
         "mlp.c_proj": ("blocks/mlp/down", to.OUTPUT_FIRST),
     })),
-    _MASKS, configs.read_gpt_neo, configs.write_gpt_neo,
+    _IGNORED, configs.GPT_NEO_NAMES, configs.read_gpt_neo, configs.write_gpt_neo,
 )  # fmt: skip
 
 GPT_NEOX = Family(
@@ -108,7 +130,8 @@ GPT_NEOX = Family(
               "mlp.dense_h_to_4h": ("blocks/mlp/up", to.OUTPUT_FIRST),
               "mlp.dense_4h_to_h": ("blocks/mlp/down", to.OUTPUT_FIRST),
           })),
-    _MASKS, configs.read_gpt_neox, configs.write_gpt_neox,
+    _IGNORED, configs.GPT_NEOX_NAMES, configs.read_gpt_neox, configs.write_gpt_neox,
+    {"lm_head.weight": "embed_out.weight"},
 )  # fmt: skip
 
 LLAMA = Family(
@@ -126,7 +149,23 @@ LLAMA = Family(
               "mlp.up_proj": ("blocks/mlp/up", to.OUTPUT_FIRST),
               "mlp.down_proj": ("blocks/mlp/down", to.OUTPUT_FIRST),
           })),
-    _MASKS, configs.read_llama, configs.write_llama,
+    _IGNORED, configs.LLAMA_NAMES, configs.read_llama, configs.write_llama,
 )  # fmt: skip
 
-FAMILIES = {family.model_type: family for family in (GPT2, GPT_NEO, GPT_NEOX, LLAMA)}
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    read_config=configs.read_mistral,
+    write_config=configs.write_mistral,
+)
+
+QWEN2 = dataclasses.replace(
+    LLAMA,
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    read_config=configs.read_qwen2,
+    write_config=configs.write_qwen2,
+)
+
+FAMILIES = {family.model_type: family for family in (GPT2, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, QWEN2)}

@@ -34,7 +34,7 @@ class TinyLM(_Template):
         self.run, self.rows = open_run(workdir, str(step)), int(batch_size)
         self.tokenizer, self.context = self.run.tokenizer, self.run.model_config.context
         graph, tokenizer = self.run.graph, self.tokenizer
-        self.decoder = Decoder(graph, self.context, tokenizer.eot_id, tokenizer.vocab_size)
+        self.decoder = Decoder(graph, self.context, tokenizer.eot_id, tokenizer.vocab_size, self.run.end_ids)
 
         def score(params, tokens_BT, targets_BT):
             logits_BTV = nnx.merge(graph, params)(tokens_BT)

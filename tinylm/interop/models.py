@@ -22,13 +22,14 @@ from jax.sharding import Mesh
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
-from tinylm.core.settings import differing_settings, settings_of
+from tinylm.core.settings import differing_settings
 from tinylm.data.tokenizers import Tokenizer
 from tinylm.interop import weights
 from tinylm.interop.families import FAMILIES, LLAMA, Family
+from tinylm.interop.hf_model import open_hf, read_model
 from tinylm.interop.llama2c import open_llama2c
-from tinylm.interop.tensor_files import open_folder, read_json, write_file
-from tinylm.interop.tokenizer_files import check_vocabulary, find_tokenizer, write_tokenizer
+from tinylm.interop.tensor_files import write_file
+from tinylm.interop.tokenizer_files import find_tokenizer, write_tokenizer
 from tinylm.model.config import ModelConfig
 from tinylm.model.transformer import abstract_transformer
 from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
@@ -40,38 +41,28 @@ _FURTHEST = 1e-4  # between our logits and transformers', as a part of the large
 
 @dataclasses.dataclass
 class Imported:
-    """A model that came from elsewhere, on the mesh; its texts begin with `start_id`."""
+    """A model that came from elsewhere, on the mesh.
+
+    Its texts begin with `start_id`; any of `end_ids` ends one, as the tokenizer's own end does. `left_out` has a line
+    for each kind of what was not read.
+    """
 
     model: ModelConfig
     params: dict
     tokenizer: Tokenizer
     mesh: Mesh
     start_id: int
+    end_ids: tuple[int, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def import_hf(folder: str, tokenizer: str = "", mesh_config: MeshConfig | None = None) -> Imported:
     """Return the model in a local folder of Hugging Face; `tokenizer` is a file, where the folder has none."""
-    place = pathlib.Path(folder).expanduser()
-    if not place.is_dir():
-        raise UserError(
-            f"--from_hf={folder} is no folder; download the model first (tinylm fetches nothing by itself)."
-        )
-    family, model = read_model_config(place)
-    config = read_json(place / "config.json")
-    found = find_tokenizer(place, tokenizer, _special_id(config, "eos_token_id", model.vocab_size))
-    check_vocabulary(found, model.vocab_size)
+    opened = open_hf(folder, f"--from_hf={folder}", tokenizer)
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
-    params = weights.import_params(open_folder(place), family, model, mesh, mesh_config.fsdp)
-    start = _special_id(config, "bos_token_id", found.vocab_size)
-    return Imported(model, params, found, mesh, found.eot_id if start is None else start)
-
-
-def _special_id(config: dict[str, Any], key: str, vocab_size: int) -> int | None:
-    """Return the id that a config.json gives for `key`, the first of several, where there is such an id."""
-    found = config.get(key)
-    found = found[0] if isinstance(found, list) and found else found
-    return found if type(found) is int and 0 <= found < vocab_size else None
+    params = opened.params(mesh, mesh_config.fsdp)
+    return Imported(opened.model, params, opened.tokenizer, mesh, opened.start_id, opened.end_ids, opened.left_out)
 
 
 def import_llama2c(path: str, tokenizer: str, mesh_config: MeshConfig | None = None) -> Imported:
@@ -80,7 +71,11 @@ def import_llama2c(path: str, tokenizer: str, mesh_config: MeshConfig | None = N
     if not tokenizer:
         raise UserError("--from_llama2c needs --tokenizer=FILE, the tokenizer.bin that the model was trained with.")
     found = find_tokenizer(pathlib.Path(), tokenizer)
-    check_vocabulary(found, model.vocab_size)
+    if found.vocab_size != model.vocab_size:  # llama2.c pads no vocabulary, so another size is another tokenizer
+        raise UserError(
+            f"--tokenizer={tokenizer} has {found.vocab_size} ids and the model {model.vocab_size}; name the one that "
+            "the model was trained with."
+        )
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
     params = weights.import_params(tensors, LLAMA, model, mesh, mesh_config.fsdp)
@@ -95,34 +90,6 @@ def write_run(folder: RunFolder, record: dict[str, Any], imported: Imported) -> 
     checkpoints.save_params(0, imported.params)
     checkpoints.close()
     folder.write_config(record)
-
-
-def read_model_config(folder: pathlib.Path) -> tuple[Family, ModelConfig]:
-    """Return the family and the resolved model settings of a config.json of Hugging Face."""
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    if kind not in list(FAMILIES):
-        raise UserError(f"config.json has model_type={kind!r}; tinylm reads {', '.join(FAMILIES)}.")
-    try:
-        model = FAMILIES[kind].read_config(config)
-    except UserError:
-        raise
-    except Exception as error:  # what a value of a wrong kind leads to
-        raise UserError(f"{folder / 'config.json'} has a value of a wrong kind ({error}).") from error
-    _check_kinds(model)
-    model.check()
-    model = model.resolve(model.vocab_size, model.context)
-    return FAMILIES[kind], model
-
-
-def _check_kinds(model: ModelConfig) -> None:
-    """Raise UserError for settings that have another type than their default, or no size that a model can have."""
-    for name, field, value in settings_of(model):
-        known, values = (x if isinstance(x, tuple) else (x,) for x in (field.default, value))
-        kinds = (float, int) if isinstance(known[0], float) else (type(known[0]),)
-        good = all(type(one) in kinds and (isinstance(one, str) or abs(one) < 1 << 31) for one in values)
-        if not good or (name in ("vocab_size", "context") and not value):
-            raise UserError(f"config.json gives model.{name}={value!r}, which no model of tinylm can have.")
 
 
 def export_hf(run: Run, folder: str) -> dict[str, Any]:
@@ -156,8 +123,14 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
 
 def _write_model(run: Run, family: Family, folder: pathlib.Path) -> None:
     model, end = run.model_config, run.tokenizer.eot_id
-    config = {"model_type": family.model_type, "architectures": [family.architecture], "dtype": "float32",
-              "bos_token_id": run.start_id, "eos_token_id": end, **family.write_config(model)}  # fmt: skip
+    config = {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        "dtype": "float32",
+        "bos_token_id": run.start_id,
+        "eos_token_id": [end, *run.end_ids] if run.end_ids else end,
+        **family.write_config(model),
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = weights.export_tensors(run.params, family, model)
     write_file(folder / "model.safetensors", weights.their_shapes(family, model), tensors)
@@ -183,14 +156,16 @@ def _misfits(family: Family, model: ModelConfig) -> list[str]:
     irrelevant = {"dropout", "init_std", "compute_dtype", "z_loss"}
     if model.position != "rotary":
         irrelevant |= {"rotary_base", "rotary_fraction"}
+    if not model.bias:
+        irrelevant |= {"mlp_bias", "out_bias"}
     keys = [key for key, _, _ in differing_settings(model, there) if key not in irrelevant]
     return [f"model.{key}={getattr(there, key)!r} (here {getattr(model, key)!r})" for key in keys]
 
 
 def check_logits(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     """Read a written model back and compare its logits with the run's, and with transformers' where it is installed."""
-    family, model = read_model_config(folder)
-    again = weights.import_params(open_folder(folder), family, model, run.mesh, fsdp=True)
+    family, model, tensors, _ = read_model(folder)
+    again = weights.import_params(tensors, family, model, run.mesh, fsdp=True)
     again = jax.device_put(again, jax.tree.map(lambda leaf: leaf.sharding, run.params))
     length = min(model.context, max(*model.attention_window, 56) + 8)
     tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, length), np.int32)

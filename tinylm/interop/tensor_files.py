@@ -20,19 +20,31 @@ from tinylm.core.errors import StorageError, UserError
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_NUMBERS = 1 << 48  # of a tensor
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 Tensors = dict[str, np.ndarray]
 
 
 def open_folder(folder: pathlib.Path) -> Tensors:
-    """Return every tensor of a model's folder by name, memory-mapped; raise UserError for what can't be trusted."""
+    """Return every tensor of a model's folder by name, memory-mapped; raise UserError for what can't be trusted.
+
+    Of several files those are read that transformers reads: model.safetensors, or what an index names.
+    """
+    if (folder / _ADAPTER).exists():
+        raise UserError(
+            f"{folder} holds an adapter ({_ADAPTER}), which changes its model; merge it into the model first (peft's "
+            "merge_and_unload), or remove it to read the model alone."
+        )
+    if (folder / _SINGLE).exists():
+        return open_file(folder / _SINGLE)
     if (folder / _INDEX).exists():
         return _open_sharded(folder)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) > 1:
-        raise UserError(f"{folder} holds {len(files)} .safetensors files and no {_INDEX}; leave the model's own alone.")
+        raise UserError(f"{folder} holds {len(files)} .safetensors files, but no {_SINGLE} or {_INDEX}.")
     if files:
         return open_file(files[0])
     pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
@@ -41,14 +53,30 @@ def open_folder(folder: pathlib.Path) -> Tensors:
             f"{folder} holds pickled weights alone ({pickled[0]}); reading a pickle can run any code in it, so tinylm "
             "reads safetensors only: save the model with save_pretrained(..., safe_serialization=True)."
         )
-    raise UserError(f"{folder} holds no model.safetensors.")
+    raise UserError(f"{folder} holds no {_SINGLE}.")
+
+
+def unread_files(folder: pathlib.Path) -> list[str]:
+    """Return the names of the .safetensors files in a folder that `open_folder` leaves alone."""
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if _SINGLE in names:
+        return [name for name in names if name != _SINGLE]
+    if (folder / _INDEX).exists():
+        read = set(_weight_map(folder).values())
+        return [name for name in names if name not in read]
+    return []
+
+
+def _weight_map(folder: pathlib.Path) -> dict[str, str]:
+    where = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise UserError(f"{folder / _INDEX} has no weight_map of names to files.")
+    return where
 
 
 def _open_sharded(folder: pathlib.Path) -> Tensors:
     """Open the files that the index names; they must lie in the same folder."""
-    where = read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise UserError(f"{folder / _INDEX} has no weight_map of names to files.")
+    where = _weight_map(folder)
     opened: dict[str, Tensors] = {}
     for name in sorted(set(where.values())):
         if pathlib.PurePath(name).name != name or "\\" in name or name == "..":

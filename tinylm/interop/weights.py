@@ -29,7 +29,6 @@ def import_params(tensors: Tensors, family: Family, config: ModelConfig, mesh: M
     """Return our parameters, laid out on `mesh`, from tensors by their names; raise UserError where these don't fit."""
     _, abstract, axes = abstract_transformer(config)
     cut = unpadded_shapes(config)
-    tensors = with_prefix(tensors, family)
     check_tensors(tensors, family, config)
     layers: dict[str, list[np.ndarray]] = {path: [] for path in cut}
     for row, layer in _walk(family, config):
@@ -62,23 +61,17 @@ def _reader(views: list[np.ndarray], path: str, shape: Shape):
 
 
 def check_tensors(tensors: Tensors, family: Family, config: ModelConfig) -> None:
-    """Raise UserError for a tensor that is missing, too many, of another shape, or no floating-point numbers."""
+    """Raise UserError for a tensor that is missing, too many, or of another shape."""
     expected = their_shapes(family, config)
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise UserError(f"the weights lack {missing[0]}{_more(missing)}, which config.json asks for.")
-    tied = {name for name in _outside(family) if config.tie_embeddings}
-    extra = [n for n in tensors if n not in expected and n not in tied and not n.endswith(family.ignored)]
+    extra = [name for name in tensors if name not in expected]
     if extra:
         raise UserError(f"the weights have {extra[0]}{_more(extra)}, which config.json doesn't ask for.")
     for name, shape in expected.items():
-        found = tensors[name]
-        if found.shape != shape:
-            raise UserError(f"{name} has shape {found.shape}; config.json asks for {shape}.")
-        if found.dtype == bool:
-            raise UserError(
-                f"{name} holds no floating-point numbers (quantized?); tinylm reads F32, F16, BF16 and F64."
-            )
+        if tensors[name].shape != shape:
+            raise UserError(f"{name} has shape {tensors[name].shape}; config.json asks for {shape}.")
 
 
 def export_tensors(params: dict, family: Family, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -118,12 +111,17 @@ def _unpadded_shapes(settings: tuple) -> Shapes:
     }
 
 
-def with_prefix(tensors: Tensors, family: Family) -> Tensors:
-    """Return tensors with the family's prefix, which files of a bare model (published GPT-2's) leave out."""
-    outside = _outside(family)
-    if any(name.startswith(family.prefix) for name in tensors):
-        return tensors
-    return {name if name in outside else family.prefix + name: tensor for name, tensor in tensors.items()}
+def with_family_names(tensors: Tensors, family: Family) -> Tensors:
+    """Return tensors by the names of the family's table.
+
+    Some versions of transformers name a tensor otherwise, and files of a bare model (published GPT-2's) leave out the
+    prefix.
+    """
+    named = {family.renamed.get(name, name): tensor for name, tensor in tensors.items()}
+    if any(name.startswith(family.prefix) for name in named):
+        return named
+    outside = {row.theirs for row in family.rows if not row.theirs.startswith(family.prefix)}
+    return {name if name in outside else family.prefix + name: tensor for name, tensor in named.items()}
 
 
 def is_stacked(path: str) -> bool:
@@ -145,10 +143,6 @@ def _walk(family: Family, config: ModelConfig) -> Iterator[tuple[Row, int]]:
     for row in rows:
         for layer in range(config.num_layers if is_stacked(row.ours[0]) else 1):
             yield row, layer
-
-
-def _outside(family: Family) -> set[str]:
-    return {row.theirs for row in family.rows if not row.theirs.startswith(family.prefix)}
 
 
 def _more(names: list[str]) -> str:

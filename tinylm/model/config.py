@@ -93,10 +93,12 @@ class ModelConfig(Section, name="model"):
     conv_taps: int = setting(
         0, "taps of a short causal convolution before attention and mlp (0: none; Canon: 4)", least=2, also=(0,)
     )
-    bias: bool = setting(False, "biases in norms, mlp and attention output", aliases=("mlp_bias",))
+    bias: bool = setting(False, "biases in norms, mlp and attention output")
     qkv_bias: bool = setting(
         False, "biases in query, key and value projections", aliases=("attention_bias", "use_qkv_bias")
     )
+    mlp_bias: bool = setting(True, "with bias: in the mlp too (Llama's attention_bias alone: False)")
+    out_bias: bool = setting(True, "with bias: in the attention output too (Llama's mlp_bias alone: False)")
     parallel_residual: bool = setting(
         False, "attention and mlp read the same input (GPT-NeoX)", aliases=("use_parallel_residual",)
     )

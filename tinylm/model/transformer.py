@@ -43,7 +43,8 @@ class Attention(nnx.Module):
         self.query = project(heads)
         self.key = project(kv_heads)
         self.value = project(kv_heads)
-        self.out = layers.Linear(heads, {"embed": c.embed_dim}, std=_output_std(c), bias=c.bias, rngs=rngs)
+        bias = c.bias and c.out_bias
+        self.out = layers.Linear(heads, {"embed": c.embed_dim}, std=_output_std(c), bias=bias, rngs=rngs)
 
     def __call__(self, x_BTD, visibility, tables, dropout, write=None, earlier=()):
         """Return (o_BTD, (keys, values, what the convolution keeps)).
@@ -76,13 +77,14 @@ class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Build the maps."""
         c = config
+        bias = c.bias and c.mlp_bias
         embed, mlp = {"embed": c.embed_dim}, {"mlp": c.mlp_dim}
         self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
         self.activation = layers.ACTIVATIONS[c.mlp]
-        self.up = layers.Linear(embed, mlp, std=c.init_std, bias=c.bias, rngs=rngs)
+        self.up = layers.Linear(embed, mlp, std=c.init_std, bias=bias, rngs=rngs)
         gated = c.mlp in layers.GATED
-        self.gate = layers.Linear(embed, mlp, std=c.init_std, bias=c.bias, rngs=rngs) if gated else None
-        self.down = layers.Linear(mlp, embed, std=_output_std(c), bias=c.bias, rngs=rngs)
+        self.gate = layers.Linear(embed, mlp, std=c.init_std, bias=bias, rngs=rngs) if gated else None
+        self.down = layers.Linear(mlp, embed, std=_output_std(c), bias=bias, rngs=rngs)
 
     def __call__(self, x_BTD, segments_BT=None, earlier=()) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Apply the mlp to each position; return (y_BTD, what the convolution keeps)."""

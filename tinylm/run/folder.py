@@ -85,7 +85,8 @@ class RunFolder:
                 },
                 "versions": {"mesh": {}},
             } if isinstance(record.get("stores", {}), dict) and isinstance(record.get("start_id", 0), int):  # fmt: skip
-                return record
+                if isinstance(ends := record.get("end_ids", []), list) and all(isinstance(end, int) for end in ends):
+                    return record
         raise UserError(f"{self.config_file} lacks what a run's has; restore it or use another workdir.")
 
     def write(self, path: epath.Path, text: str) -> None:

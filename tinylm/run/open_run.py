@@ -33,6 +33,7 @@ class Run:
     params: dict
     tokenizer: Any
     start_id: int  # what a text begins with: the end of the one before, or what an imported model has for it
+    end_ids: tuple[int, ...] = ()  # what ends a text beside the tokenizer's end, in an imported model
 
     @property
     def model(self) -> Transformer:
@@ -64,4 +65,5 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     checkpoints.close()
     tokenizer = load_tokenizer(str(folder.tokenizer))
     start_id = record.get("start_id", tokenizer.eot_id)
-    return Run(folder, config, found, mesh, model_config, graph, params, tokenizer, start_id)
+    end_ids = tuple(record.get("end_ids", ()))
+    return Run(folder, config, found, mesh, model_config, graph, params, tokenizer, start_id, end_ids)
