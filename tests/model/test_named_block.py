@@ -7,7 +7,6 @@ from flax import nnx, traverse_util
 from helpers import tiny_model
 
 from tinylm.model.attention import Visibility
-from tinylm.model.layers import Dropout
 from tinylm.model.transformer import abstract_transformer, init_parameters
 
 pytest.importorskip("penzai", reason="penzai is not installed (the test extra)")
@@ -31,8 +30,8 @@ def test_the_block_over_named_axes_is_the_production_block(changes, window):
 
     model = nnx.merge(graph, params)
     positions = np.broadcast_to(np.arange(16), (2, 16))
-    visible, off = Visibility(window=window), Dropout(0.0, None)
-    ours = jax.jit(lambda x: model.unstacked_blocks()[0](x, visible, model._rotary(positions), off)[0])(x)
+    layer_inputs = model.layer_inputs(positions, Visibility(window=window))
+    ours = jax.jit(lambda x: model.unstacked_blocks()[0](x, layer_inputs)[0])(x)
     weights = traverse_util.unflatten_dict(named, sep="/")
     inputs = named_block.name(x, "batch", "seq", "embed")
     theirs = jax.jit(lambda weights, x: named_block.block(x, weights, config, window))(weights, inputs)

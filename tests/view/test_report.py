@@ -17,7 +17,6 @@ from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.settings import to_dict
 from tinylm.model.attention import Visibility
-from tinylm.model.layers import Dropout
 from tinylm.model.transformer import Transformer
 from tinylm.run.folder import RunFolder
 from tinylm.run.gather import MOST_POINTS, curves, gather
@@ -87,15 +86,15 @@ def test_attention_weights_are_those_of_the_model(options):
     assert np.all(np.triu(weights, 1) == 0)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     positions = jnp.arange(12)[None]
-    x, tables, (graph, stacked) = model._embed(tokens, positions), model._rotary(positions), nnx.split(model.blocks)
-    for layer in range(2):
-        block = nnx.merge(graph, jax.tree.map(lambda p: p[layer], stacked))
-        visible = Visibility(window=c.attention_window[layer % len(c.attention_window)], local_heads=c.local_heads)
+    x = model.embed(tokens, positions)
+    for layer, block in enumerate(model.unstacked_blocks()):
+        window = c.attention_window[layer % len(c.attention_window)]
+        inputs = model.layer_inputs(positions, Visibility(window=window))
         v_BNTH = jnp.repeat(block.attention.value(block.attention_norm(x)).swapaxes(1, 2), 4 // c.num_kv_heads, 1)
         ours = block.attention.out(jnp.einsum("NTS,BNSH->BTNH", weights[layer], v_BNTH))
-        theirs = block.attention(block.attention_norm(x), visible, tables, Dropout(0.0, None))[0]
+        theirs = block.attention(block.attention_norm(x), inputs)[0]
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-        x = block(x, visible, tables, Dropout(0.0, None))[0]
+        x = block(x, inputs)[0]
 
 
 def test_folders_may_follow_the_flag_and_names_tell_runs_apart():

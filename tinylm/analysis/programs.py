@@ -1,12 +1,26 @@
-"""What a compiled program communicates, read from its text: collectives by kind and by mesh axis, with bytes a step.
+"""What a compiled program communicates, read from its text: collectives by kind and mesh axis.
 
-A collective inside a loop counts once a trip; a loop whose trips are not known when compiling (the steps of one call)
-counts once, so the figures are those of one step. Compilers cut one collective into pieces that share a channel, some
-in a loop that it overlaps with, which is why each channel counts once, as its piece of the fewest trips; but all sums
-of a shard_map (psum) share one channel, and each counts. Bytes are what one device sends by the ring algorithm over n
-members: (n - 1) / n of the gathered or scattered array, twice that for an all-reduce (Chan et al. 2007, "Collective
-communication"). The TPU's compiler writes a reduce-scatter as a fusion `all-reduce-scatter` of an all-reduce and a
-slice; it sends what a reduce-scatter sends.
+Figures are bytes that one device sends in one step. The text is XLA's HLO, in which a program is a
+list of named computations: the entry, and the bodies of its loops and fusions.
+
+    %body (p: f32[8]) -> f32[8] {                                       a computation
+      %g = f32[32]{0} all-gather(%p), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}
+    }
+    ENTRY %main (x: f32[8]) -> f32[8] {                                 the entry
+      %w = f32[8]{0} while(%x), condition=%cond, body=%body, ... "known_trip_count":{"n":"5"}
+    }
+
+Three rules turn lines into bytes:
+
+- A collective inside a loop counts once for each trip. A loop whose number of trips isn't known
+  when compiling (the steps of one call) counts once, so the figures are those of one step.
+- Compilers cut one collective into pieces that share a channel, some of them in a loop that the
+  rest overlaps with. So each channel counts once, as its piece that runs least often. The sums of
+  a shard_map (psum) are the exception: all of them share one channel, and each counts.
+- By the ring algorithm over n members a device sends (n - 1) / n of the gathered or scattered
+  array, twice that for an all-reduce (Chan et al. 2007, "Collective communication"). The TPU's
+  compiler writes a reduce-scatter as a fusion called `all-reduce-scatter`, of an all-reduce and a
+  slice, which sends what a reduce-scatter sends.
 """
 
 import collections
@@ -18,161 +32,250 @@ import numpy as np
 from jax.sharding import Mesh
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_ITEM_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
+
+# `%body (p: f32[8]) -> f32[8] {` or `ENTRY %main (x: f32[8]) -> f32[8] {`
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+# `%g = f32[32]{0} all-gather(%p), ...`, or in two halves: `... all-gather-start(%p), ...`
+_COLLECTIVE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+# `calls=%fusion.1`, `condition=%cond, body=%body`, `branch_computations={%one, %two}`
 _CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?((?:%[\w.-]+(?:, )?)+)"
+    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)"
+    r"=\{?((?:%[\w.-]+(?:, )?)+)"
 )
+# `bf16[8,128]` in a shape, or in a tuple of shapes
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+# Types whose name doesn't end in their width in bits, or not in the width that they take.
+_ITEM_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
+
+_ENTRY = ""  # the name under which the entry is kept
+
+Computations = dict[str, list[str]]  # the lines of each computation by its name
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a program: its kind, the mesh axes that its groups span, bytes a device sends in a step."""
+    """The collectives of a program of one kind along the same mesh axes."""
 
-    kind: str
-    axis: str
-    bytes_per_step: float
+    kind: str  # one of KINDS
+    axis: str  # the mesh axes that their groups span, "+" between them
+    bytes_per_step: float  # what one device sends
 
 
 def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """Return the collectives of a compiled program for `mesh`, those of one kind and axis added up."""
-    computations = _computations(text)
-    trips = _trips(computations)
-    channels: dict[tuple, tuple[str, str, float]] = {}
+    """Return the collectives of a compiled program, those of one kind and axis added up.
+
+    Args:
+      text: `compiled.as_text()` of a program for one step.
+      mesh: the mesh that it was compiled for.
+    """
+    computations = _split_into_computations(text)
+    trips_of = _count_trips(computations)
+    by_channel: dict[tuple, Collective] = {}
     for name, lines in computations.items():
+        if not trips_of[name]:
+            continue  # the entry never gets here
         for number, line in enumerate(lines):
-            found = _COLLECTIVE.search(line)
-            if not found or not trips[name]:
+            found = _read_collective(line, name, trips_of[name], mesh)
+            if found is None:
                 continue
-            channel = "/psum" not in line and re.search(r"channel_id=(\d+)", line)
-            key = ("channel", channel.group(1)) if channel else (name, number)
-            axis, members = _span(line, mesh)
-            scatters = name.startswith("all-reduce-scatter")
-            kind = "reduce-scatter" if scatters else found.group(2)
-            sent = _sent_bytes(found, members) * trips[name] / (2 if scatters else 1)
-            if members > 1 and sent < channels.get(key, ("", "", math.inf))[2]:
-                channels[key] = (kind, axis, sent)
+            channel = _channel(line) or (name, number)
+            if channel not in by_channel or found.bytes_per_step < by_channel[channel].bytes_per_step:
+                by_channel[channel] = found
     totals: dict[tuple[str, str], float] = collections.defaultdict(float)
-    for kind, axis, sent in channels.values():
-        totals[kind, axis] += sent
+    for one in by_channel.values():
+        totals[one.kind, one.axis] += one.bytes_per_step
     return [Collective(kind, axis, sent) for (kind, axis), sent in sorted(totals.items())]
 
 
-def _computations(text: str) -> dict[str, list[str]]:
-    """Return the lines of each computation by its name, the entry as ''."""
-    found: dict[str, list[str]] = {}
+def _split_into_computations(text: str) -> Computations:
+    """Return the lines of each computation by its name, those of the entry under _ENTRY."""
+    computations: Computations = {}
     lines: list[str] = []
     for line in text.splitlines():
         head = _COMPUTATION.match(line)
-        if head:
-            lines = found.setdefault("" if line.startswith("ENTRY") else head.group(1), [])
-        else:
+        if head is None:
             lines.append(line)
-    return found
+        else:
+            name = _ENTRY if line.startswith("ENTRY") else head.group(1)
+            lines = computations.setdefault(name, [])
+    return computations
 
 
-def _trips(computations: dict[str, list[str]]) -> dict[str, int]:
-    """Return how often each computation runs in a run of the program."""
-    calls: dict[str, list[tuple[str, int]]] = {name: [] for name in computations}
+def _read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Collective | None:
+    """Return the collective of a line that runs `trips` times a step; None where it sends nothing."""
+    found = _COLLECTIVE.search(line)
+    if found is None:
+        return None
+    group = _first_group(line, mesh.size)
+    if len(group) == 1:
+        return None
+    axis = _spanned_axes(group, mesh)
+    sent = _sent_bytes(found, len(group)) * trips
+    if computation.startswith("all-reduce-scatter"):
+        return Collective("reduce-scatter", axis, sent / 2)
+    return Collective(found["kind"], axis, sent)
+
+
+def _channel(line: str) -> tuple[str, str] | None:
+    """Return what pieces of one collective have in common; None where the line stands alone."""
+    # `metadata={op_name="jit(step)/shard_map/psum"}` marks the sums of a shard_map.
+    if "/psum" in line:
+        return None
+    found = re.search(r"channel_id=(\d+)", line)
+    return ("channel", found.group(1)) if found else None
+
+
+def _count_trips(computations: Computations) -> dict[str, int]:
+    """Return how often each computation runs in one run of the program."""
+    calls: dict[str, list[tuple[str, int]]] = {}
     for name, lines in computations.items():
+        calls[name] = []
         for line in lines:
             times = _loop_trips(line, computations) if " while(" in line else 1
             for called in _CALLED.finditer(line):
-                calls[name] += [(callee, times) for callee in re.findall(r"%([\w.-]+)", called.group(1))]
-    trips: dict[str, int] = collections.Counter({"": 1})
-    order = _callers_first(calls)
-    for name in order:
+                for callee in re.findall(r"%([\w.-]+)", called.group(1)):
+                    calls[name].append((callee, times))
+    trips: dict[str, int] = collections.Counter({_ENTRY: 1})
+    for name in _callers_first(calls):
         for callee, times in calls[name]:
             trips[callee] += trips[name] * times
     return trips
 
 
 def _callers_first(calls: dict[str, list[tuple[str, int]]]) -> list[str]:
-    """Return the computations that the entry reaches, each after all its callers."""
-    done: dict[str, None] = {}
+    """Return the computations that the entry reaches, each after all of its callers."""
+    callees_first: dict[str, None] = {}
 
     def visit(name: str) -> None:
-        if name in calls and name not in done:
-            for callee, _ in calls[name]:
-                visit(callee)
-            done[name] = None
+        if name not in calls or name in callees_first:
+            return
+        for callee, _ in calls[name]:
+            visit(callee)
+        callees_first[name] = None
 
-    visit("")
-    return list(reversed(done))
+    visit(_ENTRY)
+    return list(reversed(callees_first))
 
 
-def _loop_trips(line: str, computations: dict[str, list[str]]) -> int:
-    """Return the trips of a while loop: as annotated, or its counter's limit over what it grows by; else 1."""
-    known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-    if known:
-        return int(known.group(1))
-    called = dict(re.findall(r"(condition|body)=%?([\w.-]+)", line))
-    condition, body = ("\n".join(computations.get(called.get(part, ""), ())) for part in ("condition", "body"))
+def _loop_trips(line: str, computations: Computations) -> int:
+    """Return the trips of a while loop as XLA annotates them, or as its counter tells; else 1."""
+    # `... backend_config={"known_trip_count":{"n":"5"}}`, with or without quotes
+    annotated = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
+    if annotated:
+        return int(annotated.group(1))
+    # `while(%start), condition=%condition, body=%body`
+    parts = dict(re.findall(r"(condition|body)=%?([\w.-]+)", line))
+    condition = "\n".join(computations.get(parts.get("condition", ""), ()))
+    body = "\n".join(computations.get(parts.get("body", ""), ()))
+    return _trips_of_counter(condition, body) or 1
+
+
+def _trips_of_counter(condition: str, body: str) -> int | None:
+    """Return the trips of a loop that counts from 0 up to a constant, None where it doesn't.
+
+    The condition names the counter and its limit, the body what the counter grows by:
+
+        %i.1 = u32[] get-tuple-element(%p.1), index=1
+        %limit = u32[] constant(8)
+        ROOT %less = pred[] compare(%i.1, %limit), direction=LT
+
+        %next = u32[] add(%i, %step)
+        ROOT %out = (bf16[10]{0}, u32[]) tuple(%moved, %next)
+    """
     compared = re.search(r"compare\((%[\w.-]+), (%[\w.-]+)\), direction=LT", condition)
-    limit = _constant(compared.group(2), condition) if compared else None
-    if not compared or not limit:
-        return 1
-    place = re.search(rf"{re.escape(compared.group(1))} = .*index=(\d+)", condition)
-    made = re.search(r"ROOT .* tuple\((.*?)\)", body)
-    name = re.findall(r"%[\w.-]+", made.group(1))[int(place.group(1))] if made and place else "%"
-    added = re.search(rf"{re.escape(name)} = .* add\(%[\w.-]+, (%[\w.-]+)\)", body)
-    return -(-limit // ((_constant(added.group(1), body) if added else None) or 1))
+    if compared is None:
+        return None
+    counter, limit_name = compared.groups()
+    limit = _constant(limit_name, condition)
+    if not limit:
+        return None
+    place = re.search(rf"{re.escape(counter)} = .*index=(\d+)", condition)
+    result = re.search(r"ROOT .* tuple\((.*?)\)", body)
+    if place is None or result is None:
+        return limit
+    next_counter = re.findall(r"%[\w.-]+", result.group(1))[int(place.group(1))]
+    added = re.search(rf"{re.escape(next_counter)} = .* add\(%[\w.-]+, (%[\w.-]+)\)", body)
+    growth = _constant(added.group(1), body) if added else None
+    return math.ceil(limit / (growth or 1))
 
 
-def _constant(name: str, text: str) -> int | None:
-    """Return the value of the integer constant that a computation calls `name`, or None."""
-    found = re.search(rf"{re.escape(name)} = [su]32\[\].* constant\((\d+)\)", text)
+def _constant(name: str, computation: str) -> int | None:
+    """Return the integer of `%limit = u32[] constant(8)`, None where `name` isn't a constant."""
+    found = re.search(rf"{re.escape(name)} = [su]32\[\].* constant\((\d+)\)", computation)
     return int(found.group(1)) if found else None
 
 
-def _sent_bytes(found: re.Match, members: int) -> float:
-    """Return the bytes that one device sends for one collective of `members`."""
-    shapes, kind, is_start = found.groups()
-    sizes = [_array_bytes(*array.groups()) for array in _ARRAY.finditer(re.sub(r"\{[^}]*\}", "", shapes))]
-    result = max(sizes) if is_start else sum(sizes)
-    part = (members - 1) / members
-    return {
-        "all-gather": result * part,
-        "all-reduce": 2 * result * part,
-        "reduce-scatter": (result if is_start else result * members) * part,
-        "all-to-all": result * part,
-        "collective-permute": result,
-    }[kind]
+def _sent_bytes(found: re.Match, num_members: int) -> float:
+    """Return the bytes that one device sends for one collective of `num_members`."""
+    # `{1,0:T(8,128)}` after a shape is its layout in memory, not an array.
+    shapes = re.sub(r"\{[^}]*\}", "", found["shapes"])
+    sizes = [_array_bytes(*array.groups()) for array in _ARRAY.finditer(shapes)]
+    # The first half of a collective in two halves lists its operand and its result.
+    whole_or_result = max(sizes) if found["start"] else sum(sizes)
+    ring = (num_members - 1) / num_members
+    if found["kind"] == "all-reduce":
+        return 2 * whole_or_result * ring
+    if found["kind"] == "reduce-scatter" and not found["start"]:
+        return whole_or_result * num_members * ring
+    if found["kind"] == "collective-permute":
+        return whole_or_result
+    return whole_or_result * ring
 
 
 def _array_bytes(dtype: str, dims: str) -> float:
+    """Return the size of `bf16[8,128]`, given its two parts."""
     width = re.search(r"\d+", dtype)
-    bits = _ITEM_BITS.get(dtype) or (int(width.group()) if width else 32)
+    default_bits = int(width.group()) if width else 32
+    bits = _ITEM_BITS.get(dtype, default_bits)
     return math.prod(int(dim) for dim in dims.split(",") if dim) * bits / 8
 
 
-def _span(line: str, mesh: Mesh) -> tuple[str, int]:
-    """Return the mesh axes along which the devices of a group differ ("+" between them), and how many they are."""
-    group = _first_group(line, mesh.size)
-    places = np.stack(np.unravel_index(group, mesh.devices.shape))
-    differing = [name for name, row in zip(mesh.axis_names, places, strict=True) if len(set(row.tolist())) > 1]
-    return "+".join(differing), len(group)
+def _spanned_axes(group: np.ndarray, mesh: Mesh) -> str:
+    """Return the mesh axes along which the devices of a group differ, "+" between them."""
+    coordinates = np.unravel_index(group, mesh.devices.shape)
+    spanned = []
+    for name, along_axis in zip(mesh.axis_names, coordinates, strict=True):
+        if len(set(along_axis.tolist())) > 1:
+            spanned.append(name)
+    return "+".join(spanned)
 
 
 def _first_group(line: str, num_devices: int) -> np.ndarray:
-    """Return the devices of the first group of a collective, in any of the three notations, or of a permutation."""
+    """Return the numbers of the devices of a collective's first group."""
+    # `source_target_pairs={{0,2},{2,4}}`: a permutation, whose pairs take the place of groups.
     pairs = re.search(r"source_target_pairs=\{([\d,{}]+)\}", line)
     if pairs:
-        ends = [pair for pair in re.findall(r"(\d+),(\d+)", pairs.group(1)) if pair[0] != pair[1]]
-        return np.array(ends[0] if ends else (0,), int)
+        for source, target in re.findall(r"(\d+),(\d+)", pairs.group(1)):
+            if source != target:
+                return np.array([int(source), int(target)])
+        return np.array([0])
+
+    # `replica_groups={{0,1},{2,3}}`: all groups, listed.
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
     if listed:
         return np.array([int(number) for number in listed.group(1).split(",")])
+
+    # `replica_groups=[2,4]<=[4,2]T(1,0)`: 0 to 7 as a [4,2] array, transposed, as 2 rows of 4.
     strided = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if strided:
-        shape, source, order = (tuple(map(int, part.split(","))) if part else None for part in strided.groups())
-        return np.arange(num_devices).reshape(source).transpose(order).reshape(shape)[0]
+        groups_shape = _integers(strided.group(1))
+        source_shape = _integers(strided.group(2))
+        order = _integers(strided.group(3)) if strided.group(3) else None
+        devices = np.arange(num_devices).reshape(source_shape).transpose(order)
+        return devices.reshape(groups_shape)[0]
+
+    # `replica_groups=mesh['a'=4,'b'=2] {'a'}`: the devices that differ along axis a.
     named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)
     if named:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
-        ours = re.findall(r"'([^']+)'", named.group(2))
-        places = np.arange(num_devices).reshape(tuple(sizes.values()))
-        return places[tuple(slice(None) if name in ours else 0 for name in sizes)].ravel()
-    return np.arange(num_devices)  # no groups: all devices
+        spanned = re.findall(r"'([^']+)'", named.group(2))
+        devices = np.arange(num_devices).reshape(tuple(sizes.values()))
+        return devices[tuple(slice(None) if name in spanned else 0 for name in sizes)].ravel()
+
+    # `replica_groups={}`: one group of all devices.
+    return np.arange(num_devices)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    """Return the numbers of `4,2`."""
+    return tuple(int(number) for number in text.split(","))

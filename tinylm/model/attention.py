@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from tinylm.core.errors import UserError
 from tinylm.core.log import say_once
 from tinylm.core.mesh import layout, on_shards, target_platform
+from tinylm.model.kernels import MASKED_LOGIT
 from tinylm.model.layers import Dropout
 
-_FAR_BELOW = -1e30
 _SPLASH_BLOCK = 128
 
 
@@ -110,7 +110,7 @@ def _softmax_sum(q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap, dropout):
     logits_BNTS = logits.reshape(B, N, T, S)
     if softcap:
         logits_BNTS = softcap * jnp.tanh(logits_BNTS / softcap)
-    weights_BNTS = jax.nn.softmax(jnp.where(mask, logits_BNTS, _FAR_BELOW), axis=-1).astype(v_BKSH.dtype)
+    weights_BNTS = jax.nn.softmax(jnp.where(mask, logits_BNTS, MASKED_LOGIT), axis=-1).astype(v_BKSH.dtype)
     if dropout is not None:
         weights_BNTS = dropout(weights_BNTS)
     rows_BKMS = weights_BNTS.reshape(B, K, N // K * T, S)

@@ -1,20 +1,23 @@
-"""The small parts of a block: parameters with named axes, linear maps, norms, rotary positions, dropout.
+"""The small parts of a block: parameters with named axes, linear maps, norms, rotary positions,
+short convolutions, dropout.
 
-Axes: B batch, T query positions, S key positions, D embed, N query heads, K kv heads, G query heads per kv head,
-H head size, F mlp, V vocab, L layers.
+Every parameter is an `nnx.Param` with a metadata entry `axes`: the logical names of its
+dimensions, which tinylm.core.mesh maps onto the mesh. Weights are float32; each use casts them to
+the type that the model computes in.
 
-Every parameter is an `nnx.Param` with a metadata entry `axes`: the logical names of its dimensions, which
-tinylm.core.mesh maps onto the mesh. Weights are float32; each use casts them to the compute type.
+Axes: B batch, T query positions, S key positions, D embed, N query heads, K kv heads, H head size,
+R pairs of rotating features, C the inputs that a convolution remembers.
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tinylm.core.mesh import target_platform
+from tinylm.model.kernels import matmul
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,
@@ -36,33 +39,8 @@ def constant(value: float, shape: tuple[int, ...], axes: tuple[str | None, ...])
     return nnx.Param(jnp.full(shape, value, jnp.float32), axes=axes)
 
 
-def _product(x: jax.Array, matrix_EF: jax.Array, **types) -> jax.Array:
-    return jnp.matmul(x.reshape(-1, x.shape[-1]), matrix_EF, **types).reshape(*x.shape[:-1], -1)
-
-
-@jax.custom_vjp
-def _narrow_product(x: jax.Array, matrix_EF: jax.Array) -> jax.Array:
-    """Return `_product` of bfloat16 arrays, in the forms that XLA multiplies as bfloat16 on CPU, at twice the speed.
-
-    They have float32 results, contract the last axis of the left side, and see no transpose but through a reshape; in
-    all others XLA widens the operands (jax 0.10, read from its passes).
-    """
-    return _product(x, matrix_EF, preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-def _narrow_product_bwd(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    (x, matrix_EF), dy_MF = kept, dy.reshape(-1, dy.shape[-1])
-    x_EM = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0).reshape(x.shape[-1], -1))
-    dx_ME = jnp.einsum("MF,EF->ME", dy_MF, matrix_EF, preferred_element_type=jnp.float32)
-    dmatrix_EF = _product(x_EM, dy_MF, preferred_element_type=jnp.float32)
-    return dx_ME.reshape(x.shape).astype(x.dtype), dmatrix_EF.astype(matrix_EF.dtype)
-
-
-_narrow_product.defvjp(lambda x, matrix_EF: (_narrow_product(x, matrix_EF), (x, matrix_EF)), _narrow_product_bwd)
-
-
 class Linear(nnx.Module):
-    """A linear map from the last axes of its input (`inputs`) to new last axes (`outputs`), with or without bias."""
+    """A linear map from the last axes of its input to new last axes, with or without bias."""
 
     def __init__(
         self,
@@ -73,122 +51,186 @@ class Linear(nnx.Module):
         bias: bool,
         rngs: nnx.Rngs,
     ):
-        """Build a kernel of shape inputs + outputs, given as {logical axis: size}."""
+        """Build a kernel of shape inputs + outputs.
+
+        Args:
+          inputs, outputs: the axes that are mapped from and to, as {logical axis: size}.
+          std: standard deviation of the initial weights. The bias starts at 0.
+        """
         self.num_inputs = len(inputs)
-        self.kernel = weight(rngs, (*inputs.values(), *outputs.values()), (*inputs, *outputs), std)
+        shape = (*inputs.values(), *outputs.values())
+        self.kernel = weight(rngs, shape, (*inputs, *outputs), std)
         self.bias = constant(0.0, tuple(outputs.values()), tuple(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the map in the type of `x`; leading axes stay.
+        """Map [..., *inputs] to [..., *outputs], in the type of `x`."""
+        kernel = self.kernel[...].astype(x.dtype)
+        input_shape = kernel.shape[: self.num_inputs]
+        output_shape = kernel.shape[self.num_inputs :]
+        leading_shape = x.shape[: x.ndim - self.num_inputs]
 
-        The product is one of two matrices: of more axes, XLA on CPU copies each into another order, in both passes.
-        """
-        kernel, lead = self.kernel[...].astype(x.dtype), x.shape[: x.ndim - self.num_inputs]
-        inputs, outputs = kernel.shape[: self.num_inputs], kernel.shape[self.num_inputs :]
-        flat, matrix = x.reshape(*lead, -1), kernel.reshape(math.prod(inputs), -1)
-        narrow = x.dtype == jnp.bfloat16 and target_platform() == "cpu"
-        y = (_narrow_product(flat, matrix) if narrow else _product(flat, matrix)).reshape(*lead, *outputs)
+        # One product of two matrices: of more axes, XLA on CPU copies each operand into another
+        # order, in the forward and in the backward pass.
+        flat_x = x.reshape(*leading_shape, -1)
+        flat_y = matmul(flat_x, kernel.reshape(math.prod(input_shape), -1))
+        y = flat_y.reshape(*leading_shape, *output_shape)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
+def rms_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
+    """Scale `x` to unit mean square over its last axis, computed and returned in float32.
+
+    Without a learned scale this is query-key norm (Henry et al. 2020).
+    """
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+
+
 class Norm(nnx.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis, in float32."""
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis."""
 
     def __init__(self, size: int, *, kind: str, epsilon: float, bias: bool):
         """Build a norm over `size` features; RMSNorm has no bias."""
-        self.centered, self.epsilon = kind == "layernorm", epsilon
+        self.centered = kind == "layernorm"
+        self.epsilon = epsilon
         self.scale = constant(1.0, (size,), ("embed",))
         self.bias = constant(0.0, (size,), ("embed",)) if bias and self.centered else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalize the last axis of `x`, returning its type."""
+        """Normalize the last axis of `x` in float32, returning x's type."""
         y = x.astype(jnp.float32)
         if self.centered:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
+        y = rms_normalize(y, self.epsilon) * self.scale[...]
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(x.dtype)
 
 
 class ShortConv(nnx.Module):
-    """A causal convolution of each feature beside the identity (Canon layers, Allen-Zhu 2025); 0 taps: the identity.
+    """A causal convolution of each feature, added to its input (Canon layers, Allen-Zhu 2025).
 
-    `taps[i]` weighs the input i positions before; all are 0 at first.
+    `taps[i]` weighs the input i positions before. All start at 0, so that the layer starts as the
+    identity. With 0 taps it has no parameters and stays the identity.
     """
 
     def __init__(self, size: int, taps: int):
         """Build `taps` weights for each of `size` features."""
         self.taps = constant(0.0, (taps, size), ("tap", "embed")) if taps else None
 
-    def __call__(self, x_BTD, segments_BT=None, earlier_BCD=None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Return (y_BTD, what the next position needs as `earlier_BCD`: the last C = taps - 1 inputs).
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None = None,
+        earlier_BCD: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Convolve along the positions, over none of another segment.
 
-        Inputs of other segments are not seen; those before `x_BTD` are `earlier_BCD` (None: there are none).
+        Args:
+          x_BTD: the inputs.
+          segments_BT: the segment of each position; None: all positions are of one.
+          earlier_BCD: the C = taps - 1 inputs before `x_BTD`; None: there are none.
+
+        Returns:
+          y_BTD, and the last C inputs: `earlier_BCD` of the next call. None without taps.
         """
         if self.taps is None:
-            return x_BTD, ()
-        taps, (batch, length, size) = self.taps[...], x_BTD.shape
-        before = len(taps) - 1
-        earlier_BCD = jnp.zeros((batch, before, size)) if earlier_BCD is None else earlier_BCD
-        dtype, x_BTD = x_BTD.dtype, x_BTD.astype(jnp.float32)  # in which CPUs are faster, too
-        x_BSD, y_BTD = jnp.concatenate([earlier_BCD.astype(jnp.float32), x_BTD], axis=1), x_BTD
-        ids_BS = None if segments_BT is None else jnp.pad(segments_BT, ((0, 0), (before, 0)))
-        for i, tap_D in enumerate(taps):
-            part = slice(before - i, before - i + length)
-            near_BTD = x_BSD[:, part]
-            if ids_BS is not None:
-                near_BTD = jnp.where((ids_BS[:, part] == segments_BT)[..., None], near_BTD, 0)
-            y_BTD = y_BTD + tap_D * near_BTD
+            return x_BTD, None
+        taps = self.taps[...]
+        num_earlier = len(taps) - 1
+        batch, length, size = x_BTD.shape
+        if earlier_BCD is None:
+            earlier_BCD = jnp.zeros((batch, num_earlier, size))
+
+        # In float32, in which CPUs are faster than in bfloat16 here, too.
+        y_BTD = x_BTD.astype(jnp.float32)
+        x_BSD = jnp.concatenate([earlier_BCD.astype(jnp.float32), y_BTD], axis=1)
+        if segments_BT is not None:
+            segments_BS = jnp.pad(segments_BT, ((0, 0), (num_earlier, 0)))
+
+        for distance, tap_D in enumerate(taps):
+            # The inputs that lie `distance` positions before those of `x_BTD`.
+            before = slice(num_earlier - distance, num_earlier - distance + length)
+            before_BTD = x_BSD[:, before]
+            if segments_BT is not None:
+                same_BT = jnp.equal(segments_BS[:, before], segments_BT)
+                before_BTD = jnp.where(same_BT[..., None], before_BTD, 0)
+            y_BTD = y_BTD + tap_D * before_BTD
+
         last_BCD = x_BSD[:, length:]
-        if ids_BS is not None:
-            last_BCD = jnp.where((ids_BS[:, length:] == ids_BS[:, -1:])[..., None], last_BCD, 0)
-        return y_BTD.astype(dtype), (last_BCD.astype(dtype),)
+        if segments_BT is not None:
+            same_BC = jnp.equal(segments_BS[:, length:], segments_BS[:, -1:])
+            last_BCD = jnp.where(same_BC[..., None], last_BCD, 0)
+        return y_BTD.astype(x_BTD.dtype), last_BCD.astype(x_BTD.dtype)
 
 
-def rms_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """Return `x` scaled to unit mean square over its last axis (query-key norm, Henry et al. 2020)."""
-    y = x.astype(jnp.float32)
-    return (y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+class Rotary(NamedTuple):
+    """Cosines and sines of the angles by which each position turns its pairs of features."""
+
+    cos_B1TR: jax.Array
+    sin_B1TR: jax.Array
 
 
-def rotary_tables(positions_BT: jax.Array, rotary_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """Return cosines and sines [B, 1, T, rotary_dim / 2] of rotary position embedding (Su et al. 2021, eq. 15)."""
-    frequency = base ** -(jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
-    angle_B1TR = positions_BT.astype(jnp.float32)[:, None, :, None] * frequency
-    return jnp.cos(angle_B1TR), jnp.sin(angle_B1TR)
+def rotary_angles(positions_BT: jax.Array, rotary_dim: int, base: float) -> Rotary:
+    """Return the angles of rotary position embedding (Su et al. 2021, equation 15).
+
+    Args:
+      positions_BT: the position of each token in its text.
+      rotary_dim: how many features of a head rotate: twice the number of pairs R.
+      base: the wavelength of pair i is 2 pi base^(i / R) positions.
+    """
+    exponents_R = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim
+    frequency_R = base**-exponents_R
+    angle_B1TR = positions_BT.astype(jnp.float32)[:, None, :, None] * frequency_R
+    return Rotary(jnp.cos(angle_B1TR), jnp.sin(angle_B1TR))
 
 
-def rotate(x_BNTH: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the first features of each head by its position; features i and i + rotary_dim/2 form a pair."""
-    cos, sin = tables
-    half = cos.shape[-1]
-    a, b, rest = x_BNTH[..., :half], x_BNTH[..., half : 2 * half], x_BNTH[..., 2 * half :]
-    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BNTH.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+def rotate(x_BNTH: jax.Array, rotary: Rotary) -> jax.Array:
+    """Turn the first 2R features of each head by their position; features i and i + R are a pair."""
+    cos, sin = rotary
+    num_pairs = cos.shape[-1]
+    first = x_BNTH[..., :num_pairs]
+    second = x_BNTH[..., num_pairs : 2 * num_pairs]
+    unturned = x_BNTH[..., 2 * num_pairs :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned = turned.astype(x_BNTH.dtype)
+    if unturned.shape[-1] == 0:
+        return turned
+    return jnp.concatenate([turned, unturned], axis=-1)
 
 
 class Dropout:
-    """The dropout of one forward pass: each mask depends on seed, step, layer, site and global row alone.
+    """The dropout of one forward pass: a mask depends on seed, step, layer, site and row alone.
 
-    So the masks are the same on any mesh, and for a row whether it comes in a micro-batch or in the whole batch.
+    The row is that of the global batch. So the masks are the same on any mesh, and the same for a
+    row whether it comes in a micro-batch or in the whole batch.
     """
 
     def __init__(self, rate: float, row_keys_B: jax.Array | None):
         """Hold the rate and one random key a row (None, or rate 0: dropout is off)."""
-        self.rate, self.row_keys_B = rate, row_keys_B
+        self.rate = rate
+        self.row_keys_B = row_keys_B
         self.active = rate > 0 and row_keys_B is not None
 
     def at(self, place: jax.Array | int) -> "Dropout":
-        """Return the dropout of a layer or a site within it."""
+        """Return the dropout of a layer, or of a site within it."""
         if not self.active:
             return self
-        return Dropout(self.rate, jax.vmap(lambda key: jax.random.fold_in(key, place))(self.row_keys_B))
+        fold_place_in = jax.vmap(lambda key: jax.random.fold_in(key, place))
+        return Dropout(self.rate, fold_place_in(self.row_keys_B))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Zero elements of `x` (first axis: rows) with probability `rate` in steps of 2^-16, and scale up the rest."""
+        """Zero elements of `x` with probability `rate`, in steps of 2^-16, and scale up the rest.
+
+        The first axis of `x` is that of the rows.
+        """
         if not self.active:
             return x
-        bits = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))(self.row_keys_B)
+        draw_row = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))
+        bits = draw_row(self.row_keys_B)
         threshold = round(self.rate * 2**16)
-        return jnp.where(bits >= threshold, x * (2**16 / (2**16 - threshold)), 0).astype(x.dtype)
+        scaled = x * (2**16 / (2**16 - threshold))
+        return jnp.where(bits >= threshold, scaled, 0).astype(x.dtype)
+
+
+NO_DROPOUT = Dropout(0.0, None)

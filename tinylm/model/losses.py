@@ -1,46 +1,76 @@
 """Losses as a sum and a count.
 
-A mean of means is wrong where micro-batches, devices or hosts hold different numbers of target tokens. So a loss is
-always the pair (sum in nats, number of target tokens); pairs add up exactly, and are divided once at the end.
+A mean of means is wrong where micro-batches, devices or hosts hold different numbers of target
+tokens. So a loss is always a sum in nats with the number of target tokens that it runs over; such
+pairs add up exactly, and are divided once, at the end.
+
+Axes: B batch, T positions, D embed, V vocab, P pieces of a sequence.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-Sums = tuple[jax.Array, jax.Array, jax.Array]
+from tinylm.model.transformer import Transformer
 
 
-def next_token_loss(model: Any, batch: dict[str, jax.Array], row_keys_B: jax.Array | None = None) -> Sums:
-    """Return the `cross_entropy` of a model on `batch`: tokens, targets, weights [B, T], if packed segments, positions.
+class LossSums(NamedTuple):
+    """Sums over the target tokens of some rows; those of several batches are added elementwise."""
 
-    With `model.loss_chunks` above 1 logits are made for one piece of the sequence at a time, and again in the backward
-    pass, so that [B, T, V] is never whole.
+    nats: jax.Array  # of -log p(target)
+    num_targets: jax.Array  # weights of the target tokens
+    squared_log_z: jax.Array  # of the squared log normalizer, which z-loss keeps small
+
+
+def next_token_loss(model: Transformer, batch: dict[str, jax.Array], row_keys_B: jax.Array | None = None) -> LossSums:
+    """Return the summed loss of a model on a batch.
+
+    With `model.loss_chunks` above 1 the logits of one piece of the sequence are made at a time,
+    and again in the backward pass, so that [B, T, V] never exists whole.
+
+    Args:
+      model: in any compute type; the loss is computed in float32.
+      batch: `tokens`, `targets` and `weights` [B, T]; packed rows also have `segments` and
+        `positions`.
+      row_keys_B: one random key a row; turns dropout on.
     """
     x_BTD = model.features(
-        batch["tokens"], segments_BT=batch.get("segments"), positions_BT=batch.get("positions"), row_keys_B=row_keys_B
+        batch["tokens"],
+        segments_BT=batch.get("segments"),
+        positions_BT=batch.get("positions"),
+        row_keys_B=row_keys_B,
     )
-    parts, num = (x_BTD, batch["targets"], batch["weights"]), model.config.loss_chunks
-    if num == 1:
-        return cross_entropy(model.logits(x_BTD), *parts[1:])
+    num_pieces = model.config.loss_chunks
+    if num_pieces == 1:
+        return cross_entropy(model.logits(x_BTD), batch["targets"], batch["weights"])
+
+    def in_pieces(x_BT: jax.Array) -> jax.Array:
+        x_BPT = x_BT.reshape(len(x_BT), num_pieces, -1, *x_BT.shape[2:])
+        return jnp.moveaxis(x_BPT, 1, 0)
 
     @jax.checkpoint
-    def piece(sums, part):
-        return jax.tree.map(jnp.add, sums, cross_entropy(model.logits(part[0]), *part[1:])), None
+    def add_piece(total: LossSums, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[LossSums, None]:
+        x_BTD, targets_BT, weights_BT = piece
+        sums = cross_entropy(model.logits(x_BTD), targets_BT, weights_BT)
+        return jax.tree.map(jnp.add, total, sums), None
 
-    pieces = [jnp.moveaxis(x.reshape(len(x), num, -1, *x.shape[2:]), 1, 0) for x in parts]
-    return jax.lax.scan(piece, (jnp.zeros(()),) * 3, tuple(pieces))[0]
+    zero = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+    pieces = (in_pieces(x_BTD), in_pieces(batch["targets"]), in_pieces(batch["weights"]))
+    return jax.lax.scan(add_piece, zero, pieces)[0]
 
 
-def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> Sums:
-    """Return weighted sums of -log p(target) in nats, of 1, and of the squared log normalizer (for z-loss).
+def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> LossSums:
+    """Return the weighted sums of the cross-entropy of targets.
 
-    The target's logit is picked by comparison, not by index, so its gradient needs no scatter, and a vocabulary that
-    is split over the mesh is never gathered.
+    The target's logit is picked by comparison, not by index, so its gradient needs no scatter, and
+    a vocabulary that is split over the mesh is never gathered.
     """
     is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-    picked_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
+    target_logit_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
-    nats = jnp.sum((log_z_BT - picked_BT) * weights_BT)
-    return nats, jnp.sum(weights_BT), jnp.sum(jnp.square(log_z_BT) * weights_BT)
+    return LossSums(
+        nats=jnp.sum((log_z_BT - target_logit_BT) * weights_BT),
+        num_targets=jnp.sum(weights_BT),
+        squared_log_z=jnp.sum(jnp.square(log_z_BT) * weights_BT),
+    )

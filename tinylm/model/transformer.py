@@ -1,15 +1,17 @@
 """The decoder-only transformer: embeddings, a scan over stacked blocks, a norm, logits.
 
-Axes: B batch, T query positions, S key positions, D embed, N query heads, K kv heads, G query heads per kv head,
-H head size, F mlp, V vocab, L layers.
+All layers share one block whose parameters are stacked on a leading L axis and scanned, so that
+compile time doesn't grow with depth. A pattern of attention windows makes the scan run over its
+period. The vocabulary is padded to a multiple of 128 whatever the mesh, so that the state is the
+same on every mesh; padded logits are masked.
 
-All layers share one block whose parameters are stacked on a leading L axis and scanned, so that compile time doesn't
-grow with depth. A pattern of attention windows makes the scan run over its period. The vocabulary is padded to a
-multiple of 128 whatever the mesh, so that the state is the same on every mesh; padded logits are masked.
+Axes: B batch, T query positions, S key positions (slots of a cache), D embed, N query heads,
+K kv heads, H head size, F mlp, V vocab, L layers, C inputs that a convolution remembers.
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,13 @@ from flax import nnx
 from tinylm.core.mesh import constrain, look_up
 from tinylm.model import layers
 from tinylm.model.attention import Visibility, attend
+from tinylm.model.cache import LayerCache, store_prompt
 from tinylm.model.config import ModelConfig
+from tinylm.model.kernels import MASKED_LOGIT
 
-Cache = list[tuple[jax.Array, ...]]  # keys, values and convolutions' last inputs of each layer (see `prefill`)
+Cache = list[LayerCache]  # one for each layer
 
+# What the backward pass finds stored, and what it computes again, by model.remat.
 _REMAT: dict[str, Callable] = {
     "none": lambda body: body,
     "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
@@ -29,94 +34,161 @@ _REMAT: dict[str, Callable] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """What a layer needs to know of the tokens that it reads, besides their features."""
+
+    visibility: Visibility  # which keys a query sees
+    rotary: layers.Rotary | None = None  # None: the model has no rotary positions
+    dropout: layers.Dropout = layers.NO_DROPOUT
+    slot: jax.Array | None = None  # of the cache, for the one token that is read
+
+    def of_layer(self, layer: jax.Array | int, window: int) -> "LayerInputs":
+        """Return these inputs for one layer: its window, its dropout."""
+        visibility = dataclasses.replace(self.visibility, window=window)
+        return dataclasses.replace(self, visibility=visibility, dropout=self.dropout.at(layer))
+
+
 class Attention(nnx.Module):
-    """Multi-head attention with rotary positions, query-key norm and grouped queries as configured."""
+    """Multi-head attention with rotary positions, query-key norm and grouped queries."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Build the four projections."""
-        c = config
-        self.config = c
-        self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
+        self.config = c = config
+        embed = {"embed": c.embed_dim}
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
         kv_heads = {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
-        project = functools.partial(layers.Linear, {"embed": c.embed_dim}, std=c.init_std, bias=c.qkv_bias, rngs=rngs)
-        self.query = project(heads)
-        self.key = project(kv_heads)
-        self.value = project(kv_heads)
-        bias = c.bias and c.out_bias
-        self.out = layers.Linear(heads, {"embed": c.embed_dim}, std=_output_std(c), bias=bias, rngs=rngs)
+        qkv: dict[str, Any] = {"std": c.init_std, "bias": c.qkv_bias, "rngs": rngs}
+        self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
+        self.query = layers.Linear(embed, heads, **qkv)
+        self.key = layers.Linear(embed, kv_heads, **qkv)
+        self.value = layers.Linear(embed, kv_heads, **qkv)
+        out_bias = c.bias and c.out_bias
+        self.out = layers.Linear(heads, embed, std=_output_std(c), bias=out_bias, rngs=rngs)
 
-    def __call__(self, x_BTD, visibility, tables, dropout, write=None, earlier=()):
-        """Return (o_BTD, (keys, values, what the convolution keeps)).
+    def __call__(
+        self, x_BTD: jax.Array, inputs: LayerInputs, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Let each position read from those that it sees.
 
-        Keys and values are those of `x_BTD`, or what `write` makes of them.
+        Args:
+          x_BTD: normalized features.
+          inputs: masks, positions and dropout of this layer.
+          cache: what the layer remembers; then T is 1, and the token is written to it. Without
+            one the positions read from each other.
+
+        Returns:
+          o_BTD, and the cache with these tokens in it.
         """
         c = self.config
-        x_BTD, last = self.conv(x_BTD, visibility.segments_BT, *earlier)
-        q_BNTH, k_BKTH, v_BKTH = (
-            constrain(project(x_BTD).swapaxes(1, 2), "batch", heads, None, "head_dim")
-            for project, heads in ((self.query, "heads"), (self.key, "kv_heads"), (self.value, "kv_heads"))
-        )
+        earlier_BCD = None if cache is None else cache.attention_inputs_BCD
+        x_BTD, last_BCD = self.conv(x_BTD, inputs.visibility.segments_BT, earlier_BCD)
+        q_BNTH = _heads_first(self.query(x_BTD), "heads")
+        k_BKSH = _heads_first(self.key(x_BTD), "kv_heads")
+        v_BKSH = _heads_first(self.value(x_BTD), "kv_heads")
         if c.qk_norm:
-            q_BNTH, k_BKTH = layers.rms_normalize(q_BNTH), layers.rms_normalize(k_BKTH)
-        if tables is not None:
-            q_BNTH, k_BKTH = layers.rotate(q_BNTH, tables), layers.rotate(k_BKTH, tables)
-        if write is not None:
-            k_BKTH, v_BKTH = write(k_BKTH, v_BKTH)
+            q_BNTH = layers.rms_normalize(q_BNTH).astype(x_BTD.dtype)
+            k_BKSH = layers.rms_normalize(k_BKSH).astype(x_BTD.dtype)
+        if inputs.rotary is not None:
+            q_BNTH = layers.rotate(q_BNTH, inputs.rotary)
+            k_BKSH = layers.rotate(k_BKSH, inputs.rotary)
+        if cache is None:
+            cache = LayerCache(k_BKSH, v_BKSH)
+        else:
+            assert inputs.slot is not None, "a token goes into a slot of the cache"
+            cache, k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH, inputs.slot)
         o_BNTH = attend(
-            q_BNTH, k_BKTH, v_BKTH, visibility, scale=c.attention_scale, softcap=c.attention_softcap,
-            dropout=dropout, kernel=c.attention,
-        )  # fmt: skip
+            q_BNTH,
+            k_BKSH,
+            v_BKSH,
+            inputs.visibility,
+            scale=c.attention_scale,
+            softcap=c.attention_softcap,
+            dropout=inputs.dropout.at(0),
+            kernel=c.attention,
+        )
         o_BTNH = constrain(o_BNTH, "batch", "heads", None, "head_dim").swapaxes(1, 2)
-        return self.out(o_BTNH), (k_BKTH, v_BKTH, *last)
+        return self.out(o_BTNH), cache._replace(attention_inputs_BCD=last_BCD)
+
+
+def _heads_first(x_BTNH: jax.Array, heads: str) -> jax.Array:
+    """Return x_BNTH, split over the mesh by its heads: their matrices lie contiguous in memory."""
+    return constrain(x_BTNH.swapaxes(1, 2), "batch", heads, None, "head_dim")
 
 
 class Mlp(nnx.Module):
-    """Two linear maps with an activation between, or three where the activation is gated (Shazeer 2020)."""
+    """Two linear maps with an activation between, or three with a gate (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Build the maps."""
         c = config
+        embed = {"embed": c.embed_dim}
+        mlp = {"mlp": c.mlp_dim}
         bias = c.bias and c.mlp_bias
-        embed, mlp = {"embed": c.embed_dim}, {"mlp": c.mlp_dim}
+        inner: dict[str, Any] = {"std": c.init_std, "bias": bias, "rngs": rngs}
         self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
         self.activation = layers.ACTIVATIONS[c.mlp]
-        self.up = layers.Linear(embed, mlp, std=c.init_std, bias=bias, rngs=rngs)
-        gated = c.mlp in layers.GATED
-        self.gate = layers.Linear(embed, mlp, std=c.init_std, bias=bias, rngs=rngs) if gated else None
+        self.up = layers.Linear(embed, mlp, **inner)
+        self.gate = layers.Linear(embed, mlp, **inner) if c.mlp in layers.GATED else None
         self.down = layers.Linear(mlp, embed, std=_output_std(c), bias=bias, rngs=rngs)
 
-    def __call__(self, x_BTD, segments_BT=None, earlier=()) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Apply the mlp to each position; return (y_BTD, what the convolution keeps)."""
-        x_BTD, last = self.conv(x_BTD, segments_BT, *earlier)
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        segments_BT: jax.Array | None = None,
+        earlier_BCD: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Apply the mlp to each position; return (y_BTD, the last inputs of the convolution)."""
+        x_BTD, last_BCD = self.conv(x_BTD, segments_BT, earlier_BCD)
         up_BTF = self.up(x_BTD)
-        h_BTF = self.activation(up_BTF) if self.gate is None else self.activation(self.gate(x_BTD)) * up_BTF
-        return self.down(constrain(h_BTF, "batch", None, "mlp")), last
+        if self.gate is None:
+            h_BTF = self.activation(up_BTF)
+        else:
+            h_BTF = self.activation(self.gate(x_BTD)) * up_BTF
+        return self.down(constrain(h_BTF, "batch", None, "mlp")), last_BCD
 
 
 class Block(nnx.Module):
-    """One layer: norm, attention, norm, mlp, with residual connections (pre-norm)."""
+    """One layer: norm, attention, add; norm, mlp, add (pre-norm)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Build the parts."""
-        self.parallel, self.scale = config.parallel_residual, config.residual_scale
-        self.attention_norm, self.mlp_norm = make_norm(config), make_norm(config)
+        self.parallel = config.parallel_residual
+        self.scale = config.residual_scale
+        self.attention_norm = make_norm(config)
+        self.mlp_norm = make_norm(config)
         self.attention = Attention(config, rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x_BTD, visibility, tables, dropout, write=None, earlier=()):
-        """Return (x_BTD, (keys, values as attention does, what the two convolutions keep: `earlier` of the next call)).
+    def __call__(
+        self, x_BTD: jax.Array, inputs: LayerInputs, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache]:
+        """Return (x_BTD, what the layer remembers of it); see `Attention` for the arguments.
 
-        Positions are whole for products, split between them (Korthikanti et al. 2022, section 4.2.2).
+        Between the products the positions of a text are split over the mesh, for them they are
+        gathered (Korthikanti et al. 2022, section 4.2.2).
         """
-        whole, split = (lambda x, seq=seq: constrain(x, "batch", seq, "embed") for seq in (None, "seq"))
-        normed_BTD = whole(self.attention_norm(x_BTD))
-        o_BTD, kept = self.attention(normed_BTD, visibility, tables, dropout.at(0), write, earlier[:1])
-        o_BTD = self.scale * dropout.at(1)(split(o_BTD))
-        middle_BTD = x_BTD + o_BTD
-        normed_BTD = whole(self.mlp_norm(x_BTD if self.parallel else middle_BTD))
-        h_BTD, last = self.mlp(normed_BTD, visibility.segments_BT, earlier[1:])
-        return middle_BTD + self.scale * dropout.at(2)(split(h_BTD)), (*kept, *last)
+        dropout = inputs.dropout
+        segments_BT = inputs.visibility.segments_BT
+        earlier_BCD = None if cache is None else cache.mlp_inputs_BCD
+
+        normed_BTD = _whole_rows(self.attention_norm(x_BTD))
+        o_BTD, cache = self.attention(normed_BTD, inputs, cache)
+        attended_BTD = x_BTD + self.scale * dropout.at(1)(_split_rows(o_BTD))
+
+        mlp_input_BTD = x_BTD if self.parallel else attended_BTD
+        normed_BTD = _whole_rows(self.mlp_norm(mlp_input_BTD))
+        h_BTD, last_BCD = self.mlp(normed_BTD, segments_BT, earlier_BCD)
+        y_BTD = attended_BTD + self.scale * dropout.at(2)(_split_rows(h_BTD))
+        return y_BTD, cache._replace(mlp_inputs_BCD=last_BCD)
+
+
+def _whole_rows(x_BTD: jax.Array) -> jax.Array:
+    return constrain(x_BTD, "batch", None, "embed")
+
+
+def _split_rows(x_BTD: jax.Array) -> jax.Array:
+    return constrain(x_BTD, "batch", "seq", "embed")
 
 
 class Transformer(nnx.Module):
@@ -124,145 +196,205 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Build from a resolved config."""
-        c = config
-        self.config = c
+        self.config = c = config
         vocab, embed = c.padded_vocab, c.embed_dim
         self.embedding = layers.weight(rngs, (vocab, embed), ("vocab", "embed"), c.init_std)
-        learned = c.position == "learned"
-        self.positions = layers.weight(rngs, (c.context, embed), ("seq", "embed"), c.init_std) if learned else None
+        self.positions = (
+            layers.weight(rngs, (c.context, embed), ("seq", "embed"), c.init_std) if c.position == "learned" else None
+        )
         keys = jax.random.split(rngs.params(), c.num_layers)
         self.blocks = nnx.vmap(lambda key: Block(c, rngs=nnx.Rngs(params=key)))(keys)
         self.norm = make_norm(c)
         self.head = None if c.tie_embeddings else layers.weight(rngs, (embed, vocab), ("embed", "vocab"), c.init_std)
 
-    def __call__(self, tokens_BT, *, segments_BT=None, positions_BT=None, row_keys_B=None) -> jax.Array:
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        row_keys_B: jax.Array | None = None,
+    ) -> jax.Array:
         """Return logits_BTV in float32 over the padded vocabulary.
 
-        `segments_BT` and `positions_BT` come with packed rows; `row_keys_B` (one random key a row) turns dropout on.
+        Args:
+          tokens_BT: ids of tokens.
+          segments_BT, positions_BT: come with packed rows. A token sees those of its own segment.
+          row_keys_B: one random key a row; turns dropout on.
         """
         x_BTD = self.features(tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, row_keys_B=row_keys_B)
         return self.logits(x_BTD)
 
-    def features(self, tokens_BT, *, segments_BT=None, positions_BT=None, row_keys_B=None) -> jax.Array:
-        """Return what the output matrix reads, x_BTD."""
-        dropout = layers.Dropout(self.config.dropout, row_keys_B)
-        positions = jnp.arange(tokens_BT.shape[1])[None] if positions_BT is None else positions_BT
-        x_BTD = dropout.at(self.config.num_layers)(self._embed(tokens_BT, positions))
-        tables = self._rotary(positions)
+    def features(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        row_keys_B: jax.Array | None = None,
+    ) -> jax.Array:
+        """Return what the output matrix reads, x_BTD; the arguments are those of `__call__`."""
+        c = self.config
+        dropout = layers.Dropout(c.dropout, row_keys_B)
+        if positions_BT is None:
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+        inputs = self.layer_inputs(positions_BT, Visibility(segments_BT=segments_BT), dropout)
+        # The place after the last layer is that of the embedding.
+        x_BTD = dropout.at(c.num_layers)(self.embed(tokens_BT, positions_BT))
 
-        def layer(block, x, window, index):
-            visible = Visibility(segments_BT=segments_BT, window=window, local_heads=self.config.local_heads)
-            return block(x, visible, tables, dropout.at(index))[0], None
+        def without_cache(block: Block, x_BTD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, None]:
+            return block(x_BTD, inputs)[0], None
 
-        return self._scan(layer, x_BTD)[0]
+        return self._scan(without_cache, x_BTD, inputs)[0]
 
-    def prefill(self, tokens_BT, positions_BT, num_slots: int) -> tuple[jax.Array, Cache]:
-        """Read prompts, padded on the left up to position 0; return (x_BTD, cache of `num_slots` positions).
+    def prefill(self, tokens_BT: jax.Array, positions_BT: jax.Array, num_slots: int) -> tuple[jax.Array, Cache]:
+        """Read prompts, padded on the left up to position 0.
 
-        Column t is slot t of the cache. A layer whose heads all have a window keeps no more slots than that, and
-        writes slot s over slot s - window. Axes of size 1 are dropped: XLA drops them in products, and
-        would then keep, and copy, each cache in two shapes.
+        Returns:
+          x_BTD, and for each layer a cache of `num_slots` slots, fewer where all its heads have a
+          window. Column t of the prompt lies in slot t.
         """
         c = self.config
-        tables, real_BT = self._rotary(positions_BT), positions_BT >= 0
-        x_BTD = self._embed(tokens_BT, jnp.maximum(positions_BT, 0))
+        # Padding has positions below 0: it is a segment of its own, which no real token sees.
+        real_BT = positions_BT >= 0
+        inputs = self.layer_inputs(positions_BT, Visibility(segments_BT=real_BT))
+        x_BTD = self.embed(tokens_BT, jnp.maximum(positions_BT, 0))
+        x_BTD, stacked = self._scan(Block.__call__, x_BTD, inputs)
+        cache = []
+        for layer in range(c.num_layers):
+            window = self.window_of_layer(layer)
+            all_heads_local = window > 0 and not c.local_heads
+            num_kept = min(window, num_slots) if all_heads_local else num_slots
+            cache.append(store_prompt(jax.tree.map(lambda x: x[layer], stacked), num_kept))
+        return x_BTD, cache
 
-        def layer(block, x, window, _):
-            visible = Visibility(segments_BT=real_BT, window=window, local_heads=c.local_heads)
-            return block(x, visible, tables, layers.Dropout(0.0, None))
+    def decode(
+        self,
+        token_B: jax.Array,
+        position_B: jax.Array,
+        slot: jax.Array,
+        cache: Cache,
+        blocks: list[Block],
+    ) -> tuple[jax.Array, Cache]:
+        """Run one token a row through all layers.
 
-        def keep(x_BKTH, window):
-            size = min(window, num_slots) if window and not c.local_heads else num_slots
-            kept = x_BKTH[:, :, -size:]
-            kept = jnp.pad(kept, ((0, 0), (0, 0), (0, size - kept.shape[2]), (0, 0)))
-            kept = jnp.roll(kept, x_BKTH.shape[2], axis=2) if x_BKTH.shape[2] > size else kept
-            kept = constrain(kept, "batch", "kv_heads", None, "head_dim")
-            return kept.reshape(*[n for n in kept.shape[:2] if n > 1], *kept.shape[2:])
+        Args:
+          token_B, position_B: the token, and its position in its text.
+          slot: where in the cache it goes, the same for all rows.
+          cache: what the layers remember, from `prefill` or the call before.
+          blocks: those of `unstacked_blocks`, so that each layer's cache is written in place.
 
-        x_BTD, (k_LBKTH, v_LBKTH, *last) = self._scan(layer, x_BTD)
-        windows = c.attention_window * (c.num_layers // len(c.attention_window))
-        return x_BTD, [
-            (keep(k_LBKTH[i], window), keep(v_LBKTH[i], window), *(x[i] for x in last))
-            for i, window in enumerate(windows)
-        ]
-
-    def unstacked_blocks(self) -> list[Block]:
-        """Return the blocks one by one; to be called before a loop over tokens, for it copies their parameters."""
-        graph, stacked = nnx.split(self.blocks)
-        return [nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], stacked)) for i in range(self.config.num_layers)]
-
-    def decode(self, token_B, position_B, slot, cache: Cache, blocks: list[Block]) -> tuple[jax.Array, Cache]:
-        """Run one token a row, at `position_B` of its text and `slot` of the cache; return (x_BD, new cache).
-
-        The blocks are those of `unstacked_blocks`, so that each layer's cache is written in place.
+        Returns:
+          x_BD, and the new cache.
         """
-        c, before, cache = self.config, cache, []
-        tables = self._rotary(position_B[:, None])
-        x_B1D = self._embed(token_B[:, None], position_B[:, None])
-        for i, (block, old) in enumerate(zip(blocks, before, strict=True)):
-            size, window = old[0].shape[-2], c.attention_window[i % len(c.attention_window)]
-            age_S = (slot - jnp.arange(size)) % size  # steps since a slot was written; positions below 0 never were
-            visible = Visibility(position_B[:, None], position_B[:, None] - age_S, window=window,
-                                 local_heads=c.local_heads)  # fmt: skip
-
-            def write(*new, old=old[:2], at=slot % size):
-                at = (*[0] * (old[0].ndim - 2), at, 0)
-                cache.append(tuple(
-                    jax.lax.dynamic_update_slice(x, x1.reshape(*x.shape[:-2], 1, -1), at)
-                    for x, x1 in zip(old, new, strict=True)
-                ))  # fmt: skip
-                return (x.reshape(*new[0].shape[:2], *x.shape[-2:]) for x in cache[-1])
-
-            x_B1D, (_, _, *last) = block(x_B1D, visible, tables, layers.Dropout(0.0, None), write, old[2:])
-            cache[-1] += tuple(last)
-        return self.norm(x_B1D)[:, 0], cache
+        position_B1 = position_B[:, None]
+        x_B1D = self.embed(token_B[:, None], position_B1)
+        inputs = self.layer_inputs(position_B1, Visibility(position_B1), slot=slot)
+        new_cache = []
+        for layer, (block, layer_cache) in enumerate(zip(blocks, cache, strict=True)):
+            # Slots are used in turn, so the age of what a slot holds, in tokens, follows from the
+            # slot being written. Ages that reach below position 0 belong to slots never written.
+            num_slots = layer_cache.num_slots
+            age_S = (slot - jnp.arange(num_slots)) % num_slots
+            visibility = dataclasses.replace(inputs.visibility, key_positions_BS=position_B1 - age_S)
+            layer_inputs = dataclasses.replace(inputs, visibility=visibility)
+            layer_inputs = layer_inputs.of_layer(layer, self.window_of_layer(layer))
+            x_B1D, layer_cache = block(x_B1D, layer_inputs, layer_cache)
+            new_cache.append(layer_cache)
+        return self.norm(x_B1D)[:, 0], new_cache
 
     def logits(self, x_BTD: jax.Array) -> jax.Array:
         """Return float32 logits_BTV; those of padded ids are far below all others."""
         c = self.config
-        exact = {"preferred_element_type": jnp.float32}
         if self.head is None:
-            logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, self.embedding[...].astype(x_BTD.dtype), **exact)
+            equation = "BTD,VD->BTV"
+            matrix = self.embedding[...]
         else:
-            logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, self.head[...].astype(x_BTD.dtype), **exact)
+            equation = "BTD,DV->BTV"
+            matrix = self.head[...]
+        logits_BTV = jnp.einsum(equation, x_BTD, matrix.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
         logits_BTV = constrain(logits_BTV, "batch", None, "vocab")
         if c.logit_softcap:
             logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
-        return jnp.where(jnp.arange(c.padded_vocab) < c.vocab_size, logits_BTV, -1e30)
+        return jnp.where(jnp.arange(c.padded_vocab) < c.vocab_size, logits_BTV, MASKED_LOGIT)
 
-    def _embed(self, tokens_BT, positions_BT):
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Return what the first block reads: x_BTD of tokens at positions."""
         dtype = self.config.compute_dtype
         x_BTD = look_up(self.embedding[...], tokens_BT, dtype) * self.config.embed_scale
         if self.positions is not None:
             x_BTD = x_BTD + self.positions[...][positions_BT]
-        return constrain(x_BTD.astype(dtype), "batch", "seq", "embed")
+        return _split_rows(x_BTD.astype(dtype))
 
-    def _rotary(self, positions_BT):
+    def layer_inputs(
+        self,
+        positions_BT: jax.Array,
+        visibility: Visibility,
+        dropout: layers.Dropout = layers.NO_DROPOUT,
+        slot: jax.Array | None = None,
+    ) -> LayerInputs:
+        """Return what all layers need to know of tokens at positions; see `LayerInputs.of_layer`."""
         c = self.config
-        if c.position != "rotary":
-            return None
-        return layers.rotary_tables(positions_BT, int(c.head_dim * c.rotary_fraction), c.rotary_base)
+        rotary = None
+        if c.position == "rotary":
+            rotary_dim = int(c.head_dim * c.rotary_fraction)
+            rotary = layers.rotary_angles(positions_BT, rotary_dim, c.rotary_base)
+        visibility = dataclasses.replace(visibility, local_heads=c.local_heads)
+        return LayerInputs(visibility, rotary, dropout, slot)
 
-    def _scan(self, layer, x_BTD):
-        """Run `layer(block, x, window, index) -> (x, kept)` over all layers, one period of windows an iteration."""
+    def window_of_layer(self, layer: int) -> int:
+        """Return how far back a layer looks, in tokens (0: to the start)."""
+        windows = self.config.attention_window
+        return windows[layer % len(windows)]
+
+    def unstacked_blocks(self) -> list[Block]:
+        """Return the blocks one by one.
+
+        To be called before a loop over tokens, not in it, because it copies their parameters.
+        """
+        graph, stacked = nnx.split(self.blocks)
+        return [
+            nnx.merge(graph, jax.tree.map(lambda p, layer=layer: p[layer], stacked))
+            for layer in range(self.config.num_layers)
+        ]
+
+    def _scan(
+        self,
+        run_layer: Callable[[Block, jax.Array, LayerInputs], tuple[jax.Array, Any]],
+        x_BTD: jax.Array,
+        inputs: LayerInputs,
+    ) -> tuple[jax.Array, Any]:
+        """Run all layers and the last norm; return (x_BTD, the second results stacked on L).
+
+        One iteration runs one period of the pattern of windows, in which the window of each layer
+        is a constant of the program:
+
+            attention_window (0, 256), 6 layers:   3 iterations of [all tokens, 256 tokens]
+        """
         c = self.config
         graph, stacked = nnx.split(self.blocks)
         period = len(c.attention_window)
-        grouped = jax.tree.map(lambda x: x.reshape(-1, period, *x.shape[1:]), stacked)
+        grouped = jax.tree.map(lambda p: p.reshape(-1, period, *p.shape[1:]), stacked)
 
-        def body(x, xs):
-            index, params = xs
-            kept = []
+        def run_period(x_BTD: jax.Array, xs: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            first_layer, params = xs
+            results = []
             for i, window in enumerate(c.attention_window):
-                block = nnx.merge(graph, jax.tree.map(lambda p: p[i], params))
-                x, keep = layer(block, x, window, index + i)
-                kept.append(keep)
-            return x, jax.tree.map(lambda *parts: jnp.stack(parts), *kept)
+                block = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], params))
+                x_BTD, result = run_layer(block, x_BTD, inputs.of_layer(first_layer + i, window))
+                results.append(result)
+            return x_BTD, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
-        starts = jnp.arange(0, c.num_layers, period)
-        unroll = c.unroll or c.num_layers // period
-        x_BTD, kept = jax.lax.scan(_REMAT[c.remat](body), x_BTD, (starts, grouped), unroll=unroll)
-        return self.norm(x_BTD), jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept)
+        first_layers = jnp.arange(0, c.num_layers, period)
+        num_iterations = c.num_layers // period
+        x_BTD, results = jax.lax.scan(
+            _REMAT[c.remat](run_period),
+            x_BTD,
+            (first_layers, grouped),
+            unroll=c.unroll or num_iterations,
+        )
+        results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+        return self.norm(x_BTD), results
 
 
 def make_norm(config: ModelConfig) -> layers.Norm:
@@ -271,26 +403,32 @@ def make_norm(config: ModelConfig) -> layers.Norm:
 
 
 def abstract_transformer(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict[str, tuple]]:
-    """Return (graph, parameters, axes) without making an array.
+    """Describe the model without making an array.
 
-    `nnx.merge(graph, parameters)` is a model again; parameters are a nested dict of shapes; `axes` gives the logical
-    axes of each by its path ("blocks/mlp/up/kernel"). Stacked parameters of the blocks begin with `layers`.
+    Returns:
+      graph: `nnx.merge(graph, parameters)` is a model again.
+      parameters: a nested dict of shapes.
+      axes: the logical axes of each parameter by its path ("blocks/mlp/up/kernel"). Those of the
+        stacked blocks begin with `layers`.
     """
-    assert config.is_resolved, f"sizes of the model are still open; use what resolve() returned, not {config}"
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
     graph, state = nnx.split(model, nnx.Param)
-    axes = {
-        "/".join(map(str, path)): ("layers",) * (len(param.get_value().shape) - len(param.axes)) + param.axes
-        for path, param in nnx.to_flat_state(state)
-    }
+    axes = {}
+    for path, param in nnx.to_flat_state(state):
+        num_stacked = len(param.get_value().shape) - len(param.axes)
+        axes["/".join(map(str, path))] = ("layers",) * num_stacked + param.axes
     return graph, nnx.to_pure_dict(state), axes
 
 
 def init_parameters(config: ModelConfig, seed: jax.Array | int) -> dict:
-    """Return freshly drawn parameters as a nested dict, the same for a seed on any mesh; made to be jitted."""
-    return nnx.to_pure_dict(nnx.state(Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed))), nnx.Param))
+    """Return freshly drawn parameters as a nested dict, the same for a seed on any mesh.
+
+    Made to be jitted, with the shardings of the parameters.
+    """
+    model = Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed)))
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 def _output_std(config: ModelConfig) -> float:
-    """Smaller weights where a block writes to the residual stream (Radford et al. 2019, section 2.3)."""
+    """Return the std of maps that write to the residual stream (Radford et al. 2019, 2.3)."""
     return config.init_std / (2 * config.num_layers) ** 0.5

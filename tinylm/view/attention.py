@@ -14,8 +14,7 @@ from flax import nnx
 
 from tinylm.core.errors import UserError
 from tinylm.model.attention import Visibility
-from tinylm.model.layers import Dropout
-from tinylm.model.transformer import Transformer, abstract_transformer
+from tinylm.model.transformer import LayerInputs, Transformer, abstract_transformer
 from tinylm.run.open_run import Run
 
 MOST_TOKENS = 64
@@ -35,22 +34,24 @@ def attention_of(run: Run, text: str) -> tuple[list[str], np.ndarray]:
 
 def attention_weights(model: Transformer, tokens_1T: jax.Array) -> jax.Array:
     """Return weights_LNTS of one row of tokens."""
-    c, off = model.config, Dropout(0.0, None)
-    positions = jnp.arange(tokens_1T.shape[1])[None]
-    x_BTD, tables, found = model._embed(tokens_1T, positions), model._rotary(positions), []
-    graph, stacked = nnx.split(model.blocks)
-    for layer in range(c.num_layers):
-        window = c.attention_window[layer % len(c.attention_window)]
-        visible = Visibility(window=window, local_heads=c.local_heads)
-        params = jax.tree.map(lambda p: p[layer], stacked)
-        found.append(_weights(nnx.merge(graph, params), x_BTD, visible, tables)[0])
-        x_BTD = nnx.merge(graph, params)(x_BTD, visible, tables, off)[0]
-    return jnp.stack(found)
+    positions_1T = jnp.arange(tokens_1T.shape[1])[None]
+    inputs = model.layer_inputs(positions_1T, Visibility())
+    x_BTD = model.embed(tokens_1T, positions_1T)
+    weights = []
+    for layer, (block, copy) in enumerate(zip(model.unstacked_blocks(), model.unstacked_blocks(), strict=True)):
+        layer_inputs = inputs.of_layer(layer, model.window_of_layer(layer))
+        weights.append(_weights(copy, x_BTD, layer_inputs)[0])
+        x_BTD = block(x_BTD, layer_inputs)[0]
+    return jnp.stack(weights)
 
 
-def _weights(block: Any, x_BTD: jax.Array, visible: Visibility, tables: tuple | None) -> jax.Array:
-    """Return weights_BNTS of one block, whose values become the identity and whose output map is left out."""
-    num_tokens, kv_heads = x_BTD.shape[1], block.attention.config.num_kv_heads
-    eye_1TKS = jnp.broadcast_to(jnp.eye(num_tokens)[None, :, None], (1, num_tokens, kv_heads, num_tokens))
-    block.attention.value, block.attention.out = (lambda x: eye_1TKS), (lambda o_BTNS: o_BTNS)
-    return block.attention(block.attention_norm(x_BTD), visible, tables, Dropout(0.0, None))[0].swapaxes(1, 2)
+def _weights(block: Any, x_BTD: jax.Array, inputs: LayerInputs) -> jax.Array:
+    """Return weights_BNTS of a block whose values become the identity; the block is spoiled."""
+    num_tokens = x_BTD.shape[1]
+    num_kv_heads = block.attention.config.num_kv_heads
+    identity_TS = jnp.eye(num_tokens)[None, :, None]
+    identity_1TKS = jnp.broadcast_to(identity_TS, (1, num_tokens, num_kv_heads, num_tokens))
+    block.attention.value = lambda x_BTD: identity_1TKS
+    block.attention.out = lambda o_BTNS: o_BTNS
+    weights_BTNS, _ = block.attention(block.attention_norm(x_BTD), inputs)
+    return weights_BTNS.swapaxes(1, 2)
