@@ -19,7 +19,7 @@ FLAGS = flags.FLAGS
 
 def main() -> None:
     """Prepare as the flags say."""
-    from tinylm.data import open_data, store
+    from tinylm.data import open_data
 
     config = cli.config()
     if FLAGS.to_tfds:
@@ -31,7 +31,7 @@ def main() -> None:
     data = open_data(config.data, seed=config.seed, is_writer=is_main())
     if FLAGS.verify:
         for one in data.every_store:
-            store.verify(one.folder)
+            one.verify()
     result = summary(data) | {"batches": batch_hashes(data, config.data.batch_size, FLAGS.print_batches)}
     if is_main():
         print(json.dumps(result) if FLAGS.json else text_of(result))

@@ -49,8 +49,8 @@ def manifest(data):
     return data.stores[0].manifest
 
 
-def ids_of(folder):
-    opened = store.Store(folder)
+def ids_of(opened):
+    opened = store.Store(opened) if isinstance(opened, pathlib.Path) else opened
     out = np.empty(len(opened.tokens), np.int32)
     opened.tokens.read(out, 0)
     return out
@@ -86,9 +86,9 @@ def test_a_store_is_whole_or_absent_after_kill_9_at_any_point(tmp_path, points):
         process.send_signal(signal.SIGKILL)
         process.wait()
         for found in finished(folder) if folder.exists() else []:
-            store.verify(found)
+            store.Store(found).verify()
         again = open_data(config_of(path, folder), seed=0, progress=False).stores[0].folder
-        store.verify(again)
+        store.Store(again).verify()
         assert np.array_equal(ids_of(again), ids_of(wanted))
         assert not list(folder.glob("*.tmp"))
 
@@ -144,7 +144,7 @@ def test_many_that_prepare_at_once_make_one_store(tmp_path):
     processes = [start(source, tmp_path / "s", before) for before in ("", "", no_lock % 1, no_lock % 2)]
     outputs = {process.communicate()[0] for process in processes}
     assert [process.returncode for process in processes] == [0] * 4 and len(outputs) == 1
-    store.verify(finished(tmp_path / "s")[0])
+    store.Store(finished(tmp_path / "s")[0]).verify()
     assert len(finished(tmp_path / "s")) == 1 and not list((tmp_path / "s").glob("*.tmp"))
 
 
@@ -184,6 +184,95 @@ def test_a_store_is_made_once_and_again_when_its_text_changes(tmp_path, monkeypa
     assert open_data(config, seed=0, progress=False).stores[0].folder != first.stores[0].folder
 
 
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:260", "char"])
+def test_a_text_that_was_moved_or_touched_finds_its_store(tmp_path, monkeypatch, tokenizer):
+    path = write_text(tmp_path / "a.txt", 500)
+    stores = tmp_path / "s"
+    first = open_data(config_of(path, stores, tokenizer=tokenizer), seed=0, progress=False).stores[0]
+    monkeypatch.setattr(preparing, "Preparer", lambda *args: pytest.fail("prepared again"))
+    os.utime(path, ns=(1, 1))
+    touched = open_data(config_of(path, stores, tokenizer=tokenizer), seed=0, progress=False).stores[0]
+    assert touched.folder == first.folder
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.rename(tmp_path / "elsewhere" / "b.txt")
+    again = open_data(config_of(moved, stores, tokenizer=tokenizer), seed=0, progress=False).stores[0]
+    assert (again.folder, again.digest) == (first.folder, first.digest)
+    assert len(list(stores.glob("*/manifest.json"))) == 1
+
+
+def test_another_content_under_the_old_size_and_time_is_another_text(tmp_path):
+    path = write_text(tmp_path / "a.txt", 500)
+    config = config_of(path, tmp_path / "s")
+    first = open_data(config, seed=0, progress=False).stores[0]
+    status = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert open_data(config, seed=0, progress=False).stores[0].digest != first.digest
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"%s": 5}', b'{"%s": [1, 2, 3, 4]}', b'{"%s": ["a"]}'])
+def test_damaged_notes_of_checksums_only_cost_another_reading(tmp_path, damage):
+    path = write_text(tmp_path / "a.txt", 50)
+    config = config_of(path, tmp_path / "s")
+    first = open_data(config, seed=0, progress=False).stores[0]
+    (notes,) = (tmp_path / "s" / "checksums").iterdir()
+    whole = notes.read_bytes()
+    notes.write_bytes(damage.replace(b"%s", str(path).encode()))
+    assert open_data(config, seed=0, progress=False).stores[0].folder == first.folder
+    assert notes.read_bytes() == whole
+
+
+def test_a_file_that_grows_while_it_is_prepared_makes_no_store(tmp_path, monkeypatch):
+    path = write_text(tmp_path / "a.txt", 50)
+    run = preparing.Preparer.run
+
+    def and_grow(self, splits):
+        run(self, splits)
+        path.write_text(path.read_text() + "more")
+
+    monkeypatch.setattr(preparing.Preparer, "run", and_grow)
+    with pytest.raises(UserError, match=r"a\.txt was written to while it was prepared"):
+        open_data(config_of(path, tmp_path / "s"), seed=0, progress=False)
+    assert not finished(tmp_path / "s")
+
+
+def test_a_pipe_is_named_as_what_it_is(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"a\.txt is a pipe or a device.*write its content to a file"):
+        open_data(config_of(tmp_path / "a.txt", tmp_path / "s"), seed=0, progress=False)
+
+
+def ready_config(tmp_path, ids):
+    np.array(ids, np.uint16).tofile(tmp_path / "ids.bin")
+    config = config_of("", tmp_path / "s")
+    config.source = f"tokens:{tmp_path}/ids.bin"
+    return config
+
+
+def test_ready_ids_that_were_moved_or_touched_are_the_same(tmp_path):
+    config = ready_config(tmp_path, [*range(99), 256] * 9)
+    first = open_data(config, seed=0, progress=False)
+    before = first.train.read(np.arange(9))["tokens"]
+    os.utime(tmp_path / "ids.bin", ns=(1, 1))
+    assert np.array_equal(first.train.read(np.arange(9))["tokens"], before), "also under a run that has it open"
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "ids.bin", tmp_path / "elsewhere" / "other.bin")
+    config.source = f"tokens:{tmp_path}/elsewhere/other.bin"
+    again = open_data(config, seed=0, progress=False)
+    assert again.stores[0].folder == first.stores[0].folder
+    assert np.array_equal(again.train.read(np.arange(9))["tokens"], before)
+    again.stores[0].verify()
+
+
+@pytest.mark.parametrize("when", ["while it is read", "between two runs"])
+def test_altered_ready_ids_are_found(tmp_path, when):
+    data = open_data(ready_config(tmp_path, [*range(99), 256] * 9), seed=0, progress=False)
+    path = tmp_path / "ids.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(StorageError, match=r"ids\.bin .*; put back the file as it was"):
+        data.train.read(np.arange(9)) if when == "while it is read" else data.stores[0].verify()
+
+
 def test_damage_is_found(tmp_path):
     path = write_text(tmp_path / "a.txt", 500)
     config = config_of(path, tmp_path / "s")
@@ -192,7 +281,7 @@ def test_damage_is_found(tmp_path):
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(StorageError, match="checksum"):
-        store.verify(folder)
+        store.Store(folder).verify()
     shard.write_bytes(content[:-2])
     with pytest.raises(StorageError, match="damaged; delete"):
         open_data(config, seed=0, progress=False)
@@ -299,7 +388,7 @@ def test_more_files_open_than_the_soft_limit_allows(tmp_path):
         config = config_of("", tmp_path / "s", seq_len=4)
         config.source = f"tokens:{tmp_path}/*.bin"
         data = open_data(config, seed=0, progress=False)
-        assert manifest(data)["documents"] == 200 and ids_of(data.stores[0].folder)[::2].tolist() == list(range(200))
+        assert manifest(data)["documents"] == 200 and ids_of(data.stores[0])[::2].tolist() == list(range(200))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 

@@ -71,7 +71,7 @@ def config_record():
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
-        ((), []), ((), {}), (("versions",), 5), (("stores",), []), (("start_id",), "x"),
+        ((), []), ((), {}), (("versions",), 5), (("token_stores",), []), (("start_id",), "x"),
         (("config", "model"), None), (("config", "seed"), "0"),
         (("config", "data", "seq_len"), None), (("config", "sample", "prompts"), "x"),
     ],

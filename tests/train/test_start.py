@@ -1,5 +1,8 @@
 """Starts that meet in one workdir: one alone trains there, and the others leave its files as they are."""
 
+import os
+import shutil
+
 import pytest
 
 from tinylm.config import load_config
@@ -53,6 +56,40 @@ def test_an_evaluation_reads_as_many_rows_whatever_the_micro_batches(tmp_path):
         trainer.run()
         losses.append(trainer.valid_loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_the_same_text_in_another_place_goes_on_and_another_text_does_not(tmp_path):
+    """As after cp, scp, git checkout or on a fresh host: what counts is the content."""
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"{i} and {i * i}" for i in range(200)))
+    tokenizer = "data.tokenizer=bpe:300"
+    run = tmp_path / "run"
+    begin(run, f"data.source=text:{tmp_path}/a.txt", tokenizer).lock.close()
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(tmp_path / "a.txt", tmp_path / "elsewhere" / "b.txt")
+    os.utime(tmp_path / "a.txt", ns=(1, 1))
+    begin(run, f"data.source=text:{tmp_path}/a.txt", tokenizer).lock.close()
+    moved = f"data.source=text:{tmp_path}/elsewhere/b.txt"
+    begin(run, moved, tokenizer).lock.close()
+    assert RunFolder(str(run)).read_config()["config"]["data"]["source"] == f"text:{tmp_path}/elsewhere/b.txt"
+    with pytest.raises(UserError, match=r"holds another run, which differs in data\.separator"):
+        begin(run, moved, tokenizer, "data.separator=|")
+    with pytest.raises(UserError, match=r"holds another run, which differs in data\.source"):
+        begin(run, "data.source=tales:30", tokenizer)
+    # The same tokenizer and as many tokens, but in another order.
+    parts = (tmp_path / "a.txt").read_text().split("<|endoftext|>")
+    (tmp_path / "elsewhere" / "b.txt").write_text("<|endoftext|>".join([*parts[1:3], parts[0], *parts[3:]]))
+    with pytest.raises(UserError, match=r"text:.*/b\.txt doesn't give the tokens .* its content changed since"):
+        begin(run, moved, tokenizer)
+
+
+def test_a_run_that_noted_its_stores_by_time_and_place_goes_on(tmp_path):
+    begin(tmp_path).lock.close()
+    folder = RunFolder(str(tmp_path))
+    record = folder.read_config()
+    record["stores"] = dict.fromkeys(record.pop("token_stores"), "0" * 64)
+    folder.write_config(record)
+    begin(tmp_path).lock.close()
+    assert folder.read_config()["token_stores"]
 
 
 @pytest.mark.parametrize("fails", ["check_same_stores", "store_digests", "make_blueprint", "Trainer"])

@@ -15,6 +15,9 @@ TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2", "hf", "sentencepiece", "llama2
 MAX_MIXTURE_PERIOD = 1_000_000
 MAX_IDS = 1 << 24  # of a tokenizer
 
+# Kinds that read files, which may lie anywhere; the rest mean something by what follows the kind.
+_SOURCE_FILES = ("text", "jsonl", "parquet", "tfds", "tokens")
+_TOKENIZER_FILES = ("gpt2", "hf", "sentencepiece", "llama2c")
 _WITHOUT_ARGUMENT = ("tales", "addition", "byte", "char", "gpt2")
 _WITH_COUNT = ("tales", "addition", "bpe")
 _PARTS = re.compile(r",\s*(?=[\d.]+\s*\*)")
@@ -154,6 +157,25 @@ def split_spec(spec: str) -> tuple[str, str]:
     """Split "kind:argument"; the argument may be empty."""
     kind, _, argument = spec.partition(":")
     return kind, argument
+
+
+def differ_in_place(key: str, spec: str, other: str) -> bool:
+    """Say whether two values of a setting name files of the same kind in different places.
+
+    What the files hold decides the numbers of a run, and is compared where they are read.
+    """
+    if key == "data.tokenizer":
+        return split_spec(spec)[0] == split_spec(other)[0] in _TOKENIZER_FILES
+    if key == "data.source":
+        pairs = list(zip(parse_mixture(spec), parse_mixture(other), strict=False))
+        alike = len(parse_mixture(spec)) == len(parse_mixture(other))
+        return alike and all(weight == of_other and _may_move(one, two) for (weight, one), (of_other, two) in pairs)
+    return key == "data.valid_source" and _may_move(spec, other)
+
+
+def _may_move(spec: str, other: str) -> bool:
+    """Say whether two sources are the same but for the place of their files."""
+    return spec == other or (split_spec(spec)[0] == split_spec(other)[0] in _SOURCE_FILES)
 
 
 def _check_spec(key: str, spec: str, known: tuple[str, ...]) -> None:

@@ -1,13 +1,15 @@
 """`open_data`: from the `data` section of a config to rows that can be read, preparing token stores where needed.
 
 Each source has its own store, so a mixture reuses what other runs prepared. One process prepares, the others wait for
-the store to appear. A tokenizer that learns from the text (char, bpe, or a cut to the most common ids) is made from
-all text of the run, that for validation too, before its first store.
+the store to appear. A store is named by what decides its content (the files' checksums, the settings, the tokenizer),
+so text that was moved or touched finds its store again. A tokenizer that learns from the text (char, bpe, or a cut to
+the most common ids) is made from all text of the run, that for validation too, before its first store.
 """
 
 import dataclasses
 import functools
 import itertools
+import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -16,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import StorageError, UserError
-from tinylm.data import plans, preparing
+from tinylm.data import content, plans, preparing
 from tinylm.data.config import DataConfig, parse_mixture, split_spec
 from tinylm.data.ready import TokenSource, prepare_ready
 from tinylm.data.rows import JoinedRows, MixedRows, Rows, SplitRows
-from tinylm.data.sources import Source, make_source
+from tinylm.data.sources import Source, hash_bytes, make_source
 from tinylm.data.store import MANIFEST, Store
 from tinylm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from tinylm.data.vocabularies import tokenizer_file_hashes
@@ -128,16 +130,35 @@ class _Opener:
         self.valid_sources = [make_source(spec, config, "data.valid_source") for spec in valid_specs]
         self.train_splits = ("train",) if self.valid_sources else ("train", "valid")
         self._folder = preparing.store_folder(config)
+        self._checksums_of: dict[str, list[str]] = {}
 
     @functools.cached_property
     def tokenizer_key(self) -> Any:
         """What decides the tokenizer: its name, its files, and the text where it learns from that."""
         c = self.config
-        key: list[Any] = [c.tokenizer, c.vocab_top_k, *tokenizer_file_hashes(c.tokenizer)]
-        if split_spec(c.tokenizer)[0] in ("char", "bpe") or c.vocab_top_k:
-            every = [*self.sources, *self.valid_sources]
-            key.append([(source.spec, source.identity()) for source in every])
+        kind, argument = split_spec(c.tokenizer)
+        hashes = tokenizer_file_hashes(c.tokenizer)
+        # A file counts by its content, so that its place doesn't count.
+        key: list[Any] = [kind, hashes or argument, c.vocab_top_k]
+        if kind in ("char", "bpe") or c.vocab_top_k:
+            key += [self.text_key(source, self.train_splits) for source in self.sources]
+            key += [self.text_key(source, ("valid",)) for source in self.valid_sources]
         return key
+
+    def text_key(self, source: Source, splits: tuple[str, ...]) -> list[Any]:
+        """Return what decides the text of some splits of a source."""
+        return preparing.text_key(source, splits, self._checksums(source))
+
+    def _checksums(self, source: Source) -> list[str]:
+        """Return the checksums of the files of a source, each file read at most once."""
+        files = source.content_files
+        if source.setting not in self._checksums_of:
+            # The notes of a source are found by its place, which they are of.
+            notes = self._folder / "checksums" / f"{hash_bytes(os.path.abspath(source.argument).encode())}.json"
+            total = sum(content.file_state(path)[0] for path in files)
+            with preparing.progress_bar(total, self.progress, "reading checksums") as bar:
+                self._checksums_of[source.setting] = content.checksums(files, notes, bar) if files else []
+        return self._checksums_of[source.setting]
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -152,36 +173,41 @@ class _Opener:
 
     def store(self, source: Source, splits: tuple[str, ...]) -> Store:
         """Return the store of some splits of a source, made by this process, by another, or long ago."""
-        folder = self._folder / preparing.store_key(source, splits, self.tokenizer_key)
+        folder = self._folder / preparing.store_key(self.text_key(source, splits), self.tokenizer_key)
         if not self.is_writer:
             preparing.wait_for(folder, self.wait_secs)
         elif not (folder / MANIFEST).exists():
             preparing.make(
                 folder, lambda folder: (folder / MANIFEST).exists(), functools.partial(self._fill, source, splits)
             )
-        return Store(folder)
+        return Store(folder, source.spec, source.files if isinstance(source, TokenSource) else ())
 
     def _fill(self, source: Source, splits: tuple[str, ...], folder: pathlib.Path) -> None:
+        before = [content.file_state(path) for path in source.content_files]
         self.tokenizer.save(folder / "tokenizer")
         if isinstance(source, TokenSource):
-            prepare_ready(source, self.tokenizer, folder, splits, self.progress)
+            prepare_ready(source, self._checksums(source), self.tokenizer, folder, splits, self.progress)
         else:
             preparing.Preparer(source, self.tokenizer, folder, self.progress).run(splits)
+        # The store's name says what the files held before, so it must not hold what came in meanwhile.
+        for path, state in zip(source.content_files, before, strict=True):
+            if content.file_state(path)[:2] != state[:2]:
+                raise UserError(f"{path} was written to while it was prepared; prepare it when it is complete.")
 
 
 def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:
     """Return the rows of one split of one store."""
     if split not in store.manifest["splits"]:
-        raise UserError(f"data.source={store.manifest['source']} has no text to train on; check data.valid_fraction.")
+        raise UserError(f"data.source={store.spec} has no text to train on; check data.valid_fraction.")
     begin, end = store.manifest["splits"][split]["tokens"]
     if seed is not None and end - begin < config.seq_len:
         raise UserError(
             f"data.seq_len={config.seq_len} must be at most the {end - begin} training tokens of "
-            f"data.source={store.manifest['source']}."
+            f"data.source={store.spec}."
         )
     if config.loss_on == "answer" and store.mask is None:
         raise UserError(
-            f"data.loss_on=answer needs prompts, and data.source={store.manifest['source']} has none; check "
+            f"data.loss_on=answer needs prompts, and data.source={store.spec} has none; check "
             "data.prompt_field and data.completion_field."
         )
     plan = _plan(config, store, split)

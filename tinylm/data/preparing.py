@@ -24,7 +24,7 @@ import numpy as np
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
-from tinylm.data.config import DataConfig
+from tinylm.data.config import DataConfig, split_spec
 from tinylm.data.encoding import Encoded, encode
 from tinylm.data.sources import Document, Source, hash_bytes
 from tinylm.data.store import FORMAT, MANIFEST, StoreWriter, smallest_dtype
@@ -51,11 +51,18 @@ def store_folder(config: DataConfig) -> pathlib.Path:
     raise StorageError(f"{candidates[-1]} can't be made; set data.store_dir to a folder that can be written.")
 
 
-def store_key(source: Source, splits: tuple[str, ...], tokenizer_key: Any) -> str:
-    """Return the name of the store of some splits of a source's present content under a tokenizer."""
+def text_key(source: Source, splits: tuple[str, ...], checksums: list[str]) -> list[Any]:
+    """Return what decides the text of some splits of a source, with the checksums of its files; not where it lies."""
     c = source.config
-    identity = [FORMAT, source.spec, source.identity(), splits, tokenizer_key, c.valid_fraction, c.on_bad_text]
-    return hash_bytes(json.dumps(identity).encode())
+    kind = split_spec(source.spec)[0]
+    # How a file is read depends on the end of its name (.gz), so a content under another end is another text.
+    files = [[pathlib.Path(path).suffix, sha256] for path, sha256 in zip(source.content_files, checksums, strict=True)]
+    return [kind, source.identity(), files, splits, c.valid_fraction, c.on_bad_text]
+
+
+def store_key(text: list[Any], tokenizer: Any) -> str:
+    """Return the name of the store of a text (its `text_key`) under a tokenizer."""
+    return hash_bytes(json.dumps([FORMAT, text, tokenizer]).encode())
 
 
 def make(folder: pathlib.Path, is_whole: Callable[[pathlib.Path], bool], fill: Callable[[pathlib.Path], None]) -> None:
@@ -234,12 +241,12 @@ class Preparer:
         self._note_split("valid", middle, self.writer.num_documents)
 
 
-def progress_bar(total: int | None, shown: bool) -> Any:
+def progress_bar(total: int | None, shown: bool, what: str = "preparing") -> Any:
     """Return a bar of bytes that goes on a terminal alone, and is gone at the end."""
     from tqdm import tqdm
 
     disable = None if shown else True
-    return tqdm(total=total, unit="B", unit_scale=True, desc="preparing", leave=False, disable=disable)
+    return tqdm(total=total, unit="B", unit_scale=True, desc=what, leave=False, disable=disable)
 
 
 def cut_documents(ends: np.ndarray, fraction: float) -> int:

@@ -1,7 +1,7 @@
 """Ready ids: `tokens:` reads .bin files of uint16 or uint32, as nanoGPT and llama2.c write them, where they lie.
 
 They are scanned once, for ids that the tokenizer doesn't have and for the ends of documents; the store then holds a
-manifest and those ends, and points at the files. Which of the two types a file has shows in it: in uint32, the upper
+manifest and those ends, and the files' checksums. Which of the two types a file has shows in it: in uint32, the upper
 half of each id is as small as the vocabulary says.
 """
 
@@ -25,12 +25,17 @@ class TokenSource(FileSource):
 
 
 def prepare_ready(
-    source: TokenSource, tokenizer: Tokenizer, folder: pathlib.Path, splits: tuple[str, ...], progress: bool
+    source: TokenSource,
+    checksums: list[str],
+    tokenizer: Tokenizer,
+    folder: pathlib.Path,
+    splits: tuple[str, ...],
+    progress: bool,
 ) -> None:
-    """Write a store that points at ready files; raise UserError for ids that the tokenizer doesn't have."""
+    """Write a store of ready files with their `checksums`; raise UserError for ids that the tokenizer doesn't have."""
     writer = StoreWriter(folder, np.dtype(np.uint16))
     with progress_bar(2 * (source.total_bytes() or 0), progress) as bar:
-        shards = _scan(source.files, tokenizer, writer, bar)
+        shards = _scan(source.files, checksums, tokenizer, writer, bar)
         array = TokenArray(folder, shards, np.uint16)
         if int(writer.document_ends()[-1:, 0].sum()) < len(array):
             writer.ends.append(np.array([len(array), 0]))
@@ -38,16 +43,20 @@ def prepare_ready(
         splits_of = _cut(ends, splits, source.config.valid_fraction)
         for part in splits_of.values():
             part["bytes"] = _count_bytes(tokenizer, bar, array, *part["tokens"])
-    manifest = {"source": source.spec, "tokens": len(array), "documents": len(ends), "shards": shards}
+    # The manifest doesn't say where the files are, for they may be moved.
+    named = [{**shard, "file": pathlib.Path(shard["file"]).name} for shard in shards]
+    manifest = {"source": source.spec, "tokens": len(array), "documents": len(ends), "shards": named}
     manifest |= {"tokenizer": describe_tokenizer(tokenizer), "splits": splits_of}
     writer.finish(manifest | {"skipped": {"count": 0, "examples": []}})
 
 
-def _scan(paths: list[str], tokenizer: Tokenizer, writer: StoreWriter, bar: Any) -> list[dict[str, Any]]:
+def _scan(
+    paths: list[str], checksums: list[str], tokenizer: Tokenizer, writer: StoreWriter, bar: Any
+) -> list[dict[str, Any]]:
     """Check the ids of files, hand the ends of documents to `writer`, and return the files as shards."""
     shards: list[dict[str, Any]] = []
     total = 0
-    for path in paths:
+    for path, sha256 in zip(paths, checksums, strict=True):
         ids = open_ids(path, tokenizer.vocab_size)
         for begin in range(0, len(ids), _CHUNK_TOKENS):
             chunk = ids[begin : begin + _CHUNK_TOKENS]
@@ -55,7 +64,7 @@ def _scan(paths: list[str], tokenizer: Tokenizer, writer: StoreWriter, bar: Any)
             ends = np.flatnonzero(chunk == tokenizer.eot_id) + begin + total + 1
             writer.ends.append(np.stack([ends, np.zeros_like(ends)], axis=1).ravel())
             bar.update(chunk.nbytes)
-        shards.append({"file": path, "items": len(ids), "dtype": ids.dtype.name})
+        shards.append({"file": path, "items": len(ids), "dtype": ids.dtype.name, "sha256": sha256})
         total += len(ids)
     return shards
 

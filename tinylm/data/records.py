@@ -16,7 +16,7 @@ from typing import Any
 
 from tinylm.core.errors import UserError
 from tinylm.core.optional import optional_module
-from tinylm.data.sources import Document, FileSource, Source, file_identity, hash_bytes, split_stream
+from tinylm.data.sources import Document, FileSource, Source, hash_bytes, split_stream
 
 DEFAULT_BELOW = 100
 _HELD_OUT = 10  # one sum in so many is for validation
@@ -135,6 +135,9 @@ class HubSource(RecordSource):
             raise UserError(f"{self.setting} has no parquet files; {local}.")
         return files
 
+    def identity(self) -> Any:
+        return [super().identity(), self.argument]
+
     @functools.cached_property
     def own_splits(self) -> bool:
         return any(held_out_split(path) for path in self._files)
@@ -200,9 +203,14 @@ class TfdsSource(RecordSource):
         return next((name for name in _VALID_NAMES if name in self._builder.info.splits), None)
 
     def identity(self) -> Any:
-        c, folder = self.config, self._folder()
-        place = [file_identity(str(path)) for path in sorted(folder.iterdir())] if folder else [c.tfds_data_dir]
-        return [super().identity(), place, "" if folder else c.tfds_manual_dir]
+        c = self.config
+        by_name = [] if self._folder() else [self.argument, c.tfds_data_dir, c.tfds_manual_dir]
+        return [super().identity(), by_name]
+
+    @property
+    def content_files(self) -> list[str]:
+        folder = self._folder()
+        return [str(path) for path in sorted(folder.iterdir())] if folder else []
 
     def documents(self, split: str) -> Iterator[Document]:
         name = self._valid_split() if split == "valid" else "train"

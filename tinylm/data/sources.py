@@ -1,8 +1,8 @@
 """Where text comes from: each source gives documents one by one, and says what content it stands for.
 
 A source is read as a stream, so it may be larger than memory. What it can't read as text it gives as a document with
-a `problem` that names file and offset; the policy `data.on_bad_text` decides what becomes of it. `identity` is what
-the token store is keyed by: for files their paths, sizes and times of change.
+a `problem` that names file and offset; the policy `data.on_bad_text` decides what becomes of it. The token store is
+keyed by `identity` and by the content of `content_files`, wherever these lie.
 """
 
 import dataclasses
@@ -60,8 +60,13 @@ class Source:
         return False
 
     def identity(self) -> Any:
-        """Return plain values that change when the documents change."""
+        """Return plain values that, with the content of the files, decide the documents."""
         return None
+
+    @property
+    def content_files(self) -> list[str]:
+        """The files that the documents come from, in their order, where a source has such files."""
+        return []
 
     def documents(self, split: str) -> Iterator[Document]:
         """Yield the documents of "train" or "valid", or of "all" where there are no own splits."""
@@ -118,8 +123,9 @@ class FileSource(Source):
                 raise UserError(f"{path} can't be read by this user; change its permissions, or mend the link.")
         return [os.path.abspath(path) for path in paths]
 
-    def identity(self) -> Any:
-        return [file_identity(path) for path in self.files]
+    @property
+    def content_files(self) -> list[str]:
+        return self.files
 
     def total_bytes(self) -> int | None:
         compressed = any(path.endswith((".gz", ".zst", ".parquet")) for path in self.files)
@@ -151,12 +157,6 @@ class TextSource(FileSource):
             offset, block = next_offset, next_block
         if offset == 0 or block.strip():
             yield decode(block, f"{path} at byte {offset}", offset)
-
-
-def file_identity(path: str) -> list[Any]:
-    """Return path, size and time of change of a file."""
-    stat = os.stat(path)
-    return [path, stat.st_size, stat.st_mtime_ns]
 
 
 def hash_bytes(content: bytes) -> str:

@@ -3,9 +3,10 @@
 A store is a folder. `manifest.json` names its shards (in the smallest unsigned type that holds the vocabulary, or
 ready files that are read in place) with sizes and checksums; `documents.bin` has, after each document, how many tokens
 and bytes of text there are so far; `mask-*.bin`, where there are prompts, is 1 where a token carries loss. Both splits
-lie in one sequence. Opening costs a look at each shard, whatever its size. A file that is cut or written to under a
-run is an error at the next reading, so shards are read, not mapped (a map that shrinks kills the process). One that was
-only touched is compared with its checksum, and read on.
+lie in one sequence. Nothing in a store depends on where its text lay, so ready files are named anew at each opening.
+Opening costs a look at each shard, whatever its size. A file that is cut or written to under a run is an error at the
+next reading, so shards are read, not mapped (a map that shrinks kills the process). One that was only touched is
+compared with its checksum, and read on.
 """
 
 import bisect
@@ -16,14 +17,14 @@ import mmap
 import os
 import pathlib
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinylm.core.errors import StorageError, UserError
 
-FORMAT = 1
+FORMAT = 2  # 2: stores are named by the content of their files
 MANIFEST = "manifest.json"
 SHARD_TOKENS = 1 << 32  # few files: each costs a descriptor
 _MASK_TOKENS = 1 << 20
@@ -177,7 +178,7 @@ class ArrayFile:
             os.posix_fadvise(self._file.fileno(), 0, 0, advice)
 
     def _damaged(self, how: str) -> StorageError:
-        return StorageError(f"{self.path} {how}: it is damaged; delete {self.folder} to prepare it again.")
+        return damaged(self.folder, self.path, how)
 
     def _look(self) -> tuple[int, int]:
         status = os.fstat(self._file.fileno())
@@ -215,6 +216,13 @@ class ArrayFile:
         return np.frombuffer(content, self.dtype)
 
 
+def damaged(folder: pathlib.Path, path: pathlib.Path, how: str) -> StorageError:
+    """Return the error for a file of the store in `folder`, which may be a ready one that lies elsewhere."""
+    if folder not in path.parents:
+        return StorageError(f"{path} {how}; put back the file as it was when it was prepared.")
+    return StorageError(f"{path} {how}: it is damaged; delete {folder} to prepare it again.")
+
+
 def _allow_files(count: int) -> None:
     """Let this process hold `count` more files open, as far as the system lets it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -226,12 +234,46 @@ def _allow_files(count: int) -> None:
 class Store:
     """A finished store, opened for reading."""
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, spec: str = "", ready_files: Sequence[str] = ()):
+        """Open the store in `folder`; `spec` is the source that it is of, `ready_files` are its files of ids."""
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self.tokens = TokenArray(folder, self.manifest["shards"], np.dtype(self.manifest["dtype"]))
+        self.spec = spec or self.manifest["source"]
+        shards = self.manifest["shards"]
+        if ready_files:
+            shards = [{**shard, "file": path} for shard, path in zip(shards, ready_files, strict=True)]
+        self._shards = shards
+        self.tokens = TokenArray(folder, shards, np.dtype(self.manifest["dtype"]))
         masks = self.manifest["mask_shards"]
         self.mask = TokenArray(folder, masks, np.uint8) if masks else None
+
+    @property
+    def _files(self) -> list[dict[str, Any]]:
+        return self._shards + self.manifest["mask_shards"] + self.manifest["document_shards"]
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes its files have."""
+        return sum((self.folder / shard["file"]).stat().st_size for shard in self._files)
+
+    @property
+    def digest(self) -> str:
+        """A hash of what it holds: ids, masks, ends of documents, splits and the tokenizer; not of where it lies."""
+        files = [[shard["items"], shard["sha256"]] for shard in self._files]
+        content = [files, self.manifest["splits"], self.manifest["tokenizer"]["fingerprint"]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Read every file and raise StorageError where one differs from its checksum."""
+        for shard in self._files:
+            path = self.folder / shard["file"]
+            try:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise StorageError(f"{path} can't be read: {error.strerror}.") from error
+            if found != shard["sha256"]:
+                raise damaged(self.folder, path, "differs from its checksum")
 
     def pairs(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (prompt ids, completion ids) of the documents of a split that have a prompt."""
@@ -264,14 +306,3 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{folder} is a token store of another version of tinylm; delete it to prepare it again.")
     return manifest
-
-
-def verify(folder: pathlib.Path) -> None:
-    """Read every shard and raise StorageError where one differs from its checksum."""
-    manifest = read_manifest(folder)
-    for shard in manifest["shards"] + manifest["mask_shards"] + manifest["document_shards"]:
-        if "sha256" in shard:
-            with (folder / shard["file"]).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard["sha256"]:
-                raise StorageError(f"{folder / shard['file']} differs from its checksum; delete {folder}.")

@@ -84,8 +84,11 @@ class RunFolder:
                     "data": {"batch_size": int(), "seq_len": int(), "tokenizer": str()}, "sample": {"prompts": [*_]},
                 },
                 "versions": {"mesh": {}},
-            } if isinstance(record.get("stores", {}), dict) and isinstance(record.get("start_id", 0), int):  # fmt: skip
-                if isinstance(ends := record.get("end_ids", []), list) and all(isinstance(end, int) for end in ends):
+            }:  # fmt: skip
+                ends = record.get("end_ids", [])
+                end_ids_are_whole = isinstance(ends, list) and all(isinstance(end, int) for end in ends)
+                stores_are_named = isinstance(record.get("token_stores", {}), dict)
+                if end_ids_are_whole and stores_are_named and isinstance(record.get("start_id", 0), int):
                     return record
         raise UserError(f"{self.config_file} lacks what a run's has; restore it or use another workdir.")
 

@@ -1,8 +1,6 @@
 """Starting a run or going on with one: the checks that come before anything is compiled or written."""
 
 import contextlib
-import hashlib
-import json
 import os
 from typing import Any
 
@@ -14,10 +12,11 @@ from jax.sharding import Mesh
 from tinylm import __version__
 from tinylm.core.distributed import from_main, is_main
 from tinylm.core.errors import UserError
+from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards, make_mesh
 from tinylm.core.settings import differing_settings, from_dict, to_dict
 from tinylm.data import Data, open_data
-from tinylm.data.store import verify
+from tinylm.data.config import differ_in_place
 from tinylm.data.tokenizers import load_tokenizer
 from tinylm.run.folder import RunFolder
 from tinylm.run.lock import WorkdirLock
@@ -60,7 +59,8 @@ def start_run(config: Config, workdir: str) -> Trainer:
         if is_main():
             if not exists:
                 data.tokenizer.save(str(folder.tokenizer))
-            folder.write_config({"config": to_dict(config), "versions": versions(mesh), "stores": store_digests(data)})
+            record = {"config": to_dict(config), "versions": versions(mesh), "token_stores": store_digests(data)}
+            folder.write_config(record)
         jax.set_mesh(mesh)
         blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
         trainer = Trainer(config, data, mesh, folder, blueprint)
@@ -72,7 +72,7 @@ def check_same_config(config: Config, folder: RunFolder) -> None:
     """Raise UserError, naming the keys, where the run in `folder` was made by another config.
 
     Sizes of the model that are still 0, to be resolved later, are not compared. With patience, when to evaluate decides
-    when the run ends, so it must stay.
+    when the run ends, so it must stay. Where files lie may differ; `check_same_stores` compares what is in them.
     """
     record = folder.read_config()
     if "imported_from" in record:
@@ -84,7 +84,7 @@ def check_same_config(config: Config, folder: RunFolder) -> None:
     differing = [
         f"{key} (there {there!r}, here {here!r})"
         for key, here, there in differing_settings(config, theirs, decisive)
-        if here or not key.startswith("model.")
+        if (here or not key.startswith("model.")) and not differ_in_place(key, here, there)
     ]
     if differing:
         shown = ", ".join(differing[:4])
@@ -100,19 +100,30 @@ def check_same_tokenizer(fingerprint: str, folder: RunFolder) -> None:
 
 
 def check_same_stores(data: Data, folder: RunFolder) -> None:
-    """Raise UserError where the run in `folder` read other tokens, StorageError where their files were altered."""
-    there, here = folder.read_config().get("stores", {}), store_digests(data)
-    for path in (store.folder for store in data.every_store):
-        if there and there.get(path.name) != here[path.name]:
-            raise UserError(f"{path} is not what the run in --workdir={folder.path} reads; restore it, or use another.")
-        if sum(file.stat().st_size for file in path.glob("*.bin")) < _VERIFIED_BYTES:
-            verify(path)
+    """Raise UserError where the run in `folder` read other tokens, StorageError where their files were altered.
+
+    What counts is the content of the token stores, not their names or where the text lies.
+    """
+    record = folder.read_config()
+    there = list(record.get("token_stores", {}).values())
+    if not there and "stores" in record:
+        say("this run was begun by an older tinylm, which noted its tokens otherwise; they are not compared")
+    here = list(store_digests(data).values())
+    for i, store in enumerate(data.every_store):
+        if there and there[i : i + 1] != here[i : i + 1]:
+            raise UserError(
+                f"{store.spec} doesn't give the tokens that the run in --workdir={folder.path} learned from: its "
+                "content changed since; restore it, or use another workdir."
+            )
+        if store.num_bytes < _VERIFIED_BYTES:
+            store.verify()
+    if there and len(there) != len(here):
+        raise UserError(f"--workdir={folder.path} holds a run that read other data; use another workdir.")
 
 
 def store_digests(data: Data) -> dict[str, str]:
-    """Return a digest of the manifest of each token store, by its name."""
-    texts = {store.folder.name: json.dumps(store.manifest, sort_keys=True) for store in data.every_store}
-    return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    """Return a digest of the content of each token store, by the store's name."""
+    return {store.folder.name: store.digest for store in data.every_store}
 
 
 def versions(mesh: Mesh) -> dict[str, Any]:
