@@ -124,7 +124,13 @@ def _arranged(sizes: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
 
 
 def _slices(devices: list[jax.Device]) -> list[list[jax.Device]]:
-    """Return the devices of each slice: those that fast links join; one list where the platform knows no slices."""
+    """Return the devices of each slice: those that fast links join; one list where the platform knows no slices.
+
+    Slices are TPUs' alone. XLA gives the devices of each GPU host a `slice_index` of their own, too, which says nothing
+    about how a mesh may lie on them: any axis may span hosts.
+    """
+    if devices[0].platform != "tpu":
+        return [devices]
     slices: dict[int, list[jax.Device]] = {}
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
@@ -183,6 +189,12 @@ def _sizes() -> dict[str, int]:
     """Return the sizes of the axes of the mesh in use; 1 for those that `sum_over_rows` has split by hand."""
     mesh = jax.sharding.get_abstract_mesh()
     return {name: mesh.shape[name] if name in mesh.auto_axes else 1 for name in AXES}
+
+
+def is_partly_manual() -> bool:
+    """Say whether some axes of the mesh in use are split by hand here (`sum_over_rows`), and others are not."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return bool(manual) and max(_sizes().values()) > 1
 
 
 def sum_over_rows(function: Callable, whole: tuple, by_rows: Any, fsdp: bool) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from tinylm.core.errors import UserError
 from tinylm.core.log import say_once
-from tinylm.core.mesh import layout, on_shards, target_platform
+from tinylm.core.mesh import is_partly_manual, layout, on_shards, target_platform
 from tinylm.model.kernels import MASKED_LOGIT
 from tinylm.model.layers import Dropout
 
@@ -85,6 +85,17 @@ def attend(
     if platform == "tpu" and T % _SPLASH_BLOCK == 0:
         return splash(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap)
     return _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout)
+
+
+def can_be_unrolled(kernel: str) -> bool:
+    """Say whether the layers of a scan may be unrolled here, given the `kernel` of the config.
+
+    A fused kernel runs in a shard_map of its own. Where that lies inside another one, which leaves
+    axes of the mesh to the partitioner, it has to be in a loop: JAX lowers unrolled layers to one
+    function that each of them calls, Shardy loses the outer axes in it, and XLA aborts the process
+    ("IsManualSubgroup", jaxlib 0.10.2 with libtpu 0.0.42).
+    """
+    return kernel == "xla" or target_platform() == "cpu" or not is_partly_manual()
 
 
 def _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout):
