@@ -9,7 +9,7 @@ the next dimension of the same parameter is tried, so every model runs on every 
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tinylm.core.errors import UserError
 from tinylm.core.settings import Section, setting
 
-AXES = ("replica", "data", "model")
+T = TypeVar("T")
+
+
+class PerAxis(NamedTuple, Generic[T]):
+    """One value for each axis of the mesh, in their order."""
+
+    replica: T
+    data: T
+    model: T
+
+
+AXES = PerAxis("replica", "data", "model")
 _shard_map = functools.partial(jax.shard_map, check_vma=False)
 
 # For each mesh axis, the logical axes that it may split, in order of preference.
@@ -135,6 +146,11 @@ def _slices(devices: list[jax.Device]) -> list[list[jax.Device]]:
     for device in devices:
         slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
     return [slices[index] for index in sorted(slices)]
+
+
+def mesh_sizes(mesh: Mesh) -> PerAxis[int]:
+    """Return the number of devices along each axis."""
+    return PerAxis(*(mesh.shape[name] for name in AXES))
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -106,7 +106,10 @@ def _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout):
     parts = []
     for start in range(0, T, block):
         first = start + 1 - visibility.window if visibility.window and not visibility.local_heads else 0
-        queries, keys = slice(start, start + block), slice(max(first, 0), start + block) if block < T else slice(0, S)
+        queries, keys = (
+            slice(start, start + block),
+            slice(max(first, 0), start + block) if block < T else slice(0, S),
+        )
         mask = visibility.allowed(queries, keys, q_BNTH.shape[1])
         rows = (q_BNTH[:, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys])
         parts.append(_softmax_sum(*rows, mask, scale, softcap, dropout))
@@ -136,7 +139,14 @@ def _fused(q_BNTH, k_BKSH, v_BKSH, visibility, scale):
         mask = next((ids[:, None, :, None] == ids[:, None, None, :] for ids in segments_BT), None)
         window = (visibility.window - 1, 0) if visibility.window else None
         out = jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
+            q,
+            k,
+            v,
+            mask=mask,
+            scale=scale,
+            is_causal=True,
+            local_window_size=window,
+            implementation="cudnn",
         )
         return out.swapaxes(1, 2)
 
