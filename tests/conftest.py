@@ -18,6 +18,8 @@ import jax
 import numpy as np
 import pytest
 
+import tinylm  # noqa: F401  (sets the flags that a right result needs, before the first backend)
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

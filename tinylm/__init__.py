@@ -3,9 +3,14 @@
 import time
 from typing import Any
 
+from tinylm.core.platform import set_flags
+
 STARTED = time.monotonic()  # for the account of a run's time
 __version__ = "0.1.0"
 __all__ = ["open_run"]
+
+# Before JAX makes a backend: what its compiler needs for right numbers, here and in every process started from here.
+set_flags()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,10 +14,11 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from absl import flags
 
 from tinylm import config as config_lib
-from tinylm.core import distributed, log
+from tinylm.core import distributed, log, platform
 from tinylm.core.errors import PeerLost, UserError
 from tinylm.core.settings import settings_of
 
@@ -83,6 +84,7 @@ def run(main: Callable[[], None], doc: str | None) -> None:
             secs=FLAGS.start_secs,
         )
         distributed.agree(_facts(), FLAGS.start_secs)
+        platform.refuse_faulty(jax.default_backend())
         log.start(distributed.is_main())
         use_compile_cache()
         main()
@@ -140,9 +142,15 @@ def _help() -> str:
 
 
 def use_compile_cache() -> None:
-    """Keep compiled programs in a folder private to the user, where there is a home that can hold it."""
-    import jax
+    """Keep compiled programs in a folder private to the user, where there is a home that can hold it.
 
+    A folder that the user has named (JAX_COMPILATION_CACHE_DIR) stays. No program is handed on to where it would be
+    wrong: JAX's key of a program holds the version of jaxlib, XLA_FLAGS and what the processor can do.
+    """
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = pathlib.Path(base) / "tinylm" / "xla"
     try:
@@ -151,4 +159,3 @@ def use_compile_cache() -> None:
     except OSError:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from tinylm.core.mesh import MeshConfig, make_mesh, parameter_sharding
+from tinylm.core.platform import refuse_faulty
 from tinylm.core.settings import from_dict
 from tinylm.data.tokenizers import load_tokenizer
 from tinylm.model.config import ModelConfig
@@ -46,6 +47,7 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
 
     Raises UserError where there is no run, no such checkpoint, or the mesh doesn't fit.
     """
+    refuse_faulty(jax.default_backend())
     folder = RunFolder(workdir)
     record = folder.read_config()
     config = record["config"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax
 import jax
+import jaxlib
 import optax
 from jax.sharding import Mesh
 
@@ -131,6 +132,8 @@ def versions(mesh: Mesh) -> dict[str, Any]:
     return {
         "tinylm": __version__,
         "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "flax": flax.__version__,
         "optax": optax.__version__,
         "device": mesh.devices.flat[0].device_kind,
