@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
-from helpers import run_command
+from helpers import ROOT, run_command
 
 from tinylm.analysis.report import describe, describe_search
 from tinylm.config import load_config
@@ -113,6 +115,49 @@ def test_one_all_reduce_crosses_slices(fsdp):
     across = [row for row in found["collectives"] if "replica" in row["axis"]]
     assert {row["kind"] for row in across} == {"all-reduce"}
     assert found["mesh"] == {"replica": 2, "data": 4, "model": 1}
+
+
+MATRIX = """
+import sys
+import jax
+from tinylm.core import log
+log.start()
+jax.config.update("jax_platforms", "cpu")
+from tinylm.config import load_config
+from tinylm.core.mesh import make_mesh
+from tinylm.plan import topology_devices
+from tinylm.train.planning import make_plan
+devices = topology_devices("v5e:2x2", 1)
+for unroll, kernel, micro in [(0, "xla", 1), (1, "splash", 2), (2, "splash", 1), (0, "splash", 2)]:
+    case = [f"model.unroll={unroll}", f"model.attention={kernel}", f"train.accumulation_steps={micro}"]
+    print(*case, flush=True)
+    config = load_config("tales", [*sys.argv[1:], *case])
+    config.resolve(256)
+    make_plan(config, make_mesh(config.mesh, devices))
+print("all compiled")
+"""
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ["mesh.model=2"],
+        ["mesh.model=4"],
+        ["mesh.fsdp=True"],
+        ["mesh.model=2", "mesh.fsdp=True"],
+        ["mesh.replica=2", "mesh.fsdp=True"],
+        ["mesh.replica=2", "mesh.model=2"],
+    ],
+)
+def test_a_tpu_program_compiles_for_each_way_to_unroll_attend_and_accumulate(mesh):
+    """The compiler aborts its process where it fails: what was printed last names the case."""
+    small = ["model.vocab_size=256", "model.embed_dim=64", "model.num_layers=2", "data.seq_len=128", *mesh]
+    done = subprocess.run([sys.executable, "-c", MATRIX, *small], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.endswith("all compiled\n"), done.stdout.splitlines()[-1] + done.stderr[:2000]
+    if mesh[0] == "mesh.replica=2" or mesh == ["mesh.model=2"]:
+        assert "model.unroll=0 counts as 1" in done.stderr, "rows are summed by hand around the kernel"
 
 
 @pytest.mark.slow

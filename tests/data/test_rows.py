@@ -96,6 +96,23 @@ def test_packed_rows_hold_whole_documents_with_places_of_their_own(tmp_path):
     assert data.split_documents == 0
 
 
+@pytest.mark.parametrize("packing", ["stream", "packed", "single"])
+@pytest.mark.parametrize("ends", [[], [300], [20, 300], [99]])
+def test_ready_ids_without_an_end_of_text_are_cut_inside_and_no_split_reads_the_other(tmp_path, packing, ends):
+    ids = np.arange(400, dtype=np.uint16) % 100
+    ids[360:] += 100
+    ids[ends] = 256
+    ids.tofile(tmp_path / "ids.bin")
+    data = opened(tmp_path, source=f"tokens:{tmp_path}/ids.bin", packing=packing, valid_fraction=0.1)
+    cut = len(stream(data))
+    assert ends or cut == 360
+    targets = {}
+    for split, rows in (("train", data.train), ("valid", data.valid)):
+        examples = epoch(rows) if split == "train" else rows.read(np.arange(len(rows)))
+        targets[split] = sorted(examples["targets"][examples["weights"] > 0].tolist())
+    assert targets == {"train": sorted(ids[:cut].tolist()), "valid": sorted(ids[cut:].tolist())}
+
+
 def test_a_document_longer_than_a_row_is_split_and_counted(tmp_path):
     data = opened(tmp_path, packing="packed", texts=["a" * 40, "bcd"] * 8, valid_fraction=0)
     assert data.split_documents == 8

@@ -1,12 +1,14 @@
-"""FLOPs of a model by formula: what its matrices and its attention must multiply, recomputation not counted.
+"""FLOPs of a model by formula: what its matrices and its attention must multiply.
 
-A multiply-add counts 2; the backward pass costs twice the forward pass (Kaplan et al. 2020, section 2.1; PaLM, app. B).
-Compilers' own counts see the body of a scan once, so they are not used.
+A multiply-add counts 2, and the backward pass costs twice the forward pass (Kaplan et al. 2020,
+section 2.1; PaLM, appendix B). Recomputation is not counted. Compilers' own counts see the body of
+a scan once, so they are not used.
 """
 
 import math
 
 from tinylm.model.config import ModelConfig
+from tinylm.model.layers import GATED
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -17,13 +19,25 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Return FLOPs of the forward pass for one token; causal attention counts the visible half."""
     c = config
-    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    mlp_maps = 3 if c.mlp in ("swiglu", "geglu") else 2
-    block = 2 * c.embed_dim * (2 * heads + 2 * kv_heads + mlp_maps * c.mlp_dim)
-    local = (c.local_heads or c.num_heads) * c.head_dim
-    keys = [(_visible_keys(seq_len, window), _visible_keys(seq_len, 0)) for window in c.attention_window]
-    attention = sum(4 * (local * near + (heads - local) * all_) for near, all_ in keys) / len(keys)
-    return c.num_layers * (block + attention) + 2 * c.embed_dim * c.vocab_size
+    query_dim = c.num_heads * c.head_dim
+    kv_dim = c.num_kv_heads * c.head_dim
+    mlp_maps = 3 if c.mlp in GATED else 2
+    # Query and output maps, key and value maps, the maps of the mlp.
+    maps = 2 * c.embed_dim * (2 * query_dim + 2 * kv_dim + mlp_maps * c.mlp_dim)
+    # Each tap of a convolution, before attention and before the mlp, is a multiply-add a feature.
+    convolutions = 2 * 2 * c.conv_taps * c.embed_dim
+    attention = [_attention_flops(c, seq_len, window) for window in c.attention_window]
+    layer = maps + convolutions + sum(attention) / len(attention)
+    output_map = 2 * c.embed_dim * c.vocab_size
+    return c.num_layers * layer + output_map
+
+
+def _attention_flops(config: ModelConfig, seq_len: int, window: int) -> float:
+    """Return FLOPs of the products with keys and with values, for one token and layer."""
+    local_heads = config.local_heads or config.num_heads
+    global_heads = config.num_heads - local_heads
+    keys = local_heads * _visible_keys(seq_len, window) + global_heads * _visible_keys(seq_len, 0)
+    return 2 * 2 * config.head_dim * keys
 
 
 def _visible_keys(seq_len: int, window: int) -> float:
@@ -34,7 +48,13 @@ def _visible_keys(seq_len: int, window: int) -> float:
 
 
 def count_parameters(shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> int:
-    """Return the number of parameters by path and shape, without the rows that pad the vocabulary."""
-    padding = config.padded_vocab - config.vocab_size
-    vocab_maps = sum(1 for path in shapes if path in ("embedding", "head"))
-    return sum(math.prod(shape) for shape in shapes.values()) - vocab_maps * padding * config.embed_dim
+    """Return the number of parameters, without the rows that pad the vocabulary.
+
+    Args:
+      shapes: the shape of each parameter by its path.
+      config: the resolved model.
+    """
+    padding_rows = config.padded_vocab - config.vocab_size
+    vocab_matrices = sum(1 for path in shapes if path in ("embedding", "head"))
+    total = sum(math.prod(shape) for shape in shapes.values())
+    return total - vocab_matrices * padding_rows * config.embed_dim

@@ -6,62 +6,103 @@ _ADVICE = {
     "params": "split parameters over more devices (mesh.fsdp=true, or a larger mesh.model)",
     "optimizer": "split the optimizer's state over more devices (mesh.fsdp=true, or a larger mesh.data)",
     "gradients": "split gradients over more devices (mesh.fsdp=true, or a larger mesh.model)",
-    "activations": "recompute more (model.remat=full), take smaller micro-batches (train.accumulation_steps), "
-    "a smaller data.batch_size, or a larger mesh.model",
+    "activations": "recompute more (model.remat=full), take smaller micro-batches "
+    "(train.accumulation_steps), a smaller data.batch_size, or a larger mesh.model",
     "batch": "take a smaller data.batch_size",
 }
 
 
 def describe(plan: dict[str, Any]) -> str:
     """Return a plan as lines to print."""
-    memory, total = plan["per_device_bytes"], plan["per_device_bytes"]["total"]
-    lines = [f"{plan['device']}, mesh {' x '.join(f'{name} {size}' for name, size in plan['mesh'].items())}", ""]
-    lines += [f"{'memory of a device':<28}{'bytes':>14}"]
-    lines += [f"  {kind:<26}{_bytes(count):>14}" for kind, count in memory.items() if count]
-    lines += [f"  {'the chip has':<26}{_bytes(plan['chip_bytes']):>14}", "  " + _verdict(plan, memory, total), ""]
+    mesh = " x ".join(f"{name} {size}" for name, size in plan["mesh"].items())
+    parts = [[f"{plan['device']}, mesh {mesh}"], _memory_lines(plan)]
     if plan["collectives"]:
-        lines += [f"{'traffic a step':<28}{'axis':<14}{'sent':>14}{'needed':>14}"]
-        lines += [
-            f"  {row['kind']:<26}{row['axis']:<14}{_bytes(row['bytes_per_step']):>14}{_bytes(row['minimum_bytes']):>14}"
-            for row in plan["collectives"]
-        ]
-        lines += [f"  bytes that a device sends, from the {plan['traffic_from']}", ""]
-    lines += [f"{'time of a step, at least':<28}{_secs(plan['step_secs_estimate']):>14}  bound by {plan['bound_by']}"]
-    lines += [f"  {name:<26}{_secs(secs):>14}" for name, secs in plan["secs"].items() if secs]
-    lines += [
-        f"  {'FLOPs of a step':<26}{plan['flops_per_step']:>14.3g}  MFU at most {plan['mfu_bound']:.0%}",
-        f"{'time for the tokens':<28}{_secs(plan['train_secs_estimate']):>14}  {plan['tokens']:,} tokens",
-    ]
-    return "\n".join(lines)
+        parts.append(_traffic_lines(plan))
+    parts.append(_time_lines(plan))
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _memory_lines(plan: dict[str, Any]) -> list[str]:
+    lines = [f"{'memory of a device':<28}{'bytes':>14}"]
+    for kind, count in plan["per_device_bytes"].items():
+        if count:
+            lines.append(f"  {kind:<26}{_bytes(count):>14}")
+    lines.append(f"  {'the chip has':<26}{_bytes(plan['chip_bytes']):>14}")
+    lines.append(f"  {_verdict(plan)}")
+    return lines
+
+
+def _verdict(plan: dict[str, Any]) -> str:
+    """Return whether the plan fits; if not, what takes most and what to change."""
+    memory = plan["per_device_bytes"]
+    if plan["fits"]:
+        return f"fits: {memory['total'] / plan['chip_bytes']:.0%} of the chip's memory"
+    too_much = _bytes(memory["total"] - plan["chip_bytes"])
+    largest = sorted((kind for kind in memory if kind in _ADVICE), key=lambda kind: -memory[kind])
+    advice = [f"{kind} {_bytes(memory[kind])}: {_ADVICE[kind]}" for kind in largest[:2]]
+    return f"does not fit: {too_much} too much. {'; '.join(advice)}."
+
+
+def _traffic_lines(plan: dict[str, Any]) -> list[str]:
+    lines = [f"{'traffic a step':<28}{'axis':<14}{'sent':>14}{'needed':>14}"]
+    for row in plan["collectives"]:
+        sent = _bytes(row["bytes_per_step"])
+        needed = _bytes(row["minimum_bytes"])
+        lines.append(f"  {row['kind']:<26}{row['axis']:<14}{sent:>14}{needed:>14}")
+    lines.append(f"  bytes that a device sends, from the {plan['traffic_from']}")
+    return lines
+
+
+def _time_lines(plan: dict[str, Any]) -> list[str]:
+    step_secs = _secs(plan["step_secs_estimate"])
+    lines = [f"{'time of a step, at least':<28}{step_secs:>14}  bound by {plan['bound_by']}"]
+    for name, secs in plan["secs"].items():
+        if secs:
+            lines.append(f"  {name:<26}{_secs(secs):>14}")
+    flops = f"{plan['flops_per_step']:.3g}"
+    lines.append(f"  {'FLOPs of a step':<26}{flops:>14}  MFU at most {plan['mfu_bound']:.0%}")
+    train_secs = _secs(plan["train_secs_estimate"])
+    lines.append(f"{'time for the tokens':<28}{train_secs:>14}  {plan['tokens']:,} tokens")
+    return lines
 
 
 def describe_search(rows: list[dict[str, Any]], shown: int = 12) -> str:
-    """Return the best rows of a search as a table, and the flags that take the first one that fits."""
-    lines = [f"{'data x model':<14}{'fsdp':<6}{'remat':<7}{'batch':>8}{'memory':>12}{'compiled':>12}{'tokens/s':>13}"
-             f"{'compiled':>13}  bound by"]  # fmt: skip
+    """Return the best rows of a search as a table, and the flags of the first one that fits."""
+    heads = ("memory", "compiled", "tokens/s", "compiled")
+    lines = [f"{'mesh':<20}{'fsdp':<6}{'remat':<7}{'batch':>8}" + "".join(f"{h:>13}" for h in heads)]
     for row in rows[:shown]:
-        rates = [
-            f"{1 / secs:,.0f}" if secs else "-" for secs in (row["secs_per_token"], row["compiled_secs_per_token"])
-        ]
         compiled = _bytes(row["compiled_bytes"]) if row["compiled_bytes"] else "-"
-        shape = f"{row['mesh']['data']} x {row['mesh']['model']}"
-        lines.append(f"{shape:<14}{'yes' if row['fsdp'] else 'no':<6}{row['remat']:<7}{row['batch_size']:>8}"
-                     f"{_bytes(row['bytes']):>12}{compiled:>12}{rates[0]:>13}{rates[1]:>13}  {row['bound_by']}"
-                     f"{'' if row.get('fits', True) else ', does not fit'}")  # fmt: skip
-    lines += [f"{len(rows) - shown} more"] * (len(rows) > shown)
+        figures = (
+            _bytes(row["bytes"]),
+            compiled,
+            _rate(row["secs_per_token"]),
+            _rate(row["compiled_secs_per_token"]),
+        )
+        mesh = " x ".join(map(str, row["mesh"].values()))
+        fsdp = "yes" if row["fsdp"] else "no"
+        line = f"{mesh:<20}{fsdp:<6}{row['remat']:<7}{row['batch_size']:>8}"
+        line += "".join(f"{figure:>13}" for figure in figures)
+        line += f"  {row['bound_by']}"
+        if not row.get("fits", True):
+            line += ", does not fit"
+        lines.append(line)
+    if len(rows) > shown:
+        lines.append(f"{len(rows) - shown} more")
+    lines.append(f"mesh: {' x '.join(rows[0]['mesh'])}; the last column is what bounds a step")
+
     best = next((row for row in rows if row.get("fits")), rows[0])
-    flags = {"mesh.data": best["mesh"]["data"], "mesh.model": best["mesh"]["model"], "mesh.fsdp": best["fsdp"],
-             "model.remat": best["remat"], "data.batch_size": best["batch_size"]}  # fmt: skip
-    return "\n".join([*lines, "take " + " ".join(f"--config.{key}={value}" for key, value in flags.items())])
+    settings = {f"mesh.{name}": size for name, size in best["mesh"].items()}
+    settings |= {
+        "mesh.fsdp": best["fsdp"],
+        "model.remat": best["remat"],
+        "data.batch_size": best["batch_size"],
+    }
+    flags = " ".join(f"--config.{key}={value}" for key, value in settings.items())
+    return "\n".join([*lines, f"take {flags}"])
 
 
-def _verdict(plan: dict[str, Any], memory: dict[str, int], total: int) -> str:
-    """Return whether it fits; if not, what takes most and what to change."""
-    if plan["fits"]:
-        return f"fits: {total / plan['chip_bytes']:.0%} of the chip's memory"
-    largest = sorted((kind for kind in memory if kind in _ADVICE), key=lambda kind: -memory[kind])[:2]
-    shown = "; ".join(f"{kind} {_bytes(memory[kind])}: {_ADVICE[kind]}" for kind in largest)
-    return f"does not fit: {_bytes(total - plan['chip_bytes'])} too much. {shown}."
+def _rate(secs_per_token: float | None) -> str:
+    return f"{1 / secs_per_token:,.0f}" if secs_per_token else "-"
 
 
 def _bytes(count: float) -> str:

@@ -6,6 +6,7 @@ so text that was moved or touched finds its store again. A tokenizer that learns
 the most common ids) is made from all text of the run, that for validation too, before its first store.
 """
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -217,6 +218,20 @@ def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:
     return rows
 
 
+def _ends_within(ends: np.ndarray, begin: int, end: int) -> np.ndarray:
+    """Return where documents end in the tokens from `begin` to `end`, counted from `begin`.
+
+    A cut may fall inside a document, as where ready ids have no end of text at all: each side is then a document of
+    its own, which ends with its split.
+    """
+    # By bisection in place: NumPy's search would copy the ends of all documents.
+    first, last = (bisect.bisect_right(ends, place) for place in (begin, end))
+    within = ends[first:last] - begin
+    if len(within) and within[-1] == end - begin:
+        return within
+    return np.append(within, end - begin)
+
+
 def _plan(config: DataConfig, store: Store, split: str) -> plans.StreamPlan | plans.DocumentPlan:
     """Return the plan of a split, made once for a packing and a context length."""
     begin, end = store.manifest["splits"][split]["tokens"]
@@ -225,8 +240,7 @@ def _plan(config: DataConfig, store: Store, split: str) -> plans.StreamPlan | pl
     folder = store.folder / f"plan-{split}-{config.packing}-{config.seq_len}"
     if plan := plans.load_plan(folder):
         return plan
-    first, last = store.manifest["splits"][split]["documents"]
-    ends = store.document_ends()[first:last, 0] - begin
+    ends = _ends_within(store.document_ends()[:, 0], begin, end)
     write = functools.partial(plans.write_plan, ends=ends, seq_len=config.seq_len, packed=config.packing == "packed")
     try:
         preparing.make(folder, lambda folder: plans.load_plan(folder) is not None, write)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from tinylm.core.errors import UserError
 from tinylm.core.log import say_once
-from tinylm.core.mesh import layout, on_shards, target_platform
+from tinylm.core.mesh import is_partly_manual, layout, on_shards, target_platform
 from tinylm.model.kernels import MASKED_LOGIT
 from tinylm.model.layers import Dropout
 
@@ -87,6 +87,17 @@ def attend(
     return _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout)
 
 
+def can_be_unrolled(kernel: str) -> bool:
+    """Say whether the layers of a scan may be unrolled here, given the `kernel` of the config.
+
+    A fused kernel runs in a shard_map of its own. Where that lies inside another one, which leaves
+    axes of the mesh to the partitioner, it has to be in a loop: JAX lowers unrolled layers to one
+    function that each of them calls, Shardy loses the outer axes in it, and XLA aborts the process
+    ("IsManualSubgroup", jaxlib 0.10.2 with libtpu 0.0.42).
+    """
+    return kernel == "xla" or target_platform() == "cpu" or not is_partly_manual()
+
+
 def _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout):
     """Attend by up to four blocks of queries, each to the keys that it may see: 5/8 of the work of the whole square."""
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
@@ -95,7 +106,10 @@ def _plain(q_BNTH, k_BKSH, v_BKSH, visibility, scale, softcap, dropout):
     parts = []
     for start in range(0, T, block):
         first = start + 1 - visibility.window if visibility.window and not visibility.local_heads else 0
-        queries, keys = slice(start, start + block), slice(max(first, 0), start + block) if block < T else slice(0, S)
+        queries, keys = (
+            slice(start, start + block),
+            slice(max(first, 0), start + block) if block < T else slice(0, S),
+        )
         mask = visibility.allowed(queries, keys, q_BNTH.shape[1])
         rows = (q_BNTH[:, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys])
         parts.append(_softmax_sum(*rows, mask, scale, softcap, dropout))
@@ -125,7 +139,14 @@ def _fused(q_BNTH, k_BKSH, v_BKSH, visibility, scale):
         mask = next((ids[:, None, :, None] == ids[:, None, None, :] for ids in segments_BT), None)
         window = (visibility.window - 1, 0) if visibility.window else None
         out = jax.nn.dot_product_attention(
-            q, k, v, mask=mask, scale=scale, is_causal=True, local_window_size=window, implementation="cudnn"
+            q,
+            k,
+            v,
+            mask=mask,
+            scale=scale,
+            is_causal=True,
+            local_window_size=window,
+            implementation="cudnn",
         )
         return out.swapaxes(1, 2)
 

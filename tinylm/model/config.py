@@ -78,10 +78,18 @@ class ModelConfig(Section, name="model"):
         1e-5,
         "added to the variance in norms",
         least=0,
-        aliases=("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "normalization_layer_epsilon", "norm_eps"),
+        aliases=(
+            "rms_norm_eps",
+            "layer_norm_eps",
+            "layer_norm_epsilon",
+            "normalization_layer_epsilon",
+            "norm_eps",
+        ),
     )
     qk_norm: bool = setting(
-        False, "normalize queries and keys (parameter-free RMS) before attention", aliases=("use_qk_norm",)
+        False,
+        "normalize queries and keys (parameter-free RMS) before attention",
+        aliases=("use_qk_norm",),
     )
     mlp: str = setting(
         "gelu",
@@ -91,16 +99,23 @@ class ModelConfig(Section, name="model"):
     )
     # A convolution of one tap would only scale its input.
     conv_taps: int = setting(
-        0, "taps of a short causal convolution before attention and mlp (0: none; Canon: 4)", least=2, also=(0,)
+        0,
+        "taps of a short causal convolution before attention and mlp (0: none; Canon: 4)",
+        least=2,
+        also=(0,),
     )
     bias: bool = setting(False, "biases in norms, mlp and attention output")
     qkv_bias: bool = setting(
-        False, "biases in query, key and value projections", aliases=("attention_bias", "use_qkv_bias")
+        False,
+        "biases in query, key and value projections",
+        aliases=("attention_bias", "use_qkv_bias"),
     )
     mlp_bias: bool = setting(True, "with bias: in the mlp too (Llama's attention_bias alone: False)")
     out_bias: bool = setting(True, "with bias: in the attention output too (Llama's mlp_bias alone: False)")
     parallel_residual: bool = setting(
-        False, "attention and mlp read the same input (GPT-NeoX)", aliases=("use_parallel_residual",)
+        False,
+        "attention and mlp read the same input (GPT-NeoX)",
+        aliases=("use_parallel_residual",),
     )
     attention_window: tuple[int, ...] = setting(
         (0,),
@@ -133,7 +148,9 @@ class ModelConfig(Section, name="model"):
     embed_scale: float = setting(1.0, "factor on the token embeddings")
     residual_scale: float = setting(1.0, "factor on what each block adds to the residual stream")
     tie_embeddings: bool = setting(
-        True, "output matrix = embedding matrix", aliases=("tie_word_embeddings", "logits_via_embedding")
+        True,
+        "output matrix = embedding matrix",
+        aliases=("tie_word_embeddings", "logits_via_embedding"),
     )
     init_std: float = setting(
         0.02,

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tinylm.core.log import say_once
 from tinylm.core.mesh import constrain, look_up
 from tinylm.model import layers
-from tinylm.model.attention import Visibility, attend
+from tinylm.model.attention import Visibility, attend, can_be_unrolled
 from tinylm.model.cache import LayerCache, store_prompt
 from tinylm.model.config import ModelConfig
 from tinylm.model.kernels import MASKED_LOGIT
@@ -387,11 +388,18 @@ class Transformer(nnx.Module):
 
         first_layers = jnp.arange(0, c.num_layers, period)
         num_iterations = c.num_layers // period
+        unroll = c.unroll or num_iterations
+        if unroll > 1 and not can_be_unrolled(c.attention):
+            say_once(
+                f"model.unroll={c.unroll} counts as 1: on this mesh the compiler fails on fused "
+                "attention in unrolled layers."
+            )
+            unroll = 1
         x_BTD, results = jax.lax.scan(
             _REMAT[c.remat](run_period),
             x_BTD,
             (first_layers, grouped),
-            unroll=c.unroll or num_iterations,
+            unroll=unroll,
         )
         results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
         return self.norm(x_BTD), results

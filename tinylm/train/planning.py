@@ -1,8 +1,10 @@
-"""A plan: the train step compiled from the abstract state, and what its program and the formulas say about it.
+"""A plan: the train step compiled for a mesh, and what its program and the formulas say about it.
 
-Nothing is allocated. Memory is the compiler's own account; FLOPs are the formula's, for compilers count the body of a
-scan once; traffic is read from the program's text, or where that can't be printed is the formula's least. The time of a
-step is a roofline: the slowest of arithmetic, memory and links, as if each hid the others, so a bound and no promise.
+Nothing is allocated: the step is compiled from the abstract state. Memory is the compiler's own
+account. FLOPs are the formula's, because compilers count the body of a scan once. Traffic is read
+from the program's text, or is the formula's least where the text can't be printed. The time of a
+step is a roofline (Williams et al. 2009): the slowest of arithmetic, memory and links, as if each
+hid the others. So it is a lower bound, not a promise.
 """
 
 import math
@@ -17,7 +19,7 @@ from tinylm.analysis.flops import train_flops_per_token
 from tinylm.analysis.programs import Collective, read_collectives
 from tinylm.analysis.traffic import Work, least_collectives
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import activation_sharding, replicated
+from tinylm.core.mesh import AXES, activation_sharding, mesh_sizes, replicated
 from tinylm.train.config import Config
 from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import Blueprint, TrainState, make_blueprint
@@ -25,28 +27,38 @@ from tinylm.train.step import make_train_steps
 
 
 def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Return the plan of a resolved config on `mesh`, whose devices may be those of a topology, as plain values."""
+    """Return the plan of a resolved config as plain values, ready for JSON.
+
+    Args:
+      config: its step is compiled.
+      mesh: its devices may be those of a TPU topology that isn't here.
+    """
     jax.set_mesh(mesh)
     chip = known_chip(mesh)
     blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
+    compiled = None
+    refused_bytes = 0
     try:
-        compiled, refused = compile_step(config, blueprint, mesh), 0
+        compiled = compile_step(config, blueprint, mesh)
     except jax.errors.JaxRuntimeError as error:
-        compiled, refused = None, bytes_refused(str(error))
+        refused_bytes = bytes_refused(str(error))
+
     tokens, flops, least = by_formula(config, blueprint.abstract, mesh)
-    found, printed = _collectives(compiled, mesh, least)
-    memory = per_device_bytes(compiled.memory_analysis() if compiled else None, blueprint, refused)
-    secs = roofline_secs(chip, mesh, flops, memory, found, config)
+    found = _collectives_of(compiled, mesh)
+    collectives = least if found is None else found
+    stats = None if compiled is None else compiled.memory_analysis()
+    memory = per_device_bytes(stats, blueprint, refused_bytes)
+    secs = roofline_secs(chip, mesh, flops, memory, collectives, config)
     step_secs = max(secs.values())
     return {
         "device": mesh.devices.flat[0].device_kind,
         "mesh": dict(mesh.shape),
         "per_device_bytes": memory,
         "chip_bytes": int(chip.memory_bytes),
-        "fits": not refused and memory["total"] <= chip.memory_bytes,
+        "fits": not refused_bytes and memory["total"] <= chip.memory_bytes,
         "flops_per_step": flops,
-        "collectives": _beside(found, least),
-        "traffic_from": "compiled program" if printed else "formula",
+        "collectives": _compared(collectives, least),
+        "traffic_from": "formula" if found is None else "compiled program",
         "secs": secs,
         "bound_by": max(secs, key=lambda name: secs[name]),
         "step_secs_estimate": step_secs,
@@ -59,9 +71,11 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
 def by_formula(config: Config, abstract: TrainState, mesh: Mesh) -> tuple[int, float, list[Collective]]:
     """Return the tokens of a step, its FLOPs, and the least that it must communicate."""
     tokens = config.data.tokens_per_step
-    whole = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.params))
-    least = least_collectives(config.model, config.mesh, mesh, Work(whole, tokens, config.train.accumulation_steps))
-    return tokens, train_flops_per_token(config.model, config.data.seq_len) * tokens, least
+    flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
+    leaves = jax.tree.leaves(abstract.params)
+    parameter_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    work = Work(parameter_bytes, tokens, config.train.accumulation_steps)
+    return tokens, flops, least_collectives(config.model, config.mesh, mesh, work)
 
 
 def known_chip(mesh: Mesh) -> Chip:
@@ -75,92 +89,129 @@ def known_chip(mesh: Mesh) -> Chip:
 
 def compile_step(config: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages.Compiled:
     """Compile the train step that the trainer runs, one step a call; nothing is allocated."""
-    shape = (1, config.train.accumulation_steps, config.micro_batch_rows, config.data.seq_len)
-    layout = activation_sharding(mesh, (None, None, "batch", None), shape)
-    names = {"tokens": "int32", "targets": "int32", "weights": "float32"}
+    micro_batches = config.train.accumulation_steps
+    shape = (1, micro_batches, config.micro_batch_rows, config.data.seq_len)
+    sharding = activation_sharding(mesh, (None, None, "batch", None), shape)
+    dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32"}
     if config.data.packing == "packed":
-        names |= {"segments": "int32", "positions": "int32"}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout) for name, dtype in names.items()}
+        dtypes |= {"segments": "int32", "positions": "int32"}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
     number = jax.ShapeDtypeStruct((), "int32", sharding=replicated(mesh))
-    steps: Any = make_train_steps(blueprint, make_schedule(config.optimizer, config.train.num_steps))
-    return steps.lower(blueprint.abstract, batch, number, number).compile()
+    schedule = make_schedule(config.optimizer, config.train.num_steps)
+    train_steps: Any = make_train_steps(blueprint, schedule)
+    return train_steps.lower(blueprint.abstract, batch, number, number).compile()
 
 
 def bytes_refused(message: str) -> int:
-    """Return the bytes of temporaries that a TPU's compiler refused, by its message; raise UserError for another."""
-    found = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([KMGT])\)? exceeds", message, re.DOTALL)
-    if not found:
-        raise UserError(f"the compiler refuses the step: {message.splitlines()[0][:300]}")
-    return int(float(found.group(1)) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found.group(2)])
+    """Return the bytes of temporaries that a TPU's compiler refused; raise UserError for another.
 
-
-def per_device_bytes(stats: Any, blueprint: Blueprint, refused: int = 0) -> dict[str, int]:
-    """Return what a device holds at the height of a step, by kind; where `stats` is None, `refused` are temporaries.
-
-    The compiler counts gradients among its temporaries; they are told apart by their size, that of the parameters.
+    Its message has a line like "... RESOURCE_EXHAUSTED: ... Used 20.3G of 15.7G hbm. ...
+    (20.30G) exceeds available memory".
     """
-    params, optimizer = held_bytes(blueprint.abstract.params), held_bytes(blueprint.abstract.opt_state)
-    temporaries = stats.temp_size_in_bytes if stats else refused
+    found = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([KMGT])\)? exceeds", message, re.DOTALL)
+    if found is None:
+        first_line = message.splitlines()[0][:300]
+        raise UserError(f"the compiler refuses the step: {first_line}")
+    size, unit = found.groups()
+    return int(float(size) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit])
+
+
+def per_device_bytes(stats: Any, blueprint: Blueprint, refused_bytes: int = 0) -> dict[str, int]:
+    """Return what a device holds at the height of a step, by kind.
+
+    The compiler counts gradients among its temporaries; they are told apart by their size, which
+    is that of the parameters.
+
+    Args:
+      stats: `compiled.memory_analysis()`, None where the compiler refused.
+      blueprint: of the run.
+      refused_bytes: then, the temporaries that it refused.
+    """
+    params = held_bytes(blueprint.abstract.params)
+    optimizer = held_bytes(blueprint.abstract.opt_state)
+    temporaries = refused_bytes if stats is None else stats.temp_size_in_bytes
+    gradients = min(params, temporaries)
     kinds = {
         "params": params,
         "optimizer": optimizer,
-        "gradients": min(params, temporaries),
-        "activations": temporaries - min(params, temporaries),
+        "gradients": gradients,
+        "activations": temporaries - gradients,
     }
-    if stats:
-        kinds |= {
-            "batch": max(stats.argument_size_in_bytes - params - optimizer, 0),
-            "outputs": max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0),
-            "program": stats.generated_code_size_in_bytes,
-        }
+    if stats is not None:
+        kinds["batch"] = max(stats.argument_size_in_bytes - params - optimizer, 0)
+        kinds["outputs"] = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
+        kinds["program"] = stats.generated_code_size_in_bytes
     return {**kinds, "total": sum(kinds.values())}
 
 
 def held_bytes(tree: Any) -> int:
     """Return the bytes of a tree's leaves on one device."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return total
 
 
-def _collectives(compiled: Any, mesh: Mesh, least: list[Collective]) -> tuple[list[Collective], bool]:
-    """Return the program's collectives and True; the formula's and False where there is none or it can't be printed."""
+def _collectives_of(compiled: jax.stages.Compiled | None, mesh: Mesh) -> list[Collective] | None:
+    """Return what a program communicates, None where there is none or it can't be printed."""
     if compiled is None:
-        return least, False
+        return None
     try:
         text = compiled.as_text()
-    except Exception:  # seen for large programs and new chips; the plugin has no type of its own for it
-        return least, False
-    return read_collectives(text, mesh), True
+    except Exception:
+        # Seen for large programs and new chips; the plugin has no type of its own for it.
+        return None
+    return None if text is None else read_collectives(text, mesh)
 
 
-def _beside(found: list[Collective], least: list[Collective]) -> list[dict[str, Any]]:
-    """Return the collectives, each kind and axis beside the least that is needed of it."""
-    ours = {(one.kind, one.axis): one.bytes_per_step for one in found}
+def _compared(found: list[Collective], least: list[Collective]) -> list[dict[str, Any]]:
+    """Return the collectives, each kind and axis with the least that is needed of it."""
+    sent = {(one.kind, one.axis): one.bytes_per_step for one in found}
     needed = {(one.kind, one.axis): one.bytes_per_step for one in least}
     return [
-        {"kind": kind, "axis": axis, "bytes_per_step": ours.get((kind, axis), 0.0),
-         "minimum_bytes": needed.get((kind, axis), 0.0)}
-        for kind, axis in sorted({*ours, *needed})
-    ]  # fmt: skip
+        {
+            "kind": kind,
+            "axis": axis,
+            "bytes_per_step": sent.get((kind, axis), 0.0),
+            "minimum_bytes": needed.get((kind, axis), 0.0),
+        }
+        for kind, axis in sorted({*sent, *needed})
+    ]
 
 
 def roofline_secs(
-    chip: Chip, mesh: Mesh, flops: float, memory: dict[str, int], found: list[Collective], config: Config
+    chip: Chip,
+    mesh: Mesh,
+    flops: float,
+    memory: dict[str, int],
+    collectives: list[Collective],
+    config: Config,
 ) -> dict[str, float]:
     """Return the seconds that arithmetic, memory and each kind of link take for a step.
 
-    Memory: weights are read for each micro-batch and pass, state is read and written once.
+    Args:
+      chip: what one device can do.
+      mesh: the devices.
+      flops: of a step on all devices.
+      memory: `params` and `optimizer`, bytes of a device.
+      collectives: what a device sends.
+      config: of the run.
     """
-    first_axis = mesh.axis_names[0]
+    # Recomputing the forward pass makes 4 parts of arithmetic out of 3.
     recomputed = 4 / 3 if config.model.remat == "full" else 1
-    weights = memory["params"] * (mesh.shape[mesh.axis_names[1]] if config.mesh.fsdp else 1)
-    moved = 2 * weights * config.train.accumulation_steps + 2 * (memory["params"] + memory["optimizer"])
-    across = sum(one.bytes_per_step for one in found if first_axis in one.axis)
-    within = sum(one.bytes_per_step for one in found) - across
-    link = chip.link_bytes_per_sec
+    # Weights, gathered under fsdp, are read for each micro-batch in the forward and in the
+    # backward pass; the state is read and written once.
+    gathered_from = mesh_sizes(mesh).data if config.mesh.fsdp else 1
+    weight_bytes = memory["params"] * gathered_from
+    state_bytes = memory["params"] + memory["optimizer"]
+    moved_bytes = 2 * weight_bytes * config.train.accumulation_steps + 2 * state_bytes
+    between_slices = sum(one.bytes_per_step for one in collectives if AXES.replica in one.axis)
+    within_slices = sum(one.bytes_per_step for one in collectives) - between_slices
+    # CPU devices share a memory, so they have no links.
+    links = chip.link_bytes_per_sec
     return {
         "arithmetic": flops * recomputed / (chip.peak_flops * mesh.size),
-        "memory": moved / chip.memory_bytes_per_sec,
-        "links": within / link if link else 0.0,
-        "slices": across / SLICE_BYTES_PER_SEC if link else 0.0,
+        "memory": moved_bytes / chip.memory_bytes_per_sec,
+        "links": within_slices / links if links else 0.0,
+        "slices": between_slices / SLICE_BYTES_PER_SEC if links else 0.0,
     }

@@ -1,8 +1,9 @@
-"""Search a topology for the mesh, the rematerialization and the batch that train fastest, before anything runs.
+"""Search a topology for the mesh, the rematerialization and the batch that train fastest.
 
-Each is ranked by formula: state is exact, from the abstract state; activations are counted as in Korthikanti et al.
-2022, section 4, for what these layers keep; the time is the plan's roofline. The best few are then compiled, and where
-one doesn't fit after all, its batch is halved until it does.
+Nothing runs. Every candidate is ranked by formula: the state is exact, from the abstract state;
+activations are counted as in Korthikanti et al. 2022, section 4, for what these layers keep; the
+time is the plan's roofline. The best few are then compiled, and where one doesn't fit after all,
+its batch is halved until it does.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import jax
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
 from tinylm.model.config import ModelConfig
+from tinylm.model.layers import GATED
 from tinylm.train.config import Config
 from tinylm.train.planning import by_formula, held_bytes, known_chip, make_plan, roofline_secs
 from tinylm.train.state import make_blueprint
@@ -22,76 +24,146 @@ REMATS = ("none", "dots", "full")  # cheapest first
 
 
 def search(config: Config, devices: Sequence[jax.Device], compiled: int = 3) -> list[dict[str, Any]]:
-    """Return a row for each mesh and policy that fits a resolved config, fastest first, the first ones compiled."""
-    found = [row for mesh in _meshes(config, len(devices)) for row in _rows(config, mesh, devices)]
+    """Return a row for each mesh and policy that fits a resolved config, fastest first.
+
+    Args:
+      config: what it says about the mesh, remat and batch is replaced.
+      devices: all of them are used.
+      compiled: how many of the first rows are compiled.
+    """
+    found = []
+    for mesh_config in _mesh_configs(config, len(devices)):
+        found += _rows_by_formula(config, mesh_config, devices)
     if not found:
         raise UserError(
-            f"nothing fits: not one row of data.seq_len={config.data.seq_len} a device on any mesh of {len(devices)} "
-            "devices, not even with model.remat=full; take a smaller model, shorter rows, or more devices."
+            f"nothing fits: not one row of data.seq_len={config.data.seq_len} a device on any "
+            f"mesh of {len(devices)} devices, not even with model.remat=full; take a smaller "
+            "model, shorter rows, or more devices."
         )
-    found.sort(
-        key=lambda row: (float(f"{row['secs_per_token']:.2g}"), REMATS.index(row["remat"]), row["mesh"]["model"])
-    )
-    return [_compile(config, row, devices) if i < compiled else row for i, row in enumerate(found)]
+
+    def rank(row: dict[str, Any]) -> tuple[float, int, int]:
+        # Of two rows that are equally fast to two digits, the simpler one comes first.
+        rounded_secs = float(f"{row['secs_per_token']:.2g}")
+        return rounded_secs, REMATS.index(row["remat"]), MeshConfig(**row["mesh"]).model
+
+    found.sort(key=rank)
+    best = [_compiled(config, row, devices) for row in found[:compiled]]
+    return best + found[compiled:]
 
 
-def _meshes(config: Config, devices: int) -> list[MeshConfig]:
-    """Return the shapes of all devices that split heads evenly, with fsdp and without."""
+def _mesh_configs(config: Config, num_devices: int) -> list[MeshConfig]:
+    """Return the meshes of all devices that split heads evenly, with fsdp and without."""
     replica = max(config.mesh.replica, 1)
-    tensor = [m for m in range(1, config.model.num_heads + 1)
-              if devices // replica % m == 0 and config.model.num_heads % m == 0]  # fmt: skip
-    shapes = [(devices // replica // m, m) for m in tensor]
-    return [MeshConfig(replica, data, m, fsdp) for data, m in shapes for fsdp in {False, data > 1}]
+    per_slice = num_devices // replica
+    num_heads = config.model.num_heads
+    found = []
+    for model in range(1, num_heads + 1):
+        if per_slice % model or num_heads % model:
+            continue
+        data = per_slice // model
+        found.append(MeshConfig(replica, data, model, fsdp=False))
+        if data > 1:
+            found.append(MeshConfig(replica, data, model, fsdp=True))
+    return found
 
 
-def _rows(config: Config, mesh_config: MeshConfig, devices: Sequence[jax.Device]) -> list[dict[str, Any]]:
-    """Return one row for each policy with which a row of tokens a device fits, at the largest batch that does."""
-    mesh, rows = make_mesh(mesh_config, devices), []
+def _rows_by_formula(config: Config, mesh_config: MeshConfig, devices: Sequence[jax.Device]) -> list[dict[str, Any]]:
+    """Return a row for each policy with which a row of tokens a device fits, at its largest batch."""
+    mesh = make_mesh(mesh_config, devices)
     chip = known_chip(mesh)
-    abstract = make_blueprint(config.model, config.optimizer, mesh_config, config.train.num_steps, mesh).abstract
-    held = {"params": held_bytes(abstract.params), "optimizer": held_bytes(abstract.opt_state)}
+    blueprint = make_blueprint(config.model, config.optimizer, mesh_config, config.train.num_steps, mesh)
+    held = {
+        "params": held_bytes(blueprint.abstract.params),
+        "optimizer": held_bytes(blueprint.abstract.opt_state),
+    }
+    # Gradients take as much as the parameters.
+    fixed_bytes = 2 * held["params"] + held["optimizer"]
+    free_bytes = MARGIN * chip.memory_bytes - fixed_bytes
+    rows = []
     for remat in REMATS:
         trial = config.editable_copy()
-        trial.mesh, trial.model.remat = mesh_config, remat
-        fixed = 2 * held["params"] + held["optimizer"]  # the gradients lie where the parameters do
-        per_row = activation_bytes(trial.model, mesh_config.model, config.data.seq_len)
-        fit = int((MARGIN * chip.memory_bytes - fixed) // per_row)
-        if fit < 1:
+        trial.mesh = mesh_config
+        trial.model.remat = remat
+        bytes_per_row = activation_bytes(trial.model, mesh_config.model, config.data.seq_len)
+        rows_per_device = int(free_bytes // bytes_per_row)
+        if rows_per_device < 1:
             continue
-        fit = 2 ** (fit.bit_length() - 1)
-        trial.data.batch_size = fit * batch_shards(mesh) * config.train.accumulation_steps
-        tokens, flops, least = by_formula(trial, abstract, mesh)
+        # A power of two, as kernels like it.
+        rows_per_device = 2 ** (rows_per_device.bit_length() - 1)
+        micro_batch_rows = rows_per_device * batch_shards(mesh)
+        trial.data.batch_size = micro_batch_rows * config.train.accumulation_steps
+        tokens, flops, least = by_formula(trial, blueprint.abstract, mesh)
         secs = roofline_secs(chip, mesh, flops, held, least, trial)
-        # What a compiler can hide behind the rest is not known: the slowest part, and a tenth of all others.
-        step = 0.9 * max(secs.values()) + 0.1 * sum(secs.values())
-        rows.append({"mesh": dict(mesh.shape), "fsdp": mesh_config.fsdp, "remat": remat,
-                     "batch_size": trial.data.batch_size, "bytes": int(fixed + fit * per_row),
-                     "secs_per_token": step / tokens, "bound_by": max(secs, key=lambda name: secs[name]),
-                     "compiled_bytes": None, "compiled_secs_per_token": None})  # fmt: skip
+        # How much a compiler can hide behind the slowest part is not known: a tenth of the rest
+        # is taken as not hidden.
+        step_secs = 0.9 * max(secs.values()) + 0.1 * sum(secs.values())
+        rows.append(
+            {
+                "mesh": dict(mesh.shape),
+                "fsdp": mesh_config.fsdp,
+                "remat": remat,
+                "batch_size": trial.data.batch_size,
+                "bytes": int(fixed_bytes + rows_per_device * bytes_per_row),
+                "secs_per_token": step_secs / tokens,
+                "bound_by": max(secs, key=lambda name: secs[name]),
+                "compiled_bytes": None,
+                "compiled_secs_per_token": None,
+            }
+        )
     return rows
 
 
-def activation_bytes(model: ModelConfig, tensor: int, seq_len: int) -> float:
-    """Return the bytes of activations that a device keeps for one row of tokens, split `tensor` ways."""
-    item = 2 if model.compute_dtype == "bfloat16" else 4
-    heads, maps = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim, 3 if "glu" in model.mlp else 2
-    products = item * (heads + model.embed_dim * 2 + (maps - 1) * model.mlp_dim)
-    weights = model.num_heads * seq_len * (4 + item)  # of attention: logits in float32, softmax
-    plain = products + item * (4 * model.embed_dim + model.mlp_dim + heads) + weights
-    kept = {"none": plain, "dots": products + item * model.embed_dim, "full": item * model.embed_dim}[model.remat]
+def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> float:
+    """Return the bytes of activations that a device keeps for one row of tokens.
+
+    Args:
+      model: a resolved model.
+      tensor_ways: devices that split heads, mlp and positions.
+      seq_len: tokens of the row.
+    """
+    item_bytes = 2 if model.compute_dtype == "bfloat16" else 4
+    embed = model.embed_dim
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    inner_maps = 2 if model.mlp in GATED else 1
+    # What the maps make: queries, keys, values, the two outputs, the inner features of the mlp.
+    products = item_bytes * (qkv + 2 * embed + inner_maps * model.mlp_dim)
+    # What lies between the maps: norms and residuals, the activation, the rotated heads.
+    between = item_bytes * (4 * embed + model.mlp_dim + qkv)
+    # A row of attention: its logits in float32, and their softmax.
+    attention = model.num_heads * seq_len * (4 + item_bytes)
+    everything = products + between + attention
+    kept_by_layer = {
+        "none": everything,
+        "dots": products + item_bytes * embed,
+        "full": item_bytes * embed,
+    }[model.remat]
+    # With recomputation, one layer at a time is there whole.
+    recomputed = 0 if model.remat == "none" else everything
     logits = 2 * 4 * model.padded_vocab
-    return seq_len * (model.num_layers * kept + plain * (model.remat != "none") + logits) / tensor
+    per_token = model.num_layers * kept_by_layer + recomputed + logits
+    return seq_len * per_token / tensor_ways
 
 
-def _compile(config: Config, row: dict[str, Any], devices: Sequence[jax.Device]) -> dict[str, Any]:
-    """Return `row` with what its compiled step takes, the batch halved until it fits or is one row a device."""
+def _compiled(config: Config, row: dict[str, Any], devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Return `row` with what its compiled step takes.
+
+    Its batch is halved until it fits, or is one row a device.
+    """
     trial = config.editable_copy()
-    trial.mesh, trial.model.remat = MeshConfig(**row["mesh"], fsdp=row["fsdp"]), row["remat"]
-    mesh, trial.data.batch_size = make_mesh(trial.mesh, devices), row["batch_size"]
-    least = batch_shards(mesh) * config.train.accumulation_steps
-    while not (plan := make_plan(trial, mesh))["fits"] and trial.data.batch_size > least:
+    trial.mesh = MeshConfig(**row["mesh"], fsdp=row["fsdp"])
+    trial.model.remat = row["remat"]
+    trial.data.batch_size = row["batch_size"]
+    mesh = make_mesh(trial.mesh, devices)
+    smallest_batch = batch_shards(mesh) * config.train.accumulation_steps
+    plan = make_plan(trial, mesh)
+    while not plan["fits"] and trial.data.batch_size > smallest_batch:
         trial.data.batch_size //= 2
-    tokens = trial.data.tokens_per_step
-    return {**row, "batch_size": trial.data.batch_size, "fits": plan["fits"],
-            "compiled_bytes": plan["per_device_bytes"]["total"],
-            "compiled_secs_per_token": plan["step_secs_estimate"] / tokens, "bound_by": plan["bound_by"]}  # fmt: skip
+        plan = make_plan(trial, mesh)
+    return {
+        **row,
+        "batch_size": trial.data.batch_size,
+        "fits": plan["fits"],
+        "compiled_bytes": plan["per_device_bytes"]["total"],
+        "compiled_secs_per_token": plan["step_secs_estimate"] / trial.data.tokens_per_step,
+        "bound_by": plan["bound_by"],
+    }
