@@ -1,5 +1,11 @@
-"""Writing text for people: prompts as strings, stop strings, and a text that can be read while it is written."""
+"""Writing text for people: prompts as strings, stop strings, and a text that can be read while it is written.
 
+The model is asked for a few tokens at a time where someone reads along or a stop string may come. A text ends where
+the first stop string begins, so the last tokens that the model wrote may not be part of it. While it is written, what
+later tokens could still change is held back: the first bytes of a character, and the beginning of a stop string.
+"""
+
+import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +21,10 @@ _SHOWN_TOKENS = 8
 
 @dataclasses.dataclass
 class Text:
-    """A prompt and what follows it, up to the end of the text, a stop string (left out) or the last token."""
+    """A prompt and what follows it, up to the end of the text, a stop string (left out) or the last token.
+
+    `ids` are the fewest that spell the completion. The last of them may spell the beginning of the stop string too.
+    """
 
     prompt: str
     completion: str
@@ -43,14 +52,10 @@ def write_texts(
     before = [tokenizer.encode(prompt) for prompt in prompts]
     rows: list[list[int]] = [[] for _ in prompts]
     scores: list[list[float]] = [[] for _ in prompts]
-    held, shown = max(map(len, stop), default=1) - 1, 0
+    num_shown = 0
 
-    def written(i: int, ids: list[int]) -> str:
-        text = tokenizer.decode_after(before[i], ids)
-        return text[: _cut(text, stop)]
-
-    def ended(i: int, ids: list[int]) -> bool:
-        return _cut(tokenizer.decode_after(before[i], ids), stop) is not None
+    def ended(row: int, ids: list[int]) -> bool:
+        return _find_stop(tokenizer.decode_after(before[row], ids), stop) is not None
 
     with jax.set_mesh(run.mesh):
         chunks = decoder.stream(
@@ -69,20 +74,47 @@ def write_texts(
                     row += new
                     score += values
             if show:
-                text = written(0, rows[0])
-                ready = text[: len(text) - held] if held else text
-                if len(ready) > shown and not ready.endswith(_UNFINISHED):
-                    show(ready[shown:])
-                    shown = len(ready)
+                ready = settled(tokenizer.decode_after(before[0], rows[0]), stop)
+                show(ready[num_shown:])
+                num_shown = max(num_shown, len(ready))
     texts = []
-    for i, (row, score) in enumerate(zip(rows, scores, strict=True)):
-        row = before_end(row, tokenizer.eot_id)
-        texts.append(Text(prompts[i], written(i, row), row, score[: len(row)] if logprobs else []))
+    for prompt, prompt_ids, row, score in zip(prompts, before, rows, scores, strict=True):
+        ids = before_end(row, tokenizer.eot_id)
+        completion = tokenizer.decode_after(prompt_ids, ids)
+        found = _find_stop(completion, stop)
+        if found is not None:
+            completion = completion[:found]
+            ids = ids[: _num_spelling(tokenizer, prompt_ids, ids, completion)]
+        texts.append(Text(prompt, completion, ids, score[: len(ids)] if logprobs else []))
     if show:
-        show(texts[0].completion[shown:])
+        show(texts[0].completion[num_shown:])
     return texts
 
 
-def _cut(text: str, stop: Sequence[str]) -> int | None:
+def settled(text: str, stop: Sequence[str]) -> str:
+    """Return as much of an unfinished text as no later token can change, nor take back as part of a stop string."""
+    found = _find_stop(text, stop)
+    if found is not None:
+        return text[:found]
+    text = text.rstrip(_UNFINISHED)
+    held = 0
+    for mark in stop:
+        for length in range(min(len(mark) - 1, len(text)), held, -1):
+            if text.endswith(mark[:length]):
+                held = length
+                break
+    return text[: len(text) - held]
+
+
+def _find_stop(text: str, stop: Sequence[str]) -> int | None:
     """Return where the first stop string begins, if there is one."""
     return min((text.index(mark) for mark in stop if mark in text), default=None)
+
+
+def _num_spelling(tokenizer: Any, before: Sequence[int], ids: Sequence[int], completion: str) -> int:
+    """Return how many of the `ids` that follow `before` it takes to spell all of `completion`."""
+
+    def spelled(count: int) -> bool:
+        return tokenizer.decode_after(before, ids[:count]).startswith(completion)
+
+    return bisect.bisect_left(range(len(ids)), True, key=spelled)
