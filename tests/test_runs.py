@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,8 @@ import time
 import numpy as np
 import pytest
 from helpers import ROOT, SMALL, finished, lines, run_command, state_digest
+
+from tinylm.inference.writing import numbered
 
 
 def command(workdir, *extra):
@@ -133,10 +136,21 @@ def test_generate_writes_text_alone_and_the_same_for_a_seed(whole):
     arguments = [f"--workdir={whole[0]}", "--prompt=Once", "--num_samples=2", "--max_tokens=40", "--seed=5"]
     first = run_command("tinylm.generate", *arguments)
     assert first.returncode == 0, first.stderr
-    assert first.stdout.startswith("Once")
+    assert first.stdout.startswith("--- sample 1 of 2 ---\nOnce")
     again = json.loads(run_command("tinylm.generate", *arguments, "--json").stdout)
-    assert ("\n\n".join(again["texts"]) + "\n").splitlines() == first.stdout.splitlines()  # \r was read as \n
+    assert (numbered(again["texts"]) + "\n").splitlines() == first.stdout.splitlines()  # \r was read as \n
     assert again["step"] in (20, 40)
+
+
+def test_a_prompt_is_read_from_a_file(whole, tmp_path):
+    """Its byte order mark and its last line break are no part of it."""
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfTwo lines,\r\nend.\r\n")
+    arguments = [f"--workdir={whole[0]}", f"--prompt_file={tmp_path}/prompt.txt", "--max_tokens=3", "--json"]
+    done = run_command("tinylm.generate", *arguments)
+    assert done.returncode == 0, done.stderr
+    from_file = json.loads(done.stdout)
+    arguments[1] = "--prompt=Two lines,\r\nend."
+    assert json.loads(run_command("tinylm.generate", *arguments).stdout) == from_file
 
 
 def test_evaluate_gives_the_loss_that_training_logged(whole):
@@ -147,11 +161,55 @@ def test_evaluate_gives_the_loss_that_training_logged(whole):
     assert result["tokens"] == 4 * 8 * 32
 
 
+def test_evaluate_scores_any_text(whole, tmp_path):
+    """The loss by hand: one row of bytes and the end of the text."""
+    import tinylm
+
+    text = "A fox that nobody has ever seen"
+    (tmp_path / "a.txt").write_text(text)
+    done = run_command("tinylm.evaluate", f"--workdir={whole[0]}", "--json", f"--source=text:{tmp_path}/a.txt")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    run = tinylm.open_run(str(whole[0]))
+    ids = np.array([256, *text.encode(), 256])
+    logits = np.asarray(run.model(ids[None, :-1]))[0, :, :257].astype(np.float64)
+    scores = logits[np.arange(32), ids[1:]] - np.log(np.exp(logits).sum(-1))
+    assert result["loss"] == pytest.approx(-scores.mean(), rel=1e-4)
+    assert result["bits_per_byte"] == pytest.approx(-scores.sum() / np.log(2) / 31, rel=1e-4)
+    assert result["tokens"] == 32
+    assert result["source"] == f"text:{tmp_path}/a.txt"
+
+
+def test_pairs_of_a_text_are_answered_after_training(whole, tmp_path):
+    pairs = [{"q": f"{i}", "a": "so #### 5"} for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    flags = [f"--workdir={whole[0]}", "--json", f"--source=jsonl:{tmp_path}/a.jsonl", "--exact_match",
+             "--data=prompt_field=q", "--data=completion_field=a", "--data=loss_on=answer"]  # fmt: skip
+    done = run_command("tinylm.evaluate", *flags, "--answer_pattern=#### ([0-9]+)")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["exact_match"], result["pairs"], result["tokens"]) == (0.0, 3, 3 * 10)
+    assert (result["loss_on"], result["answer_pattern"]) == ("answer", "#### ([0-9]+)")
+    done = run_command("tinylm.evaluate", *flags, "--answer_pattern=(")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--answer_pattern=( must be a regular expression" in done.stderr
+
+
+def test_an_imported_model_is_not_scored_on_a_text_that_nobody_named(whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**record, "imported_from": "elsewhere"}))
+    done = run_command("tinylm.evaluate", f"--workdir={tmp_path}/run")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "no text of its own to be scored on; give one: --source=text:FILE" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("mistake", "wanted"),
     [
         ("--step=7", "--step=7 must be best, latest or one of"),
         ("--stop=", "--stop must not be empty"),
+        ("--prompt_file=/no/such/file", "--prompt_file=/no/such/file can't be read: No such file"),
         (f"--prompt={'long ' * 20}", "must be shorter than the context"),
     ],
 )

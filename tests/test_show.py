@@ -10,6 +10,8 @@ from helpers import run_command
 from tinylm.config import load_config, shipped_configs
 from tinylm.core.layout import describe_parameter
 from tinylm.core.mesh import MeshConfig, make_mesh, parameter_sharding
+from tinylm.core.settings import to_dict
+from tinylm.run.folder import RunFolder
 from tinylm.show import describe, text_of
 
 PARAMETERS = {
@@ -98,3 +100,27 @@ def test_the_command_needs_no_data():
     assert shown["num_parameters"] == PARAMETERS["tinystories_33m"]
     assert shown["mesh"] == {"replica": 1, "data": 1, "model": 4}
     assert jax.device_count() == 8
+
+
+def test_a_run_is_shown_as_it_ran(tmp_path):
+    """On its own mesh, of four devices here, with no device but the one of this machine."""
+    config = load_config("tales", ["model.embed_dim=64", "model.num_layers=2"]).resolve(1024)
+    folder = RunFolder(str(tmp_path))
+    folder.write_config({"config": to_dict(config), "versions": {"mesh": {"replica": 1, "data": 2, "model": 2}}})
+    done = run_command("tinylm.show", f"--workdir={tmp_path}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(json.dumps(describe(config, make_mesh(MeshConfig(data=2, model=2)))))
+
+
+@pytest.mark.parametrize("flags", [[], ["--config=tales", "--workdir=x"]])
+def test_either_a_config_or_a_run_is_shown(flags):
+    done = run_command("tinylm.show", *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: give either --config=NAME or --workdir=RUN.\n"
+
+
+def test_the_command_takes_the_vocabulary_from_the_tokenizer():
+    done = run_command("tinylm.show", "--config=tales")
+    assert done.returncode == 0, done.stderr
+    assert "vocabulary of 1,024 ids: data.tokenizer=bpe:1024" in done.stderr
+    assert "embedding " in done.stdout

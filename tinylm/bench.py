@@ -1,6 +1,6 @@
 """Measure how fast a config trains here: its own train step on random tokens, so no data is read.
 
-python -m tinylm.bench --config=configs/shakespeare_char_cpu.py --config.model.vocab_size=65
+python -m tinylm.bench --config=tales
 python -m tinylm.bench --config=gpt2_124m --json --profile=traces
 
 Prints tokens per second, step time, MFU against the chip's peak (a matmul's rate on CPU), time to the first step with
@@ -25,10 +25,9 @@ def main() -> None:
     from tinylm.core.mesh import batch_shards, make_mesh
     from tinylm.train.benchmark import measure
 
-    config = cli.config(reads_data=False)
+    config = cli.resolved_config()
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
-    config = config.resolve(config.model.vocab_size)
     if FLAGS.profile:
         try:
             os.makedirs(FLAGS.profile, exist_ok=True)

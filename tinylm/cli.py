@@ -46,13 +46,22 @@ def require_config() -> None:
         raise UserError("--config is required, for example --config=tales.")
 
 
-def config(reads_data: bool = True) -> config_lib.Config:
-    """Return the checked config of --config; a command that reads no data needs the size of the vocabulary in it."""
+def config() -> config_lib.Config:
+    """Return the checked config of --config."""
     require_config()
-    chosen = config_lib.checked(FLAGS.config)
-    if not (reads_data or chosen.model.vocab_size):
-        raise UserError("no data is read here: set --config.model.vocab_size to the tokenizer's size.")
-    return chosen
+    return config_lib.checked(FLAGS.config)
+
+
+def resolved_config() -> config_lib.Config:
+    """Return the resolved config of --config for a command that reads no text; say how large a vocabulary it takes."""
+    from tinylm.data import known_vocab_size
+
+    chosen = config()
+    vocab_size = chosen.model.vocab_size
+    if not vocab_size:
+        vocab_size, origin = known_vocab_size(chosen.data)
+        log.say(f"vocabulary of {vocab_size:,} ids: {origin}")
+    return chosen.resolve(vocab_size)
 
 
 def define_workdir(required: bool = True) -> None:

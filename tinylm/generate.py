@@ -1,12 +1,14 @@
 """Write text with a trained model: the prompt and what follows, up to the end of the text.
 
 python -m tinylm.generate --workdir=runs/tales --prompt="Once upon a time" --temperature=0.8
+python -m tinylm.generate --workdir=runs/tales --prompt_file=beginning.txt --num_samples=3
 
-A single text appears while it is written.
+A single text appears while it is written; several are numbered.
 """
 
 import functools
 import json
+import pathlib
 
 from absl import flags
 
@@ -21,33 +23,57 @@ def main() -> None:
     """Write as the flags say; only text goes to stdout."""
     from tinylm.core.distributed import is_main
     from tinylm.inference.decode import check_prompts
-    from tinylm.inference.writing import write_texts
+    from tinylm.inference.writing import numbered, write_texts
     from tinylm.run.open_run import open_run
 
     sampler = Sampler(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.min_p, FLAGS.repetition_penalty)
     sampler.check(prefix="--")
     if "" in (FLAGS.stop or []):
         raise UserError("--stop must not be empty: every text would end before its first character.")
-    prompts = [text for text in FLAGS.prompt or [""] for _ in range(FLAGS.num_samples)]
+    given = [*(FLAGS.prompt or []), *map(read_prompt, FLAGS.prompt_file or [])]
+    prompts = [text for text in given or [""] for _ in range(FLAGS.num_samples)]
     run = open_run(FLAGS.workdir, FLAGS.step)
-    show = functools.partial(print, end="", flush=True) if len(prompts) == 1 and is_main() and not FLAGS.json else None
-    if show:
+    show = None
+    if len(prompts) == 1 and is_main() and not FLAGS.json:
         check_prompts([[run.start_id, *run.tokenizer.encode(prompts[0])]], run.model_config.context)
+        show = functools.partial(print, end="", flush=True)
         show(prompts[0])
     texts = write_texts(
-        run, prompts, max_tokens=FLAGS.max_tokens, sampler=sampler, seed=FLAGS.seed, stop=FLAGS.stop or [],
-        logprobs=FLAGS.json, show=show,
-    )  # fmt: skip
-    if FLAGS.json and is_main():
-        scored = {"ids": [text.ids for text in texts], "logprobs": [text.logprobs for text in texts]}
-        print(json.dumps({"texts": [text.prompt + text.completion for text in texts], "step": run.step, **scored}))
-    elif is_main():
-        print("" if show else "\n\n".join(text.prompt + text.completion for text in texts))
+        run,
+        prompts,
+        max_tokens=FLAGS.max_tokens,
+        sampler=sampler,
+        seed=FLAGS.seed,
+        stop=FLAGS.stop or [],
+        logprobs=FLAGS.json,
+        show=show,
+    )
+    if not is_main():
+        return
+    whole = [text.prompt + text.completion for text in texts]
+    if FLAGS.json:
+        ids = [text.ids for text in texts]
+        logprobs = [text.logprobs for text in texts]
+        print(json.dumps({"texts": whole, "step": run.step, "ids": ids, "logprobs": logprobs}))
+    else:
+        print("" if show else numbered(whole))
+
+
+def read_prompt(path: str) -> str:
+    """Return the text of a file without the line break at its end, which editors add."""
+    try:
+        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"--prompt_file={path} can't be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt_file={path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 if __name__ == "__main__":
     default = Sampler()
     flags.DEFINE_multi_string("prompt", None, "text to go on from (may be given several times; none: a new text)")
+    flags.DEFINE_multi_string("prompt_file", None, "a file with such a text (its last line break is left out)")
     flags.DEFINE_integer("max_tokens", 200, "most tokens to write after a prompt", lower_bound=1)
     flags.DEFINE_float("temperature", 0.8, "0: always the most probable token; 1: the model's own distribution")
     flags.DEFINE_integer("top_k", default.top_k, "draw from the k most probable tokens (0: all)")

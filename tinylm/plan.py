@@ -2,7 +2,7 @@
 
 python -m tinylm.plan --config=configs/gpt2_124m.py --topology=v5e:4x4 --config.mesh.fsdp=true
 python -m tinylm.plan --config=gpt2_124m --topology=v5e:4x4 --search
-python -m tinylm.plan --config=tales --config.model.vocab_size=1024 --cpu_devices=8 --json
+python -m tinylm.plan --config=tales --cpu_devices=8 --json
 
 Prints memory per device, FLOPs, traffic by mesh axis beside the least that is needed, and the time to train.
 A topology needs the TPU compiler: pip install "tinylm[tpu]".
@@ -27,13 +27,12 @@ def main() -> None:
     from tinylm.train.planning import make_plan
     from tinylm.train.search import search
 
-    config = cli.config(reads_data=False)
     if bool(FLAGS.topology) == bool(FLAGS.cpu_devices):
         raise UserError("give either --topology=v5e:4x4 or --cpu_devices=8.")
     if FLAGS.cpu_devices and FLAGS.slices > 1:
         raise UserError(f"--slices={FLAGS.slices} needs --topology; simulated devices have none.")
+    config = cli.resolved_config()
     devices = topology_devices(FLAGS.topology, FLAGS.slices) if FLAGS.topology else jax.devices()
-    config = config.resolve(config.model.vocab_size)
     if FLAGS.search:
         found = search(config, devices)
         print(json.dumps(found) if FLAGS.json else describe_search(found))

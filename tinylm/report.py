@@ -23,6 +23,7 @@ def main() -> None:
     """Write the report that the flags ask for."""
     from tinylm.run.gather import gather
     from tinylm.run.plot import draw_curves
+    from tinylm.show import describe_run
     from tinylm.view import page
 
     runs = [gather(workdir) for workdir in FLAGS.workdir]
@@ -35,7 +36,7 @@ def main() -> None:
             written.append(out.with_suffix(".png"))
             draw_curves(runs, written[-1])
         for workdir, run in zip(FLAGS.workdir, runs, strict=True):
-            run["model"] = model_table(workdir)
+            run["model"] = describe_run(workdir)
             if FLAGS.attention_text:
                 written.append(out.with_name(f"{out.stem}_attention_{run['name'].replace('/', '_')}.png"))
                 run["attention"] = attention(workdir, written[-1])
@@ -63,23 +64,6 @@ def distinct_names(runs: list[dict[str, Any]]) -> None:
     if len({run["name"] for run in runs}) < len(runs):
         for run in runs:
             run["name"] = run["path"]
-
-
-def model_table(workdir: str) -> dict[str, Any]:
-    """Return the table of `tinylm.show` for a run, on the mesh that it ran on."""
-    from jax.sharding import AbstractMesh
-
-    from tinylm.config import Config
-    from tinylm.core.mesh import AXES, MeshConfig
-    from tinylm.core.settings import from_dict
-    from tinylm.run.folder import RunFolder
-    from tinylm.show import describe
-
-    record = RunFolder(workdir).read_config()
-    config = from_dict(Config, record["config"])
-    config.model.check()
-    sizes = from_dict(MeshConfig, record["versions"]["mesh"]).sizes(2**30)  # which are all given
-    return describe(config, AbstractMesh(sizes, AXES))
 
 
 def attention(workdir: str, picture: epath.Path) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Print what is in a model: each parameter's axes, shape, type, place on the mesh, and bytes.
 
 python -m tinylm.show --config=configs/gpt2_124m.py
+python -m tinylm.show --workdir=runs/tales
 python -m tinylm.show --config=tinystories_33m --cpu_devices=8 --config.mesh.model=2 --config.mesh.fsdp=true --json
 
-Makes no array, and needs no data where the config states model.vocab_size.
+Makes no array and reads no text. A run is shown on the mesh that it ran on.
 """
 
 import collections
@@ -15,6 +16,7 @@ from absl import flags
 
 from tinylm import cli
 from tinylm.config import Config
+from tinylm.core.errors import UserError
 
 FLAGS = flags.FLAGS
 _COLUMNS = ("parameter", "axes", "shape", "dtype", "split by", "bytes", "per device")
@@ -22,21 +24,35 @@ _PADS = (*[str.ljust] * 5, *[str.rjust] * 2)
 
 
 def main() -> None:
-    """Show the model of the config that the flags name."""
+    """Show the model of the config or the run that the flags name."""
     from tinylm.core.distributed import is_main
     from tinylm.core.mesh import make_mesh
 
-    config = cli.config()
-    mesh = make_mesh(config.mesh)
-    vocab_size = config.model.vocab_size
-    if not vocab_size:
-        from tinylm.data import open_data
-
-        vocab_size = open_data(config.data, seed=config.seed, is_writer=is_main()).vocab_size
-    config = config.resolve(vocab_size)
-    table = describe(config, mesh)
+    if (FLAGS.config is None) == (FLAGS.workdir is None):
+        raise UserError("give either --config=NAME or --workdir=RUN.")
+    if FLAGS.workdir is not None:
+        table = describe_run(FLAGS.workdir)
+    else:
+        config = cli.resolved_config()
+        table = describe(config, make_mesh(config.mesh))
     if is_main():
         print(json.dumps(table) if FLAGS.json else text_of(table))
+
+
+def describe_run(workdir: str) -> dict[str, Any]:
+    """Return the table of the model in a run's folder, on the mesh that it ran on, whatever there is here."""
+    from jax.sharding import AbstractMesh
+
+    from tinylm.core.mesh import AXES, MeshConfig
+    from tinylm.core.settings import from_dict
+    from tinylm.run.folder import RunFolder
+
+    record = RunFolder(workdir).read_config()
+    config = from_dict(Config, record["config"])
+    config.model.check()
+    ran_on = from_dict(MeshConfig, record["versions"]["mesh"])
+    # The axes are all given, so any number of devices will do.
+    return describe(config, AbstractMesh(ran_on.sizes(2**30), AXES))
 
 
 def describe(config: Config, mesh: Any) -> dict[str, Any]:
@@ -88,5 +104,6 @@ def text_of(table: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     cli.define_config()
+    cli.define_workdir(required=False)
     cli.define_json()
     cli.run(main, __doc__)

@@ -1,4 +1,4 @@
-"""Writing for people: a stop string ends text, ids and log-probabilities alike, and what is shown is what is returned."""
+"""Writing for people: a stop string ends text, ids and log-probabilities; what is shown is what is returned."""
 
 import jax
 import pytest
@@ -7,7 +7,7 @@ from helpers import tiny_model
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.data.bpe import BpeTokenizer
 from tinylm.inference.samplers import Sampler
-from tinylm.inference.writing import settled, write_texts
+from tinylm.inference.writing import numbered, settled, write_texts
 from tinylm.model.transformer import abstract_transformer, init_parameters
 from tinylm.run.open_run import Run
 
@@ -75,6 +75,11 @@ def test_what_is_shown_piece_by_piece_is_the_text(run, stop):
 )
 def test_only_what_may_change_is_held_back(text, stop, ready):
     assert settled(text, stop) == ready
+
+
+def test_several_texts_are_numbered_and_apart():
+    assert numbered(["one\n\ntwo"]) == "one\n\ntwo"
+    assert numbered(["one\n\ntwo", "three"]) == ("--- sample 1 of 2 ---\none\n\ntwo\n\n--- sample 2 of 2 ---\nthree")
 
 
 def test_stop_at_the_first_character_leaves_nothing(run):

@@ -92,6 +92,21 @@ def test_a_run_that_noted_its_stores_by_time_and_place_goes_on(tmp_path):
     assert folder.read_config()["token_stores"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["data.source=tales:200"], "eval.exact_match needs validation pairs"),
+        (["data.source=addition:10", "eval.answer_pattern=####"], "eval.answer_pattern=#### finds nothing"),
+        (["data.source=addition:300", "data.seq_len=8"], "eval.exact_match: a prompt of 9 tokens"),
+        (["eval.answer_pattern=["], r"eval.answer_pattern=\[ must be a regular expression"),
+    ],
+)
+def test_answers_that_could_not_be_counted_are_refused_before_anything_is_written(tmp_path, overrides, wanted):
+    with pytest.raises(UserError, match=wanted):
+        begin(tmp_path / "run", "eval.exact_match=5", "eval.every_steps=1", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("fails", ["check_same_stores", "store_digests", "make_blueprint", "Trainer"])
 def test_a_start_that_fails_gives_the_workdir_free(tmp_path, monkeypatch, fails):
     begin(tmp_path).lock.close()

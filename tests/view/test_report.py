@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from helpers import tiny_model
 
-from tinylm import report
+from tinylm import report, show
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.settings import to_dict
@@ -122,14 +122,14 @@ def test_a_model_or_mesh_that_is_none_is_one_line(tmp_path, part, key, value, wa
     record[part][key].update(value)
     folder.write_config(record)
     with pytest.raises(UserError, match=wanted):
-        report.model_table(str(folder.path))
+        show.describe_run(str(folder.path))
 
 
 def two_runs(tmp_path):
     runs = [gather(made_run(tmp_path / name, rate)) for name, rate in (("a", 1e-3), ("b", 1e-2))]
     weights = np.tril(np.full((2, 2, 3, 3), 0.25))
     for run in runs:
-        run["model"] = report.model_table(run["path"])
+        run["model"] = show.describe_run(run["path"])
         run["attention"] = page.attention_part(["x", "\n", "<z>"], weights, [(0, 0), (1, 1)])
     return runs
 

@@ -7,6 +7,7 @@ the most common ids) is made from all text of the run, that for validation too, 
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -24,7 +25,7 @@ from tinylm.data.config import DataConfig, parse_mixture, split_spec
 from tinylm.data.ready import TokenSource, prepare_ready
 from tinylm.data.rows import JoinedRows, MixedRows, Rows, SplitRows
 from tinylm.data.sources import Source, hash_bytes, make_source
-from tinylm.data.store import MANIFEST, Store
+from tinylm.data.store import MANIFEST, Store, read_manifest
 from tinylm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from tinylm.data.vocabularies import tokenizer_file_hashes
 
@@ -32,25 +33,13 @@ WAIT_SECS = 1800.0
 
 
 @dataclasses.dataclass
-class Data:
-    """What a run reads: its tokenizer, rows to train on, rows to evaluate, and the manifests of the stores."""
+class Validation:
+    """What a model is scored on: rows in order, the stores that they come from, and the tokenizer."""
 
     tokenizer: Tokenizer
-    train: Rows
     valid: Rows | None
-    stores: list[Store]
     valid_stores: list[Store]
-    split_documents: int
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids of the tokenizer, end of text among them."""
-        return self.tokenizer.vocab_size
-
-    @property
-    def every_store(self) -> list[Store]:
-        """All stores, each once."""
-        return list({store.folder: store for store in self.stores + self.valid_stores}.values())
+    loss_on: str  # as data.loss_on
 
     @property
     def valid_splits(self) -> list[dict[str, Any]]:
@@ -62,15 +51,44 @@ class Data:
         pairs = (pair for store in self.valid_stores for pair in store.pairs("valid"))
         return list(itertools.islice(pairs, limit or None))
 
+    def valid_texts(self, most: int, most_tokens: int = 4096) -> Iterator[str]:
+        """Yield the texts of documents that lie evenly over the validation split, at most `most` of each store.
+
+        Of a longer one that is the beginning.
+        """
+        for store in self.valid_stores:
+            first, last = store.manifest["splits"]["valid"]["documents"]
+            ends = store.document_ends()[:, 0]
+            for number in np.unique(np.linspace(first, last - 1, min(most, last - first)).astype(np.int64)).tolist():
+                begin = int(ends[number - 1]) if number else 0
+                ids = np.empty(min(int(ends[number]) - begin, most_tokens), np.int32)
+                store.tokens.read(ids, begin)
+                yield self.tokenizer.decode(ids.tolist())
+
+    @functools.cached_property
+    def valid_targets(self) -> tuple[int, int]:
+        """Target tokens of the validation split, and the bytes of text that they stand for.
+
+        With loss on the answers alone, prompts are neither.
+        """
+        tokens = sum(split["tokens"][1] - split["tokens"][0] for split in self.valid_splits)
+        size = sum(split["bytes"] for split in self.valid_splits)
+        if self.loss_on == "answer":
+            for prompt, _ in self.answers():
+                tokens -= len(prompt)
+                size -= self.tokenizer.count_bytes(prompt)
+        return tokens, size
+
     @property
     def valid_tokens(self) -> int:
         """Target tokens of the validation split."""
-        return sum(split["tokens"][1] - split["tokens"][0] for split in self.valid_splits)
+        return self.valid_targets[0]
 
     @property
     def valid_bytes_per_token(self) -> float:
         """Bytes of text a target token of the validation split, which turns loss into bits per byte."""
-        return sum(split["bytes"] for split in self.valid_splits) / max(self.valid_tokens, 1)
+        tokens, size = self.valid_targets
+        return size / max(tokens, 1)
 
     @property
     def floor_nats_per_token(self) -> float | None:
@@ -78,6 +96,25 @@ class Data:
         log_probs = [split["log_prob"] for split in self.valid_splits if "log_prob" in split]
         known = log_probs and len(log_probs) == len(self.valid_splits)
         return -sum(log_probs) / self.valid_tokens if known else None
+
+
+@dataclasses.dataclass
+class Data(Validation):
+    """What a run reads: rows to train on, those to evaluate, their tokenizer, and the manifests of the stores."""
+
+    train: Rows
+    stores: list[Store]
+    split_documents: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids of the tokenizer, end of text among them."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def every_store(self) -> list[Store]:
+        """All stores, each once."""
+        return list({store.folder: store for store in self.stores + self.valid_stores}.values())
 
 
 def open_data(
@@ -104,12 +141,13 @@ def open_data(
     train = [_rows(config, store, "train", (seed, i)) for i, store in enumerate(stores)]
     valid = [_rows(config, store, "valid", None) for store in validated]
     data = Data(
-        tokenizer,
-        train[0] if len(train) == 1 else MixedRows(train, opener.weights),
-        valid[0] if len(valid) == 1 else JoinedRows(valid) if valid else None,
-        stores,
-        validated,
-        sum(rows.split_documents for rows in train + valid),
+        tokenizer=tokenizer,
+        valid=_joined(valid),
+        valid_stores=validated,
+        loss_on=config.loss_on,
+        train=train[0] if len(train) == 1 else MixedRows(train, opener.weights),
+        stores=stores,
+        split_documents=sum(rows.split_documents for rows in train + valid),
     )
     if len(data.train) < config.batch_size:
         raise UserError(
@@ -119,14 +157,83 @@ def open_data(
     return data
 
 
+def open_validation(
+    config: DataConfig, source: str, tokenizer: Tokenizer, *, is_writer: bool = True, key: str = "--source"
+) -> Validation:
+    """Return the text of a source under a tokenizer, to score a model on, prepared first where it isn't yet.
+
+    Of a source with a validation split of its own that split is read, of others all there is. The other settings of
+    the text are those of `config`. `key` is what messages call the source. Raises UserError for anything wrong in it.
+    """
+    config = dataclasses.replace(config, source=source, valid_source="")
+    config.check()
+    opener = _Opener(config, is_writer, WAIT_SECS, progress=True, key=key)
+    opener.tokenizer, opener.tokenizer_key = tokenizer, tokenizer.fingerprint
+    stores = [opener.store(one, ("valid",)) for one in opener.sources]
+    for store in stores:
+        if "valid" not in store.manifest["splits"]:
+            raise UserError(f"{key}={source} has no text to score.")
+    return Validation(
+        tokenizer=tokenizer,
+        valid=_joined([_rows(config, store, "valid", None) for store in stores]),
+        valid_stores=stores,
+        loss_on=config.loss_on,
+    )
+
+
+def known_vocab_size(config: DataConfig) -> tuple[int, str]:
+    """Return how many ids the tokenizer of a config has and how that is known, without reading the text.
+
+    One that is learned from the text has as many as it was asked for. Only `char` has to be found in a store. Raises
+    UserError where there is none yet, or a tokenizer's file can't be read.
+    """
+    kind, argument = split_spec(config.tokenizer)
+    if config.vocab_top_k:
+        return config.vocab_top_k, f"data.vocab_top_k={config.vocab_top_k}"
+    if kind == "char":
+        size = _stored_vocab_size(config)
+        if size is None:
+            raise UserError(
+                "data.tokenizer=char has an id for each character of the text, which isn't read here: run "
+                "python -m tinylm.prepare with the same settings first, or set --config.model.vocab_size (typically "
+                "66 for tinyshakespeare, 100 to 200 for English text with its signs)."
+            )
+        return size, "data.tokenizer=char, as prepared"
+    if kind == "bpe":
+        size = int(argument)
+    elif kind == "gpt2":
+        size = 50_257
+    else:
+        size = build_tokenizer(config.tokenizer, 0, lambda: ()).vocab_size
+    return size, f"data.tokenizer={config.tokenizer}"
+
+
+def _stored_vocab_size(config: DataConfig) -> int | None:
+    """Return the ids of the tokenizer in the store of a config, where that is prepared."""
+    # Text that isn't there, or no folder for stores: then there is no store either.
+    with contextlib.suppress(UserError):
+        opener = _Opener(config, is_writer=False, wait_secs=0, progress=False)
+        folder = opener.folder_of(opener.sources[0], opener.train_splits)
+        if (folder / MANIFEST).exists():
+            return read_manifest(folder)["tokenizer"]["vocab_size"]
+    return None
+
+
+def _joined(parts: list[SplitRows]) -> Rows | None:
+    """Return the rows of all validation splits, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return JoinedRows(parts) if parts else None
+
+
 class _Opener:
     """Finds or makes the stores of one config, and at most once the tokenizer that they share."""
 
-    def __init__(self, config: DataConfig, is_writer: bool, wait_secs: float, progress: bool):
+    def __init__(self, config: DataConfig, is_writer: bool, wait_secs: float, progress: bool, key: str = "data.source"):
         mixture = parse_mixture(config.source)
         self.config, self.is_writer, self.wait_secs, self.progress = config, is_writer, wait_secs, progress
         self.weights = [weight for weight, _ in mixture]
-        self.sources = [make_source(spec, config) for _, spec in mixture]
+        self.sources = [make_source(spec, config, key) for _, spec in mixture]
         valid_specs = [config.valid_source] * bool(config.valid_source)
         self.valid_sources = [make_source(spec, config, "data.valid_source") for spec in valid_specs]
         self.train_splits = ("train",) if self.valid_sources else ("train", "valid")
@@ -172,9 +279,13 @@ class _Opener:
                 for document in preparing.checked(source.documents(split), self.config.on_bad_text):
                     yield from (text for text in (document.prompt, document.text) if text)
 
+    def folder_of(self, source: Source, splits: tuple[str, ...]) -> pathlib.Path:
+        """Return the folder that the store of some splits of a source has, or will have."""
+        return self._folder / preparing.store_key(self.text_key(source, splits), self.tokenizer_key)
+
     def store(self, source: Source, splits: tuple[str, ...]) -> Store:
         """Return the store of some splits of a source, made by this process, by another, or long ago."""
-        folder = self._folder / preparing.store_key(self.text_key(source, splits), self.tokenizer_key)
+        folder = self.folder_of(source, splits)
         if not self.is_writer:
             preparing.wait_for(folder, self.wait_secs)
         elif not (folder / MANIFEST).exists():

@@ -119,7 +119,10 @@ class CharTokenizer(Tokenizer):
         ids = self._id_of_code.take(_codes(text), mode="clip")
         if ids.min(initial=0) < 0:
             strange = "".join(sorted(set(text) - set(self.chars)))
-            raise UserError(f"data.tokenizer=char has no id for {strange[:20]!r}: they aren't in its text; use byte.")
+            raise UserError(
+                f"the tokenizer char has no id for {strange[:20]!r}, which the text that it was made from doesn't "
+                "have; leave that out, or train on a text that has it (or with data.tokenizer=byte)."
+            )
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:

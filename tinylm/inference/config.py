@@ -1,7 +1,9 @@
 """The sections of the config that inference owns: when and how to evaluate, and what to write while training."""
 
 import dataclasses
+import re
 
+from tinylm.core.errors import UserError
 from tinylm.core.settings import Section, setting
 from tinylm.inference.samplers import BOUNDS, Sampler
 
@@ -27,12 +29,22 @@ class EvalConfig(Section, name="eval"):
     exact_match: int = setting(
         0, "validation pairs to answer greedily and compare, token by token (0: none)", free=True, least=0
     )
+    answer_pattern: str = setting(
+        "",
+        "regular expression of the final answer, which alone is compared then, as '#### (.+)' (empty: compare all)",
+        free=True,
+    )
     patience: int = setting(
         0,
         "stop after this many evaluations without a better loss (0: never)",
         least=0,
         aliases=("early_stopping_patience",),
     )
+
+    def check(self) -> None:
+        """Raise UserError for values that can't work."""
+        super().check()
+        check_pattern("eval.answer_pattern", self.answer_pattern)
 
 
 @dataclasses.dataclass
@@ -78,3 +90,11 @@ class SampleConfig(Section, name="sample"):
     def sampler(self) -> Sampler:
         """The sampler of these settings."""
         return Sampler(self.temperature, self.top_k, self.top_p)
+
+
+def check_pattern(key: str, pattern: str) -> None:
+    """Raise UserError for what is not a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{key}={pattern} must be a regular expression: {error}.") from error

@@ -150,7 +150,9 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
     """Raise UserError unless each prompt is non-empty and shorter than the context."""
     for prompt in prompts:
         if not 0 < len(prompt) < context:
-            raise UserError(f"a prompt of {len(prompt)} tokens must be shorter than the context ({context}).")
+            raise UserError(
+                f"a prompt of {len(prompt)} tokens must be shorter than the context ({context}); give its end alone."
+            )
 
 
 def before_end(ids: list[int], end_id: int) -> list[int]:

@@ -91,6 +91,14 @@ def write_texts(
     return texts
 
 
+def numbered(texts: Sequence[str]) -> str:
+    """Return texts for a terminal, one below the other; where there are several, each under its number."""
+    if len(texts) == 1:
+        return texts[0]
+    parts = [f"--- sample {number} of {len(texts)} ---\n{text}" for number, text in enumerate(texts, 1)]
+    return "\n\n".join(parts)
+
+
 def settled(text: str, stop: Sequence[str]) -> str:
     """Return as much of an unfinished text as no later token can change, nor take back as part of a stop string."""
     found = _find_stop(text, stop)

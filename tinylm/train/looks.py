@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
-from tinylm.core.errors import UserError
+from tinylm.data import Validation
 from tinylm.inference.decode import Decoder, check_prompts
-from tinylm.inference.evaluation import evaluate, exact_match, make_eval_step
+from tinylm.inference.evaluation import check_pairs, evaluate, exact_match, final_answers, make_eval_step
 from tinylm.train.config import Config
 from tinylm.train.state import Blueprint
 
@@ -21,6 +22,7 @@ class Looks:
         self.eval_step = make_eval_step(blueprint.graph)
         self.decoder = Decoder(blueprint.graph, config.model.context, data.tokenizer.eot_id, data.vocab_size)
         self.prompts = encode_prompts(config, data.tokenizer)
+        self.pairs = find_pairs(config, data)
 
     def evaluate(self, params: dict, before_batch: Callable[[], None]) -> dict[str, float]:
         """Return `loss` over the validation split, nats per target token, and the share of exact answers if asked for.
@@ -34,14 +36,26 @@ class Looks:
 
         c = self.config
         rows = c.micro_batch_rows
-        most = c.eval.max_batches * c.train.accumulation_steps  # micro-batches
-        nats, count = evaluate(step, params, self.data.valid, rows, self.mesh, most)
-        if not c.eval.exact_match:
+        nats, count = evaluate(
+            step,
+            params,
+            self.data.valid,
+            self.mesh,
+            rows=rows,
+            micro_batches=c.train.accumulation_steps,
+            max_batches=c.eval.max_batches,
+        )
+        if not self.pairs:
             return {"loss": nats / count}
-        pairs = self.data.answers(c.eval.exact_match)
-        if not pairs:
-            raise UserError("eval.exact_match needs validation pairs of prompt and completion; set it to 0.")
-        share = exact_match(self.decoder, params, pairs, self.data.tokenizer.eot_id, c.data.batch_size)
+        tokenizer = self.data.tokenizer
+        share = exact_match(
+            self.decoder,
+            params,
+            self.pairs,
+            start_id=tokenizer.eot_id,
+            rows=c.data.batch_size,
+            is_right=final_answers(tokenizer, c.eval.answer_pattern) if c.eval.answer_pattern else None,
+        )
         return {"loss": nats / count, "exact_match": share}
 
     def samples(self, params: dict) -> list[str]:
@@ -52,6 +66,17 @@ class Looks:
         )
         texts = map(self.data.tokenizer.decode_after, self.prompts, rows)
         return [prompt + text for prompt, text in zip(c.prompts, texts, strict=True)]
+
+
+def find_pairs(config: Config, data: Validation) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the pairs that `eval.exact_match` asks for; raise UserError where they can't be counted."""
+    c = config.eval
+    if not (c.exact_match and c.every_steps):
+        return []
+    pairs = data.answers(c.exact_match)
+    keys = ("eval.exact_match", "eval.answer_pattern")
+    check_pairs(pairs, config.model.context, data.tokenizer, c.answer_pattern, keys)
+    return pairs
 
 
 def encode_prompts(config: Config, tokenizer: Any) -> list[list[int]]:

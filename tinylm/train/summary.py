@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 from tinylm.analysis.flops import count_parameters
 from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards
+from tinylm.inference.writing import numbered
 from tinylm.train.loop import Trainer
 from tinylm.train.progress import Outcome
 
@@ -40,8 +41,8 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
     """Return where everything is and what to do next."""
     folder = trainer.folder
     lines = []
-    for text in trainer.last_samples:
-        lines += [text.strip(), ""]
+    if trainer.last_samples:
+        lines += [numbered([text.strip() for text in trainer.last_samples]), ""]
     lines.append(f"Done in {outcome.seconds:.0f} s: step {outcome.step}, {outcome.reason}.")
     if outcome.valid_loss is not None:
         floor = trainer.data.floor_nats_per_token
