@@ -101,7 +101,7 @@ def score_answers(run: Any, data: Any) -> dict[str, Any]:
     pairs = data.answers(FLAGS.max_batches * batch_size)
     check_pairs(pairs, context, tokenizer, pattern, ("--exact_match", "--answer_pattern"))
     share = exact_match(
-        Decoder(run.graph, context, tokenizer.eot_id, tokenizer.vocab_size),
+        Decoder(run.graph, context, tokenizer.eot_id, tokenizer.vocab_size, run.end_ids),
         run.params,
         pairs,
         start_id=run.start_id,
