@@ -66,6 +66,15 @@ def test_the_table_is_best_first_and_the_best_validation_loss_counts(tmp_path, t
     assert lines[0].split() == ["optimizer.learning_rate", "model.attention_window", "result"]
     assert [line.split()[0] for line in lines[1:]] == ["1e-1", "3e-1"]
     assert [row["step"] for row in rows] == [2, 2]
+    assert rows[0]["result"] == "best validation loss 0.1000 at step 2"
+
+
+def test_a_run_without_validation_is_judged_by_the_end_of_its_training(tmp_path):
+    """A step that was passed over as bad, and logged after it, doesn't count."""
+    lines = [("train", 1, 3.0), ("train", 2, 4.0), ("bad", 3, 99.0), ("time", 3, None)]
+    records = [{"split": split, "step": step, "loss": loss} for split, step, loss in lines]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert module.best_loss(str(tmp_path)) == ("last training", 4.0, 2)
 
 
 def test_the_name_of_a_run_is_one_folder_and_no_pattern():

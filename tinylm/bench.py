@@ -41,11 +41,12 @@ def main() -> None:
 def text_of(found: dict[str, Any]) -> str:
     """Return the figures as aligned lines."""
     f = {name: value for name, value in found.items() if value is not None}
+    f["axes"] = " x ".join(f"{name} {size}" for name, size in f["mesh"].items())
     known = (
         "{mfu:.1%} of {peak_flops:.3g} FLOP/s" if "mfu" in f else "unknown: add the chip to tinylm/analysis/chips.py"
     )
     lines = {
-        "device": "{device}, mesh {mesh}",
+        "device": "{device}, mesh {axes}",
         "tokens per second": "{tokens_per_sec:,.0f}",
         "step": "{step_ms:.2f} ms, eight of ten from {step_ms_p10:.2f} to {step_ms_p90:.2f}",
         "MFU": known,

@@ -69,7 +69,12 @@ def define_workdir(required: bool = True) -> None:
     flags.DEFINE_string("workdir", None, "folder of the run (a path, or a bucket such as gs://...)")
     _SHARED.append("workdir")
     if required:
-        flags.mark_flag_as_required("workdir")
+        require("workdir", "--workdir=runs/tales")
+
+
+def require(name: str, example: str) -> None:
+    """Refuse a command line without a flag, in words that show how it is given."""
+    flags.register_validator(name, lambda value: value is not None, f"it is required, for example {example}.")
 
 
 def define_json() -> None:

@@ -20,13 +20,12 @@ from absl import flags
 
 from tinylm import cli
 from tinylm.core.errors import UserError
-from tinylm.data.config import DataConfig, parse_mixture, split_spec
+from tinylm.data.config import DataConfig
 
 FLAGS = flags.FLAGS
 
 _NUM_STORIES = 64
 _FEWEST_STORIES = 8
-_WITHOUT_PROMPTS = ("tales", "text", "tokens")
 
 
 def main() -> None:
@@ -161,9 +160,6 @@ def open_text(run: Any) -> tuple[Any, str]:
     if config.seq_len > run.model_config.context:
         raise UserError(f"--data=seq_len={config.seq_len} must be at most the context ({run.model_config.context}).")
     if FLAGS.source:
-        kinds = {split_spec(spec)[0] for _, spec in parse_mixture(FLAGS.source)}
-        if kinds & set(_WITHOUT_PROMPTS):
-            config = dataclasses.replace(config, loss_on="all")
         data = open_validation(config, FLAGS.source, run.tokenizer, is_writer=is_main())
         return data, FLAGS.source
     if is_imported(run):

@@ -96,6 +96,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("attention_text", "", "draw attention over this text")
     flags.DEFINE_list("attention_heads", [], "heads to draw, as LAYER.HEAD (default: all of the first and last layer)")
     flags.DEFINE_string("step", "best", "checkpoint whose attention to draw: best, latest or a step")
-    flags.mark_flag_as_required("workdir")
+    cli.require("workdir", "--workdir=runs/tales")
     sys.argv[1:] = spread(sys.argv[1:])
     cli.run(main, __doc__)

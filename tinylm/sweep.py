@@ -115,8 +115,8 @@ def train(base: Sequence[str], point: dict[str, str], workdir: str, jobs: int, s
             last = log.read_text().strip().rpartition("\n")[2]
             return {"point": point, "loss": None, "step": None, "result": f"exit code {code}: {last}"}
         done.write_text(json.dumps(settings))
-    loss, step = best_loss(str(folder))
-    return {"point": point, "loss": loss, "step": step, "result": f"best loss {loss:.4f} at step {step}"}
+    kind, loss, step = best_loss(str(folder))
+    return {"point": point, "loss": loss, "step": step, "result": f"{kind} loss {loss:.4f} at step {step}"}
 
 
 def wait_for(process: subprocess.Popen, stop: threading.Event) -> int:
@@ -128,13 +128,19 @@ def wait_for(process: subprocess.Popen, stop: threading.Event) -> int:
     return process.returncode
 
 
-def best_loss(workdir: str) -> tuple[float, int]:
-    """Return the best validation loss of a run and its step; without one, the last training loss."""
+def best_loss(workdir: str) -> tuple[str, float, int]:
+    """Return what kind of loss a run is judged by, the loss, and its step.
+
+    That is the best one of its validation or, where it had none, the last one of its training.
+    """
     from tinylm.run.folder import RunFolder
 
     lines = [line for line in RunFolder(workdir).metrics() if line.get("loss") is not None]
     valid = [(line["loss"], line["step"]) for line in lines if line["split"] == "valid"]
-    return min(valid) if valid else (lines[-1]["loss"], lines[-1]["step"])
+    if valid:
+        return "best validation", *min(valid)
+    last = [line for line in lines if line["split"] == "train"][-1]
+    return "last training", last["loss"], last["step"]
 
 
 def text_of(rows: Sequence[dict[str, Any]]) -> str:
@@ -156,7 +162,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     for i, (label, points) in enumerate(lines.items()):
         axes.plot(*zip(*points, strict=True), marker="o", label=label or "loss", **line_style(i))
     key, *others = rows[0]["point"]
-    axes.set(xlabel=key, ylabel="best loss (nats per token)")
+    axes.set(xlabel=key, ylabel="loss (nats per token)")
     axes.legend(fontsize=8, title=", ".join(others))
     save(figure, path)
 
@@ -165,7 +171,7 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # the runs need the devices, not this process
     flags.DEFINE_multi_string("grid", None, "KEY=VALUE,VALUE,...: one axis of the grid; may be given several times")
     flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
-    flags.mark_flag_as_required("grid")
+    cli.require("grid", "--grid=seed=0,1")
     cli.define_config()
     cli.define_workdir()
     cli.define_json()

@@ -97,7 +97,10 @@ def test_a_run_that_noted_its_stores_by_time_and_place_goes_on(tmp_path):
     [
         (["data.source=tales:200"], "eval.exact_match needs validation pairs"),
         (["data.source=addition:10", "eval.answer_pattern=####"], "eval.answer_pattern=#### finds nothing"),
-        (["data.source=addition:300", "data.seq_len=8"], "eval.exact_match: a prompt of 9 tokens"),
+        (
+            ["data.source=addition:300", "data.seq_len=8", "eval.exact_match=9000"],
+            "eval.exact_match: a prompt of 9 tokens",
+        ),
         (["eval.answer_pattern=["], r"eval.answer_pattern=\[ must be a regular expression"),
     ],
 )

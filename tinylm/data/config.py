@@ -12,6 +12,7 @@ from tinylm.core.settings import Section, nearest, setting
 
 SOURCE_KINDS = ("tales", "addition", "text", "jsonl", "parquet", "tfds", "hf", "tokens")
 TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2", "hf", "sentencepiece", "llama2c")
+WITHOUT_PROMPTS = ("tales", "text", "tokens")  # sources whose documents are no pairs
 MAX_MIXTURE_PERIOD = 1_000_000
 MAX_IDS = 1 << 24  # of a tokenizer
 
@@ -132,7 +133,7 @@ class DataConfig(Section, name="data"):
             raise UserError(f"data.vocab_top_k={self.vocab_top_k} can't cut ids that are read in place (tokens:).")
         if kind == "tokens" and split_spec(self.tokenizer)[0] in ("char", "bpe"):
             raise UserError(f"data.tokenizer={self.tokenizer} must be the one that made the ids of tokens:.")
-        if kind in ("tales", "text", "tokens") and self.loss_on == "answer":
+        if kind in WITHOUT_PROMPTS and self.loss_on == "answer":
             raise UserError(f"data.loss_on=answer needs prompt and completion, which {key}={spec} doesn't have.")
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.data import content, plans, preparing
-from tinylm.data.config import DataConfig, parse_mixture, split_spec
+from tinylm.data.config import WITHOUT_PROMPTS, DataConfig, parse_mixture, split_spec
 from tinylm.data.ready import TokenSource, prepare_ready
 from tinylm.data.rows import JoinedRows, MixedRows, Rows, SplitRows
 from tinylm.data.sources import Source, hash_bytes, make_source
@@ -57,11 +57,14 @@ class Validation:
         Of a longer one that is the beginning.
         """
         for store in self.valid_stores:
-            first, last = store.manifest["splits"]["valid"]["documents"]
+            split = store.manifest["splits"]["valid"]
+            first, last = split["documents"]
             ends = store.document_ends()[:, 0]
             for number in np.unique(np.linspace(first, last - 1, min(most, last - first)).astype(np.int64)).tolist():
-                begin = int(ends[number - 1]) if number else 0
-                ids = np.empty(min(int(ends[number]) - begin, most_tokens), np.int32)
+                # The first document of a split may have begun in the other one.
+                begin = max(int(ends[number - 1]) if number else 0, split["tokens"][0])
+                end = min(int(ends[number]), split["tokens"][1], begin + most_tokens)
+                ids = np.empty(max(end - begin, 0), np.int32)
                 store.tokens.read(ids, begin)
                 yield self.tokenizer.decode(ids.tolist())
 
@@ -163,10 +166,17 @@ def open_validation(
     """Return the text of a source under a tokenizer, to score a model on, prepared first where it isn't yet.
 
     Of a source with a validation split of its own that split is read, of others all there is. The other settings of
-    the text are those of `config`. `key` is what messages call the source. Raises UserError for anything wrong in it.
+    the text are those of `config`; loss is on all tokens where there can be no prompts. `key` is what messages call the
+    source. Raises UserError for anything wrong in it.
     """
     config = dataclasses.replace(config, source=source, valid_source="")
-    config.check()
+    try:
+        kinds = {split_spec(spec)[0] for _, spec in parse_mixture(source)}
+        if kinds & set(WITHOUT_PROMPTS):
+            config = dataclasses.replace(config, loss_on="all")
+        config.check()
+    except UserError as error:
+        raise UserError(str(error).replace("data.source", key)) from error
     opener = _Opener(config, is_writer, WAIT_SECS, progress=True, key=key)
     opener.tokenizer, opener.tokenizer_key = tokenizer, tokenizer.fingerprint
     stores = [opener.store(one, ("valid",)) for one in opener.sources]

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from tinylm.core.errors import UserError
 from tinylm.data import Validation
 from tinylm.inference.decode import Decoder, check_prompts
 from tinylm.inference.evaluation import check_pairs, evaluate, exact_match, final_answers, make_eval_step
@@ -22,7 +23,7 @@ class Looks:
         self.eval_step = make_eval_step(blueprint.graph)
         self.decoder = Decoder(blueprint.graph, config.model.context, data.tokenizer.eot_id, data.vocab_size)
         self.prompts = encode_prompts(config, data.tokenizer)
-        self.pairs = find_pairs(config, data)
+        self.pairs = check_evaluation(config, data)
 
     def evaluate(self, params: dict, before_batch: Callable[[], None]) -> dict[str, float]:
         """Return `loss` over the validation split, nats per target token, and the share of exact answers if asked for.
@@ -68,12 +69,19 @@ class Looks:
         return [prompt + text for prompt, text in zip(c.prompts, texts, strict=True)]
 
 
-def find_pairs(config: Config, data: Validation) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return the pairs that `eval.exact_match` asks for; raise UserError where they can't be counted."""
+def check_evaluation(config: Config, data: Validation) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the pairs that `eval.exact_match` asks for.
+
+    Raises UserError for evaluations that a resolved config asks for and its data don't allow.
+    """
     c = config.eval
+    if c.patience and not data.valid:
+        raise UserError(
+            f"eval.patience={c.patience} needs a validation split; set data.valid_fraction or data.valid_source."
+        )
     if not (c.exact_match and c.every_steps):
         return []
-    pairs = data.answers(c.exact_match)
+    pairs = data.answers(c.exact_match) if data.valid else []
     keys = ("eval.exact_match", "eval.answer_pattern")
     check_pairs(pairs, config.model.context, data.tokenizer, c.answer_pattern, keys)
     return pairs

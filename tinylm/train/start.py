@@ -23,7 +23,7 @@ from tinylm.run.folder import RunFolder
 from tinylm.run.lock import WorkdirLock
 from tinylm.train.config import Config
 from tinylm.train.init_from import check_origin
-from tinylm.train.looks import encode_prompts, find_pairs
+from tinylm.train.looks import check_evaluation, encode_prompts
 from tinylm.train.loop import Trainer
 from tinylm.train.state import make_blueprint
 
@@ -47,7 +47,7 @@ def start_run(config: Config, workdir: str) -> Trainer:
     data = open_data(config.data, seed=config.seed, is_writer=is_main())
     config = config.resolve(data.vocab_size)
     encode_prompts(config, data.tokenizer)
-    find_pairs(config, data)
+    check_evaluation(config, data)
     if not folder.exists():
         check_origin(config, data.tokenizer)
     folder.create()
