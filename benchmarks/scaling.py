@@ -1,7 +1,7 @@
 """The tables of docs/scaling.md: bytes of state under fsdp, and traffic beside its least on a TPU topology.
 
-python tests/benchmarks/scaling.py state
-python tests/benchmarks/scaling.py traffic --mesh=1x16x1 --fsdp --accumulation=4
+python benchmarks/scaling.py state
+python benchmarks/scaling.py traffic --mesh=1x16x1 --fsdp --accumulation=4
 """
 
 import argparse
