@@ -16,8 +16,8 @@ from tinylm import report, show
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.settings import to_dict
-from tinylm.model.attention import Visibility
 from tinylm.model.transformer import Transformer
+from tinylm.model.visibility import Visibility
 from tinylm.run.folder import RunFolder
 from tinylm.run.gather import MOST_POINTS, curves, gather
 from tinylm.run.plot import draw_curves

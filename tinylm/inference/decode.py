@@ -16,6 +16,7 @@ from flax import nnx
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import constrain
 from tinylm.inference.samplers import Sampler, draw, penalize
+from tinylm.model.layers import MASKED_LOGIT
 from tinylm.model.transformer import Cache, Transformer
 
 _CHUNK_TOKENS = 128
@@ -65,7 +66,7 @@ class Decoder:
 
             def one(carry):
                 t, (cache, logits_BV, position_B, slot, done_B, seen_BV), ids_BT, scores_BT = carry
-                known_BV = jnp.where(jnp.arange(vocab) < num_ids, logits_BV, -1e30)
+                known_BV = jnp.where(jnp.arange(vocab) < num_ids, logits_BV, MASKED_LOGIT)
                 wanted_BV = penalize(known_BV, seen_BV, penalty) if seen_BV.shape[1] else known_BV
                 drawn_B = jnp.where(done_B, end_id, draw(uniform_TB[t], wanted_BV, candidates, values))
                 id_B = drawn_B
