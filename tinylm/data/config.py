@@ -62,6 +62,11 @@ class DataConfig(Section, name="data"):
         "byte | char | bpe:N | gpt2[:DIR] | hf:FILE | sentencepiece:FILE | llama2c:FILE",
         aliases=("tokenizer_name", "tokenizer_path"),
     )
+    eot_token: str = setting(
+        "",
+        "token that ends a text, of a tokenizer hf: or sentencepiece: (empty: the one of a usual name)",
+        aliases=("eos_token",),
+    )
     # One id would be the end of text alone.
     vocab_top_k: int = setting(0, "keep only this many ids, the most common ones (0: all)", least=2, also=(0,))
     seq_len: int = setting(
@@ -121,6 +126,11 @@ class DataConfig(Section, name="data"):
         if not self.separator.isascii() and any("\ud800" <= char <= "\udfff" for char in self.separator):
             raise UserError(f"data.separator={self.separator!r} must be text in UTF-8.")
         _check_spec("data.tokenizer", self.tokenizer, TOKENIZER_KINDS)
+        if self.eot_token and split_spec(self.tokenizer)[0] not in ("hf", "sentencepiece"):
+            raise UserError(
+                f"data.eot_token={self.eot_token} is for data.tokenizer=hf: and sentencepiece:; "
+                f"{self.tokenizer} has an end of text of its own."
+            )
         keys = [("data.source", spec) for _, spec in parse_mixture(self.source)]
         keys += [("data.valid_source", self.valid_source)] * bool(self.valid_source)
         for key, spec in keys:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import StorageError, UserError
+from tinylm.core.log import say
 from tinylm.data import content, plans, preparing
 from tinylm.data.config import WITHOUT_PROMPTS, DataConfig, parse_mixture, split_spec
 from tinylm.data.ready import TokenSource, prepare_ready
@@ -30,6 +31,7 @@ from tinylm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from tinylm.data.vocabularies import tokenizer_file_hashes
 
 WAIT_SECS = 1800.0
+_LOOKED_AT_DOCUMENTS = 1000
 
 
 @dataclasses.dataclass
@@ -257,7 +259,7 @@ class _Opener:
         kind, argument = split_spec(c.tokenizer)
         hashes = tokenizer_file_hashes(c.tokenizer)
         # A file counts by its content, so that its place doesn't count.
-        key: list[Any] = [kind, hashes or argument, c.vocab_top_k]
+        key: list[Any] = [kind, hashes or argument, c.vocab_top_k, c.eot_token]
         if kind in ("char", "bpe") or c.vocab_top_k:
             key += [self.text_key(source, self.train_splits) for source in self.sources]
             key += [self.text_key(source, ("valid",)) for source in self.valid_sources]
@@ -281,7 +283,8 @@ class _Opener:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the config names, or learned from its text."""
-        return build_tokenizer(self.config.tokenizer, self.config.vocab_top_k, self._texts)
+        c = self.config
+        return build_tokenizer(c.tokenizer, c.vocab_top_k, self._texts, c.eot_token)
 
     def _texts(self) -> Iterator[str]:
         for source in [*self.sources, *self.valid_sources]:
@@ -302,7 +305,32 @@ class _Opener:
             preparing.make(
                 folder, lambda folder: (folder / MANIFEST).exists(), functools.partial(self._fill, source, splits)
             )
+            self._tell_unknown(source, read_manifest(folder))
         return Store(folder, source.spec, source.files if isinstance(source, TokenSource) else ())
+
+    def _tell_unknown(self, source: Source, manifest: dict[str, Any]) -> None:
+        """Say how much of a text its tokenizer could not spell, with an example."""
+        if not manifest["unknown"]:
+            return
+        words = self._unspelled_words(source)
+        example = f", such as {', '.join(map(repr, words))}" if words else ""
+        say(
+            f"warning: {manifest['unknown']:,} of {manifest['tokens']:,} tokens of {source.spec} "
+            f"({manifest['unknown'] / manifest['tokens']:.2%}) stand for what data.tokenizer={self.tokenizer.name} "
+            f"can't spell{example}"
+        )
+
+    def _unspelled_words(self, source: Source) -> list[str]:
+        """Return a few words that the tokenizer can't spell, where the first documents have some."""
+        if isinstance(source, TokenSource):
+            return []
+        documents = preparing.checked(source.documents("train" if source.own_splits else "all"), "skip")
+        for document in itertools.islice(documents, _LOOKED_AT_DOCUMENTS):
+            words = list(dict.fromkeys(document.text.split()))
+            encoded = zip(words, self.tokenizer.encode_batch(words), strict=True)
+            if unspelled := [word for word, ids in encoded if self.tokenizer.count_unknown(ids)]:
+                return unspelled[:3]
+        return []
 
     def _fill(self, source: Source, splits: tuple[str, ...], folder: pathlib.Path) -> None:
         before = [content.file_state(path) for path in source.content_files]

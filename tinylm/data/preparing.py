@@ -148,7 +148,7 @@ class Preparer:
 
     def __init__(self, source: Source, tokenizer: Tokenizer, folder: pathlib.Path, progress: bool):
         self.source, self.tokenizer, self.folder, self.progress = source, tokenizer, folder, progress
-        self.writer = StoreWriter(folder, smallest_dtype(tokenizer.vocab_size))
+        self.writer = StoreWriter(folder, smallest_dtype(tokenizer.vocab_size), tokenizer.unknown_ids)
         self.problems: list[str] = []
         self.splits: dict[str, Any] = {}
         self.num_documents = 0

@@ -33,7 +33,7 @@ def prepare_ready(
     progress: bool,
 ) -> None:
     """Write a store of ready files with their `checksums`; raise UserError for ids that the tokenizer doesn't have."""
-    writer = StoreWriter(folder, np.dtype(np.uint16))
+    writer = StoreWriter(folder, np.dtype(np.uint16), tokenizer.unknown_ids)
     with progress_bar(2 * (source.total_bytes() or 0), progress) as bar:
         shards = _scan(source.files, checksums, tokenizer, writer, bar)
         array = TokenArray(folder, shards, np.uint16)
@@ -63,6 +63,7 @@ def _scan(
             _check_ids(chunk, begin, ids, tokenizer)
             ends = np.flatnonzero(chunk == tokenizer.eot_id) + begin + total + 1
             writer.ends.append(np.stack([ends, np.zeros_like(ends)], axis=1).ravel())
+            writer.count_unknown(chunk)
             bar.update(chunk.nbytes)
         shards.append({"file": path, "items": len(ids), "dtype": ids.dtype.name, "sha256": sha256})
         total += len(ids)
