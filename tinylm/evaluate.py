@@ -69,7 +69,7 @@ def score_text(run: Any) -> dict[str, Any]:
         max_batches=FLAGS.max_batches,
     )
     loss = nats / tokens
-    bytes_per_token = data.valid_bytes_per_token
+    bytes_per_token = data.valid_bytes_per_token(FLAGS.max_batches * config.data.batch_size)
     result: dict[str, Any] = {
         "source": source,
         "loss": loss,

@@ -108,7 +108,7 @@ def test_the_cut_of_one_text_is_nanogpts(tmp_path):
     data = open_data(config, seed=0, progress=False)
     assert data.vocab_size == 66
     assert manifest(data)["splits"]["train"]["tokens"] == [0, 1_003_854]
-    assert data.valid_tokens == 111_540 and data.valid_bytes_per_token == 1
+    assert data.valid_tokens == 111_540 and data.valid_bytes_per_token() == 1
 
 
 def test_the_cut_of_several_texts_falls_between_two(tmp_path):

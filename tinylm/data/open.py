@@ -41,6 +41,7 @@ class Validation:
     tokenizer: Tokenizer
     valid: Rows | None
     valid_stores: list[Store]
+    valid_rows: list[int]  # that each of these stores has
     loss_on: str  # as data.loss_on
 
     @property
@@ -71,28 +72,39 @@ class Validation:
                 yield self.tokenizer.decode(ids.tolist())
 
     @functools.cached_property
-    def valid_targets(self) -> tuple[int, int]:
-        """Target tokens of the validation split, and the bytes of text that they stand for.
+    def _targets(self) -> list[tuple[int, int]]:
+        """Target tokens of each validation split, and the bytes of text that they stand for.
 
         With loss on the answers alone, prompts are neither.
         """
-        tokens = sum(split["tokens"][1] - split["tokens"][0] for split in self.valid_splits)
-        size = sum(split["bytes"] for split in self.valid_splits)
-        if self.loss_on == "answer":
-            for prompt, _ in self.answers():
+        found = []
+        for store in self.valid_stores:
+            split = store.manifest["splits"]["valid"]
+            tokens, size = split["tokens"][1] - split["tokens"][0], split["bytes"]
+            for prompt, _ in store.pairs("valid") if self.loss_on == "answer" else ():
                 tokens -= len(prompt)
                 size -= self.tokenizer.count_bytes(prompt)
-        return tokens, size
+            found.append((tokens, size))
+        return found
 
     @property
     def valid_tokens(self) -> int:
         """Target tokens of the validation split."""
-        return self.valid_targets[0]
+        return sum(tokens for tokens, _ in self._targets)
 
-    @property
-    def valid_bytes_per_token(self) -> float:
-        """Bytes of text a target token of the validation split, which turns loss into bits per byte."""
-        tokens, size = self.valid_targets
+    def valid_bytes_per_token(self, num_rows: int = 0) -> float:
+        """Return the bytes of text a target token, which turns loss into bits per byte.
+
+        Of the first `num_rows` rows (0: all), where a source counts by its part of them: another one may have tokens of
+        another length.
+        """
+        tokens, size = 0.0, 0.0
+        left = num_rows or sum(self.valid_rows)
+        for (tokens_here, size_here), rows_here in zip(self._targets, self.valid_rows, strict=True):
+            share = min(left, rows_here) / rows_here
+            tokens += share * tokens_here
+            size += share * size_here
+            left -= min(left, rows_here)
         return size / max(tokens, 1)
 
     @property
@@ -149,6 +161,7 @@ def open_data(
         tokenizer=tokenizer,
         valid=_joined(valid),
         valid_stores=validated,
+        valid_rows=[len(rows) for rows in valid],
         loss_on=config.loss_on,
         train=train[0] if len(train) == 1 else MixedRows(train, opener.weights),
         stores=stores,
@@ -185,10 +198,12 @@ def open_validation(
     for store in stores:
         if "valid" not in store.manifest["splits"]:
             raise UserError(f"{key}={source} has no text to score.")
+    valid = [_rows(config, store, "valid", None) for store in stores]
     return Validation(
         tokenizer=tokenizer,
-        valid=_joined([_rows(config, store, "valid", None) for store in stores]),
+        valid=_joined(valid),
         valid_stores=stores,
+        valid_rows=[len(rows) for rows in valid],
         loss_on=config.loss_on,
     )
 
