@@ -12,6 +12,7 @@ from tinylm.core.settings import Section, nearest, setting
 
 SOURCE_KINDS = ("tales", "addition", "text", "jsonl", "parquet", "tfds", "hf", "tokens")
 TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2", "hf", "sentencepiece", "llama2c")
+MADE_HERE = ("tales", "addition")  # sources that read no file
 WITHOUT_PROMPTS = ("tales", "text", "tokens")  # sources whose documents are no pairs
 MAX_MIXTURE_PERIOD = 1_000_000
 MAX_IDS = 1 << 24  # of a tokenizer

@@ -22,7 +22,7 @@ import numpy as np
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
 from tinylm.data import content, plans, preparing
-from tinylm.data.config import WITHOUT_PROMPTS, DataConfig, parse_mixture, split_spec
+from tinylm.data.config import MADE_HERE, WITHOUT_PROMPTS, DataConfig, parse_mixture, split_spec
 from tinylm.data.ready import TokenSource, prepare_ready
 from tinylm.data.rows import JoinedRows, MixedRows, Rows, SplitRows
 from tinylm.data.sources import Source, hash_bytes, make_source
@@ -209,41 +209,40 @@ def open_validation(
 
 
 def known_vocab_size(config: DataConfig) -> tuple[int, str]:
-    """Return how many ids the tokenizer of a config has and how that is known, without reading the text.
+    """Return how many ids the tokenizer of a config has and how that is known, without reading a text from outside.
 
-    One that is learned from the text has as many as it was asked for. Only `char` has to be found in a store. Raises
-    UserError where there is none yet, or a tokenizer's file can't be read.
+    One that is learned from the text has as many as it was asked for. Only `char` has to be found in a store, or made
+    for a corpus that tinylm carries with it. Raises UserError where neither can be, or a file can't be read.
     """
     kind, argument = split_spec(config.tokenizer)
+    origin = f"data.tokenizer={config.tokenizer}"
     if config.vocab_top_k:
         return config.vocab_top_k, f"data.vocab_top_k={config.vocab_top_k}"
     if kind == "char":
-        size = _stored_vocab_size(config)
-        if size is None:
-            raise UserError(
-                "data.tokenizer=char has an id for each character of the text, which isn't read here: run "
-                "python -m tinylm.prepare with the same settings first, or set --config.model.vocab_size (typically "
-                "66 for tinyshakespeare, 100 to 200 for English text with its signs)."
-            )
-        return size, "data.tokenizer=char, as prepared"
+        return _num_characters(config) + 1, origin
     if kind == "bpe":
-        size = int(argument)
-    elif kind == "gpt2":
-        size = 50_257
-    else:
-        size = build_tokenizer(config.tokenizer, 0, lambda: ()).vocab_size
-    return size, f"data.tokenizer={config.tokenizer}"
+        return int(argument), origin
+    if kind == "gpt2":
+        return 50_257, origin
+    return build_tokenizer(config.tokenizer, 0, lambda: ()).vocab_size, origin
 
 
-def _stored_vocab_size(config: DataConfig) -> int | None:
-    """Return the ids of the tokenizer in the store of a config, where that is prepared."""
-    # Text that isn't there, or no folder for stores: then there is no store either.
+def _num_characters(config: DataConfig) -> int:
+    """Return how many characters the text of a config has, from its store or from a corpus that is made here."""
+    # Where the text isn't there, or no folder for stores, there is no store either.
     with contextlib.suppress(UserError):
         opener = _Opener(config, is_writer=False, wait_secs=0, progress=False)
         folder = opener.folder_of(opener.sources[0], opener.train_splits)
         if (folder / MANIFEST).exists():
-            return read_manifest(folder)["tokenizer"]["vocab_size"]
-    return None
+            return read_manifest(folder)["tokenizer"]["vocab_size"] - 1
+        every = [*opener.sources, *opener.valid_sources]
+        if all(split_spec(source.spec)[0] in MADE_HERE for source in every):
+            return opener.tokenizer.vocab_size - 1
+    raise UserError(
+        "data.tokenizer=char has an id for each character of the text, which isn't read here: run "
+        "python -m tinylm.prepare with the same settings first, or set --config.model.vocab_size (typically 66 for "
+        "tinyshakespeare, 100 to 200 for English text with its signs)."
+    )
 
 
 def _joined(parts: list[SplitRows]) -> Rows | None:
