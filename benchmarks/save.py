@@ -28,7 +28,7 @@ ROWS, LENGTH, STEPS = 2, 128, 4
 
 def main() -> None:
     """Measure and print."""
-    config = load_config(sys.argv[1] if len(sys.argv) > 1 else "llama_110m")
+    config = load_config(sys.argv[1] if len(sys.argv) > 1 else "llama:110m")
     config = config.resolve(config.model.vocab_size or 32000)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (1, 1, ROWS, LENGTH), np.int32)
