@@ -20,6 +20,7 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Prepare as the flags say."""
     from tinylm.data import open_data
+    from tinylm.train.init_from import take_over
 
     config = cli.config()
     if FLAGS.to_tfds:
@@ -28,7 +29,7 @@ def main() -> None:
         folder = str(write_tfds(config.data, FLAGS.to_tfds, FLAGS.tfds_name))
         print(json.dumps({"folder": folder}) if FLAGS.json else folder)
         return
-    data = open_data(config.data, seed=config.seed, is_writer=is_main())
+    data = open_data(config.data, seed=config.seed, is_writer=is_main(), tokenizer=take_over(config)[1])
     if FLAGS.verify:
         for one in data.every_store:
             one.verify()
