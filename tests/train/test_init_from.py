@@ -182,6 +182,7 @@ def exported(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "transformers_logits", lambda folder, tokens: None)
         models.export_hf(open_run(str(folder / "run"), mesh_config=MeshConfig(data=1)), str(folder / "hf"))
+    (folder / "hf" / "tinylm_tokenizer.json").unlink()  # as a folder of others has its tokenizer
     return folder / "hf"
 
 
@@ -195,6 +196,7 @@ def test_fine_tuning_starts_from_a_folder_of_hugging_face(exported, tmp_path):
     theirs = models.import_hf(str(exported)).params
     assert all(map(np.array_equal, jax.tree.leaves(state.params), jax.tree.leaves(theirs)))
     assert begun.config.model.context == begun.config.data.seq_len == 32
+    assert begun.config.data.tokenizer == f"hf:{exported}/tokenizer.json"
     assert begun.run().step == 2
     assert open_run(str(tmp_path / "next")).tokenizer.fingerprint == begun.data.tokenizer.fingerprint
 
@@ -223,7 +225,9 @@ def test_what_fine_tuning_cannot_take_over_is_one_line(first, tmp_path, override
 def test_a_folder_of_hugging_face_has_no_optimizer_and_may_have_another_tokenizer(exported, tmp_path):
     for overrides, wanted in {
         ("train.init_optimizer=True",): r"is an imported model, which has no optimizer",
-        ("train.init_model=False",): r"model of other settings: model.embed_dim.*take all with --config=finetune",
+        ("train.init_model=False", f"data.tokenizer=hf:{exported}/tokenizer.json"): (
+            r"model of other settings: model.embed_dim.*take all with --config=finetune"
+        ),
         ("train.init_model=False", "data.tokenizer=bpe:300"): r"another tokenizer.*take it with --config=finetune",
     }.items():
         with pytest.raises(UserError, match=wanted) as caught:

@@ -7,6 +7,7 @@ weights) the context may differ. A run that goes on needs its origin no more: wh
 """
 
 import dataclasses
+import pathlib
 from typing import Any
 
 import jax
@@ -51,9 +52,9 @@ def open_origin(init_from: str) -> Origin:
     """Return what `train.init_from` names; raise UserError where there is nothing to start from."""
     where = f"train.init_from={init_from}"
     if init_from.startswith(_HF):
-        folder = init_from.removeprefix(_HF)
-        hf = open_hf(folder, where)
-        return Origin(where, hf.model, hf.tokenizer, data_tokenizer(hf.tokenizer, folder), hf=hf)
+        place = init_from.removeprefix(_HF)
+        hf = open_hf(place, where)
+        return Origin(where, hf.model, hf.tokenizer, data_tokenizer(hf.tokenizer, pathlib.Path(place)), hf=hf)
     folder = RunFolder(init_from)
     if not folder.exists():
         raise UserError(f"{where} holds no run (no config.json); a model of Hugging Face is named hf:DIR.")
