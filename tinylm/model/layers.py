@@ -17,11 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tinylm.model.matmul import matmul
-
-# The logit of what must never be chosen: far below every real one, but finite, so that a row in
-# which everything is masked gives equal probabilities and not NaN.
-MASKED_LOGIT = -1e30
+from tinylm.model.kernels import matmul
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,
