@@ -22,11 +22,22 @@ def get_config() -> Config:
     """Return the config."""
     return Config(
         data=DataConfig(
-            source="addition:100", tokenizer="char", seq_len=10, batch_size=128, packing="single", loss_on="answer"
+            source="addition:100",
+            tokenizer="char",
+            seq_len=10,
+            batch_size=128,
+            packing="single",
+            loss_on="answer",
         ),
-        model=ModelConfig(embed_dim=96, num_layers=3, num_heads=4, qk_norm=True, mlp="relu2", unroll=0),
+        model=ModelConfig(
+            embed_dim=96, num_layers=3, num_heads=4, qk_norm=True, mlp="relu2", unroll=0
+        ),
         optimizer=OptimizerConfig(
-            name="muon", learning_rate=0.02, adam_learning_rate=5e-3, schedule="linear", min_ratio=0.0
+            name="muon",
+            learning_rate=0.02,
+            adam_learning_rate=5e-3,
+            schedule="linear",
+            min_ratio=0.0,
         ),
         train=TrainConfig(num_steps=1500, steps_per_dispatch=10, log_every_steps=50),
         eval=EvalConfig(every_steps=250, exact_match=1000),

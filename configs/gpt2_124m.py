@@ -6,7 +6,15 @@ Half a million tokens a step, as in the GPT-2 and GPT-3 papers. Made for 8 accel
 train.accumulation_steps higher); not timed here.
 """
 
-from tinylm.config import Config, DataConfig, EvalConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
+from tinylm.config import (
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SampleConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
@@ -24,7 +32,9 @@ def get_config() -> Config:
             qkv_bias=True,
             compute_dtype="bfloat16",
         ),
-        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=700, beta2=0.95, weight_decay=0.1),
+        optimizer=OptimizerConfig(
+            learning_rate=6e-4, warmup_steps=700, beta2=0.95, weight_decay=0.1
+        ),
         train=TrainConfig(num_steps=19_000, accumulation_steps=4),
         eval=EvalConfig(every_steps=1000, max_batches=20),
         sample=SampleConfig(prompts=("",), max_tokens=200),

@@ -65,7 +65,13 @@ def random_batch(seed: int, rows: int = 8, length: int = 16, micro: int = 1) -> 
 
 
 def train(
-    mesh_config: MeshConfig, model: ModelConfig, batches: list[dict[str, np.ndarray]], *, group: int = 1, **kwargs
+    mesh_config: MeshConfig,
+    model: ModelConfig,
+    batches: list[dict[str, np.ndarray]],
+    *,
+    group: int = 1,
+    compiler_options: dict[str, bool] | None = None,
+    **kwargs,
 ):
     """Train on host batches, `group` a dispatch; return (losses, gradient norms, final state) on the host."""
     optimizer = OptimizerConfig(**{"learning_rate": 1e-3, "warmup_steps": 2, **kwargs})
@@ -73,6 +79,8 @@ def train(
     with jax.set_mesh(mesh):
         blueprint = make_blueprint(model, optimizer, mesh_config, 20, mesh)
         steps = make_train_steps(blueprint, make_schedule(optimizer, 20))
+        if compiler_options:
+            steps = jax.jit(steps, donate_argnums=0, compiler_options=compiler_options)
         state, losses, norms = blueprint.init(3), [], []
         for start in range(0, len(batches), group):
             part = batches[start : start + group]

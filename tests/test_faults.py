@@ -1,4 +1,7 @@
-"""Faults from outside, on whole runs: kills, stops, limits, pipes. `python tests/faults.py` runs the full matrix."""
+"""Faults from outside, on whole runs: kills, stops, limits, pipes.
+
+`python benchmarks/faults.py` runs the full matrix.
+"""
 
 import contextlib
 import json

@@ -13,17 +13,17 @@ STOREYS = {
     "inference": 3,
     "run": 3,
     "analysis": 3,
-    "train": 4,
     "interop": 4,
-    "view": 5,
+    "train": 5,
+    "view": 6,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(module: str) -> tuple[str, int]:
-    """Return (room, storey) of a module of ours; commands are on the fifth storey."""
+    """Return (room, storey) of a module of ours; commands are on the sixth storey."""
     room = module.split(".")[1] if "." in module else ""
-    return room, STOREYS.get(room, 5)
+    return room, STOREYS.get(room, 6)
 
 
 def imports(path: pathlib.Path):
@@ -48,7 +48,7 @@ def test_imports_run_downward(path):
         other, below = room_of(module)
         if module == "tinylm":
             continue
-        assert below < storey or other == room or below == storey == 5, f"{own} imports {module}"
+        assert below < storey or other == room or below == storey == 6, f"{own} imports {module}"
         if storey == 2:
             assert other in (room, "core"), f"{own} imports {module}: model/ and data/ know nothing of each other"
 

@@ -50,6 +50,14 @@ def test_every_config_that_ships_is_sound_and_opens_with_its_command(name):
     assert f"--config=configs/{name}.py" in (ROOT / "configs" / f"{name}.py").read_text()
 
 
+@pytest.mark.parametrize("name", ["tinystories", "llama"])
+def test_a_config_of_several_sizes_names_them(name):
+    with pytest.raises(UserError, match=f"{name}:7b must end in one of .*m") as caught:
+        load_config(f"{name}:7b")
+    assert "\n" not in str(caught.value)
+    assert load_config(f"{name}.py:{'1m' if name == 'tinystories' else '42m'}").model.num_layers == 8
+
+
 def test_a_missing_config_names_those_that_ship():
     with pytest.raises(UserError, match=r"no file, nor one that ships .*tales.*did you mean 'tales'"):
         load_config("talse")

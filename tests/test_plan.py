@@ -181,7 +181,15 @@ def test_a_model_that_does_not_fit_names_what_to_change():
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["--cpu_devices=2", "--config.model.vocab_size=0", "--config.data.tokenizer=char"], "typically 66 for"),
+        (
+            [
+                "--cpu_devices=2",
+                "--config.model.vocab_size=0",
+                "--config.data.tokenizer=char",
+                "--config.data.source=text:x",
+            ],
+            "typically 66 for",
+        ),
         ([], "either --topology"),
         (["--topology=v5e:4x4", "--cpu_devices=2"], "either --topology"),
         (["--slices=2", "--cpu_devices=2"], "--slices=2 needs --topology"),

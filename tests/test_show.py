@@ -15,16 +15,16 @@ from tinylm.run.folder import RunFolder
 from tinylm.show import describe, text_of
 
 PARAMETERS = {
-    "tinystories_1m": 3_745_984,
-    "tinystories_3m": 8_278_400,
-    "tinystories_8m": 19_702_528,
-    "tinystories_28m": 51_987_968,
-    "tinystories_33m": 68_514_048,
+    "tinystories:1m": 3_745_984,
+    "tinystories:3m": 8_278_400,
+    "tinystories:8m": 19_702_528,
+    "tinystories:28m": 51_987_968,
+    "tinystories:33m": 68_514_048,
     "smallm_60m": 29_995_392,
     "gpt2_124m": 124_439_808,
-    "llama_15m": 15_191_712,
-    "llama_42m": 41_689_600,
-    "llama_110m": 109_529_856,
+    "llama:15m": 15_191_712,
+    "llama:42m": 41_689_600,
+    "llama:110m": 109_529_856,
 }
 
 
@@ -38,8 +38,14 @@ def table(name, *overrides, **mesh):
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_config_has_the_parameters_that_its_first_lines_say(name):
     assert table(name, data=1)["num_parameters"] == PARAMETERS[name]
-    opening = (shipped_configs() / f"{name}.py").read_text().split("\n\n")[0:3]
-    assert f"{PARAMETERS[name]:,} parameters" in " ".join(opening).replace("\n", " ")
+    stem, _, size = name.partition(":")
+    opening = (shipped_configs() / f"{stem}.py").read_text().split('"""')[1]
+    count = f"{PARAMETERS[name]:,}"
+    if size:
+        [line] = [line for line in opening.splitlines() if line.split()[:1] == [size]]
+        assert line.split()[-1] == count
+    else:
+        assert f"{count} parameters" in opening.replace("\n", " ")
 
 
 def test_smallm_is_sixty_million_by_name_alone():
@@ -51,22 +57,22 @@ def test_smallm_is_sixty_million_by_name_alone():
 def test_the_published_shapes():
     """Sizes by hand: a TinyStories layer is 12 D^2 + 10 D, beside two embeddings and a last norm."""
     D, L = 64, 8
-    assert PARAMETERS["tinystories_1m"] == (50_257 + 2048) * D + L * (12 * D * D + 10 * D) + 2 * D
+    assert PARAMETERS["tinystories:1m"] == (50_257 + 2048) * D + L * (12 * D * D + 10 * D) + 2 * D
     D, L = 768, 12
     assert PARAMETERS["gpt2_124m"] == (50_257 + 1024) * D + L * (12 * D * D + 13 * D) + 2 * D
     D, F, L = 288, 768, 6
-    assert PARAMETERS["llama_15m"] == 32_000 * D + L * (4 * D * D + 3 * D * F + 2 * D) + D
+    assert PARAMETERS["llama:15m"] == 32_000 * D + L * (4 * D * D + 3 * D * F + 2 * D) + D
 
 
 def test_bytes_are_those_of_the_shards():
-    shown = table("tinystories_1m", data=4, model=2, fsdp=True)
+    shown = table("tinystories:1m", data=4, model=2, fsdp=True)
     mesh = make_mesh(MeshConfig(data=4, model=2, fsdp=True))
     for row in shown["parameters"]:
         sharding = parameter_sharding(mesh, True, row["axes"], row["shape"])
         assert row["bytes_per_device"] == 4 * math.prod(sharding.shard_shape(tuple(row["shape"])))
         assert row["bytes"] == 4 * math.prod(row["shape"])
         assert row["notes"] == []
-    assert shown["bytes"] == 4 * (PARAMETERS["tinystories_1m"] + 47 * 64)
+    assert shown["bytes"] == 4 * (PARAMETERS["tinystories:1m"] + 47 * 64)
     assert shown["bytes_per_device"] < 1.05 * shown["bytes"] / 8
     assert "3,745,984 parameters and 47 padding rows" in text_of(shown)
 
@@ -92,12 +98,12 @@ def test_a_dimension_that_does_not_divide_is_told(axes, shape, split_by, note):
 
 
 def test_the_command_needs_no_data():
-    done = run_command("tinylm.show", "--config=tinystories_33m", "--cpu_devices=4", "--config.mesh.model=3", "--json")
+    done = run_command("tinylm.show", "--config=tinystories:33m", "--cpu_devices=4", "--config.mesh.model=3", "--json")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    done = run_command("tinylm.show", "--config=tinystories_33m", "--cpu_devices=4", "--config.mesh.model=4", "--json")
+    done = run_command("tinylm.show", "--config=tinystories:33m", "--cpu_devices=4", "--config.mesh.model=4", "--json")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
-    assert shown["num_parameters"] == PARAMETERS["tinystories_33m"]
+    assert shown["num_parameters"] == PARAMETERS["tinystories:33m"]
     assert shown["mesh"] == {"replica": 1, "data": 1, "model": 4}
     assert jax.device_count() == 8
 

@@ -46,10 +46,16 @@ def require_config() -> None:
         raise UserError("--config is required, for example --config=tales.")
 
 
-def config() -> config_lib.Config:
-    """Return the checked config of --config."""
+def config(takes_over: bool = True) -> config_lib.Config:
+    """Return the checked config of --config, with the model of the run that `train.init_model` takes it from.
+
+    Where a run may be there already, which has all in its own folder, the taking is left to the caller (`takes_over`).
+    """
+    from tinylm.train.init_from import take_over
+
     require_config()
-    return config_lib.checked(FLAGS.config)
+    chosen = config_lib.checked(FLAGS.config)
+    return take_over(chosen)[0] if takes_over else chosen
 
 
 def resolved_config() -> config_lib.Config:

@@ -4,7 +4,8 @@ python -m tinylm.convert --from_hf=DIR --workdir=runs/x
 python -m tinylm.convert --workdir=runs/x --to_hf=DIR
 python -m tinylm.convert --from_llama2c=stories15M.bin --tokenizer=tokenizer.bin --workdir=runs/stories
 
-An imported model is a run: generate and evaluate read it, and --config.train.init_from=runs/x trains on from it.
+An imported model is a run: generate and evaluate read it, and --config=finetune --config.train.init_from=runs/x
+trains on from it.
 """
 
 import json

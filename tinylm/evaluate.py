@@ -69,7 +69,7 @@ def score_text(run: Any) -> dict[str, Any]:
         max_batches=FLAGS.max_batches,
     )
     loss = nats / tokens
-    bytes_per_token = data.valid_bytes_per_token
+    bytes_per_token = data.valid_bytes_per_token(FLAGS.max_batches * config.data.batch_size)
     result: dict[str, Any] = {
         "source": source,
         "loss": loss,
@@ -168,7 +168,11 @@ def open_text(run: Any) -> tuple[Any, str]:
             "give one: --source=text:FILE (or any data.source)."
         )
     try:
-        own = open_data(config, seed=run.config["seed"], is_writer=is_main())
+        # The tokenizer of a run that took it over is in its own folder, and may be nowhere else now.
+        took_over = run.config["train"].get("init_model", False)
+        own = open_data(
+            config, seed=run.config["seed"], is_writer=is_main(), tokenizer=run.tokenizer if took_over else None
+        )
     except UserError as error:
         raise UserError(f"the run's own text can't be read: {error} Another one is scored with --source.") from error
     if own.valid is None:

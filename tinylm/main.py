@@ -21,7 +21,7 @@ def main() -> None:
     from ml_collections import config_flags
 
     stop = StopRequest()
-    config = cli.config()
+    config = cli.config(takes_over=False)
     name = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]).stem
     workdir = FLAGS.workdir or f"runs/{name}"
     from tinylm.train.start import start_run

@@ -20,6 +20,7 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Prepare as the flags say."""
     from tinylm.data import open_data
+    from tinylm.train.init_from import take_over
 
     config = cli.config()
     if FLAGS.to_tfds:
@@ -28,7 +29,7 @@ def main() -> None:
         folder = str(write_tfds(config.data, FLAGS.to_tfds, FLAGS.tfds_name))
         print(json.dumps({"folder": folder}) if FLAGS.json else folder)
         return
-    data = open_data(config.data, seed=config.seed, is_writer=is_main())
+    data = open_data(config.data, seed=config.seed, is_writer=is_main(), tokenizer=take_over(config)[1])
     if FLAGS.verify:
         for one in data.every_store:
             one.verify()
@@ -39,22 +40,19 @@ def main() -> None:
 
 def summary(data: Any) -> dict[str, Any]:
     """Return counts over all stores of a run, and where they are."""
-    from tinylm.data.preparing import SKIPPED
-
-    stores = data.every_store
-    manifests = [store.manifest for store in stores]
+    manifests = [store.manifest for store in data.every_store]
     return {
         "tokens": sum(manifest["tokens"] for manifest in manifests),
         "documents": sum(manifest["documents"] for manifest in manifests),
         "skipped": sum(manifest["skipped"]["count"] for manifest in manifests),
-        "skipped_lists": [str(store.folder / SKIPPED) for store in stores if store.manifest["skipped"]["count"]],
-        "held_out": [manifest["held_out"] for manifest in manifests if manifest.get("held_out")],
+        "unknown_tokens": sum(manifest["unknown"] for manifest in manifests),
         "vocab_size": data.vocab_size,
+        "end_of_text": data.tokenizer.describe_end(),
         "rows": len(data.train),
         "valid_rows": len(data.valid) if data.valid else 0,
         "split_documents": data.split_documents,
         "tokenizer": data.tokenizer.fingerprint,
-        "stores": [str(store.folder) for store in stores],
+        "stores": [str(store.folder) for store in data.every_store],
     }
 
 

@@ -2,6 +2,7 @@
 
 python -m tinylm.report --workdir=runs/tales
 python -m tinylm.report --workdir runs/a runs/b --out=compare.html
+python -m tinylm.report --workdir=runs/sweep
 python -m tinylm.report --workdir=runs/tales --attention_text="Once upon a time, a puppy." --attention_heads=0.0,2.3
 
 Curves against steps, tokens or wall time; where the time went; samples; the model's parameters; what differs.
@@ -15,35 +16,56 @@ from etils import epath
 
 from tinylm import cli
 from tinylm.core.errors import StorageError, UserError
+from tinylm.core.log import say
 
 FLAGS = flags.FLAGS
 
 
 def main() -> None:
     """Write the report that the flags ask for."""
+    from tinylm.run.folder import RunFolder
     from tinylm.run.gather import gather
     from tinylm.run.plot import draw_curves
     from tinylm.show import describe_run
     from tinylm.view import page
 
-    runs = [gather(workdir) for workdir in FLAGS.workdir]
+    workdirs = [run for workdir in FLAGS.workdir for run in runs_in(workdir)]
+    runs = [gather(workdir) for workdir in workdirs]
     distinct_names(runs)
-    out = epath.Path(FLAGS.out or f"{runs[0]['path']}/report.html")
+    out = epath.Path(FLAGS.out or RunFolder(FLAGS.workdir[0]).path / "report.html")
     written = [out]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if any(run["train"] or run["valid"] for run in runs):
             written.append(out.with_suffix(".png"))
             draw_curves(runs, written[-1])
-        for workdir, run in zip(FLAGS.workdir, runs, strict=True):
+        for workdir, run in zip(workdirs, runs, strict=True):
             run["model"] = describe_run(workdir)
             if FLAGS.attention_text:
-                written.append(out.with_name(f"{out.stem}_attention_{run['name'].replace('/', '_')}.png"))
-                run["attention"] = attention(workdir, written[-1])
+                picture = out.with_name(f"{out.stem}_attention_{run['name'].replace('/', '_')}.png")
+                try:
+                    run["attention"] = attention(workdir, picture)
+                    written.append(picture)
+                except UserError as error:
+                    # Of several runs, one may know other characters, or have other heads.
+                    if len(runs) == 1:
+                        raise
+                    say(f"warning: no attention of {run['name']}: {error}")
         out.write_text(page.page(", ".join(run["name"] for run in runs), runs))
     except OSError as error:
         raise StorageError(f"--out={out} cannot be written: {error.strerror}.") from error
     print("\n".join(map(str, written)))
+
+
+def runs_in(workdir: str) -> list[str]:
+    """Return the folder of a run or, where that of a sweep is given, those of its runs."""
+    from tinylm.run.folder import RunFolder
+
+    folder = RunFolder(workdir)
+    if folder.exists() or not folder.path.is_dir():
+        return [workdir]
+    below = sorted(str(path) for path in folder.path.iterdir() if (path / "config.json").exists())
+    return below or [workdir]
 
 
 def spread(arguments: list[str]) -> list[str]:
@@ -91,7 +113,7 @@ def chosen_heads(names: list[str], num_layers: int, num_heads: int) -> list[tupl
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("workdir", None, "folder of a run, or of several: --workdir A B C")
+    flags.DEFINE_multi_string("workdir", None, "folder of a run, or of several (--workdir A B C), or of a sweep")
     flags.DEFINE_string("out", "", "the page to write (default: report.html in the first run's folder)")
     flags.DEFINE_string("attention_text", "", "draw attention over this text")
     flags.DEFINE_list("attention_heads", [], "heads to draw, as LAYER.HEAD (default: all of the first and last layer)")

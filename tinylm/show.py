@@ -2,7 +2,7 @@
 
 python -m tinylm.show --config=configs/gpt2_124m.py
 python -m tinylm.show --workdir=runs/tales
-python -m tinylm.show --config=tinystories_33m --cpu_devices=8 --config.mesh.model=2 --config.mesh.fsdp=true --json
+python -m tinylm.show --config=tinystories:33m --cpu_devices=8 --config.mesh.model=2 --config.mesh.fsdp=true --json
 
 Makes no array and reads no text. A run is shown on the mesh that it ran on.
 """

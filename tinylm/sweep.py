@@ -41,6 +41,7 @@ def main() -> None:
         base.append(f"--cpu_devices={FLAGS.cpu_devices}")
     rows = sweep(base, FLAGS.grid, FLAGS.workdir, FLAGS.jobs)
     print(json.dumps(rows) if FLAGS.json else text_of(rows))
+    say(f"Compare them: python -m tinylm.report --workdir={FLAGS.workdir}")
     sys.exit(0 if all(row["loss"] is not None for row in rows) else 1)
 
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm.core.errors import StorageError, UserError
-from tinylm.data import pieces, tokenizers, vocabularies
+from tinylm.data import open_data, pieces, tokenizers, vocabularies
 from tinylm.data.bpe import BpeTokenizer
+from tinylm.data.config import DataConfig
 from tinylm.data.cut import CutTokenizer, count_ids
 from tinylm.data.tokenizers import ByteTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
 
@@ -74,6 +75,21 @@ def makers():
         "llama2c": lambda: build_tokenizer(f"llama2c:{real('stories260k/tok512.bin')}", 0, list),
         "cut": lambda: CutTokenizer.of(bpe, [TEXT], 280),
     }
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """A function that returns what was said since it was called last."""
+    lines = []
+    for module in ("vocabularies", "open"):
+        monkeypatch.setattr(f"tinylm.data.{module}.say", lines.append)
+
+    def take():
+        text = "\n".join(lines)
+        lines.clear()
+        return text
+
+    return take
 
 
 @pytest.mark.parametrize("name", ["byte", "bpe", "hf", "sentencepiece", "gpt2", "llama2c", "cut"])
@@ -224,6 +240,137 @@ def test_a_cut_of_a_byte_level_vocabulary_spells_what_it_drops(makers):
     assert len(cut.encode(TEXT)) > len(base.encode(TEXT))
 
 
+def tokenizer_json(bpe, *added, **changes):
+    """Return the file of `bpe` without its end of text, with added words and other settings of its model."""
+    from tokenizers import Tokenizer
+
+    content = {**json.loads(bpe.files["tokenizer.json"]), "added_tokens": []}
+    content["model"] = {**content["model"], **changes}
+    inner = Tokenizer.from_str(json.dumps(content))
+    inner.add_tokens(list(added))
+    return inner.to_str().encode()
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])
+def test_a_text_that_spells_the_end_does_not_end(makers, special, end):
+    """Whatever the file says of the token: by the library's own doing, one that isn't special ends the text."""
+    from tokenizers import AddedToken
+
+    content = tokenizer_json(makers["bpe"](), AddedToken(end, special=special), AddedToken("café", special=special))
+    tokenizer = vocabularies.HfTokenizer(content, end)
+    text = f"a {end}{end} café\n{end}"
+    ids = tokenizer.encode(text)
+    assert tokenizer.eot_id not in ids and tokenizer.decode(ids) == text
+    assert tokenizer.describe_end() == f"{end} (id {tokenizer.eot_id})"
+
+
+def word_level(vocab, unknown="[UNK]"):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocab)}, unk_token=unknown))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return inner.to_str().encode()
+
+
+def test_a_vocabulary_whose_words_have_the_end_among_them_gives_another_id_or_says_so():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = vocabularies.HfTokenizer(word_level(["[UNK]", "</s>", "once"]))
+    assert tokenizer.encode("once </s> upon") == [2, 0, 0]
+    inner = Tokenizer(models.BPE({"a": 0, "</s>": 1}, [], ignore_merges=True))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(UserError, match=r"a text holds '</s>', for which .* set data\.eot_token"):
+        vocabularies.HfTokenizer(inner.to_str().encode()).encode("a </s>")
+    with pytest.raises(UserError, match="one token, '</s>', for the end of text and for what it can't spell"):
+        vocabularies.HfTokenizer(word_level(["a", "</s>"], "</s>"))
+
+
+def test_the_end_of_text_is_the_one_that_is_named_or_declared_or_a_new_one_that_is_said(makers, tmp_path, said):
+    vocab = json.loads(makers["bpe"]().files["tokenizer.json"])["model"]["vocab"]
+    vocab = {"<|pad|>" if token == "<|endoftext|>" else token: i for token, i in vocab.items()}
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(makers["bpe"](), "<|im_end|>", vocab=vocab))
+    spec = f"hf:{tmp_path}/tokenizer.json"
+    with_new = build_tokenizer(spec, 0, list)
+    assert with_new.eot_id == with_new.vocab_size - 1 == 301
+    assert "has no token of a usual name" in said()
+    named = build_tokenizer(spec, 0, list, "<|im_end|>")
+    assert (named.eot_id, named.vocab_size) == (300, 301)
+    assert "ends a text with <|im_end|> (id 300)" in said()
+    with pytest.raises(UserError, match=r"data\.eot_token=<\|imend\|> isn't a token.*did you mean '<\|im_end\|>'"):
+        build_tokenizer(spec, 0, list, "<|imend|>")
+    hashes = vocabularies.tokenizer_file_hashes(spec)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    assert build_tokenizer(spec, 0, list).fingerprint == named.fingerprint
+    assert vocabularies.tokenizer_file_hashes(spec) != hashes
+    named.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").eot_id == 300
+    with pytest.raises(UserError, match=r"data\.eot_token=a is for data\.tokenizer=hf: and sentencepiece:"):
+        DataConfig(eot_token="a").check()
+
+
+def test_another_piece_of_sentencepiece_can_end_a_text(tmp_path):
+    (tmp_path / "a.model").write_bytes(sentencepiece_model())
+    tokenizer = build_tokenizer(f"sentencepiece:{tmp_path}/a.model", 0, list, "<s>")
+    assert tokenizer.describe_end() == "<s> (id 1)"
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").eot_id == 1
+    for piece, match in (("<unk>", "can't be the end of text"), ("nosuch", "isn't a piece")):
+        with pytest.raises(UserError, match=match):
+            build_tokenizer(f"sentencepiece:{tmp_path}/a.model", 0, list, piece)
+
+
+@pytest.mark.parametrize("word", ["člověk", "Ġab", "日本", "<|x|>", "éé"])
+def test_added_words_of_a_byte_level_vocabulary_come_back(makers, word, tmp_path, said):
+    """Also those whose letters are among the ones that such a vocabulary writes for bytes."""
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(makers["bpe"](), word))
+    tokenizer = build_tokenizer(f"hf:{tmp_path}/tokenizer.json", 0, list)
+    assert 300 in tokenizer.encode(f"a {word} b") and tokenizer.decode([300]) == word
+    assert tokenizer.decode(tokenizer.encode(f"a {word} b")) == f"a {word} b"
+    assert tokenizer.count_bytes(np.array([300])) == len(word.encode())
+    assert "back exactly" not in said()
+
+
+def test_an_added_word_that_does_not_come_back_is_said(makers, tmp_path, said):
+    from tokenizers import AddedToken
+
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(makers["bpe"](), AddedToken("<x>", lstrip=True)))
+    build_tokenizer(f"hf:{tmp_path}/tokenizer.json", 0, list)
+    assert "doesn't write its added words back exactly: 'a <x> b' becomes 'a<x> b'" in said()
+
+
+def test_what_a_tokenizer_cannot_spell_is_counted_and_said(tmp_path, said):
+    (tmp_path / "tokenizer.json").write_bytes(word_level(["[UNK]", "</s>", "once", "upon"]))
+    (tmp_path / "a.txt").write_text("once upon 日本<|endoftext|>once nothing upon<|endoftext|>once upon once")
+    config = DataConfig(
+        source=f"text:{tmp_path}/a.txt", tokenizer=f"hf:{tmp_path}/tokenizer.json", seq_len=2, batch_size=1,
+        store_dir=str(tmp_path / "stores"),
+    )  # fmt: skip
+    data = open_data(config, seed=0, progress=False)
+    assert data.stores[0].manifest["unknown"] == 2
+    assert "2 of 12 tokens of text:" in (line := said())
+    assert "can't spell, such as '日本'" in line
+    np.array([2, 0, 0, 1, 3, 2, 1, 2, 3, 1], np.uint16).tofile(tmp_path / "ids.bin")
+    config.source = f"tokens:{tmp_path}/ids.bin"
+    assert open_data(config, seed=0, progress=False).stores[0].manifest["unknown"] == 2
+
+
+@pytest.mark.parametrize("size", [0, 20])
+def test_unknown_ids_of_sentencepiece_and_of_a_cut_are_known(size):
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a cat sat"] * 9), model_writer=model, vocab_size=12, model_type="char",
+        num_threads=1, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    tokenizer = vocabularies.SentencePieceTokenizer(model.getvalue())
+    if size:
+        tokenizer = CutTokenizer.of(tokenizer, ["a cat"], 6)
+    assert tokenizer.count_unknown(np.array(tokenizer.encode("a cat"))) == 0
+    assert tokenizer.count_unknown(np.array(tokenizer.encode("a 日 cat"))) == 1
+
+
 @pytest.mark.parametrize("name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"])
 def test_bytes_of_ids_are_those_of_the_texts(makers, name):
     """So that bits per byte of ready ids are those of the text they were made from."""
@@ -295,9 +442,10 @@ def test_a_vocabulary_without_unknown_token_says_what_it_cannot_spell():
 def test_ids_that_no_memory_holds_are_refused():
     from tokenizers import Tokenizer, models
 
-    content = Tokenizer(models.BPE({"a": 0, "b": 4_000_000_000}, [])).to_str().encode()
+    # The library writes a vocabulary in the order of its ids and tries each one: so the large id is put in afterwards.
+    content = Tokenizer(models.BPE({"a": 0, "b": 7}, [])).to_str().replace('"b":7', '"b":4000000000')
     with pytest.raises(UserError, match=r"no tokenizer\.json: its ids reach 4000000001"):
-        vocabularies.HfTokenizer(content)
+        vocabularies.HfTokenizer(content.encode())
 
 
 @pytest.mark.parametrize("place", ["file", "full"])

@@ -16,11 +16,12 @@ TEXT = "The cat sat on the mat, and the other cat sat on the other mat. " * 20
         ({"tokenizer": "byte"}, 257),
         ({"tokenizer": "bpe:300"}, 300),
         ({"tokenizer": "gpt2"}, 50_257),
+        ({"tokenizer": "char", "source": "addition:3"}, 5 + 2 + 1),
         ({"tokenizer": "gpt2", "vocab_top_k": 1000}, 1000),
     ],
 )
 def test_the_tokenizer_says_it_without_any_text(settings, size):
-    found, origin = known_vocab_size(DataConfig(source="text:/no/such/text", **settings))
+    found, origin = known_vocab_size(DataConfig(**{"source": "text:/no/such/text", **settings}))
     assert found == size
     assert origin.startswith("data.")
 

@@ -132,11 +132,28 @@ def test_bytes_of_answers_alone_are_those_that_carry_loss(tmp_path, tokenizer):
     prompts = [answers.tokenizer.decode(p.tolist()) for p, _ in held_out]
     size = sum(len(text.encode()) for text in texts)
     tokens = sum(len(c) + 1 for _, c in held_out)
-    assert answers.valid_targets == (tokens, size)
-    assert answers.valid_bytes_per_token == size / tokens
-    assert whole.valid_targets[1] == size + sum(len(prompt) for prompt in prompts)
+    assert answers.valid_tokens == tokens
+    assert answers.valid_bytes_per_token() == size / tokens
+    in_all = size + sum(len(prompt) for prompt in prompts)
+    assert whole.valid_bytes_per_token() == in_all / (tokens + sum(len(prompt) for prompt, _ in held_out))
     counted = sum(float(answers.valid.read(np.array([row]))["weights"].sum()) for row in range(len(answers.valid)))
     assert counted == tokens
+
+
+def test_bytes_are_those_of_the_sources_that_the_first_rows_are_of(tmp_path):
+    """Of two sources, whose characters have one byte and two."""
+    for name, character in (("a", "a"), ("b", "ž")):
+        (tmp_path / f"{name}.txt").write_text("|".join([character * 31] * 40))
+    config = DataConfig(
+        source=f"0.5*text:{tmp_path}/a.txt, 0.5*text:{tmp_path}/b.txt", separator="|", tokenizer="char", seq_len=32,
+        batch_size=2, packing="single", store_dir=str(tmp_path / "s"),
+    )  # fmt: skip
+    data = open_data(config, seed=0, progress=False)
+    first, second = data.valid_rows
+    assert first == second == len(data.valid) / 2
+    assert data.valid_bytes_per_token(1) == data.valid_bytes_per_token(first) == 31 / 32
+    assert data.valid_bytes_per_token() == data.valid_bytes_per_token(2 * first) == pytest.approx(1.5 * 31 / 32)
+    assert data.valid_bytes_per_token(first + first // 2) == pytest.approx((1 + 2 * 0.5) / 1.5 * 31 / 32)
 
 
 def test_a_split_without_targets_is_refused(addition):

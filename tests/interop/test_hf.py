@@ -20,13 +20,13 @@ from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.core.settings import differing_settings, to_dict
 from tinylm.data.bpe import BpeTokenizer
 from tinylm.data.tokenizers import build_tokenizer, load_tokenizer
-from tinylm.data.vocabularies import tokenizer_file_hashes
+from tinylm.data.vocabularies import HfTokenizer, tokenizer_file_hashes
 from tinylm.evaluate import score_stories
 from tinylm.inference.decode import Decoder
 from tinylm.interop import models, tensor_files, weights
 from tinylm.interop.families import FAMILIES
 from tinylm.interop.hf_model import read_model
-from tinylm.interop.tokenizer_files import data_tokenizer
+from tinylm.interop.tokenizer_files import data_tokenizer, tokenizer_json
 from tinylm.run.folder import RunFolder
 from tinylm.run.open_run import open_run
 from tinylm.view.attention import attention_of
@@ -491,6 +491,19 @@ def test_folders_that_are_no_model(tmp_path):
         models.import_hf(str(tmp_path))
     with pytest.raises(UserError, match=r"holds no model.safetensors"):
         tensor_files.open_folder(tmp_path)
+
+
+def test_an_end_of_text_that_the_file_had_no_token_for_is_in_the_exported_one():
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as hf_models
+
+    inner = Tokenizer(hf_models.WordLevel({"[UNK]": 0, "once": 1}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = HfTokenizer(inner.to_str().encode())
+    assert (tokenizer.eot_id, tokenizer.eot_name) == (2, "")
+    exported = Tokenizer.from_str(tokenizer_json(tokenizer).decode())
+    assert exported.token_to_id("<|endoftext|>") == 2
+    assert exported.encode("once upon").ids == [1, 0]
 
 
 def test_a_folder_without_tokenizer_asks_for_one(copy):

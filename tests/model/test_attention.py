@@ -7,7 +7,9 @@ import pytest
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
-from tinylm.model.attention import Visibility, attend, splash
+from tinylm.model.attention import attend
+from tinylm.model.kernels import AttentionOptions, splash_attention
+from tinylm.model.visibility import Visibility
 
 B, N, T, H = 2, 4, 128, 8
 CASES = {
@@ -45,11 +47,14 @@ def written_out(q, k, v, visible, softcap):
 
 
 def splash_anywhere(q, k, v, visible, softcap):
-    return splash(q, k, v, visible, 0.3, softcap, interpret=True)
+    return splash_attention(q, k, v, visible, AttentionOptions(0.3, softcap), interpret=True)
 
 
 def kernel(name):
-    return lambda q, k, v, visible, softcap: attend(q, k, v, visible, scale=0.3, softcap=softcap, kernel=name)
+    def attend_by_name(q, k, v, visible, softcap):
+        return attend(q, k, v, visible, AttentionOptions(0.3, softcap), kernel=name)
+
+    return attend_by_name
 
 
 def outcome(function, qkvo, visible, softcap):
@@ -101,4 +106,4 @@ def test_splash_on_a_mesh_equals_attention_written_out(kv_heads):
 def test_a_kernel_of_other_hardware_is_refused(name, chip):
     qkvo, visible, _ = arrays()
     with pytest.raises(UserError, match=f"model.attention={name} needs a {chip}"):
-        attend(*qkvo[:3], visible, scale=1.0, kernel=name)
+        attend(*qkvo[:3], visible, AttentionOptions(1.0), kernel=name)

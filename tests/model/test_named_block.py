@@ -6,8 +6,8 @@ import pytest
 from flax import nnx, traverse_util
 from helpers import tiny_model
 
-from tinylm.model.attention import Visibility
 from tinylm.model.transformer import abstract_transformer, init_parameters
+from tinylm.model.visibility import Visibility
 
 pytest.importorskip("penzai", reason="penzai is not installed (the test extra)")
 

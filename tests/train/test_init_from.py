@@ -2,18 +2,27 @@
 
 import dataclasses
 import json
+import math
 import pathlib
+import shutil
+import types
 
 import jax
 import numpy as np
 import optax
 import pytest
+from helpers import run_command
 
+from tinylm import evaluate
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
+from tinylm.core.mesh import MeshConfig
+from tinylm.core.settings import from_dict
 from tinylm.data.bpe import BpeTokenizer
 from tinylm.data.vocabularies import read_vocabulary
-from tinylm.run.folder import RunFolder
+from tinylm.interop import models, weights
+from tinylm.model.config import ModelConfig
+from tinylm.run.open_run import open_run
 from tinylm.train import init_from
 from tinylm.train.start import start_run
 
@@ -94,11 +103,12 @@ def test_what_does_not_fit_is_one_line(first, tmp_path, overrides, wanted):
 
 def test_a_bpe_read_from_its_file_is_the_same_tokenizer(tmp_path):
     learned = BpeTokenizer.train(["once upon a time there was a time"], 270)
-    folder = RunFolder(str(tmp_path))
-    learned.save(str(folder.tokenizer))
-    init_from.check_tokenizer("here", folder, read_vocabulary(f"hf:{tmp_path}/tokenizer/tokenizer.json"), "bpe:270")
-    with pytest.raises(UserError, match=rf"set data.tokenizer=hf:{tmp_path}/tokenizer/tokenizer.json"):
-        init_from.check_tokenizer("here", folder, BpeTokenizer.train(["another text"], 270), "bpe:270")
+    learned.save(str(tmp_path))
+    spec = f"hf:{tmp_path}/tokenizer.json"
+    origin = init_from.Origin("here", ModelConfig(), learned, spec)
+    init_from.check_tokenizer(origin, read_vocabulary(spec))
+    with pytest.raises(UserError, match=rf"set data.tokenizer={spec}, or take it with --config=finetune"):
+        init_from.check_tokenizer(origin, BpeTokenizer.train(["another text"], 270))
 
 
 def test_an_imported_model_is_not_trained_in_place(first, tmp_path):
@@ -113,3 +123,122 @@ def test_an_imported_model_is_not_trained_in_place(first, tmp_path):
 def test_init_from_is_an_identity_setting():
     fields = {field.name: field for field in dataclasses.fields(load_config("tales").train)}
     assert not fields["init_from"].metadata["free"]
+
+
+# What a fine-tuning takes seconds with.
+TUNED = [
+    "data.source=tales:100", "data.batch_size=8", "train.num_steps=2", "train.log_every_steps=1", "eval.every_steps=0",
+    "optimizer.warmup_steps=0", "sample.max_tokens=0", "writers.plot=False", "mesh.data=1",
+]  # fmt: skip
+
+
+def tuning(origin, *overrides):
+    return load_config("finetune", [*TUNED, f"train.init_from={origin}", *overrides])
+
+
+def test_fine_tuning_takes_model_and_tokenizer_from_a_run(first, tmp_path):
+    """No setting of the model is typed again; those that weights don't depend on stay the config's own."""
+    begun = start_run(tuning(first, "model.dropout=0.1", "model.remat=dots"), str(tmp_path / "next"))
+    theirs = state_of(first)
+    with begun.lock:
+        state = begun.restore_or_init()
+    assert all(map(np.array_equal, jax.tree.leaves(state.params), jax.tree.leaves(theirs.params)))
+    origin = from_dict(ModelConfig, json.loads((first / "config.json").read_text())["config"]["model"])
+    assert begun.config.model == dataclasses.replace(origin, dropout=0.1, remat="dots", unroll=1)
+    assert (begun.config.data.seq_len, begun.config.data.tokenizer) == (16, "byte")
+
+
+def test_a_tokenizer_that_no_setting_names_comes_along_and_the_origin_may_go(tmp_path, monkeypatch):
+    """Characters of another text than the one that is fine-tuned on."""
+    (tmp_path / "broad.txt").write_text("abcdefghijklmnopqrstuvwxyz .,\n" * 40)
+    (tmp_path / "narrow.txt").write_text("a bad cab. " * 80)
+    broad = [*SMALL, f"data.source=text:{tmp_path}/broad.txt", "data.tokenizer=char", "train.num_steps=1"]
+    start_run(load_config("tales", broad), str(tmp_path / "origin")).run()
+    config = tuning(tmp_path / "origin", f"data.source=text:{tmp_path}/narrow.txt")
+    outcome = start_run(config, str(tmp_path / "next")).run()
+    assert outcome.step == 2
+    tuned = open_run(str(tmp_path / "next"), mesh_config=MeshConfig(data=1))
+    assert tuned.tokenizer.fingerprint == open_run(str(tmp_path / "origin")).tokenizer.fingerprint
+    shutil.rmtree(tmp_path / "origin")
+    flags = types.SimpleNamespace(source="", data=None, max_batches=1, exact_match=False)
+    monkeypatch.setattr(evaluate, "FLAGS", flags)
+    with jax.set_mesh(tuned.mesh):
+        assert evaluate.score_text(tuned)["loss"] > 0
+    again = start_run(config, str(tmp_path / "next"))
+    assert int(again.restore_or_init().step) == 2
+    again.lock.close()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder of Hugging Face, of a Llama that took a step."""
+    folder = tmp_path_factory.mktemp("exported")
+    llama = [*SMALL, "model.qk_norm=False", "model.mlp=swiglu", "model.tie_embeddings=False", "train.num_steps=1"]
+    start_run(load_config("tales", llama), str(folder / "run")).run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "transformers_logits", lambda folder, tokens: None)
+        models.export_hf(open_run(str(folder / "run"), mesh_config=MeshConfig(data=1)), str(folder / "hf"))
+    (folder / "hf" / "tinylm_tokenizer.json").unlink()  # as a folder of others has its tokenizer
+    return folder / "hf"
+
+
+def test_fine_tuning_starts_from_a_folder_of_hugging_face(exported, tmp_path):
+    """On a mesh that splits parameters; longer texts than before, as rotary positions allow."""
+    config = tuning(
+        f"hf:{exported}", "mesh.data=2", "mesh.model=2", "mesh.fsdp=True", "model.context=32", "data.seq_len=32"
+    )
+    begun = start_run(config, str(tmp_path / "next"))
+    state = begun.restore_or_init()
+    theirs = models.import_hf(str(exported)).params
+    assert all(map(np.array_equal, jax.tree.leaves(state.params), jax.tree.leaves(theirs)))
+    assert begun.config.model.context == begun.config.data.seq_len == 32
+    assert begun.config.data.tokenizer == f"hf:{exported}/tokenizer.json"
+    assert begun.run().step == 2
+    assert open_run(str(tmp_path / "next")).tokenizer.fingerprint == begun.data.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["train.init_from="], r"train.init_model needs train.init_from: the folder of a run, or hf:DIR"),
+        (["train.init_from=nowhere"], r"train.init_from=nowhere holds no run.*hf:DIR"),
+        (["train.init_from=hf:nowhere"], r"train.init_from=hf:nowhere is no folder; download the model first"),
+        (
+            ["model.embed_dim=64", "model.mlp=swiglu"],
+            r"model.embed_dim \(there 16, here 64\), model.mlp \(there 'relu2'",
+        ),
+        (["data.tokenizer=char"], r"takes the tokenizer from.*leave out data.tokenizer=char"),
+        (["data.vocab_top_k=100"], r"leave out data.vocab_top_k=100"),
+    ],
+)
+def test_what_fine_tuning_cannot_take_over_is_one_line(first, tmp_path, overrides, wanted):
+    with pytest.raises(UserError, match=wanted) as caught:
+        start_run(tuning(first, *overrides), str(tmp_path / "next"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "next").exists()
+
+
+def test_a_folder_of_hugging_face_has_no_optimizer_and_may_have_another_tokenizer(exported, tmp_path):
+    for overrides, wanted in {
+        ("train.init_optimizer=True",): r"is an imported model, which has no optimizer",
+        ("train.init_model=False", f"data.tokenizer=hf:{exported}/tokenizer.json"): (
+            r"model of other settings: model.embed_dim.*take all with --config=finetune"
+        ),
+        ("train.init_model=False", "data.tokenizer=bpe:300"): r"another tokenizer.*take it with --config=finetune",
+    }.items():
+        with pytest.raises(UserError, match=wanted) as caught:
+            start_run(tuning(f"hf:{exported}", "data.seq_len=16", *overrides), str(tmp_path / "next"))
+        assert "\n" not in str(caught.value)
+
+
+def test_commands_that_train_nothing_know_the_model_that_would_be_trained(exported, tmp_path):
+    """`show` and `prepare` take the vocabulary and the tokenizer from the origin as well."""
+    flags = [f"--config.train.init_from=hf:{exported}", "--config.data.source=tales:100", "--json"]
+    shown = run_command("tinylm.show", "--config=finetune", *flags)
+    assert shown.returncode == 0, shown.stderr
+    imported = models.import_hf(str(exported))
+    sizes = weights.unpadded_shapes(imported.model)
+    assert json.loads(shown.stdout)["num_parameters"] == sum(map(math.prod, sizes.values()))
+    prepared = run_command("tinylm.prepare", "--config=finetune", *flags)
+    assert prepared.returncode == 0, prepared.stderr
+    assert json.loads(prepared.stdout)["vocab_size"] == imported.tokenizer.vocab_size

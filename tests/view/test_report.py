@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import tiny_model
+from helpers import run_command, tiny_model
 
 from tinylm import report, show
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.settings import to_dict
-from tinylm.model.attention import Visibility
 from tinylm.model.transformer import Transformer
+from tinylm.model.visibility import Visibility
 from tinylm.run.folder import RunFolder
 from tinylm.run.gather import MOST_POINTS, curves, gather
 from tinylm.run.plot import draw_curves
@@ -106,6 +106,27 @@ def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
     assert [run["name"] for run in runs] == ["/r/1/x", "/r/2/x"]
     with pytest.raises(UserError, match=r"2\.7 must be LAYER\.HEAD, up to 1\.3"):
         report.chosen_heads(["0.1", "2.7"], 2, 4)
+
+
+def test_the_folder_of_a_sweep_stands_for_its_runs(tmp_path):
+    runs = [made_run(tmp_path / "sweep" / f"seed={seed}") for seed in (1, 0)]
+    (tmp_path / "sweep" / "other").mkdir()
+    assert report.runs_in(str(tmp_path / "sweep")) == runs[::-1]
+    assert report.runs_in(runs[0]) == [runs[0]]
+    assert report.runs_in(str(tmp_path / "none")) == [str(tmp_path / "none")]
+
+
+def test_one_of_several_runs_may_have_no_attention(tmp_path):
+    """As these, which saved nothing; a single one is a mistake."""
+    for name in ("a", "b"):
+        made_run(tmp_path / "sweep" / name)
+    done = run_command("tinylm.report", f"--workdir={tmp_path}/sweep", "--attention_text=A fox")
+    assert done.returncode == 0, done.stderr
+    warnings = done.stderr.splitlines()
+    assert [line[:28] for line in warnings] == [f"warning: no attention of {name}: " for name in "ab"]
+    assert done.stdout.split() == [str(tmp_path / "sweep" / f"report.{kind}") for kind in ("html", "png")]
+    done = run_command("tinylm.report", f"--workdir={tmp_path}/sweep/a", "--attention_text=A fox")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import numpy as np
 from tinylm.data.encoding import batches, encode_texts
 from tinylm.data.sources import Document
 from tinylm.data.tokenizers import TableTokenizer, Tokenizer
-from tinylm.data.vocabularies import HfTokenizer
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 
@@ -36,6 +35,9 @@ class CutTokenizer(Tokenizer):
         self.spells = byte_ids is not None and bool((self._new[byte_ids] >= 0).all())
         self._byte_ids = self._new[byte_ids] if byte_ids is not None and self.spells else np.zeros(0, np.int32)
         self.vocab_size = len(kept) + (not self.spells)
+        self.eot_name = base.eot_name
+        unknown = [int(self._new[i]) for i in base.unknown_ids if self._new[i] >= 0]
+        self.unknown_ids = tuple(unknown if self.spells else [*unknown, self.vocab_size - 1])
 
     @classmethod
     def of(cls, base: Tokenizer, texts: Iterable[str], size: int) -> "CutTokenizer":
@@ -59,7 +61,7 @@ class CutTokenizer(Tokenizer):
             f"{dropped:,} of {total:,} tokens ({dropped / max(total, 1):.2%}) were dropped, each {fate}"
         )
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._cut(ids) for ids in self.base.encode_batch(texts)]
 
     def _cut(self, ids: np.ndarray) -> np.ndarray:
@@ -88,11 +90,7 @@ class CutTokenizer(Tokenizer):
 
 def byte_tokens(tokenizer: Tokenizer) -> np.ndarray | None:
     """Return the id of each single byte where a tokenizer's ids stand for fixed bytes and it has them all."""
-    if not isinstance(tokenizer, TableTokenizer) or (isinstance(tokenizer, HfTokenizer) and not tokenizer._byte_level):
-        return None
-    id_of_bytes = {content: i for i, content in reversed(list(enumerate(tokenizer._bytes_of_id)))}
-    ids = [id_of_bytes.get(bytes([byte]), -1) for byte in range(256)]
-    return np.array(ids) if min(ids) >= 0 else None
+    return tokenizer.byte_ids if isinstance(tokenizer, TableTokenizer) else None
 
 
 def count_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:

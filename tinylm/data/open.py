@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import StorageError, UserError
+from tinylm.core.log import say
 from tinylm.data import content, plans, preparing
-from tinylm.data.config import WITHOUT_PROMPTS, DataConfig, parse_mixture, split_spec
+from tinylm.data.config import MADE_HERE, WITHOUT_PROMPTS, DataConfig, parse_mixture, split_spec
 from tinylm.data.ready import TokenSource, prepare_ready
 from tinylm.data.rows import JoinedRows, MixedRows, Rows, SplitRows
 from tinylm.data.sources import Source, hash_bytes, make_source
@@ -30,6 +31,7 @@ from tinylm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from tinylm.data.vocabularies import tokenizer_file_hashes
 
 WAIT_SECS = 1800.0
+_LOOKED_AT_DOCUMENTS = 1000
 
 
 @dataclasses.dataclass
@@ -39,6 +41,7 @@ class Validation:
     tokenizer: Tokenizer
     valid: Rows | None
     valid_stores: list[Store]
+    valid_rows: list[int]  # that each of these stores has
     loss_on: str  # as data.loss_on
 
     @property
@@ -69,28 +72,39 @@ class Validation:
                 yield self.tokenizer.decode(ids.tolist())
 
     @functools.cached_property
-    def valid_targets(self) -> tuple[int, int]:
-        """Target tokens of the validation split, and the bytes of text that they stand for.
+    def _targets(self) -> list[tuple[int, int]]:
+        """Target tokens of each validation split, and the bytes of text that they stand for.
 
         With loss on the answers alone, prompts are neither.
         """
-        tokens = sum(split["tokens"][1] - split["tokens"][0] for split in self.valid_splits)
-        size = sum(split["bytes"] for split in self.valid_splits)
-        if self.loss_on == "answer":
-            for prompt, _ in self.answers():
+        found = []
+        for store in self.valid_stores:
+            split = store.manifest["splits"]["valid"]
+            tokens, size = split["tokens"][1] - split["tokens"][0], split["bytes"]
+            for prompt, _ in store.pairs("valid") if self.loss_on == "answer" else ():
                 tokens -= len(prompt)
                 size -= self.tokenizer.count_bytes(prompt)
-        return tokens, size
+            found.append((tokens, size))
+        return found
 
     @property
     def valid_tokens(self) -> int:
         """Target tokens of the validation split."""
-        return self.valid_targets[0]
+        return sum(tokens for tokens, _ in self._targets)
 
-    @property
-    def valid_bytes_per_token(self) -> float:
-        """Bytes of text a target token of the validation split, which turns loss into bits per byte."""
-        tokens, size = self.valid_targets
+    def valid_bytes_per_token(self, num_rows: int = 0) -> float:
+        """Return the bytes of text a target token, which turns loss into bits per byte.
+
+        Of the first `num_rows` rows (0: all), where a source counts by its part of them: another one may have tokens of
+        another length.
+        """
+        tokens, size = 0.0, 0.0
+        left = num_rows or sum(self.valid_rows)
+        for (tokens_here, size_here), rows_here in zip(self._targets, self.valid_rows, strict=True):
+            share = min(left, rows_here) / rows_here
+            tokens += share * tokens_here
+            size += share * size_here
+            left -= min(left, rows_here)
         return size / max(tokens, 1)
 
     @property
@@ -147,6 +161,7 @@ def open_data(
         tokenizer=tokenizer,
         valid=_joined(valid),
         valid_stores=validated,
+        valid_rows=[len(rows) for rows in valid],
         loss_on=config.loss_on,
         train=train[0] if len(train) == 1 else MixedRows(train, opener.weights),
         stores=stores,
@@ -183,50 +198,51 @@ def open_validation(
     for store in stores:
         if "valid" not in store.manifest["splits"]:
             raise UserError(f"{key}={source} has no text to score.")
+    valid = [_rows(config, store, "valid", None) for store in stores]
     return Validation(
         tokenizer=tokenizer,
-        valid=_joined([_rows(config, store, "valid", None) for store in stores]),
+        valid=_joined(valid),
         valid_stores=stores,
+        valid_rows=[len(rows) for rows in valid],
         loss_on=config.loss_on,
     )
 
 
 def known_vocab_size(config: DataConfig) -> tuple[int, str]:
-    """Return how many ids the tokenizer of a config has and how that is known, without reading the text.
+    """Return how many ids the tokenizer of a config has and how that is known, without reading a text from outside.
 
-    One that is learned from the text has as many as it was asked for. Only `char` has to be found in a store. Raises
-    UserError where there is none yet, or a tokenizer's file can't be read.
+    One that is learned from the text has as many as it was asked for. Only `char` has to be found in a store, or made
+    for a corpus that tinylm carries with it. Raises UserError where neither can be, or a file can't be read.
     """
     kind, argument = split_spec(config.tokenizer)
+    origin = f"data.tokenizer={config.tokenizer}"
     if config.vocab_top_k:
         return config.vocab_top_k, f"data.vocab_top_k={config.vocab_top_k}"
     if kind == "char":
-        size = _stored_vocab_size(config)
-        if size is None:
-            raise UserError(
-                "data.tokenizer=char has an id for each character of the text, which isn't read here: run "
-                "python -m tinylm.prepare with the same settings first, or set --config.model.vocab_size (typically "
-                "66 for tinyshakespeare, 100 to 200 for English text with its signs)."
-            )
-        return size, "data.tokenizer=char, as prepared"
+        return _num_characters(config) + 1, origin
     if kind == "bpe":
-        size = int(argument)
-    elif kind == "gpt2":
-        size = 50_257
-    else:
-        size = build_tokenizer(config.tokenizer, 0, lambda: ()).vocab_size
-    return size, f"data.tokenizer={config.tokenizer}"
+        return int(argument), origin
+    if kind == "gpt2":
+        return 50_257, origin
+    return build_tokenizer(config.tokenizer, 0, lambda: ()).vocab_size, origin
 
 
-def _stored_vocab_size(config: DataConfig) -> int | None:
-    """Return the ids of the tokenizer in the store of a config, where that is prepared."""
-    # Text that isn't there, or no folder for stores: then there is no store either.
+def _num_characters(config: DataConfig) -> int:
+    """Return how many characters the text of a config has, from its store or from a corpus that is made here."""
+    # Where the text isn't there, or no folder for stores, there is no store either.
     with contextlib.suppress(UserError):
         opener = _Opener(config, is_writer=False, wait_secs=0, progress=False)
         folder = opener.folder_of(opener.sources[0], opener.train_splits)
         if (folder / MANIFEST).exists():
-            return read_manifest(folder)["tokenizer"]["vocab_size"]
-    return None
+            return read_manifest(folder)["tokenizer"]["vocab_size"] - 1
+        every = [*opener.sources, *opener.valid_sources]
+        if all(split_spec(source.spec)[0] in MADE_HERE for source in every):
+            return opener.tokenizer.vocab_size - 1
+    raise UserError(
+        "data.tokenizer=char has an id for each character of the text, which isn't read here: run "
+        "python -m tinylm.prepare with the same settings first, or set --config.model.vocab_size (typically 66 for "
+        "tinyshakespeare, 100 to 200 for English text with its signs)."
+    )
 
 
 def _joined(parts: list[SplitRows]) -> Rows | None:
@@ -257,7 +273,7 @@ class _Opener:
         kind, argument = split_spec(c.tokenizer)
         hashes = tokenizer_file_hashes(c.tokenizer)
         # A file counts by its content, so that its place doesn't count.
-        key: list[Any] = [kind, hashes or argument, c.vocab_top_k]
+        key: list[Any] = [kind, hashes or argument, c.vocab_top_k, c.eot_token]
         if kind in ("char", "bpe") or c.vocab_top_k:
             key += [self.text_key(source, self.train_splits) for source in self.sources]
             key += [self.text_key(source, ("valid",)) for source in self.valid_sources]
@@ -281,7 +297,8 @@ class _Opener:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the config names, or learned from its text."""
-        return build_tokenizer(self.config.tokenizer, self.config.vocab_top_k, self._texts)
+        c = self.config
+        return build_tokenizer(c.tokenizer, c.vocab_top_k, self._texts, c.eot_token)
 
     def _texts(self) -> Iterator[str]:
         for source in [*self.sources, *self.valid_sources]:
@@ -302,9 +319,32 @@ class _Opener:
             preparing.make(
                 folder, lambda folder: (folder / MANIFEST).exists(), functools.partial(self._fill, source, splits)
             )
-            if self.progress:
-                preparing.tell_skipped(folder)
+            self._tell_unknown(source, read_manifest(folder))
         return Store(folder, source.spec, source.files if isinstance(source, TokenSource) else ())
+
+    def _tell_unknown(self, source: Source, manifest: dict[str, Any]) -> None:
+        """Say how much of a text its tokenizer could not spell, with an example."""
+        if not manifest["unknown"]:
+            return
+        words = self._unspelled_words(source)
+        example = f", such as {', '.join(map(repr, words))}" if words else ""
+        say(
+            f"warning: {manifest['unknown']:,} of {manifest['tokens']:,} tokens of {source.spec} "
+            f"({manifest['unknown'] / manifest['tokens']:.2%}) stand for what data.tokenizer={self.tokenizer.name} "
+            f"can't spell{example}"
+        )
+
+    def _unspelled_words(self, source: Source) -> list[str]:
+        """Return a few words that the tokenizer can't spell, where the first documents have some."""
+        if isinstance(source, TokenSource):
+            return []
+        documents = preparing.checked(source.documents("train" if source.own_splits else "all"), "skip")
+        for document in itertools.islice(documents, _LOOKED_AT_DOCUMENTS):
+            words = list(dict.fromkeys(document.text.split()))
+            encoded = zip(words, self.tokenizer.encode_batch(words), strict=True)
+            if unspelled := [word for word, ids in encoded if self.tokenizer.count_unknown(ids)]:
+                return unspelled[:3]
+        return []
 
     def _fill(self, source: Source, splits: tuple[str, ...], folder: pathlib.Path) -> None:
         before = [content.file_state(path) for path in source.content_files]

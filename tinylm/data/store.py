@@ -86,7 +86,9 @@ class ArrayWriter:
 class StoreWriter:
     """Writes documents into a folder that is no store until `finish` wrote the manifest."""
 
-    def __init__(self, folder: pathlib.Path, dtype: np.dtype):
+    def __init__(self, folder: pathlib.Path, dtype: np.dtype, unknown_ids: Sequence[int] = ()):
+        """Begin a store; `unknown_ids`, which stand for what a tokenizer can't spell, are counted."""
+        self._unknown_ids, self.num_unknown = unknown_ids, 0
         self.tokens = ArrayWriter(folder, "tokens", dtype)
         self.masks = ArrayWriter(folder, "mask", np.uint8)
         self.ends = ArrayWriter(folder, "documents", np.int64, shard_items=2**62)
@@ -111,25 +113,27 @@ class StoreWriter:
         self.tokens.append(ids)
         self.ends.append(both.ravel())
         self.num_bytes += int(sizes.sum())
+        self.count_unknown(ids)
+
+    def count_unknown(self, ids: np.ndarray) -> None:
+        """Count the ids that stand for what a tokenizer can't spell."""
+        self.num_unknown += sum(int((ids == unknown).sum()) for unknown in self._unknown_ids)
 
     def document_ends(self) -> np.ndarray:
         """Return the tokens and bytes up to the end of each document so far: [documents, 2]."""
         return self.ends.so_far().reshape(-1, 2)
 
-    def close(self) -> None:
-        """Close the files."""
-        for writer in (self.tokens, self.ends, self.masks):
-            writer.close()
-
     def finish(self, manifest: dict[str, Any]) -> None:
         """Close the files and write the manifest."""
-        self.close()
+        for writer in (self.tokens, self.ends, self.masks):
+            writer.close()
         manifest = {
             "format": FORMAT,
             "dtype": self.tokens.dtype.name,
             "tokens": self.tokens.total,
             "documents": self.num_documents,
             "bytes": self.num_bytes,
+            "unknown": self.num_unknown,
             "shards": self.tokens.shards,
             "mask_shards": self.masks.shards,
             "document_shards": self.ends.shards,

@@ -2,6 +2,7 @@
 
 A tokenizer is a small header and the files it came from, so a folder holds all of it and its fingerprint is a hash of
 that. Ids in a text are never the end of text, whatever the text spells: only `eot_id`, put there by the store, is.
+`encode_batch` holds this for every tokenizer, whatever its library does with the name of the end in a text.
 Decoding is exact: `decode_bytes(encode(text)) == text.encode()` for all but what a vocabulary can't spell.
 """
 
@@ -33,10 +34,44 @@ class Tokenizer:
     light = False  # encodes in less time than it takes to hand text to another process
     files: dict[str, bytes] = {}  # noqa: RUF012  the files that make this tokenizer, by name,
     header: dict[str, Any] = {}  # noqa: RUF012  and what makes it beside them
+    eot_name = ""  # how its files write the end of text, where they have a token for it
+    unknown_ids: tuple[int, ...] = ()  # stand for what the vocabulary can't spell
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each text, without end of text."""
+        """Return the ids of each text, without end of text, also where a text spells that."""
+        return [self._without_end(ids) for ids in self._encode_texts(texts)]
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return the ids that a tokenizer's own library or table gives to each text."""
         raise NotImplementedError
+
+    def _without_end(self, ids: np.ndarray) -> np.ndarray:
+        """Return ids in which each end of text, which the text must have spelled, is spelled by other ids."""
+        places = np.flatnonzero(ids == self.eot_id)
+        if not len(places):
+            return ids
+        parts = np.split(ids, places)
+        # Each part but the first begins with an end of text.
+        spelled = [parts[0], *(piece for part in parts[1:] for piece in (self._spelled_end, part[1:]))]
+        return np.concatenate(spelled).astype(ids.dtype)
+
+    @functools.cached_property
+    def _spelled_end(self) -> np.ndarray:
+        """The ids that spell the name of the end of text; UserError where there are no such ids."""
+        ids = self._spell_end()
+        if self.eot_id not in ids and self.decode(ids.tolist()) == self.eot_name:
+            return ids
+        if not self.unknown_ids:
+            raise UserError(
+                f"a text holds {self.eot_name!r}, for which data.tokenizer={self.name} has no ids but the end of "
+                "text; take it out of the text, or set data.eot_token to another token."
+            )
+        return np.array(self.unknown_ids[:1], np.int32)
+
+    def _spell_end(self) -> np.ndarray:
+        """Return ids for the name of the end of text, where possible others than the end itself."""
+        characters = self._encode_texts(list(self.eot_name))
+        return np.concatenate([np.zeros(0, np.int32), *characters])
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the UTF-8 bytes that ids stand for; end of text is nothing."""
@@ -46,6 +81,14 @@ class Tokenizer:
         """Return how many bytes of text ids stand for, document by document: a space added before each is none."""
         documents = np.split(ids, np.flatnonzero(ids == self.eot_id))
         return sum(len(self.decode_bytes(document.tolist())) for document in documents)
+
+    def describe_end(self) -> str:
+        """Say which id ends a text."""
+        return f"{self.eot_name} (id {self.eot_id})" if self.eot_name else f"id {self.eot_id}, which no text gives"
+
+    def count_unknown(self, ids: np.ndarray) -> int:
+        """Return how many ids stand for what the vocabulary can't spell."""
+        return sum(int((ids == unknown).sum()) for unknown in self.unknown_ids)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without end of text."""
@@ -85,7 +128,7 @@ class ByteTokenizer(Tokenizer):
 
     name, vocab_size, eot_id, light = "byte", 257, 256, True
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(utf8(text), np.uint8).astype(np.int32) for text in texts]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -112,7 +155,7 @@ class CharTokenizer(Tokenizer):
             seen[_codes(text)] = True
         return cls("".join(map(chr, np.flatnonzero(seen).tolist())))
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> np.ndarray:
@@ -154,6 +197,13 @@ class TableTokenizer(Tokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return b"".join(self._bytes_of_id[i] for i in ids if i != self.eot_id)
 
+    @functools.cached_property
+    def byte_ids(self) -> np.ndarray | None:
+        """The id of each single byte, where there is one for all 256 of them."""
+        id_of_bytes = {content: i for i, content in reversed(list(enumerate(self._bytes_of_id))) if i != self.eot_id}
+        ids = [id_of_bytes.get(bytes([byte]), -1) for byte in range(256)]
+        return np.array(ids, np.int32) if min(ids) >= 0 else None
+
 
 def utf8(text: str) -> bytes:
     """Return the UTF-8 bytes of `text`; raise UserError for half of a surrogate pair, which has none."""
@@ -163,7 +213,7 @@ def utf8(text: str) -> bytes:
         raise UserError(f"the text is no Unicode at character {error.start}: {text[error.start]!r}.") from error
 
 
-def build_tokenizer(spec: str, vocab_top_k: int, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+def build_tokenizer(spec: str, vocab_top_k: int, texts: Callable[[], Iterable[str]], eot_token: str = "") -> Tokenizer:
     """Return the tokenizer of a config; `texts()` gives the texts that char, bpe and a cut learn from."""
     from tinylm.data import bpe, cut, vocabularies
 
@@ -173,7 +223,9 @@ def build_tokenizer(spec: str, vocab_top_k: int, texts: Callable[[], Iterable[st
     elif kind == "bpe":
         tokenizer = bpe.BpeTokenizer.train(texts(), int(argument))
     else:
-        tokenizer = ByteTokenizer() if kind == "byte" else vocabularies.read_vocabulary(spec)
+        tokenizer = ByteTokenizer() if kind == "byte" else vocabularies.read_vocabulary(spec, eot_token or None)
+    if kind in ("hf", "sentencepiece"):
+        vocabularies.tell(spec, tokenizer)
     if 0 < vocab_top_k < tokenizer.vocab_size:
         tokenizer = cut.CutTokenizer.of(tokenizer, texts(), vocab_top_k)
         say(tokenizer.describe())

@@ -6,6 +6,7 @@ from may go.
 
 import base64
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import UserError
+from tinylm.core.log import say
 from tinylm.core.optional import optional_module
 from tinylm.data.bpe import BpeTokenizer, byte_chars, ids_by
 from tinylm.data.config import split_spec
@@ -32,7 +34,7 @@ _BYTES = {bytes([byte]) for byte in range(256)}
 class Gpt2Tokenizer(TableTokenizer):
     """GPT-2's 50,257 ids, encoded by tiktoken (Radford et al. 2019, section 2.2)."""
 
-    name = "gpt2"
+    name, eot_name = "gpt2", END
     _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
     def __init__(self, id_of_bytes: dict[bytes, int]):
@@ -86,7 +88,7 @@ class Gpt2Tokenizer(TableTokenizer):
         pairs = [line.split() for line in content.splitlines()]
         return cls({base64.b64decode(token): int(i) for token, i in pairs})
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         return in_pieces([utf8(text).decode() for text in texts], self._encode_pieces)
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
@@ -96,14 +98,27 @@ class Gpt2Tokenizer(TableTokenizer):
 class HfTokenizer(BpeTokenizer):
     """Any tokenizer.json, as Hugging Face's `tokenizers` reads it."""
 
-    def __init__(self, tokenizer_json: bytes, eot_id: int | None = None):
-        super().__init__("hf", tokenizer_json, eot_id)
+    def __init__(self, tokenizer_json: bytes, eot: int | str | None = None, eot_hint: str = ""):
+        super().__init__("hf", tokenizer_json, eot, eot_hint)
         self._inner.no_truncation()
         self._inner.no_padding()
-        decoder = json.loads(tokenizer_json).get("decoder") or {}
-        self._byte_level = '"ByteLevel"' in json.dumps(decoder)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    @functools.cached_property
+    def _byte_level(self) -> bool:
+        decoder = json.loads(self.files["tokenizer.json"]).get("decoder") or {}
+        return '"ByteLevel"' in json.dumps(decoder)
+
+    @functools.cached_property
+    def byte_ids(self) -> np.ndarray | None:
+        return super().byte_ids if self._byte_level else None
+
+    def altered_words(self) -> list[tuple[str, str]]:
+        """Return the added words that don't come back as they were, each with what comes back."""
+        texts = [text for word in self._added for text in (word, f"a {word} b")]
+        found = [self.decode(ids.tolist()) for ids in self.encode_batch(texts)]
+        return [(text, back) for text, back in zip(texts, found, strict=True) if text != back]
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self._encode_pieces(list(texts))
 
     def count_bytes(self, ids: np.ndarray) -> int:
@@ -120,7 +135,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     name = "sentencepiece"
 
-    def __init__(self, model: bytes):
+    def __init__(self, model: bytes, eot: int | str | None = None):
         sentencepiece = optional_module("sentencepiece", "tokens")
 
         self.files = {"tokenizer.model": model}
@@ -131,10 +146,29 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise UserError("the file of data.tokenizer=sentencepiece: is no SentencePiece model.") from error
         pieces = self._inner.get_piece_size()
-        self.eot_id = self._inner.eos_id() if self._inner.eos_id() >= 0 else pieces
+        usual = self._inner.eos_id() if self._inner.eos_id() >= 0 else pieces
+        if isinstance(eot, str):
+            eot = self._id_of_piece(eot)
+        self.eot_id = usual if eot is None else eot
+        if self.eot_id != usual:
+            self.header = {"eot_id": self.eot_id}
         self.vocab_size = max(pieces, self.eot_id + 1)
+        self.eot_name = self._inner.id_to_piece(self.eot_id) if self.eot_id < pieces else ""
+        self.unknown_ids = (self._inner.unk_id(),)
+        if self.eot_id in self.unknown_ids:
+            raise UserError(
+                f"the file of data.tokenizer=sentencepiece: has {self.eot_name!r} for what it can't spell, so it can't "
+                "be the end of text; set data.eot_token to another of its pieces."
+            )
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _id_of_piece(self, piece: str) -> int:
+        """Return the id of the piece that `data.eot_token` names."""
+        found = self._inner.piece_to_id(piece)
+        if self._inner.id_to_piece(found) != piece:
+            raise UserError(f"data.eot_token={piece} isn't a piece of the tokenizer's file.")
+        return found
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._inner.encode([utf8(text).decode() for text in texts], num_threads=THREADS)
         return [np.array(ids, np.int32) for ids in encoded]
 
@@ -149,7 +183,7 @@ class Llama2cTokenizer(TableTokenizer):
     run.c's `encode` is byte-pair encoding whose merges come in the order of the scores of what they make.
     """
 
-    name, eot_id, _FIRST_BYTE = "llama2c", 1, 3
+    name, eot_id, eot_name, _FIRST_BYTE = "llama2c", 1, "<s>", 3
 
     def __init__(self, content: bytes):
         self.files = {"tokenizer.bin": content}
@@ -160,7 +194,7 @@ class Llama2cTokenizer(TableTokenizer):
         best_first = sorted(range(letters, len(pieces)), key=lambda i: -scores[i])
         self.inner = _byte_fallback_bpe(names, [names[i] for i in best_first])
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         return ids_by(self.inner, texts)
 
     def count_bytes(self, ids: np.ndarray) -> int:
@@ -213,8 +247,10 @@ def tokenizer_file_hashes(spec: str) -> list[str]:
     path = pathlib.Path(argument)
     files = [path / name for name in ("encoder.json", "vocab.bpe")] if kind == "gpt2" else [path]
     hashes = [hashlib.sha256(read_user_file(file)).hexdigest() for file in files]
-    eot_id = _saved_eot_id(path) if kind == "hf" else None
-    return hashes if eot_id is None else [*hashes, str(eot_id)]
+    if kind == "hf":
+        beside = [_saved_eot_id(path), _declared_end(path)]
+        hashes += [str(value) for value in beside if value not in (None, "")]
+    return hashes
 
 
 def read_user_file(path: pathlib.Path) -> bytes:
@@ -233,16 +269,34 @@ _OF_FILE: dict[str, tuple[str, Callable[[bytes], Tokenizer]]] = {
 }
 
 
-def read_vocabulary(spec: str, eot_id: int | None = None) -> Tokenizer:
-    """Return the tokenizer of the file or folder that a spec names; a tokenizer.json may need to be told its end."""
+def read_vocabulary(spec: str, eot: int | str | None = None) -> Tokenizer:
+    """Return the tokenizer of the file or folder that a spec names; a file may need to be told its end of text."""
     kind, argument = split_spec(spec)
     if kind == "gpt2":
         return Gpt2Tokenizer.of_folder(argument) if argument else Gpt2Tokenizer.of_tiktoken()
     path = pathlib.Path(argument)
     content = read_user_file(path)
     if kind == "hf":
-        return HfTokenizer(content, _saved_eot_id(path) if eot_id is None else eot_id)
+        return HfTokenizer(content, _saved_eot_id(path) if eot is None else eot, _declared_end(path))
+    if kind == "sentencepiece":
+        return SentencePieceTokenizer(content, eot)
     return _OF_FILE[kind][1](content)
+
+
+def tell(spec: str, tokenizer: Tokenizer) -> None:
+    """Say which id ends a text, and what a tokenizer made by others can't do exactly."""
+    if tokenizer.eot_name:
+        say(f"{spec} ends a text with {tokenizer.describe_end()}")
+    else:
+        say(
+            f"warning: {spec} has no token of a usual name that ends a text, so it got one more, id "
+            f"{tokenizer.eot_id}; if another of its tokens ends a text, set data.eot_token to it"
+        )
+    altered = tokenizer.altered_words() if isinstance(tokenizer, HfTokenizer) else []
+    if altered:
+        text, back = altered[0]
+        more = f" (and {len(altered) - 1} more)" if len(altered) > 1 else ""
+        say(f"warning: {spec} doesn't write its added words back exactly: {text!r} becomes {back!r}{more}")
 
 
 def _saved_eot_id(path: pathlib.Path) -> Any:
@@ -251,8 +305,19 @@ def _saved_eot_id(path: pathlib.Path) -> Any:
         return json.loads(path.expanduser().with_name(HEADER_FILE).read_bytes()).get("eot_id")
 
 
+def _declared_end(path: pathlib.Path) -> str:
+    """Return the end of text that a tokenizer_config.json beside a tokenizer.json declares, or nothing."""
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        found = json.loads(path.expanduser().with_name("tokenizer_config.json").read_bytes()).get("eos_token")
+        found = found.get("content") if isinstance(found, dict) else found
+        return found if isinstance(found, str) else ""
+    return ""
+
+
 def restore(kind: str, folder: Any, eot_id: int | None) -> Tokenizer:
     """Return the tokenizer of `kind` that was saved in `folder`; `eot_id` is that of its header."""
     name, make = _OF_FILE[kind]
     content = (folder / name).read_bytes()
-    return HfTokenizer(content, eot_id) if kind == "hf" else make(content)
+    if kind == "hf":
+        return HfTokenizer(content, eot_id)
+    return SentencePieceTokenizer(content, eot_id) if kind == "sentencepiece" else make(content)

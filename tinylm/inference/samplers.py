@@ -12,11 +12,9 @@ import jax.numpy as jnp
 
 from tinylm.core.errors import UserError
 from tinylm.core.settings import Bounds
+from tinylm.model.layers import MASKED_LOGIT
 
-_FAR_BELOW = -1e30
-
-
-# The temperature and the penalty: what float32 can hold once a logit, or _FAR_BELOW, is divided by it.
+# The temperature and the penalty: what float32 can hold once a logit, or MASKED_LOGIT, is divided by it.
 BOUNDS = {
     "temperature": Bounds(least=1e-6, most=1e6, also=(0,)),
     "top_k": Bounds(least=0),
@@ -99,11 +97,11 @@ def keep_likely(sorted_BC: jax.Array, top_k, top_p, min_p) -> jax.Array:
     that have `top_p` together, and of these all less probable than `min_p` times the first.
     """
     ranks_C = jnp.arange(sorted_BC.shape[-1])
-    kept_BC = jnp.where((ranks_C < top_k) | (top_k == 0), sorted_BC, _FAR_BELOW)
+    kept_BC = jnp.where((ranks_C < top_k) | (top_k == 0), sorted_BC, MASKED_LOGIT)
     probability_BC = jax.nn.softmax(kept_BC, axis=-1)
     before_BC = cumulate(probability_BC) - probability_BC
     likely_BC = (before_BC < top_p) & (kept_BC >= kept_BC[:, :1] + jnp.log(min_p))
-    return jnp.where(likely_BC | (ranks_C == 0), kept_BC, _FAR_BELOW)
+    return jnp.where(likely_BC | (ranks_C == 0), kept_BC, MASKED_LOGIT)
 
 
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty) -> jax.Array:

@@ -88,7 +88,19 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
         return _byte_level({char: byte for byte, char in byte_chars().items()} | {END: tokenizer.eot_id}, [])
     if isinstance(tokenizer, CharTokenizer):
         return _of_chars(tokenizer)
+    if isinstance(tokenizer, HfTokenizer) and not tokenizer.eot_name:
+        return _with_end(tokenizer)
     return tokenizer.files.get("tokenizer.json")
+
+
+def _with_end(tokenizer: HfTokenizer) -> bytes | None:
+    """Add the end of text, which the file had no token for, under the id that the run gave it."""
+    import tokenizers
+
+    inner = tokenizers.Tokenizer.from_str(tokenizer.files["tokenizer.json"].decode())
+    inner.add_special_tokens([END])
+    # The library gives it the next id after its own count, which is another one where the file's ids have gaps.
+    return inner.to_str().encode() if inner.token_to_id(END) == tokenizer.eot_id else None
 
 
 def _of_merges(folder: pathlib.Path, eot_id: int | None) -> HfTokenizer:

@@ -1,58 +1,192 @@
-"""Products of matrices in the forms that XLA computes fast.
+"""The kernels of attention: plain XLA, cuDNN on GPUs, splash (Pallas) on TPUs.
 
-On CPU, XLA multiplies bfloat16 operands as bfloat16, at twice the speed of float32, only in some
-forms; in all others it widens them to float32 first (jax 0.10, read from its passes, and measured:
-a 4-layer, 128-wide step took 28 ms instead of 44). `matmul` keeps to those forms, in the forward
-and in the backward pass.
+All take heads-first arrays, so that the matrices of a head are contiguous: on CPU the transposing
+copies of another layout cost as much as the products themselves.
 
-Axes: M rows (all leading axes flat), E input features, F output features.
+Axes: B batch, T query positions, S key positions, N query heads, K kv heads, G query heads per kv
+head, M rows of a kv head (its G heads times T queries), H head size.
 """
 
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from tinylm.core.mesh import target_platform
-
-# The logit of what must never be chosen: far below every real one, but finite, so that a row in
-# which everything is masked gives equal probabilities and not NaN.
-MASKED_LOGIT = -1e30
+from tinylm.core.mesh import layout, on_shards
+from tinylm.model.layers import MASKED_LOGIT, NO_DROPOUT, Dropout
+from tinylm.model.visibility import Visibility
 
 
-def matmul(x: jax.Array, matrix_EF: jax.Array) -> jax.Array:
-    """Return the product of the last axis of `x` [..., E] with a matrix, as [..., F] in x's type."""
-    if x.dtype == jnp.bfloat16 and target_platform() == "cpu":
-        return _bfloat16_matmul_on_cpu(x, matrix_EF)
-    return _flat_matmul(x, matrix_EF)
+@dataclasses.dataclass(frozen=True)
+class AttentionOptions:
+    """How products of queries and keys become weights."""
+
+    scale: float  # factor on the products
+    softcap: float = 0.0  # soft limit on the logits (0: none)
+    dropout: Dropout = NO_DROPOUT  # of the weights
 
 
-def _flat_matmul(x: jax.Array, matrix_EF: jax.Array, result_type: Any = None) -> jax.Array:
-    """Multiply two matrices: leading axes are flattened, or XLA on CPU would copy them around."""
-    x_ME = x.reshape(-1, x.shape[-1])
-    y_MF = jnp.matmul(x_ME, matrix_EF, preferred_element_type=result_type)
-    return y_MF.reshape(*x.shape[:-1], -1)
+def plain_attention(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    visibility: Visibility,
+    options: AttentionOptions,
+) -> jax.Array:
+    """Attend through XLA's own operations; any platform, any mask.
+
+    Where the positions are known when compiling, the queries are cut into up to four blocks, and
+    each attends only to the keys that it may see: 5/8 of the work of the whole square.
+
+        queries 0-63      keys 0-63
+        queries 64-127    keys 0-127
+        queries 128-191   keys 0-191
+        queries 192-255   keys 0-255
+    """
+    num_queries, num_keys = q_BNTH.shape[2], k_BKSH.shape[2]
+    # The masks of dropout are drawn for whole rows.
+    can_cut = visibility.query_positions_BT is None and not options.dropout.active
+    if not can_cut or num_queries % 64:
+        every_query, every_key = slice(0, num_queries), slice(0, num_keys)
+        mask = visibility.allowed(every_query, every_key, q_BNTH.shape[1])
+        return _softmax_sum(q_BNTH, k_BKSH, v_BKSH, mask, options)
+
+    all_heads_local = visibility.window > 0 and not visibility.local_heads
+    block_size = num_queries // math.gcd(4, num_queries // 64)
+    blocks = []
+    for start in range(0, num_queries, block_size):
+        end = start + block_size
+        first_key = max(start + 1 - visibility.window, 0) if all_heads_local else 0
+        queries, keys = slice(start, end), slice(first_key, end)
+        mask = visibility.allowed(queries, keys, q_BNTH.shape[1])
+        block = _softmax_sum(q_BNTH[:, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], mask, options)
+        blocks.append(block)
+    return jnp.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]
 
 
-# The fast forms have a float32 result, contract the last axis of the left operand, and see no
-# transpose except through a reshape. JAX's own derivative would contract other axes.
-@jax.custom_vjp
-def _bfloat16_matmul_on_cpu(x: jax.Array, matrix_EF: jax.Array) -> jax.Array:
-    return _flat_matmul(x, matrix_EF, jnp.float32).astype(x.dtype)
+def _softmax_sum(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    mask: jax.Array,
+    options: AttentionOptions,
+) -> jax.Array:
+    """Return softmax(scale q.k) v under a mask that broadcasts to [B, N, T, S]."""
+    B, N, T, H = q_BNTH.shape
+    K, S = k_BKSH.shape[1:3]
+    # The G query heads of a kv head are rows of one product with it.
+    M = N // K * T
+    q_BKMH = (q_BNTH * options.scale).reshape(B, K, M, H)
+    logits_BKMS = jnp.einsum("BKMH,BKSH->BKMS", q_BKMH, k_BKSH, preferred_element_type=jnp.float32)
+    logits_BNTS = logits_BKMS.reshape(B, N, T, S)
+    if options.softcap:
+        logits_BNTS = options.softcap * jnp.tanh(logits_BNTS / options.softcap)
+    logits_BNTS = jnp.where(mask, logits_BNTS, MASKED_LOGIT)
+    weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1).astype(v_BKSH.dtype)
+    weights_BKMS = options.dropout(weights_BNTS).reshape(B, K, M, S)
+    o_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH)
+    return o_BKMH.reshape(B, N, T, -1)
 
 
-def _forward(x: jax.Array, matrix_EF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _bfloat16_matmul_on_cpu(x, matrix_EF), (x, matrix_EF)
+def cudnn_attention(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    visibility: Visibility,
+    options: AttentionOptions,
+) -> jax.Array:
+    """Attend through cuDNN's flash attention, which has neither soft caps nor dropout."""
+    window = (visibility.window - 1, 0) if visibility.window else None
+
+    def on_device(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+        mask_B1TS = None
+        if segments_BT is not None:
+            mask_B1TS = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+        o_BTNH = jax.nn.dot_product_attention(
+            q_BNTH.swapaxes(1, 2),
+            k_BKSH.swapaxes(1, 2),
+            v_BKSH.swapaxes(1, 2),
+            mask=mask_B1TS,
+            scale=options.scale,
+            is_causal=True,
+            local_window_size=window,
+            implementation="cudnn",
+        )
+        return o_BTNH.swapaxes(1, 2)
+
+    return _on_each_device(on_device, q_BNTH, k_BKSH, v_BKSH, visibility.segments_BT)
 
 
-def _backward(operands: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, matrix_EF = operands
-    dy_MF = dy.reshape(-1, dy.shape[-1])
-    dx_ME = jnp.einsum("MF,EF->ME", dy_MF, matrix_EF, preferred_element_type=jnp.float32)
-    # The barrier keeps XLA from merging the transpose into the product, which would widen it.
-    x_EM = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0).reshape(x.shape[-1], -1))
-    dmatrix_EF = _flat_matmul(x_EM, dy_MF, jnp.float32)
-    return dx_ME.reshape(x.shape).astype(x.dtype), dmatrix_EF.astype(matrix_EF.dtype)
+def splash_attention(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    visibility: Visibility,
+    options: AttentionOptions,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attend through JAX's splash attention (Pallas), which has no dropout.
+
+    T must be a multiple of 128. Blocks that the causal or local mask hides are skipped.
+    `interpret` runs the kernel on any platform, slowly.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    def on_device(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+        num_heads, num_queries = q_BNTH.shape[1:3]
+        square = (num_queries, num_queries)
+        mask: splash.LocalMask | splash.CausalMask
+        if visibility.window:
+            mask = splash.LocalMask(square, (visibility.window - 1, 0), 0)
+        else:
+            mask = splash.CausalMask(square)
+        block = math.gcd(num_queries, 512)
+        kernel = splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * num_heads),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=splash.BlockSizes(
+                *(block, block, block),  # forward: queries, keys and values, keys computed at once
+                *(block, block, block),  # gradients of keys and values
+                *(block, block),  # gradients of queries
+            ),
+            attn_logits_soft_cap=options.softcap or None,
+            interpret=interpret,
+        )
+        # The kernel takes one row, and has no scale argument.
+        scaled_BNTH = (q_BNTH * options.scale).astype(q_BNTH.dtype)
+        if segments_BT is None:
+            o_BNTH = jax.vmap(kernel)(scaled_BNTH, k_BKSH, v_BKSH)
+        else:
+            segments = splash.SegmentIds(segments_BT, segments_BT)
+            o_BNTH = jax.vmap(kernel)(scaled_BNTH, k_BKSH, v_BKSH, segments)
+        return o_BNTH.astype(q_BNTH.dtype)
+
+    return _on_each_device(on_device, q_BNTH, k_BKSH, v_BKSH, visibility.segments_BT)
 
 
-_bfloat16_matmul_on_cpu.defvjp(_forward, _backward)
+def _on_each_device(
+    kernel: Callable[..., jax.Array],
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    segments_BT: jax.Array | None,
+) -> jax.Array:
+    """Run `kernel(q, k, v, segments)` on each device's rows and heads, with their kv heads."""
+    q_axes = ("batch", "heads", None, "head_dim")
+    kv_axes = ("batch", "kv_heads", None, "head_dim")
+    heads_axis = 1
+    if layout(q_BNTH, q_axes)[heads_axis] != layout(k_BKSH, kv_axes)[heads_axis]:
+        # The mesh splits the query heads but doesn't divide the kv heads, so a device would hold
+        # query heads without their kv heads: each query head gets a copy of its own.
+        group_size = q_BNTH.shape[1] // k_BKSH.shape[1]
+        k_BKSH = jnp.repeat(k_BKSH, group_size, axis=1)
+        v_BKSH = jnp.repeat(v_BKSH, group_size, axis=1)
+        kv_axes = q_axes
+    qkv = ((q_BNTH, q_axes), (k_BKSH, kv_axes), (v_BKSH, kv_axes))
+    if segments_BT is None:
+        return on_shards(lambda q, k, v: kernel(q, k, v, None), *qkv)
+    return on_shards(kernel, *qkv, (segments_BT.astype(jnp.int32), ("batch", None)))

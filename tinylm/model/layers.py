@@ -17,7 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tinylm.model.kernels import matmul
+from tinylm.model.matmul import matmul
+
+# The logit of what must never be chosen: far below every real one, but finite, so that a row in
+# which everything is masked gives equal probabilities and not NaN.
+MASKED_LOGIT = -1e30
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": jax.nn.gelu,

@@ -20,10 +20,11 @@ from flax import nnx
 from tinylm.core.log import say_once
 from tinylm.core.mesh import constrain, look_up
 from tinylm.model import layers
-from tinylm.model.attention import Visibility, attend, can_be_unrolled
+from tinylm.model.attention import attend, can_be_unrolled
 from tinylm.model.cache import LayerCache, store_prompt
 from tinylm.model.config import ModelConfig
-from tinylm.model.kernels import MASKED_LOGIT
+from tinylm.model.kernels import AttentionOptions
+from tinylm.model.visibility import Visibility
 
 Cache = list[LayerCache]  # one for each layer
 
@@ -98,16 +99,8 @@ class Attention(nnx.Module):
         else:
             assert inputs.slot is not None, "a token goes into a slot of the cache"
             cache, k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH, inputs.slot)
-        o_BNTH = attend(
-            q_BNTH,
-            k_BKSH,
-            v_BKSH,
-            inputs.visibility,
-            scale=c.attention_scale,
-            softcap=c.attention_softcap,
-            dropout=inputs.dropout.at(0),
-            kernel=c.attention,
-        )
+        options = AttentionOptions(c.attention_scale, c.attention_softcap, inputs.dropout.at(0))
+        o_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, inputs.visibility, options, kernel=c.attention)
         o_BTNH = constrain(o_BNTH, "batch", "heads", None, "head_dim").swapaxes(1, 2)
         return self.out(o_BTNH), cache._replace(attention_inputs_BCD=last_BCD)
 
@@ -317,7 +310,7 @@ class Transformer(nnx.Module):
         logits_BTV = constrain(logits_BTV, "batch", None, "vocab")
         if c.logit_softcap:
             logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
-        return jnp.where(jnp.arange(c.padded_vocab) < c.vocab_size, logits_BTV, MASKED_LOGIT)
+        return jnp.where(jnp.arange(c.padded_vocab) < c.vocab_size, logits_BTV, layers.MASKED_LOGIT)
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Return what the first block reads: x_BTD of tokens at positions."""

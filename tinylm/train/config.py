@@ -127,8 +127,11 @@ class TrainConfig(Section, name="train"):
     steps_per_dispatch: int = setting(1, "most steps that one call to the device makes", free=True, least=1)
     init_from: str = setting(
         "",
-        "start from the parameters of another run's folder, an imported model's too",
+        "start from the parameters of another run: its folder, or hf:DIR, a folder of Hugging Face",
         aliases=("load_parameters_path", "model_name_or_path", "initialize_from", "resume_from_checkpoint"),
+    )
+    init_model: bool = setting(
+        False, "with init_from: take model settings and tokenizer from there too (--config=finetune)"
     )
     init_optimizer: bool = setting(False, "with init_from: take the optimizer's moments as well")
     deterministic: bool = setting(False, "the same bits in every run on GPU and TPU too (slower)")

@@ -25,6 +25,7 @@ from tinylm.data.pipeline import train_batches
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
+from tinylm.train.init_from import take_over
 from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import make_blueprint
 from tinylm.train.step import make_train_steps
@@ -45,7 +46,7 @@ class Proof:
 
 def prove_mesh(config: Config) -> Proof:
     """Take one step on one device and on each mesh shape of all devices here."""
-    data = open_data(config.data, seed=config.seed)
+    data = open_data(config.data, seed=config.seed, tokenizer=take_over(config)[1])
     config = config.resolve(data.vocab_size)
     batch = next(_batches(config, data, np.arange(config.micro_batch_rows)))[1]
     one_loss, one_norm, one_params = _one_step(config, MeshConfig(data=1), batch)
@@ -83,7 +84,7 @@ def _one_step(config: Config, mesh_config: MeshConfig, batch: dict[str, np.ndarr
 
 def prove_hosts(config: Config) -> Proof:
     """Make the first batches as 1, 2, 4, ... processes would, each its rows alone, and compare their hashes."""
-    data = open_data(config.data, seed=config.seed)
+    data = open_data(config.data, seed=config.seed, tokenizer=take_over(config)[1])
     rows = config.micro_batch_rows
     counts = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0]
     table = {count: _hashes(config, data, count) for count in counts}

@@ -22,7 +22,7 @@ from tinylm.data.tokenizers import load_tokenizer
 from tinylm.run.folder import RunFolder
 from tinylm.run.lock import WorkdirLock
 from tinylm.train.config import Config
-from tinylm.train.init_from import check_origin
+from tinylm.train.init_from import check_origin, take_over
 from tinylm.train.looks import check_evaluation, encode_prompts
 from tinylm.train.loop import Trainer
 from tinylm.train.state import make_blueprint
@@ -36,15 +36,16 @@ def start_run(config: Config, workdir: str) -> Trainer:
     Raises UserError for a config that doesn't fit the devices or the data, or that differs from the run's own in an
     identity setting, and for a workdir in use; this one is the trainer's until the end of its run.
     """
+    folder = RunFolder(workdir)
+    config, tokenizer = take_over(config, folder)
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
-    folder = RunFolder(workdir)
     flag = "--xla_gpu_deterministic_ops=true"
     if config.train.deterministic and jax.default_backend() == "gpu" and flag not in os.environ.get("XLA_FLAGS", ""):
         raise UserError(f"train.deterministic on GPU needs XLA_FLAGS={flag} in the environment; set it and retry.")
     if folder.exists():
         check_same_config(config, folder)
-    data = open_data(config.data, seed=config.seed, is_writer=is_main())
+    data = open_data(config.data, seed=config.seed, is_writer=is_main(), tokenizer=tokenizer)
     config = config.resolve(data.vocab_size)
     encode_prompts(config, data.tokenizer)
     check_evaluation(config, data)

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from tinylm.core.errors import UserError
-from tinylm.model.attention import Visibility
 from tinylm.model.transformer import LayerInputs, Transformer, abstract_transformer
+from tinylm.model.visibility import Visibility
 from tinylm.run.open_run import Run
 
 MOST_TOKENS = 64

@@ -1,4 +1,4 @@
-"""Run the fault matrix and write docs/faults.md: python tests/faults.py [NUMBER ...]
+"""Run the fault matrix and write docs/faults.md: python benchmarks/faults.py [NUMBER ...]
 
 Each row is made of tests; faults come from outside the program (signals, files, limits, patched functions of a test's
 driver). A row passes when all its tests do. Under an hour on two cores.
@@ -84,8 +84,8 @@ def main() -> int:
         rows[number] = f"| {number} | {fault} | {how} | {verdict} | {secs:.0f} |"
         print(rows[number], flush=True)
         head = (
-            f"# Faults\n\nWhat `python tests/faults.py` found on {os.cpu_count()} cores. A row passes when all its "
-            "tests do (their number in brackets).\n\n"
+            f"# Faults\n\nWhat `python benchmarks/faults.py` found on {os.cpu_count()} cores. "
+            "A row passes when all its tests do (their number in brackets).\n\n"
         )
         table = "| # | fault | how | passed | seconds |\n|---|---|---|---|---|\n"
         PAGE.write_text(head + table + "\n".join(rows[n] for n in sorted(rows)) + "\n")

@@ -1,6 +1,6 @@
 """How fast data is: encoding beside tiktoken, assembling batches warm and cold, a store of 10^12 tokens.
 
-python tests/benchmarks/data.py --vocabulary=DIR --text='tinystories/*.txt'
+python benchmarks/data.py --vocabulary=DIR --text='tinystories/*.txt'
 
 `DIR` holds GPT-2's encoder.json and vocab.bpe. The big store is made of sparse files, which take no room. Times depend
 on what else the machine does; each is the best of several.

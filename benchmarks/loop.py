@@ -1,6 +1,6 @@
 """The trainer's loop beside the bare jitted step, called in a Python loop on one batch that lies on the device.
 
-python tests/benchmarks/loop.py [--pairs=5] [--dispatch=1,10] [--width=32]
+python benchmarks/loop.py [--pairs=5] [--dispatch=1,10] [--width=32]
 
 The loop reads its batches, logs every 100 steps and keeps its account; it neither evaluates nor saves. Prints
 milliseconds a step as medians of the turns, and the median of the ratios turn by turn.

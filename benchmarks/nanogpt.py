@@ -1,7 +1,7 @@
 """The train step beside nanoGPT's, in turns on one machine: the same shapes, batches of the same size, float32, AdamW.
 
 git clone https://github.com/karpathy/nanoGPT
-python tests/benchmarks/nanogpt.py --checkout=nanoGPT [--python=PYTHON_THAT_HAS_TORCH] [--size=small]
+python benchmarks/nanogpt.py --checkout=nanoGPT [--python=PYTHON_THAT_HAS_TORCH] [--size=small]
 
 Prints milliseconds a step as medians of `--pairs` turns, and the median of nanoGPT's time over ours turn by turn, with
 float32 and with bfloat16 products; nanoGPT as it is and with `torch.compile`, in float32. `small` is nanoGPT's setting

@@ -1,7 +1,7 @@
 """Decoding speed beside `transformers` and llama2.c: the same weights, prompt and sampling, in turns on one machine.
 
-python tests/benchmarks/decode.py                                                  needs the `parity` extra
-python tests/benchmarks/decode.py --run=llama2.c/run --model=stories260K.bin --tokenizer=tok512.bin
+python benchmarks/decode.py                                                  needs the `parity` extra
+python benchmarks/decode.py --run=llama2.c/run --model=stories260K.bin --tokenizer=tok512.bin
 
 Each row gives tokens per second as the median of `--pairs` turns, and the median of the ratios turn by turn.
 `transformers` decodes with its cache, eager attention, in float32, as many threads as it likes; llama2.c's program

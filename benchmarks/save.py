@@ -1,4 +1,4 @@
-"""How long a save stops the step loop, and what it needs of memory: python tests/benchmarks/save.py [CONFIG]
+"""How long a save stops the step loop, and what it needs of memory: python benchmarks/save.py [CONFIG]
 
 Takes a few steps of a 110 M-parameter model on this machine's CPU with a small batch (a larger one makes steps longer,
 not saves), saves while it goes on, and prints one JSON object.
@@ -28,7 +28,7 @@ ROWS, LENGTH, STEPS = 2, 128, 4
 
 def main() -> None:
     """Measure and print."""
-    config = load_config(sys.argv[1] if len(sys.argv) > 1 else "llama_110m")
+    config = load_config(sys.argv[1] if len(sys.argv) > 1 else "llama:110m")
     config = config.resolve(config.model.vocab_size or 32000)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (1, 1, ROWS, LENGTH), np.int32)

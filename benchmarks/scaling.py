@@ -1,7 +1,7 @@
 """The tables of docs/scaling.md: bytes of state under fsdp, and traffic beside its least on a TPU topology.
 
-python tests/benchmarks/scaling.py state
-python tests/benchmarks/scaling.py traffic --mesh=1x16x1 --fsdp --accumulation=4
+python benchmarks/scaling.py state
+python benchmarks/scaling.py traffic --mesh=1x16x1 --fsdp --accumulation=4
 """
 
 import argparse
@@ -20,7 +20,7 @@ WIDTH = ["model.embed_dim=1024", "model.num_heads=16", "model.mlp_dim=4096", "op
 
 def state() -> None:
     """Print a row for each number of devices."""
-    config = load_config("llama_110m", [*WIDTH, "mesh.fsdp=true"])
+    config = load_config("llama:110m", [*WIDTH, "mesh.fsdp=true"])
     config = config.resolve(0)
     for devices in 1, 2, 8, 64, 256, 1024:
         mesh = AbstractMesh((1, devices, 1), AXES, axis_types=(AxisType.Auto,) * 3)
@@ -32,7 +32,7 @@ def state() -> None:
 def traffic(arguments: argparse.Namespace) -> None:
     """Compile one step and print what it sends and what the formula asks for."""
     replica, data, model = arguments.mesh.split("x")
-    config = load_config("llama_110m", [
+    config = load_config("llama:110m", [
         *WIDTH, "model.num_layers=4", "data.batch_size=64", f"mesh.replica={replica}", f"mesh.data={data}",
         f"mesh.model={model}", f"mesh.fsdp={arguments.fsdp}", f"train.accumulation_steps={arguments.accumulation}",
     ])  # fmt: skip
