@@ -1,7 +1,9 @@
-"""Silent corruption: copies of a parameter on different devices must be the same bits.
+"""Silent data corruption: copies of a parameter on several devices must be the same bits.
 
-Each device adds up its own bits as 32-bit integers, so any one flipped bit changes the sum, and the sums of the devices
-that hold the same part are compared. One pass over the parameters; a few integers a device cross the mesh.
+A chip that computes or stores wrongly without an error spoils a run unseen. Devices that hold the
+same part of a parameter give a check for almost nothing: each adds up the bits of its part as
+32-bit integers, so that any one flipped bit changes the sum, and the sums are compared. It costs
+one pass over the parameters; a few integers a device cross the mesh.
 """
 
 from collections import Counter
@@ -16,34 +18,71 @@ from jax.sharding import Mesh, PartitionSpec
 from tinylm.core.errors import NumericError
 from tinylm.core.mesh import AXES, replicated
 
+_MOST_NAMED = 4  # devices in an error
+
 
 def make_replica_check(mesh: Mesh, abstract: Any) -> Callable[[Any], None]:
-    """Return a check of a tree laid out as `abstract`; it raises NumericError naming devices whose copies differ."""
+    """Return a check of a tree of arrays that are laid out on `mesh` as `abstract` says.
+
+    The check raises NumericError naming the devices whose copies differ from most others. Of two
+    copies nobody can say which one is right, so both are named.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
-    specs = tuple(leaf.sharding.spec for _, leaf in leaves)
-    add_up = jax.shard_map(lambda *parts: jnp.stack([_sum_bits(part) for part in parts])[None, None, None],
-                           mesh=mesh, in_specs=specs, out_specs=PartitionSpec(*AXES), check_vma=False)  # fmt: skip
+
+    def sums_on_device(*parts: jax.Array) -> jax.Array:
+        sums = jnp.stack([_sum_of_bits(part) for part in parts])
+        # One leading axis for each axis of the mesh, which the devices lie along.
+        return sums[(None,) * len(AXES)]
+
+    add_up = jax.shard_map(
+        sums_on_device,
+        mesh=mesh,
+        in_specs=tuple(leaf.sharding.spec for _, leaf in leaves),
+        out_specs=PartitionSpec(*AXES),
+        check_vma=False,
+    )
     sums_of = jax.jit(add_up, out_shardings=replicated(mesh))
 
     def check(tree: Any) -> None:
-        sums, found = np.asarray(sums_of(*jax.tree.leaves(tree))), dict[jax.Device, str]()
+        # Shaped like the mesh, with the leaves behind.
+        sums = np.asarray(sums_of(*jax.tree.leaves(tree)))
+        corrupt: dict[jax.Device, str] = {}
         for number, (path, leaf) in enumerate(leaves):
-            parts = leaf.sharding.devices_indices_map(leaf.shape)
-            copies: dict[str, list] = {}
-            for place, device in np.ndenumerate(mesh.devices):
-                copies.setdefault(str(parts[device]), []).append((device, int(sums[(*place, number)])))
-            for group in copies.values():
-                most = Counter(value for _, value in group).most_common(1)[0]
-                for device, value in group:
-                    if value != most[0] or most[1] * 2 <= len(group) > 1:
-                        found.setdefault(device, f"{device} ({jax.tree_util.keystr(path)})")
-        if found:
-            where = ", ".join(list(found.values())[:4])
-            raise NumericError(f"a copy of the parameters is corrupt on {where}; go on without that device.")
+            for device in _differing_devices(mesh, leaf, sums[..., number]):
+                corrupt.setdefault(device, f"{device} ({jax.tree_util.keystr(path)})")
+        if corrupt:
+            named = ", ".join(list(corrupt.values())[:_MOST_NAMED])
+            raise NumericError(
+                f"a copy of the parameters is corrupt on {named}; go on without that device."
+            )
 
     return check
 
 
-def _sum_bits(part: jax.Array) -> jax.Array:
-    width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[part.dtype.itemsize]
-    return jnp.sum(jax.lax.bitcast_convert_type(part, width).astype(jnp.uint32), dtype=jnp.uint32)
+def _differing_devices(mesh: Mesh, leaf: jax.ShapeDtypeStruct, sums: np.ndarray) -> list:
+    """Return the devices whose copy of a part of a leaf is not that of most devices with it.
+
+    Args:
+      mesh: the devices.
+      leaf: one parameter, with its sharding.
+      sums: of the bits that each device holds of it, shaped like the mesh.
+    """
+    part_of = leaf.sharding.devices_indices_map(leaf.shape)
+    copies: dict[str, list[tuple[Any, int]]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        copies.setdefault(str(part_of[device]), []).append((device, int(sums[place])))
+    differing = []
+    for group in copies.values():
+        [(common_sum, count)] = Counter(value for _, value in group).most_common(1)
+        has_majority = 2 * count > len(group)
+        for device, value in group:
+            if value != common_sum or not has_majority:
+                differing.append(device)
+    return differing
+
+
+def _sum_of_bits(part: jax.Array) -> jax.Array:
+    """Return the sum of an array's elements, taken as unsigned integers, modulo 2^32."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[part.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(part, unsigned)
+    return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32)

@@ -6,6 +6,7 @@ Flags are the harness's own; the model is named `tinylm` there. Every text begin
 Rows are padded to powers of two, so that few programs are compiled.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,23 +25,45 @@ _register = optional_module("lm_eval.api.registry", "lm-eval").register_model
 _windows = optional_module("lm_eval.utils", "lm-eval").get_rolling_token_windows
 
 
+Pair = tuple[list[int], list[int]]  # ids of a context and of what follows it
+Score = tuple[float, bool]  # log probability in nats, whether greedy decoding would write it
+
+
 @_register("tinylm")
 class TinyLM(_Template):
-    """The run in `workdir` at `step` (best, latest or a number), `batch_size` texts at a time."""
+    """A run as the harness sees a model."""
 
-    def __init__(self, workdir: str, step: str = "best", batch_size: int | str = 8, **_: Any):
-        """Open the run."""
+    def __init__(
+        self, workdir: str, step: str = "best", batch_size: int | str = 8, **_harness_options: Any
+    ):
+        """Open the run.
+
+        Args:
+          workdir: of the run.
+          step: best, latest or a number.
+          batch_size: how many texts are scored at a time.
+        """
         super().__init__()
-        self.run, self.rows = open_run(workdir, str(step)), int(batch_size)
-        self.tokenizer, self.context = self.run.tokenizer, self.run.model_config.context
-        graph, tokenizer = self.run.graph, self.tokenizer
-        self.decoder = Decoder(graph, self.context, tokenizer.eot_id, tokenizer.vocab_size, self.run.end_ids)
+        self.run = open_run(workdir, str(step))
+        self.rows = int(batch_size)
+        self.tokenizer = self.run.tokenizer
+        self.context = self.run.model_config.context
+        self.decoder = Decoder(
+            self.run.graph,
+            self.context,
+            self.tokenizer.eot_id,
+            self.tokenizer.vocab_size,
+            self.run.end_ids,
+        )
 
-        def score(params, tokens_BT, targets_BT):
-            logits_BTV = nnx.merge(graph, params)(tokens_BT)
-            picked_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
-            log_probability_BT = picked_BT1[..., 0] - jax.nn.logsumexp(logits_BTV, axis=-1)
-            return log_probability_BT, jnp.argmax(logits_BTV, axis=-1) == targets_BT
+        def score(
+            params: dict, tokens_BT: jax.Array, targets_BT: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
+            logits_BTV = nnx.merge(self.run.graph, params)(tokens_BT)
+            target_logits_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
+            log_p_BT = target_logits_BT1[..., 0] - jax.nn.logsumexp(logits_BTV, axis=-1)
+            is_greedy_BT = jnp.argmax(logits_BTV, axis=-1) == targets_BT
+            return log_p_BT, is_greedy_BT
 
         self._score = jax.jit(score)
 
@@ -51,59 +74,128 @@ class TinyLM(_Template):
 
     @property
     def prefix_token_id(self) -> int:
-        """What begins every text."""
+        """The id that every text begins with."""
         return self.run.start_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_harness_options: Any
+    ) -> list[int]:
         """Return ids, the begin of a text first unless that is refused."""
-        return [*([] if add_special_tokens is False else [self.prefix_token_id]), *self.tokenizer.encode(string)]
+        ids = self.tokenizer.encode(string)
+        if add_special_tokens is False:
+            return list(ids)
+        return [self.prefix_token_id, *ids]
 
-    def score_pairs(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Return for each (context ids, ids) log p(ids | context), and whether greedy decoding would write them.
+    def score_pairs(self, pairs: Sequence[Pair]) -> list[Score]:
+        """Score continuations.
 
-        What is longer than the model's context loses its beginning.
+        A pair that is longer than the model's context loses its beginning.
+
+        Args:
+          pairs: (context ids, continuation ids); a context has at least one id.
+
+        Returns:
+          For each pair log p(continuation | context) in nats, and whether greedy decoding would
+          write the continuation.
         """
-        cut = [(ctx[-max(1, self.context + 1 - len(ids)) :], ids[-self.context :]) for ctx, ids in pairs]
-        found: dict[int, tuple[float, bool]] = {}
-        order = sorted(range(len(cut)), key=lambda i: -len(cut[i][0]) - len(cut[i][1]))
-        for start in range(0, len(order), self.rows):
-            batch = order[start : start + self.rows]
-            longest = sum(map(len, cut[batch[0]])) - 1
-            ids_BT = np.full((self.rows, min(self.context, 1 << (longest - 1).bit_length()) + 1), 0, np.int32)
-            for row, i in zip(ids_BT, batch, strict=False):
-                row[: sum(map(len, cut[i]))] = [*cut[i][0], *cut[i][1]]
-            with jax.set_mesh(self.run.mesh):
-                scores_BT, hits_BT = map(np.asarray, self._score(self.run.params, ids_BT[:, :-1], ids_BT[:, 1:]))
-            for i, scores, hits in zip(batch, scores_BT, hits_BT, strict=False):
-                scored = slice(len(cut[i][0]) - 1, sum(map(len, cut[i])) - 1)
-                found[i] = float(scores[scored].sum(dtype=np.float64)), bool(hits[scored].all())
-        return [found[i] for i in range(len(cut))]
+        cut = [self._cut(context, continuation) for context, continuation in pairs]
+        # Pairs of similar length share a batch, so that little is computed for padding.
+        longest_first = sorted(range(len(cut)), key=lambda i: -_length(cut[i]))
+        scores: dict[int, Score] = {}
+        for start in range(0, len(cut), self.rows):
+            batch = longest_first[start : start + self.rows]
+            batch_scores = self._score_batch([cut[i] for i in batch])
+            scores.update(zip(batch, batch_scores, strict=True))
+        return [scores[i] for i in range(len(cut))]
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple], **_: Any) -> list[tuple[float, bool]]:
-        return self.score_pairs([(ctx, ids) for _, ctx, ids in requests])
+    def _cut(self, context: list[int], continuation: list[int]) -> Pair:
+        """Leave out the beginning of what doesn't fit; the last id is not read, only predicted."""
+        continuation = continuation[-self.context :]
+        room = max(1, self.context + 1 - len(continuation))
+        return context[-room:], continuation
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def _score_batch(self, batch: list[Pair]) -> list[Score]:
+        """Score up to `rows` pairs, the longest first."""
+        # A row is one id longer than what the model reads, because it predicts the next ids.
+        longest = _length(batch[0]) - 1
+        padded = min(self.context, 1 << (longest - 1).bit_length())
+        ids_BT = np.zeros((self.rows, padded + 1), np.int32)
+        for row, (context, continuation) in zip(ids_BT, batch, strict=False):
+            row[: len(context)] = context
+            row[len(context) : len(context) + len(continuation)] = continuation
+        with jax.set_mesh(self.run.mesh):
+            log_p_BT, is_greedy_BT = self._score(self.run.params, ids_BT[:, :-1], ids_BT[:, 1:])
+        scores = []
+        for (context, continuation), log_p_T, is_greedy_T in zip(
+            batch, np.asarray(log_p_BT), np.asarray(is_greedy_BT), strict=False
+        ):
+            # Position t predicts id t + 1, so the first id of the continuation is predicted at the
+            # last one of the context.
+            first = len(context) - 1
+            scored = slice(first, first + len(continuation))
+            total = float(log_p_T[scored].sum(dtype=np.float64))
+            scores.append((total, bool(is_greedy_T[scored].all())))
+        return scores
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple], **_harness_options: Any
+    ) -> list[Score]:
+        return self.score_pairs([(context, ids) for _, context, ids in requests])
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """Return log p of whole texts, long ones in windows that together hold each id once."""
-        texts = [self.tokenizer.encode(request.args[0]) for request in requests]
-        windows = [list(_windows(ids, self.prefix_token_id, self.context, self.context // 2)) for ids in texts]
-        pairs = [(before[: len(before) - len(ids) + 1], ids) for text in windows for before, ids in text]
+        pairs: list[Pair] = []
+        num_windows = []
+        for request in requests:
+            ids = self.tokenizer.encode(request.args[0])
+            windows = list(_windows(ids, self.prefix_token_id, self.context, self.context // 2))
+            num_windows.append(len(windows))
+            for before, new in windows:
+                # What the harness calls the context of a window overlaps with its new ids.
+                pairs.append((before[: len(before) - len(new) + 1], new))
         scores = iter(self.score_pairs(pairs))
-        return [sum(next(scores)[0] for _ in text) for text in windows]
+        totals = []
+        for count in num_windows:
+            totals.append(sum(log_p for log_p, _ in itertools.islice(scores, count)))
+        return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what follows each text, up to the first of the strings that end it; greedy unless asked otherwise."""
-        return [self._write(*request.args) for request in requests]
+        """Return what follows each text, up to the first of the strings that end it.
+
+        Greedy unless the request asks for samples.
+        """
+        return [self._write(text, options) for text, options in (r.args for r in requests)]
 
     def _write(self, text: str, options: dict[str, Any]) -> str:
-        most = int(options.get("max_gen_toks", 256))
-        prompt = self.tok_encode(text)[-max(1, self.context - min(most, self.context // 2)) :]
+        """Return what follows one text."""
+        max_tokens = int(options.get("max_gen_toks", 256))
+        # The text leaves room for what is written, at most half of the context.
+        room = min(max_tokens, self.context // 2)
+        prompt = self.tok_encode(text)[-max(1, self.context - room) :]
         temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
+        top_k = int(options.get("top_k", 0))
+        top_p = float(options.get("top_p", 1.0))
         with jax.set_mesh(self.run.mesh):
-            sampler = Sampler(temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)))
-            [ids] = self.decoder.write(self.run.params, [prompt], max_tokens=most, sampler=sampler)
-        written, until = self.tokenizer.decode_after(prompt, ids), options.get("until") or []
-        ends = [written.find(end) for end in ([until] if isinstance(until, str) else until) if end in written]
-        return written[: min(ends, default=len(written))]
+            [ids] = self.decoder.write(
+                self.run.params,
+                [prompt],
+                max_tokens=max_tokens,
+                sampler=Sampler(temperature, top_k, top_p),
+            )
+        written = self.tokenizer.decode_after(prompt, ids)
+        ends = options.get("until") or []
+        if isinstance(ends, str):
+            ends = [ends]
+        for end in ends:
+            written = written.split(end, 1)[0]
+        return written
+
+
+def _length(pair: Pair) -> int:
+    context, continuation = pair
+    return len(context) + len(continuation)
 
 
 if __name__ == "__main__":
