@@ -12,6 +12,13 @@ from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
 from tinylm.core.optional import optional_module
 
 MISTAKES = {
+    "store in a bucket": (["data.store_dir=gs://b/x"], "data.store_dir=gs://b/x must be a file or folder on a disk"),
+    "bucket that lost a slash": (["data.store_dir=gs:/b/x"], "data.store_dir=gs:/b/x must be a file or folder on a"),
+    "tfds in a bucket": (["data.tfds_data_dir=s3://b"], "data.tfds_data_dir=s3://b must be a file or folder on a disk"),
+    "files of tfds in a bucket": (["data.tfds_manual_dir=gs://b"], "data.tfds_manual_dir=gs://b must be a file or"),
+    "text in a bucket": (["data.source=text:gs://b/*.txt"], "data.source=gs://b/*.txt must be a file or folder on a"),
+    "tokenizer in a bucket": (["data.tokenizer=hf:gs://b/t.json"], "data.tokenizer=gs://b/t.json must be a file or"),
+    "checkpoints": (["checkpoint.dir=gs:/b/x"], "checkpoint.dir=gs:/b/x must be gs://b/x for a bucket, or a folder"),
     "unknown key": (["model.embd_dim=3"], "did you mean 'model.embed_dim'"),
     "unknown section": (["modl.embed_dim=3"], "did you mean 'model.embed_dim'"),
     "wrong type": (["model.embed_dim=wide"], "--config.model.embed_dim=wide"),

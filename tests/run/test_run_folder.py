@@ -1,9 +1,11 @@
 """The files of a run: metrics after a crash, which checkpoints stay, what --step means."""
 
 import json
+import shutil
 
 import jax
 import pytest
+from etils import epath
 from helpers import small_state
 
 from tinylm.core.errors import StorageError, UserError
@@ -71,7 +73,7 @@ def config_record():
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
-        ((), []), ((), {}), (("versions",), 5), (("token_stores",), []), (("start_id",), "x"),
+        ((), []), ((), {}), (("versions",), 5), (("token_stores",), []), (("checkpoints",), 5), (("start_id",), "x"),
         (("config", "model"), None), (("config", "seed"), "0"),
         (("config", "data", "seq_len"), None), (("config", "sample", "prompts"), "x"),
     ],
@@ -88,6 +90,60 @@ def test_a_config_that_lacks_what_is_read_of_it_is_one_line(tmp_path, keys, valu
     folder.write_config(record if keys else value)
     with pytest.raises(UserError, match=f"^{folder.config_file} lacks what a run's has"):
         folder.read_config()
+
+
+def started(workdir, scratch, steps=("1",)):
+    """A run whose checkpoints are on scratch storage; return its folder and that of the checkpoints."""
+    folder = RunFolder(str(workdir))
+    folder.create()
+    folder.checkpoints = epath.Path(folder.place_checkpoints(str(scratch)))
+    folder.write_config({**config_record(), **folder.checkpoints_note})
+    for step in steps:
+        (folder.checkpoints / step).mkdir()
+    return RunFolder(str(workdir)), folder.checkpoints
+
+
+def test_a_run_whose_scratch_storage_is_gone_does_not_begin_again(tmp_path):
+    folder, place = started(tmp_path / "run", tmp_path / "scratch", steps=())
+    assert folder.place_checkpoints(str(tmp_path / "scratch")) == str(place)
+    shutil.rmtree(tmp_path / "scratch")
+    with pytest.raises(UserError, match=r"were in .*/scratch/run-.*, which is gone or not mounted"):
+        folder.place_checkpoints(str(tmp_path / "scratch"))
+
+
+def test_a_new_run_takes_no_checkpoints_of_an_earlier_one(tmp_path):
+    folder, place = started(tmp_path / "run", tmp_path / "scratch")
+    folder.config_file.unlink()
+    with pytest.raises(UserError, match=f"{place} holds checkpoints of a run that was in --workdir={folder.path} bef"):
+        RunFolder(str(folder.path)).place_checkpoints(str(tmp_path / "scratch"))
+
+
+def test_a_moved_run_keeps_its_checkpoints_and_a_copy_does_not_take_them(tmp_path):
+    folder, place = started(tmp_path / "run", tmp_path / "scratch")
+    shutil.copytree(folder.path, tmp_path / "copy")
+    copy = RunFolder(str(tmp_path / "copy"))
+    assert copy.checkpoints == place, "tools may read them"
+    with pytest.raises(UserError, match=r"copy is a copy of the run in .*/run, which still uses the checkpoints in"):
+        copy.place_checkpoints(str(tmp_path / "scratch"))
+    shutil.rmtree(folder.path)
+    assert copy.place_checkpoints(str(tmp_path / "scratch")) == str(place)
+    assert copy.place_checkpoints(str(tmp_path / "scratch")) == str(place)
+
+
+def test_checkpoints_that_were_moved_to_other_storage_are_taken(tmp_path):
+    folder, place = started(tmp_path / "run", tmp_path / "scratch")
+    with pytest.raises(UserError, match=r"move this folder to .*/new/run-"):
+        folder.place_checkpoints(str(tmp_path / "new"))
+    (tmp_path / "new").mkdir()
+    shutil.move(place, tmp_path / "new" / place.name)
+    assert folder.place_checkpoints(str(tmp_path / "new")) == str(tmp_path / "new" / place.name)
+
+
+def test_a_bucket_that_lost_a_slash_is_no_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workdir=gs:/b/run must be gs://b/run for a bucket, or a folder on a disk"):
+        RunFolder("gs:/b/run")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

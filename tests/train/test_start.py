@@ -9,6 +9,7 @@ from tinylm.config import load_config
 from tinylm.core.errors import StorageError, UserError
 from tinylm.run.folder import RunFolder
 from tinylm.run.lock import WorkdirLock
+from tinylm.run.open_run import open_run
 from tinylm.train import start
 
 SMALL = [
@@ -80,6 +81,28 @@ def test_the_same_text_in_another_place_goes_on_and_another_text_does_not(tmp_pa
     (tmp_path / "elsewhere" / "b.txt").write_text("<|endoftext|>".join([*parts[1:3], parts[0], *parts[3:]]))
     with pytest.raises(UserError, match=r"text:.*/b\.txt doesn't give the tokens .* its content changed since"):
         begin(run, moved, tokenizer)
+
+
+def test_checkpoints_on_scratch_storage_are_found_by_all_that_read_them(tmp_path):
+    scratch, run = tmp_path / "scratch", tmp_path / "run"
+    place = f"checkpoint.dir={scratch}"
+    assert begin(run, place, "train.stop_step=1").run().step == 1
+    assert not (run / "checkpoints").exists()
+    (folder,) = scratch.iterdir()
+    assert folder.name.startswith("run-") and (folder / "1" / "checksums").exists()
+    again = begin(run, place)
+    assert again.restore_or_init().step == 1
+    again.lock.close()
+    assert open_run(str(run)).step == 1
+    other = begin(tmp_path / "other", place, f"train.init_from={run}", "train.stop_step=1")
+    assert other.run().step == 1
+    assert len(list(scratch.iterdir())) == 2, "each run has a folder of its own"
+    with pytest.raises(UserError, match=r"are in .*/scratch/run-.*; move this folder to .*/run/checkpoints, or set"):
+        begin(run)
+    shutil.move(folder, run / "checkpoints")
+    begin(run).lock.close()
+    assert "checkpoints" not in RunFolder(str(run)).read_config()
+    assert open_run(str(run)).step == 1
 
 
 def test_a_run_that_noted_its_stores_by_time_and_place_goes_on(tmp_path):

@@ -8,6 +8,7 @@ import re
 from fractions import Fraction
 
 from tinylm.core.errors import UserError
+from tinylm.core.paths import check_on_disk
 from tinylm.core.settings import Section, nearest, setting
 
 SOURCE_KINDS = ("tales", "addition", "text", "jsonl", "parquet", "tfds", "hf", "tokens")
@@ -126,7 +127,11 @@ class DataConfig(Section, name="data"):
         super().check()
         if not self.separator.isascii() and any("\ud800" <= char <= "\udfff" for char in self.separator):
             raise UserError(f"data.separator={self.separator!r} must be text in UTF-8.")
+        for name in ("store_dir", "tfds_data_dir", "tfds_manual_dir"):
+            check_on_disk(f"data.{name}", getattr(self, name))
         _check_spec("data.tokenizer", self.tokenizer, TOKENIZER_KINDS)
+        if split_spec(self.tokenizer)[0] in _TOKENIZER_FILES:
+            check_on_disk("data.tokenizer", split_spec(self.tokenizer)[1])
         if self.eot_token and split_spec(self.tokenizer)[0] not in ("hf", "sentencepiece"):
             raise UserError(
                 f"data.eot_token={self.eot_token} is for data.tokenizer=hf: and sentencepiece:; "
@@ -136,6 +141,8 @@ class DataConfig(Section, name="data"):
         keys += [("data.valid_source", self.valid_source)] * bool(self.valid_source)
         for key, spec in keys:
             _check_spec(key, spec, SOURCE_KINDS)
+            if split_spec(spec)[0] in _SOURCE_FILES:
+                check_on_disk(key, split_spec(spec)[1])
             self._check_together(key, spec)
 
     def _check_together(self, key: str, spec: str) -> None:

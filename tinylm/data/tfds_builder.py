@@ -13,6 +13,7 @@ from typing import Any
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.optional import optional_module
+from tinylm.core.paths import check_on_disk
 from tinylm.data.config import DataConfig, parse_mixture
 from tinylm.data.preparing import checked
 from tinylm.data.sources import Document, Source, make_source
@@ -24,6 +25,7 @@ def write_tfds(config: DataConfig, data_dir: str, name: str, version: str = "1.0
         raise UserError(f"data.source={config.source} must be one source of text to become a TFDS data set.")
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise UserError(f"--tfds_name={name} must be small letters, digits and _, as names of TFDS are.")
+    check_on_disk("--to_tfds", data_dir)
     source = make_source(config.source, config)
     folder = pathlib.Path(data_dir).expanduser() / name / version
     if folder.exists():  # TFDS would leave it as it is

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
+from tinylm.core.paths import check_on_disk
 from tinylm.core.settings import differing_settings
 from tinylm.data.tokenizers import Tokenizer
 from tinylm.interop import weights
@@ -97,6 +98,7 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
 
     Raises UserError where no family holds the model or the logits of what was written differ from the run's.
     """
+    check_on_disk("--to_hf", folder)
     place = pathlib.Path(folder).expanduser().resolve()
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"--to_hf={folder} is there already; name a new folder.")

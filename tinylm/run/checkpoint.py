@@ -20,6 +20,7 @@ from etils import epath
 from tinylm.core.distributed import from_main, is_main, speaker
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
+from tinylm.core.paths import check_address
 from tinylm.core.settings import Section, setting
 from tinylm.run import checksums
 
@@ -39,6 +40,12 @@ class CheckpointConfig(Section, name="checkpoint"):
         least=0,
         aliases=("save_steps", "save_every", "checkpoint_period", "checkpoint_interval", "save_interval"),
     )
+    dir: str = setting(
+        "",
+        "folder, as on scratch storage, in which each run makes one for its checkpoints (empty: in the run's folder)",
+        free=True,
+        aliases=("checkpoint_dir", "save_dir", "checkpoint_folder"),
+    )
     # With one alone, a damaged checkpoint would be the end of a run.
     keep: int = setting(
         2,
@@ -47,6 +54,11 @@ class CheckpointConfig(Section, name="checkpoint"):
         least=2,
         aliases=("save_total_limit", "max_to_keep"),
     )
+
+    def check(self) -> None:
+        """Raise UserError for what can't work."""
+        super().check()
+        check_address("checkpoint.dir", self.dir)
 
 
 class Checkpoints:

@@ -2,8 +2,10 @@
 
 `config.json` holds the resolved config and the versions that wrote it. `metrics.jsonl` is one object a line; a torn
 last line (a crash while writing) is mended at the next start, and a step that was logged twice counts by its last line.
+Checkpoints may lie elsewhere, as on scratch storage (`checkpoint.dir`); config.json then says where.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -15,8 +17,15 @@ from etils import epath
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
+from tinylm.core.paths import check_address
 
 BUCKET_SECS = 30.0
+_OWNER = "workdir.txt"  # says, in a folder of checkpoints outside of a run's folder, which run it belongs to
+
+
+def _holds_steps(folder: epath.Path) -> bool:
+    """Say whether there is a checkpoint in a folder."""
+    return folder.exists() and any(path.name.isdecimal() for path in folder.iterdir())
 
 
 class RunFolder:
@@ -25,12 +34,14 @@ class RunFolder:
     def __init__(self, workdir: str):
         """Name the folder; nothing is made before `create`."""
         path = workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
+        check_address("--workdir", workdir)
         if set(path) & set("*?["):
             raise UserError(f"--workdir={path} must be free of * ? and [, which file patterns take for other names.")
         self.path = epath.Path(path)
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
-        self.checkpoints = self.path / "checkpoints"
+        self._inside = self.path / "checkpoints"
+        self._checkpoints: epath.Path | None = None
         self.tokenizer = self.path / "tokenizer"
         self.samples_file = self.path / "samples.txt"
         self.plot_file = self.path / "loss.png"
@@ -42,6 +53,80 @@ class RunFolder:
     def exists(self) -> bool:
         """Say whether a run was started here."""
         return self.config_file.exists()
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """The folder of the checkpoints: where config.json says that they are, otherwise within the run's."""
+        if self._checkpoints is not None:
+            return self._checkpoints
+        try:
+            noted = json.loads(self.config_file.read_bytes())["checkpoints"]
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return self._inside
+        return epath.Path(noted) if isinstance(noted, str) else self._inside
+
+    @checkpoints.setter
+    def checkpoints(self, folder: epath.Path) -> None:
+        self._checkpoints = folder
+
+    @property
+    def checkpoints_note(self) -> dict[str, str]:
+        """What config.json says of checkpoints that lie outside of the run's folder."""
+        return {} if self.checkpoints == self._inside else {"checkpoints": os.fspath(self.checkpoints)}
+
+    def place_checkpoints(self, directory: str) -> str:
+        """Return the folder for the checkpoints of a run that begins or goes on with `checkpoint.dir` as given.
+
+        Below a directory that many runs share, each has a folder of its own, named after its workdir. Raises UserError
+        where a run that goes on would find none of its checkpoints and so begin at step 0, or where there are
+        another's.
+        """
+        there = self.checkpoints
+        here = self._inside
+        if directory:
+            absolute = directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))
+            mark = hashlib.sha256(os.fspath(self.path).encode()).hexdigest()[:8]
+            here = epath.Path(absolute) / f"{self.path.name}-{mark}"
+            # A run that was moved goes on with the folder that bears its old name.
+            if there.parent == here.parent and not _holds_steps(here):
+                here = there
+        if not self.exists():
+            if directory and _holds_steps(here):
+                raise UserError(
+                    f"{here} holds checkpoints of a run that was in --workdir={self.path} before; remove that folder "
+                    "first, or use another workdir."
+                )
+        elif here == there:
+            self._check_owned(there)
+        elif _holds_steps(there) and not _holds_steps(here):
+            raise UserError(
+                f"the checkpoints of --workdir={self.path} are in {there}; move this folder to {here}, or set "
+                "checkpoint.dir as it was."
+            )
+        if directory:
+            try:
+                here.mkdir(parents=True, exist_ok=True)
+                (here / _OWNER).write_text(os.fspath(self.path) + "\n")
+            except OSError as error:
+                raise StorageError(f"checkpoint.dir={directory} can't be written: {error.strerror}.") from error
+        return os.fspath(here)
+
+    def _check_owned(self, folder: epath.Path) -> None:
+        """Raise UserError where the checkpoints that lie outside are gone, or are those of a run that this copies."""
+        if folder == self._inside:
+            return
+        try:
+            owner = (folder / _OWNER).read_text().strip()
+        except OSError as error:
+            raise UserError(
+                f"the checkpoints of --workdir={self.path} were in {folder}, which is gone or not mounted; bring it "
+                "back, or begin in another workdir."
+            ) from error
+        if owner != os.fspath(self.path) and RunFolder(owner).checkpoints == folder:
+            raise UserError(
+                f"--workdir={self.path} is a copy of the run in {owner}, which still uses the checkpoints in "
+                f"{folder}; copy them to another folder and set checkpoint.dir, or go on with that run."
+            )
 
     def create(self) -> None:
         """Make the folder; raise StorageError where that is not possible."""
@@ -58,9 +143,8 @@ class RunFolder:
             for path in folder.iterdir() if folder.is_dir() else ():
                 target = os.path.realpath(path)
                 if os.path.islink(os.fspath(path)) and os.path.commonpath([home, target]) != home:
-                    raise UserError(
-                        f"{path} is a link to {target}, out of the run's folder; put the file itself there."
-                    )
+                    remedy = "set checkpoint.dir" if path == self._inside else "put the file itself there"
+                    raise UserError(f"{path} is a link to {target}, out of the run's folder; {remedy}.")
 
     def write_config(self, record: dict[str, Any]) -> None:
         """Write config.json whole or not at all."""
@@ -87,6 +171,7 @@ class RunFolder:
             }:  # fmt: skip
                 ends = record.get("end_ids", [])
                 end_ids_are_whole = isinstance(ends, list) and all(isinstance(end, int) for end in ends)
+                end_ids_are_whole = end_ids_are_whole and isinstance(record.get("checkpoints", ""), str)
                 stores_are_named = isinstance(record.get("token_stores", {}), dict)
                 if end_ids_are_whole and stores_are_named and isinstance(record.get("start_id", 0), int):
                     return record

@@ -149,8 +149,16 @@ def _other_mesh(config: Config) -> list[str]:
 
 
 def _train(arguments: list[str], workdir: pathlib.Path) -> subprocess.Popen:
-    short = {"train.stop_step": RESUME_STEPS, "checkpoint.every_steps": RESUME_SAVE, "train.log_every_steps": 1,
-             "eval.every_steps": 0, "eval.patience": 0, "sample.every_steps": 0, "sample.max_tokens": 0}  # fmt: skip
+    short = {
+        "train.stop_step": RESUME_STEPS,
+        "train.log_every_steps": 1,
+        "checkpoint.every_steps": RESUME_SAVE,
+        "checkpoint.dir": "",
+        "eval.every_steps": 0,
+        "eval.patience": 0,
+        "sample.every_steps": 0,
+        "sample.max_tokens": 0,
+    }
     settings = [f"--config.{key}={value}" for key, value in short.items()]
     command = [sys.executable, "-m", "tinylm.main", *arguments, *settings, f"--workdir={workdir}"]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

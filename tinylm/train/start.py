@@ -8,6 +8,7 @@ import flax
 import jax
 import jaxlib
 import optax
+from etils import epath
 from jax.sharding import Mesh
 
 from tinylm import __version__
@@ -59,11 +60,12 @@ def start_run(config: Config, workdir: str) -> Trainer:
             check_same_config(config, folder)
             check_same_tokenizer(data.tokenizer.fingerprint, folder)
             check_same_stores(data, folder)
+        folder.checkpoints = epath.Path(from_main(lambda: folder.place_checkpoints(config.checkpoint.dir)))
         if is_main():
             if not exists:
                 data.tokenizer.save(str(folder.tokenizer))
             record = {"config": to_dict(config), "versions": versions(mesh), "token_stores": store_digests(data)}
-            folder.write_config(record)
+            folder.write_config({**record, **folder.checkpoints_note})
         jax.set_mesh(mesh)
         blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
         trainer = Trainer(config, data, mesh, folder, blueprint)
