@@ -3,9 +3,10 @@
 python launch/local.py --processes=2 --devices=4 -- --config=tales --workdir=runs/pod --config.mesh.fsdp=true
 
 What follows `--` goes to tinylm.main (another command: --module=tinylm.evaluate). Ctrl-C and SIGTERM reach every
-process as SIGTERM, so that the run saves and ends; a second Ctrl-C ends it at once. When a process dies, the others
-have --grace_secs to end by themselves. After an exit code that can be resumed (tinylm/core/errors.py) the job starts
-again, at most --restarts times, after 1, 2, 4, ... seconds. No process outlives this one.
+process as SIGTERM, as do SIGHUP and what else announces the end: the run saves and ends; a second Ctrl-C ends it at
+once. When a process dies, the others have --grace_secs to end by themselves. After an exit code that can be resumed
+(tinylm/core/errors.py) the job starts again, at most --restarts times, after 1, 2, 4, ... seconds; not after a second
+abort (134) before the first step, for that is a crash. No process outlives this one.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -24,21 +26,30 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tinylm.core.errors import RESUMABLE, PeerLost, Preempted  # noqa: E402
+from tinylm.core.signals import SIGNALS, is_ignored  # noqa: E402
 
 # How a process ends that was killed, or that JAX aborted because a peer was; and one that was stopped before it could
 # save, which loses nothing that an earlier checkpoint hasn't.
-KILLED = (-signal.SIGKILL, -signal.SIGABRT, 128 + signal.SIGKILL, 128 + signal.SIGABRT)
+ABORTED = (-signal.SIGABRT, 128 + signal.SIGABRT)
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL, *ABORTED)
 STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
+GIVE_UP = (
+    "aborted twice before the first step (exit code 134): this is no lost peer but a crash, of the compiler perhaps; "
+    "its last lines above say where. Change model.unroll, model.attention or the mesh, and report it."
+)
+
+
 class Stop:
-    """What this launcher was asked by signals, passed on to the processes of the job."""
+    """What this launcher was asked by signals, passed on to the processes of the job as SIGTERM."""
 
     def __init__(self) -> None:
         self.asked = threading.Event()
         self.processes: list[subprocess.Popen] = []
-        signal.signal(signal.SIGTERM, self._pass_on)
-        signal.signal(signal.SIGINT, self._pass_on)
+        for number in SIGNALS:
+            if not is_ignored(number):
+                signal.signal(number, self._pass_on)
 
     def _pass_on(self, number: int, _) -> None:
         again = self.asked.is_set() and number == signal.SIGINT
@@ -74,10 +85,13 @@ def commands(options: argparse.Namespace) -> list[list[str]]:
     return [[*base, *job, f"--process_id={i}"] for i in range(options.processes)]
 
 
-def run_job(options: argparse.Namespace, stop: Stop) -> list[int]:
-    """Run the job once; return the exit codes of the processes that ended by themselves."""
+def run_job(options: argparse.Namespace, stop: Stop, first_step: pathlib.Path) -> list[int]:
+    """Run the job once; return the exit codes of the processes that ended by themselves.
+
+    They make the file `first_step` when they have begun to train.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "TINYLM_FIRST_STEP_FILE": str(first_step)}
     try:
         for command in commands(options):
             stop.processes.append(
@@ -139,10 +153,19 @@ def _meaning(code: int) -> int:
 def run(options: argparse.Namespace) -> int:
     """Run the job, again after failures that can be resumed; return the exit code."""
     stop = Stop()
+    crashes = 0  # one after the other, before a first step
     for attempt in range(options.restarts + 1):
-        code = verdict(run_job(options, stop))
+        with tempfile.TemporaryDirectory() as folder:
+            first_step = pathlib.Path(folder, "first_step")
+            codes = run_job(options, stop, first_step)
+            crashed = not first_step.exists() and any(code in ABORTED for code in codes)
+        code = verdict(codes)
         if code not in RESUMABLE or stop.asked.is_set():
             return code
+        crashes = crashes + 1 if crashed else 0
+        if crashes == 2:
+            print(f"launch: {GIVE_UP}", file=sys.stderr)
+            return 128 + signal.SIGABRT
         if code == PeerLost.exit_code:
             print(f"launch: peer lost (exit code {code})", file=sys.stderr)
         if attempt < options.restarts:

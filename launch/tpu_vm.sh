@@ -59,7 +59,8 @@ make_slice() { # make the slice unless it is there and ready, and install the pa
 }
 
 install='mkdir -p tinylm && tar -xzf tinylm.tar.gz -C tinylm && python3 -m venv venv && venv/bin/pip install --quiet -e "tinylm[tpu]" gcsfs'
-train="exec ~/venv/bin/python -m tinylm.main$([ $# = 0 ] || printf ' %q' "$@")"
+# The run makes ~/first_step when it has begun to train: a second abort (134) before that is a crash, no lost peer.
+train="rm -f ~/first_step; TINYLM_FIRST_STEP_FILE=~/first_step exec ~/venv/bin/python -m tinylm.main$([ $# = 0 ] || printf ' %q' "$@")"
 
 if [ -n "$delete" ]; then
     tpu delete --quiet
@@ -69,8 +70,9 @@ fi
 archive=$(mktemp) || exit 1
 trap 'rm -f "$archive"' EXIT
 stopped=
-trap 'stopped=yes; on_all_hosts "pkill -TERM -f tinylm.main"' INT TERM
+trap 'stopped=yes; on_all_hosts "pkill -TERM -f tinylm.main"' INT TERM HUP USR1 USR2
 
+crashes=0
 for ((try = 0; ; try++)); do
     if make_slice && [ -z "$stopped" ]; then
         # In a session of its own, so that Ctrl-C here asks the hosts to save rather than cutting the connection.
@@ -93,6 +95,15 @@ for ((try = 0; ; try++)); do
     4 | 6 | 75 | 134 | 137 | 143 | 255) ;; # a hang, a lost peer, a stop; 255: the slice or the connection was lost
     *) break ;;
     esac
+    if [ "$code" = 134 ] && ! tpu ssh --worker=0 --command="test -e first_step"; then
+        crashes=$((crashes + 1))
+    else
+        crashes=0
+    fi
+    if [ "$crashes" = 2 ]; then
+        echo "exit code 134 twice before the first step: a crash, of the compiler perhaps; not started again." >&2
+        break
+    fi
     secs=$((try < 6 ? 10 * 2 ** try : 600))
     echo "exit code $code: again in $secs s ($((try + 1)) of $restarts)" >&2
     run sleep "$secs"

@@ -1,7 +1,14 @@
 """tinylm: a distributed trainer for small to mid-size language models on JAX sharding."""
 
+import signal
+import sys
 import time
 from typing import Any
+
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # `python -m tinylm...`: until its flags are read, a command has nothing to clean up. Ctrl-C then ends it without a
+    # traceback out of some import; `tinylm.cli.run` puts Python's handler back.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from tinylm.core.platform import set_flags
 

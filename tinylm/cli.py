@@ -9,6 +9,7 @@ import faulthandler
 import io
 import os
 import pathlib
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,7 +26,9 @@ from tinylm.core.settings import settings_of
 FLAGS = flags.FLAGS
 
 flags.DEFINE_integer("cpu_devices", 0, "simulated CPU devices of this process (0: those that are here)", lower_bound=0)
-flags.DEFINE_string("coordinator", "", "host:port of process 0, where the cluster doesn't say")
+flags.DEFINE_string(
+    "coordinator", "", "host:port of process 0, or auto: as the cluster says, which tinylm.main asks by itself"
+)
 flags.DEFINE_integer("num_processes", 0, "processes of the job, with --coordinator")
 flags.DEFINE_integer("process_id", -1, "number of this process, with --coordinator")
 flags.DEFINE_float("start_secs", distributed.START_SECS, "how long to wait for the job's other processes to start")
@@ -89,8 +92,12 @@ def define_json() -> None:
     _SHARED.append("json")
 
 
-def run(main: Callable[[], None], doc: str | None) -> None:
-    """Parse flags, start JAX, call `main`, and exit with the code that tells how it went."""
+def run(main: Callable[[], None], doc: str | None, joins_cluster: bool = False) -> None:
+    """Parse flags, start JAX, call `main`, and exit with the code that tells how it went.
+
+    A command that `joins_cluster` takes part in the job that its cluster describes; others do where --coordinator says
+    so, for a tool that is called in a shell of a cluster's node is alone there.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where its encoding lacks a character of a text
     faulthandler.enable()  # what kills the process, as a file of weights that shrinks while it is mapped, is said where
@@ -102,17 +109,25 @@ def run(main: Callable[[], None], doc: str | None) -> None:
             num_processes=FLAGS.num_processes,
             process_id=FLAGS.process_id,
             secs=FLAGS.start_secs,
+            joins_cluster=joins_cluster,
         )
         distributed.agree(_facts(), FLAGS.start_secs)
         platform.refuse_faulty(jax.default_backend())
         log.start(distributed.is_main())
+        if joins_cluster and distributed.is_shell_of_slurm():
+            log.say(
+                f"this Slurm job has {os.environ['SLURM_NTASKS']} tasks, but this command was not started by srun and "
+                "runs alone here; start it with srun to run on all of them."
+            )
         use_compile_cache()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # it was nothing but this until here: see tinylm
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
         log.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
     except UserError as error:
         log.flush()
         print(f"error: {distributed.speaker()}{error}", file=sys.stderr, flush=True)
@@ -125,6 +140,19 @@ def run(main: Callable[[], None], doc: str | None) -> None:
         # A bug of ours: the peers of this process must not wait for it.
         print(f"{distributed.speaker()}{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
         distributed.leave(1)
+
+
+def print_last(text: str) -> None:
+    """Print what a command ends with; where its terminal is gone, nobody reads it."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        _forget_output()
+
+
+def _forget_output() -> None:
+    """Send stdout nowhere, so that Python doesn't fail to write the rest of it at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _facts() -> dict[str, Any]:

@@ -4,7 +4,6 @@ python -m tinylm.main --config=configs/tales.py --workdir=runs/tales
 python -m tinylm.main --config=tales --config.model.embed_dim=256 --cpu_devices=8 --config.mesh.model=2
 """
 
-import contextlib
 import pathlib
 
 from absl import flags
@@ -29,13 +28,15 @@ def main() -> None:
 
     trainer = start_run(config, workdir)
     opening(trainer)
-    with contextlib.closing(trainer.trackers):
+    try:
         outcome = trainer.run(stop)
+    finally:
+        trainer.trackers.close(hurry=lambda: stop.signalled)
     if is_main():
-        print(closing(trainer, outcome))
+        cli.print_last(closing(trainer, outcome))
 
 
 if __name__ == "__main__":
     cli.define_config()
     cli.define_workdir(required=False)
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, joins_cluster=True)

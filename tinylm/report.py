@@ -15,8 +15,9 @@ from absl import flags
 from etils import epath
 
 from tinylm import cli
-from tinylm.core.errors import StorageError, UserError
+from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.log import say
+from tinylm.core.storage import failures
 
 FLAGS = flags.FLAGS
 
@@ -52,8 +53,8 @@ def main() -> None:
                         raise
                     say(f"warning: no attention of {run['name']}: {error}")
         out.write_text(page.page(", ".join(run["name"] for run in runs), runs))
-    except OSError as error:
-        raise StorageError(f"--out={out} cannot be written: {error.strerror}.") from error
+    except failures() as error:
+        raise StorageError(f"--out={out} cannot be written: {one_line(error)}.") from error
     print("\n".join(map(str, written)))
 
 

@@ -28,6 +28,7 @@ from tinylm import cli
 from tinylm.config import load_config
 from tinylm.core.errors import Preempted, UserError
 from tinylm.core.log import say
+from tinylm.core.signals import SIGNALS, is_ignored
 
 FLAGS = flags.FLAGS
 
@@ -35,7 +36,9 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Sweep as the flags say."""
     cli.require_config()  # whether it holds is seen at each point of the grid
-    signal.signal(signal.SIGTERM, asked_to_stop)
+    for number in SIGNALS:
+        if number != signal.SIGINT and not is_ignored(number):
+            signal.signal(number, asked_to_stop)
     base = [argument for argument in sys.argv if argument.startswith("--config")]
     if FLAGS.cpu_devices:
         base.append(f"--cpu_devices={FLAGS.cpu_devices}")

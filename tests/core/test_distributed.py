@@ -109,6 +109,35 @@ def test_a_job_that_is_not_whole_is_refused(job):
         distributed.start(coordinator=job[0], num_processes=job[1], process_id=job[2])
 
 
+def test_a_coordinators_port_that_another_program_has_is_named():
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as JAX's server does
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=rf"--coordinator=localhost:{port}: port {port} of .* another port"):
+            distributed.start(coordinator=f"localhost:{port}", num_processes=2, process_id=0)
+
+
+def test_a_tool_in_a_shell_of_a_cluster_runs_alone_and_a_training_says_so(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    for joins_cluster in True, False:
+        distributed.start(joins_cluster=joins_cluster)
+    assert distributed.is_shell_of_slurm()
+    with pytest.raises(UserError, match="--coordinator=auto finds no job"):
+        distributed.start(coordinator="auto")
+    # Under srun, a training joins (and waits for its peers), a tool doesn't.
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert not distributed.is_shell_of_slurm()
+    joined = []
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **kwargs: joined.append(kwargs))
+    distributed.start(joins_cluster=False)
+    assert joined == []
+    distributed.start(joins_cluster=True)
+    distributed.start(coordinator="auto", joins_cluster=False)
+    assert len(joined) == 2
+
+
 def test_an_error_on_one_process_ends_both_and_has_its_number(tmp_path):
     (tmp_path / "player.py").write_text(
         "import sys\n"

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import textwrap
@@ -11,6 +10,8 @@ import time
 
 import pytest
 from helpers import ROOT, SMALL, lines
+
+from tinylm.core.signals import SIGNALS
 
 LAUNCHER = ROOT / "launch" / "local.py"
 FEW_STEPS = ["--config.train.stop_step=6", "--config.train.steps_per_dispatch=1", "--config.eval.every_steps=0",
@@ -123,7 +124,7 @@ def test_what_cannot_be_resumed_is_not_started_again(tmp_path, code):
     assert len(job.pids()) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_signals_reach_every_process_as_a_request_to_stop(tmp_path, number):
     job = Job(tmp_path, """
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -147,4 +148,16 @@ def test_no_process_outlives_a_killed_launcher(tmp_path):
     job.wait_for(2)
     process.kill()
     process.communicate()
+    assert job.no_orphan()
+
+
+@pytest.mark.parametrize(("trained", "starts"), [(False, 2), (True, 3)])
+def test_a_crash_before_the_first_step_is_tried_twice_alone(tmp_path, trained, starts):
+    note = "open(os.environ['TINYLM_FIRST_STEP_FILE'], 'w').close()\n" if trained else ""
+    job = Job(tmp_path, f"{note}if not number: os.abort()\ntime.sleep(100)")
+    process = job.start("--restarts=2", "--grace_secs=0.2")
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == (6 if trained else 134), error
+    assert len(job.pids()) == 2 * starts
+    assert ("aborted twice before the first step" in error) == (not trained)
     assert job.no_orphan()

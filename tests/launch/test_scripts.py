@@ -60,6 +60,37 @@ def test_a_step_that_ends_while_it_is_told_to_stop_keeps_its_exit_code(tmp_path,
     assert ("requeue 1" in said) == (code == 75)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_step_that_crashes_before_it_trains_is_requeued_once(tmp_path, trained):
+    note = "touch $TINYLM_FIRST_STEP_FILE; " if trained else ""
+    env = programs(tmp_path, srun=f"{note}exit 134", scontrol="echo $*")
+    env |= {"TINYLM_PYTHON": sys.executable, "SLURM_JOB_ID": "1"}
+    said = []
+    for _ in range(3):
+        command = ["bash", LAUNCH / "slurm.sbatch"]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 134
+        said.append("requeue 1" in done.stdout)
+    assert said == ([True] * 3 if trained else [True, False, True]), "the third is another job of that number"
+    assert not list(tmp_path.glob("*.first_step"))
+
+
+@pytest.mark.parametrize(("trained", "starts"), [(False, 2), (True, 4)])
+def test_a_slice_whose_program_crashes_before_it_trains_is_tried_twice(tmp_path, trained, starts):
+    log = tmp_path / "log"
+    looks = "exit 0" if trained else "exit 1"
+    gcloud = (
+        f"case $* in *describe*) echo READY;; *'test -e first_step'*) {looks};; "
+        f'*"exec ~/venv"*) echo start >> {log}; exit 134;; esac'
+    )
+    env = programs(tmp_path, gcloud=gcloud, git=":", sleep=":")
+    done = subprocess.run([LAUNCH / "tpu_vm.sh", "--name=p", "--zone=z", "--type=t", "--restarts=3"],
+                          capture_output=True, text=True, env=env)  # fmt: skip
+    assert done.returncode == 134, done.stderr
+    assert log.read_text().split().count("start") == starts
+    assert ("twice before the first step" in done.stderr) == (not trained)
+
+
 @pytest.mark.parametrize(
     ("scp", "sleep", "starts", "waits"),
     [

@@ -140,6 +140,19 @@ def test_a_tracker_that_hangs_holds_up_nothing(tmp_path, monkeypatch):
     assert said == ["wandb did not finish within 0 s; metrics.jsonl has all."]
 
 
+def test_who_is_asked_to_stop_waits_less_for_a_tracker(tmp_path, monkeypatch):
+    said, release = [], threading.Event()
+    monkeypatch.setattr(trackers, "say", said.append)
+    monkeypatch.setattr(trackers, "HURRY_SECS", 0.05)
+    monkeypatch.setitem(trackers.KINDS, "wandb", broken(release))
+    opened = open_trackers(tmp_path, "writers.wandb=True")
+    opened.put("text", 1, ["a"])
+    opened.put("text", 2, ["b"])
+    opened.close(hurry=lambda: True)
+    release.set()
+    assert said == ["wandb did not finish within 0 s; metrics.jsonl has all."]
+
+
 def test_a_missing_package_is_named_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setitem(trackers.KINDS, "wandb", (broken()[0], "no_such_package"))
     with pytest.raises(UserError, match=r"pip install 'tinylm\[wandb\]'"):

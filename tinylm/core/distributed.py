@@ -1,10 +1,10 @@
 """Starting JAX on one machine or many, and the few things that processes must agree on.
 
 The platform and the number of simulated CPU devices are fixed before the first use of a backend, which is why
-commands call `start` first. A cluster (Slurm, Kubernetes, Cloud TPU, Open MPI) is detected by JAX; explicit flags win.
-Waiting always has a time limit: a peer that died must not hang the others. JAX aborts a process whose peers don't come
-(exit code 134, a stack trace), so a timer of ours is first, with one line. Processes compare how they were started
-through the key-value store of JAX's coordination service, which needs no device and knows time limits.
+commands call `start` first. A cluster (Slurm, Cloud TPU, Open MPI) is detected by JAX, for `tinylm.main`; explicit
+flags win. Waiting always has a time limit: a peer that died must not hang the others. JAX aborts a process whose peers
+don't come (exit code 134, a stack trace), so a timer of ours is first, with one line. Processes compare how they were
+started through the key-value store of JAX's coordination service, which needs no device and knows time limits.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ import jax
 from tinylm.core import errors
 from tinylm.core.errors import HangError, UserError
 
-_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# Of Slurm the tasks of the step, which srun alone sets: SLURM_NTASKS is there in the shell of an allocation, too.
+_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _COORDINATORS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 START_SECS = 50.0
@@ -38,24 +39,41 @@ _calls = itertools.count()
 
 
 def start(
-    *, cpu_devices: int = 0, coordinator: str = "", num_processes: int = 0, process_id: int = -1, secs: float = 0
+    *,
+    cpu_devices: int = 0,
+    coordinator: str = "",
+    num_processes: int = 0,
+    process_id: int = -1,
+    secs: float = 0,
+    joins_cluster: bool = True,
 ) -> None:
     """Set platform and devices, and join the job's other processes where there are any.
 
-    `cpu_devices` > 0 asks for that many simulated CPU devices per process. Ends the program with one line and exit
-    code 2 where not all processes have joined within `secs` (0: START_SECS).
+    `cpu_devices` > 0 asks for that many simulated CPU devices per process. The job is the one that `coordinator` and
+    the two numbers describe, or where `coordinator` is "auto", or `joins_cluster` and it is empty, the cluster. Ends
+    the program with one line and exit code 2 where not all processes have joined within `secs` (0: START_SECS).
     """
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     complete = re.fullmatch(r".+:\d{1,5}", coordinator, re.ASCII) and 0 <= process_id < num_processes
+    from_cluster = coordinator == "auto" or (joins_cluster and not coordinator)
+    if coordinator == "auto":
+        coordinator = ""
+        if not _in_cluster():
+            raise UserError(
+                "--coordinator=auto finds no job of several processes (Slurm's srun, Open MPI, a TPU pod); start the "
+                "command with srun, or give --coordinator=HOST:PORT, --num_processes and --process_id."
+            )
     if (coordinator or num_processes or process_id != -1) and not complete:
         raise UserError(
             f"--coordinator=HOST:PORT, --num_processes and --process_id, numbered from 0, need each other; found "
             f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}."
         )
-    if not coordinator and not _in_cluster():
+    if not coordinator and not (from_cluster and _in_cluster()):
         return
+    if process_id == 0:
+        _check_port_is_free(coordinator)
     arguments: dict[str, Any] = {} if not coordinator else {
         "coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id
     }  # fmt: skip
@@ -75,6 +93,30 @@ def _in_cluster() -> bool:
     return any(s.isdigit() and int(s) > 1 for s in sizes) or "," in hosts or any(
         name in os.environ for name in _COORDINATORS
     )  # fmt: skip
+
+
+def is_shell_of_slurm() -> bool:
+    """Say whether this is a shell or script of a Slurm job of several tasks, not started by srun as one of them."""
+    tasks = os.environ.get("SLURM_NTASKS", "")
+    return tasks.isdigit() and int(tasks) > 1 and not (jax.distributed.is_initialized() or _in_cluster())
+
+
+def _check_port_is_free(coordinator: str) -> None:
+    """Raise UserError where another program of this machine listens at the coordinator's port.
+
+    JAX would share the port with it, or wait for its peers until the time is over.
+    """
+    port = int(coordinator.rpartition(":")[2])
+    with socket.socket() as probe:
+        # As servers do, so that connections which an earlier job left half closed don't count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"--coordinator={coordinator}: port {port} of {host()} cannot be used ({error}); another program may "
+                "have it: give all processes another port."
+            ) from error
 
 
 def host() -> str:
@@ -146,6 +188,18 @@ def lost_peer(error: Exception) -> bool:
     return jax.distributed.is_initialized() and isinstance(error, RuntimeError) and any(
         sign in str(error).lower() for sign in signs
     )  # fmt: skip
+
+
+def note_first_step() -> None:
+    """Tell the launcher, where it asks for it, that a first step was compiled and is under way.
+
+    JAX aborts a process with 134 when a peer is lost, and a compiler that crashes aborts it with 134, too. A launcher
+    starts again after the first; the second would come again, and always before there is this file.
+    """
+    path = os.environ.get("TINYLM_FIRST_STEP_FILE", "")
+    if path:
+        with contextlib.suppress(OSError):
+            pathlib.Path(path).touch()
 
 
 def leave(exit_code: int) -> None:

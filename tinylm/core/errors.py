@@ -45,3 +45,9 @@ class PeerLost(UserError):
 # After these the same command goes on from the last checkpoint, so launchers start it again: a hang, a lost peer, a
 # stop on request. A process that JAX aborts (134) or the system kills (137) has lost its peer, or is the lost one.
 RESUMABLE = frozenset(error.exit_code for error in (HangError, PeerLost, Preempted))
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error of a library says, in one line."""
+    reason = getattr(error, "strerror", None) or str(error)
+    return " ".join(str(reason).split())[:200] or type(error).__name__

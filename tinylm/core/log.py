@@ -28,7 +28,7 @@ def start(is_main: bool = True) -> None:
     _logger.propagate = False
     _logger.setLevel(logging.INFO if is_main else logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
-    for name in ("absl", "asyncio", "jax", "orbax", "etils"):
+    for name in ("absl", "asyncio", "jax", "orbax", "etils", "gcsfs", "fsspec", "s3fs", "google", "urllib3", "aiohttp"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what is raised is said once, by us
     warnings.filterwarnings("ignore")
     sys.unraisablehook = _unraisable

@@ -12,21 +12,27 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from typing import Any
 
 import jax
 from etils import epath
 
 from tinylm.core.distributed import from_main, is_main, speaker
-from tinylm.core.errors import StorageError, UserError
+from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.log import say
 from tinylm.core.paths import check_address
 from tinylm.core.settings import Section, setting
+from tinylm.core.storage import failures
 from tinylm.run import checksums
 
 ITEMS = ("params", "train")
 _COMMIT_SECS = 1800  # after which a save is given up: where one process can't write its part, the others wait so long
-_FAILURES = (OSError, ValueError, RuntimeError)  # what Orbax and TensorStore raise for a disk that is full or gone
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return what Orbax and TensorStore raise for a disk or bucket that is full or gone."""
+    return (ValueError, RuntimeError, *failures())
 
 
 @dataclasses.dataclass
@@ -164,15 +170,15 @@ class Checkpoints:
             saved = args.Composite(**{name: args.PyTreeSave(item) for name, item in items.items()})
             self._orbax.save(self._folder / str(step), args=saved)
             self._sealing = self._sealer.submit(self._seal, step, loss)
-        except _FAILURES as error:
+        except _failures() as error:
             self._fail(error)
 
     def _make_room(self, step: int) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._remove(str(step), but_mark=True)  # a damaged one
-        except OSError as error:
-            raise StorageError(error.strerror or str(error)) from error
+        except failures() as error:
+            raise StorageError(one_line(error)) from error
 
     def _seal(self, step: int, loss: float | None) -> None:
         """Wait until a step is written, add its checksums, and remove the steps that it replaces."""
@@ -206,7 +212,7 @@ class Checkpoints:
         try:
             sealing.result()
             self._failure = ""
-        except _FAILURES as error:
+        except _failures() as error:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
@@ -216,11 +222,16 @@ class Checkpoints:
         self._failure = f"a checkpoint could not be written to {os.fspath(self._folder)}: {reason}"
         say(f"warning: {speaker()}{self._failure}; the next save tries again", from_all=True)
 
+    def finish(self, secs: float) -> None:
+        """Wait for a save under way, at most `secs`; say how it failed, where it did."""
+        if self._sealing is not None and not wait_for([self._sealing], secs).not_done:
+            self.check()
+
     def close(self) -> None:
         """Wait for a save under way; raise StorageError where the last one failed."""
         self.check(wait=True)
         self._sealer.shutdown()
-        with contextlib.suppress(*_FAILURES):  # said by now
+        with contextlib.suppress(*_failures()):  # said by now
             self._orbax.close()
         if self._failure:
             raise StorageError(f"{self._failure}; free space there; the same command goes on.")

@@ -15,7 +15,8 @@ from typing import Any
 
 from etils import epath
 
-from tinylm.core.errors import StorageError, UserError
+from tinylm.core import storage
+from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.log import say
 from tinylm.core.paths import check_address
 
@@ -52,7 +53,17 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Say whether a run was started here."""
-        return self.config_file.exists()
+        return storage.reach(self.path, "--workdir", self.config_file.exists)
+
+    def check_bucket(self) -> None:
+        """Raise UserError or StorageError, one line each, where the folder is in a bucket that can't be written."""
+        if storage.in_bucket(self.path):
+            storage.reach(self.path, "--workdir", self._write_and_remove)
+
+    def _write_and_remove(self) -> None:
+        trial = self.path / "trial.tmp"
+        trial.write_text("")
+        trial.unlink()
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -133,11 +144,13 @@ class RunFolder:
         self._refuse_links()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"--workdir={self.path} cannot be made: {error.strerror}.") from error
+        except storage.failures() as error:
+            raise StorageError(f"--workdir={self.path} cannot be made: {one_line(error)}.") from error
 
     def _refuse_links(self) -> None:
         """Raise UserError for a link out of the folder: a run from elsewhere reads and writes itself alone."""
+        if storage.in_bucket(self.path):
+            return  # which knows no links
         home = os.path.realpath(self.path)
         for folder in (self.path, self.tokenizer):
             for path in folder.iterdir() if folder.is_dir() else ():
@@ -154,9 +167,12 @@ class RunFolder:
         """Read config.json; raise UserError where there is no run, or what the readers name is amiss."""
         self._refuse_links()
         try:
-            record = json.loads(self.config_file.read_bytes())
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(f"--workdir={self.path} holds no run (no config.json); train one there first.") from error
+            content = storage.reach(self.path, "--workdir", self._config_content)
+            if content is None:
+                raise UserError(f"--workdir={self.path} holds no run (no config.json); train one there first.")
+            record = json.loads(content)
+        except UserError:
+            raise
         except OSError as error:
             raise StorageError(f"{self.config_file} cannot be read: {error.strerror}.") from error
         except (ValueError, RecursionError) as error:
@@ -177,14 +193,20 @@ class RunFolder:
                     return record
         raise UserError(f"{self.config_file} lacks what a run's has; restore it or use another workdir.")
 
+    def _config_content(self) -> bytes | None:
+        try:
+            return self.config_file.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
     def write(self, path: epath.Path, text: str) -> None:
         """Replace a small file in one step."""
         temporary = path.parent / (path.name + ".tmp")
         try:
             temporary.write_text(text)
             temporary.replace(path)
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error.strerror}.") from error
+        except storage.failures() as error:
+            raise StorageError(f"{path} cannot be written: {one_line(error)}.") from error
 
     def append(self, path: epath.Path, text: str, now: bool = False) -> None:
         """Add text to the end of a log; the first time, cut off the torn line that an earlier process may have left.
@@ -193,7 +215,7 @@ class RunFolder:
         written anew, so it takes what came in BUCKET_SECS at once, unless it has to be written `now`.
         """
         self._unwritten[path] = self._unwritten.get(path, "") + text
-        in_bucket = "://" in os.fspath(path)
+        in_bucket = storage.in_bucket(path)
         if in_bucket and not now and time.monotonic() - self._sent.get(path, -math.inf) < BUCKET_SECS:
             return
         self._sent[path] = time.monotonic()
@@ -213,11 +235,11 @@ class RunFolder:
                     file.write(new)
             del self._unwritten[path]
             self._failing.discard(path)
-        except OSError as error:
+        except storage.failures() as error:
             self._mended.pop(path, None)  # a part of it may be there
             if path not in self._failing:
                 self._failing.add(path)
-                say(f"warning: {path} cannot be written: {error.strerror}; its lines are kept until it can.")
+                say(f"warning: {path} cannot be written: {one_line(error)}; its lines are kept until it can.")
 
     def flush(self) -> None:
         """Write what could not be written before; raise StorageError where it still can't."""

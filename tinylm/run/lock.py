@@ -19,6 +19,7 @@ from typing import Any
 from etils import epath
 
 from tinylm.core.errors import UserError
+from tinylm.core.storage import failures
 
 RENEW_SECS = 5.0
 
@@ -49,7 +50,7 @@ class WorkdirLock:
         """Give the folder free."""
         if not self._ended.is_set():
             self._ended.set()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*failures()):
                 self._path.write_text("")
             if self._file is not None:
                 self._file.close()
@@ -77,7 +78,7 @@ class WorkdirLock:
 
     def _read(self) -> dict[str, Any] | None:
         for _ in range(3):  # it may be in the middle of being renewed
-            with contextlib.suppress(OSError, ValueError, RecursionError):
+            with contextlib.suppress(ValueError, RecursionError, *failures()):
                 match json.loads(self._path.read_text()):
                     case {"host": str(), "pid": int(), "id": str(), "since": str()} as there:
                         return there
@@ -86,7 +87,7 @@ class WorkdirLock:
 
     def _write(self) -> None:
         self._renewals += 1
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*failures()):
             self._path.write_text(json.dumps({**self._me, "renewals": self._renewals}))
 
     def _renew(self) -> None:

@@ -4,11 +4,13 @@ Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; runs 
 Drawn without pyplot, whose backend belongs to the notebook that it is used in.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from tinylm.core.log import say
+from tinylm.core.errors import one_line
+from tinylm.core.log import say, say_once
 from tinylm.run.folder import RunFolder
 from tinylm.run.gather import gather
 
@@ -45,11 +47,14 @@ def draw_curves(runs: Sequence[dict[str, Any]], path: Any, names: Sequence[str] 
 
 
 def draw_loss(folder: RunFolder) -> bool:
-    """Draw loss.png into a run's folder; say so where that can't be, and return whether it could."""
+    """Draw loss.png into a run's folder; say so where that can't be, and return whether it could.
+
+    Whatever fails in drawing (the library reads the user's own settings), no run ends for it.
+    """
     try:
         draw_curves([gather(str(folder.path))], folder.plot_file, ["loss"])
-    except OSError as error:
-        say(f"warning: {folder.plot_file} cannot be written: {error.strerror}")
+    except Exception as error:
+        say(f"warning: {folder.plot_file} cannot be written: {one_line(error)}")
         return False
     return True
 
@@ -83,6 +88,25 @@ def new_grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Any, 
 
 
 def save(figure: Any, path: Any) -> None:
-    """Write a figure as a PNG, to a disk or a bucket."""
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=110, format="png")
+    """Write a figure as a PNG, to a disk or a bucket; without LaTeX where that fails."""
+    try:
+        data = _png(figure)
+    except RuntimeError:
+        from matplotlib import rc_context
+        from matplotlib.text import Text
+
+        texts = figure.findobj(Text)
+        if not any(text.get_usetex() for text in texts):
+            raise
+        say_once("matplotlib's setting text.usetex is left out: LaTeX does not work here.")
+        for text in texts:
+            text.set_usetex(False)
+        with rc_context({"text.usetex": False}):
+            data = _png(figure)
+    path.write_bytes(data)
+
+
+def _png(figure: Any) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110, format="png")
+    return data.getvalue()

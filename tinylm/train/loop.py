@@ -17,8 +17,15 @@ from jax.sharding import Mesh
 
 from tinylm.analysis.chips import peak_flops
 from tinylm.analysis.flops import train_flops_per_token
-from tinylm.core.distributed import barrier, is_main
-from tinylm.core.errors import Preempted
+from tinylm.core.distributed import (
+    BARRIER_SECS,
+    LEAVE_SECS,
+    barrier,
+    is_main,
+    lost_peer,
+    note_first_step,
+)
+from tinylm.core.errors import Preempted, one_line
 from tinylm.core.log import say
 from tinylm.core.mesh import owned_rows, place_batch
 from tinylm.core.replicas import make_replica_check
@@ -84,7 +91,11 @@ class Trainer:
         started = time.monotonic()
         with self.lock, contextlib.closing(Watchdog(self.config.train.hang_secs)) as self.watchdog:
             self.stop = stop or StopRequest()
-            return self._train(started)
+            try:
+                return self._train(started)
+            except Exception as error:
+                self._finish_save(error)
+                raise
 
     def _train(self, started: float) -> Outcome:
         config, state = self.config, self._start(self.restore_or_init())
@@ -99,19 +110,21 @@ class Trainer:
                 state = self._save(state)
             if config.sample.every_steps and self.step % config.sample.every_steps == 0 and self.sampled != self.step:
                 self._sample(state.params)
+            # Before the end is looked at: of the last evaluation or samples something may have been left out.
+            if self.stop.reached():
+                break
             if self.step >= config.train.last_step or self._out_of_patience():
                 break
-            if self.stop.reached():
-                self._end(state)
-                raise Preempted(
-                    f"asked to stop; step {self.step} is saved in {self.folder.path}; give the same command."
-                )
-            state = self._dispatch(state)
+            try:
+                state = self._dispatch(state)
+            except Preempted:  # while it waited for data
+                break
             if self.step == config.train.last_step or any(map(self._due, self._cadences())):
                 self._settle()
             if self.bad_batch >= 0:
                 state = self._roll_back()
-        self._end(state)
+        if not self._end(state):
+            raise Preempted(f"asked to stop; step {self.step} is saved in {self.folder.path}; give the same command.")
         reason = "train.stop_step is reached" if self.step < config.train.num_steps else "all steps done"
         if self._out_of_patience():
             reason = f"no better validation loss in {config.eval.patience} evaluations"
@@ -149,13 +162,15 @@ class Trainer:
     def _dispatch(self, state: TrainState) -> TrainState:
         """Send the device steps up to the next at which something is due; settle the dispatch before, done by now."""
         count = min(self.config.train.steps_per_dispatch, self._next_stop() - self.step)
-        with self.account.phase("data"):
+        with self.account.phase("data"), self.stop.interrupts():
             placed = self._place([next(self.batches)[1] for _ in range(count)])
         host_secs = (time.monotonic() - self.settled_at) / count
         if self.stop.nothing_to_save:
             self._compile(state, placed)
         state, metrics = self.train_steps(state, placed, count, self.config.seed)
-        self.stop.nothing_to_save = False
+        if self.stop.nothing_to_save:
+            self.stop.nothing_to_save = False
+            note_first_step()
         self.checkpoints.check()
         self._settle()
         self.pending, self.step = (metrics, count), self.step + count
@@ -199,8 +214,11 @@ class Trainer:
         if c.on_bad_step == "rollback":
             self.bad_batch = record["batch"]
 
-    def _end(self, state: TrainState) -> None:
-        """Write what is not yet written: metrics, the last step, samples, the plot."""
+    def _end(self, state: TrainState) -> bool:
+        """Write what is not yet written: metrics, the last step, samples, the plot.
+
+        Return whether all of it is, False where the run was asked to stop: then there are no samples and no plot.
+        """
         self._settle()
         if self.saved != self.step and self.bad_batch < 0:
             self._save(state)
@@ -208,12 +226,22 @@ class Trainer:
         finished = not self.stop.reached()
         if finished and self.config.sample.max_tokens:
             self._sample(state.params)
+            finished = not self.stop.reached()
         self.progress.close()
         if is_main() and finished and self.config.writers.plot and draw_loss(self.folder):
             self.trackers.put("picture", self.step, str(self.folder.plot_file))
         self._write(self.account.record(self.step))
         self.checkpoints.close()
         self.folder.flush()
+        return finished
+
+    def _finish_save(self, error: Exception) -> None:
+        """Let a save under way end before the program does because of `error`.
+
+        A save that waits for a process which is lost never ends; then the time to leave is all that it gets.
+        """
+        with self.watchdog.patient():
+            self.checkpoints.finish(LEAVE_SECS if lost_peer(error) else BARRIER_SECS)
 
     def _place(self, host: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
         """Stack host batches to [K, A, rows, T], K the same in every dispatch, and put them on the mesh."""
@@ -253,7 +281,7 @@ class Trainer:
         Where the run is asked to stop meanwhile, nothing is noted: it evaluates when it goes on.
         """
         try:
-            with self._aside("eval"):
+            with self._aside("eval"), self.stop.interrupts():
                 found = self.looks.evaluate(state.params, self.stop.check)
         except Preempted:
             return state, False
@@ -274,8 +302,17 @@ class Trainer:
     def _sample(self, params: dict) -> None:
         """Write what the model makes of the fixed prompts into samples.txt."""
         self.sampled = self.step
-        with self._aside("sample"):
-            self.last_samples = self.looks.samples(params)
+        try:
+            with self._aside("sample"), self.stop.interrupts():
+                self.last_samples = self.looks.samples(params)
+        except Preempted:
+            return
+        except Exception as error:
+            # Samples are for people to look at: nothing about them may end the run.
+            if lost_peer(error):
+                raise
+            self.progress.note(f"warning: the samples of step {self.step} are left out: {one_line(error)}")
+            return
         if is_main():
             text = "".join(f"--- step {self.step} ---\n{sample}\n" for sample in self.last_samples)
             self.folder.append(self.folder.samples_file, text)

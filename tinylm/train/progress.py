@@ -53,8 +53,9 @@ class Progress:
         """Show the metrics of a step: on the bar, or as a line every few seconds."""
         valid = "" if valid_loss is None else f", valid {valid_loss:.4f}"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{text}{valid}, {tokens_per_sec:,.0f} tokens/s", refresh=False)
-            self._bar.update(step - self._bar.n)
+            with self._on_terminal():
+                self._bar.set_postfix_str(f"{text}{valid}, {tokens_per_sec:,.0f} tokens/s", refresh=False)
+                self._bar.update(step - self._bar.n)
         elif time.perf_counter() - self._shown > _SECS_BETWEEN_LINES or step >= self._last_step:
             self._shown = time.perf_counter()
             say(f"step {step}/{self._last_step}  {text}  {tokens_per_sec:,.0f} tokens/s")
@@ -63,8 +64,9 @@ class Progress:
         """Show a line that stays."""
         if self._bar is None:
             say(line)
-        elif is_main():
-            self._bar.write(line, file=sys.stderr)
+        else:
+            with self._on_terminal():
+                self._bar.write(line, file=sys.stderr)
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -76,4 +78,13 @@ class Progress:
     def close(self) -> None:
         """End the bar."""
         if self._bar is not None:
-            self._bar.close()
+            with self._on_terminal():
+                self._bar.close()
+
+    @contextlib.contextmanager
+    def _on_terminal(self) -> Iterator[None]:
+        """Do without the bar from here on where its terminal is gone: training goes on."""
+        try:
+            yield
+        except OSError:
+            self._bar = None

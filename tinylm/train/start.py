@@ -38,6 +38,7 @@ def start_run(config: Config, workdir: str) -> Trainer:
     identity setting, and for a workdir in use; this one is the trainer's until the end of its run.
     """
     folder = RunFolder(workdir)
+    from_main(folder.check_bucket)
     config, tokenizer = take_over(config, folder)
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))

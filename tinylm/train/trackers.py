@@ -10,6 +10,7 @@ import json
 import os
 import queue
 import threading
+import time
 import uuid
 from collections.abc import Callable, Generator
 from typing import Any
@@ -24,6 +25,7 @@ from tinylm.core.settings import settings_of
 from tinylm.run.folder import RunFolder
 
 CLOSE_SECS = 60.0
+HURRY_SECS = 5.0  # where the run was asked to stop
 Tracker = Generator[None, Any, None]
 
 
@@ -103,12 +105,19 @@ class Trackers:
                   if isinstance(value, int | float) and name != "step"}  # fmt: skip
         self.put("scalars", record["step"], values)
 
-    def close(self) -> None:
-        """Wait until all is written, for a while."""
+    def close(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        """Wait until all is written, for a while; only HURRY_SECS from when `hurry()` is true."""
         self._queue.put(None)
-        self._thread.join(CLOSE_SECS)
+        start = time.monotonic()
+        end = start + CLOSE_SECS
+        while self._thread.is_alive() and time.monotonic() < end:
+            self._thread.join(0.1)
+            if hurry():
+                end = min(end, time.monotonic() + HURRY_SECS)
+                hurry = bool
         if self._thread.is_alive():
-            say(f"{' and '.join(self._makers)} did not finish within {CLOSE_SECS:.0f} s; metrics.jsonl has all.")
+            waited = time.monotonic() - start
+            say(f"{' and '.join(self._makers)} did not finish within {waited:.0f} s; metrics.jsonl has all.")
 
     def _work(self, folder: RunFolder, settings: dict[str, Any]) -> None:
         live: dict[str, Tracker] = {}
