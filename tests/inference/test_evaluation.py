@@ -63,7 +63,10 @@ def test_exact_match_counts_whole_answers(addition):
     assert ended, "the model ends no answer; take another seed"
     assert exact_match(decoder, params, ended, start_id=start, rows=4) == 1.0
     assert exact_match(decoder, params, wrong, start_id=start, rows=4) == 0.0
-    assert exact_match(decoder, params, ended + wrong, start_id=start, rows=4) == 0.5
+    batches = []
+    settings = {"start_id": start, "rows": 4, "before_batch": lambda: batches.append(1)}
+    assert exact_match(decoder, params, ended + wrong, **settings) == 0.5
+    assert len(batches) == -(-len(ended + wrong) // 4), "a training looks between them whether it is to stop"
 
 
 @pytest.mark.parametrize("pattern", ["= *([0-9]+)", "[0-9]+$", "([0-9]+)"])

@@ -80,16 +80,18 @@ def exact_match(
     start_id: int,
     rows: int,
     is_right: Callable[[np.ndarray, np.ndarray, list[int]], bool] | None = None,
+    before_batch: Callable[[], None] = lambda: None,
 ) -> float:
     """Return the share of (prompt ids, completion ids) that the model answers rightly by greedy decoding.
 
     `rows` prompts are decoded at once, each after `start_id`, with room for the longest completion and its end. An
     answer is right where it is the completion and then the end, or where `is_right(prompt, completion, answer)` says
-    so, as the function that `final_answers` returns does.
+    so, as the function that `final_answers` returns does. `before_batch` is called before each batch of prompts.
     """
     longest = max(len(completion) for _, completion in pairs) + 1
     num_right = 0
     for start in range(0, len(pairs), rows):
+        before_batch()
         part = pairs[start : start + rows]
         filled = [*part, *[part[-1]] * (rows - len(part))]
         prompts = [[start_id, *prompt.tolist()] for prompt, _ in filled]

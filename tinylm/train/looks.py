@@ -56,6 +56,7 @@ class Looks:
             start_id=tokenizer.eot_id,
             rows=c.data.batch_size,
             is_right=final_answers(tokenizer, c.eval.answer_pattern) if c.eval.answer_pattern else None,
+            before_batch=before_batch,
         )
         return {"loss": nats / count, "exact_match": share}
 
