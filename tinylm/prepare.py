@@ -40,19 +40,24 @@ def main() -> None:
 
 def summary(data: Any) -> dict[str, Any]:
     """Return counts over all stores of a run, and where they are."""
-    manifests = [store.manifest for store in data.every_store]
+    from tinylm.data.preparing import SKIPPED
+
+    stores = data.every_store
+    manifests = [store.manifest for store in stores]
     return {
         "tokens": sum(manifest["tokens"] for manifest in manifests),
         "documents": sum(manifest["documents"] for manifest in manifests),
         "skipped": sum(manifest["skipped"]["count"] for manifest in manifests),
         "unknown_tokens": sum(manifest["unknown"] for manifest in manifests),
+        "skipped_lists": [str(store.folder / SKIPPED) for store in stores if store.manifest["skipped"]["count"]],
+        "held_out": [manifest["held_out"] for manifest in manifests if manifest.get("held_out")],
         "vocab_size": data.vocab_size,
         "end_of_text": data.tokenizer.describe_end(),
         "rows": len(data.train),
         "valid_rows": len(data.valid) if data.valid else 0,
         "split_documents": data.split_documents,
         "tokenizer": data.tokenizer.fingerprint,
-        "stores": [str(store.folder) for store in data.every_store],
+        "stores": [str(store.folder) for store in stores],
     }
 
 

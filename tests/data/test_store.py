@@ -236,12 +236,6 @@ def test_a_file_that_grows_while_it_is_prepared_makes_no_store(tmp_path, monkeyp
     assert not finished(tmp_path / "s")
 
 
-def test_a_pipe_is_named_as_what_it_is(tmp_path):
-    os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(UserError, match=r"a\.txt is a pipe or a device.*write its content to a file"):
-        open_data(config_of(tmp_path / "a.txt", tmp_path / "s"), seed=0, progress=False)
-
-
 def ready_config(tmp_path, ids):
     np.array(ids, np.uint16).tofile(tmp_path / "ids.bin")
     config = config_of("", tmp_path / "s")

@@ -5,12 +5,15 @@ writes, so that a terminal or a pipe that takes nothing more stops no training.
 """
 
 import atexit
+import contextlib
 import logging
 import logging.handlers
 import queue
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _logger = logging.getLogger("tinylm")
@@ -57,3 +60,27 @@ def say_once(line: str, _said: set[str] = set()) -> None:  # noqa: B006
     if line not in _said:
         _said.add(line)
         say(line)
+
+
+@contextlib.contextmanager
+def alive(describe: Callable[[], str], after_secs: float = 5.0) -> Iterator[None]:
+    """Say what is going on where it takes longer than `after_secs`, then more and more rarely, but every minute.
+
+    `describe` is called on another thread, so the work inside has to let go of the interpreter now and then.
+    """
+    done = threading.Event()
+    started = time.monotonic()
+
+    def tell() -> None:
+        pause = after_secs
+        while not done.wait(pause):
+            say(f"{describe()} ... {time.monotonic() - started:.0f} s")
+            pause = min(2 * pause, 60.0)
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -3,12 +3,13 @@
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from tinylm.core.errors import UserError
+from tinylm.core.log import alive
 from tinylm.core.settings import nearest
 from tinylm.data.config import MAX_IDS
 from tinylm.data.pieces import in_pieces, pieces
@@ -19,6 +20,10 @@ _ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 _ASCII_WORDS = re.compile(
     r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
 )
+# A run of letters and signs, or of spaces, in which GPT-2's pattern may find a word as long. Each is tried at its first
+# character alone, so a search takes linear time.
+_LONGEST_WORD = 1000
+_LONG_RUNS = re.compile(rf"(?<!\S)\S{{{_LONGEST_WORD + 1},}}|(?<!\s)\s{{{_LONGEST_WORD + 1},}}")
 
 
 class BpeTokenizer(TableTokenizer):
@@ -103,7 +108,9 @@ class BpeTokenizer(TableTokenizer):
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
         )
-        inner.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+        words = (part for text in texts for piece in pieces(text) for part in bounded(piece))
+        with alive(lambda: f"learning data.tokenizer=bpe:{vocab_size} from the text"):
+            inner.train_from_iterator(words, trainer)
         return cls(f"bpe:{vocab_size}", inner.to_str().encode())
 
     def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -130,6 +137,20 @@ def _id_of_token(token: str, vocab: dict[str, int]) -> int:
     if token not in vocab:
         raise UserError(f"data.eot_token={token} isn't a token of the tokenizer's file{nearest(token, vocab)}.")
     return vocab[token]
+
+
+def bounded(text: str) -> Iterator[str]:
+    """Cut words that are longer than any that a language has, for which the library's trainer takes quadratic time.
+
+    SentencePiece's trainer bounds a sentence for the same reason. Only what is learned from is cut: texts are
+    encoded whole, which takes time in proportion to n log n.
+    """
+    start = 0
+    for run in _LONG_RUNS.finditer(text):
+        for cut in range(run.start() + _LONGEST_WORD, run.end(), _LONGEST_WORD):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
 def ids_by(inner: Any, texts: Sequence[str]) -> list[np.ndarray]:

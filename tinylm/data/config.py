@@ -21,6 +21,7 @@ MAX_IDS = 1 << 24  # of a tokenizer
 # Kinds that read files, which may lie anywhere; the rest mean something by what follows the kind.
 _SOURCE_FILES = ("text", "jsonl", "parquet", "tfds", "tokens")
 _TOKENIZER_FILES = ("gpt2", "hf", "sentencepiece", "llama2c")
+_ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
 _WITHOUT_ARGUMENT = ("tales", "addition", "byte", "char", "gpt2")
 _WITH_COUNT = ("tales", "addition", "bpe")
 _PARTS = re.compile(r",\s*(?=[\d.]+\s*\*)")
@@ -43,12 +44,27 @@ class DataConfig(Section, name="data"):
     )
     valid_fraction: float = setting(
         0.1,
-        "share of a source without validation split that is held out, from its end",
+        "share of a source without validation split that is held out",
         least=0,
         below=1,
         aliases=("validation_split_percentage", "val_fraction", "test_size"),
     )
-    separator: str = setting("<|endoftext|>", "text between two documents of one text file (empty: a file is one)")
+    valid_split: str = setting(
+        "tail",
+        "what is held out: tail (the source's end), or random (documents, by a hash of each)",
+        choices=("tail", "random"),
+    )
+    separator: str = setting(
+        "<|endoftext|>",
+        "text between two documents of one text file, with \\n and \\t (empty: a file is one)",
+    )
+    separator_space: str = setting(
+        "drop",
+        "whitespace around a separator: drop (it belongs to the separator), or keep",
+        choices=("drop", "keep"),
+    )
+    line_ends: str = setting("keep", "Windows' line ends in texts: keep, or unix (as \\n)", choices=("keep", "unix"))
+    lowercase: bool = setting(False, "turn texts into lower case", aliases=("do_lower_case",))
     text_field: str = setting(
         "text",
         "field of jsonl, parquet, tfds and hf that holds the text",
@@ -122,6 +138,11 @@ class DataConfig(Section, name="data"):
         """Target tokens of a step, over all devices."""
         return self.batch_size * self.seq_len
 
+    @property
+    def separator_text(self) -> str:
+        """The separator with its escapes read: from a shell, a line break comes as a backslash and an n."""
+        return re.sub(r"\\(.)", lambda found: _ESCAPES.get(found[1], found[0]), self.separator)
+
     def check(self) -> None:
         """Raise UserError for a setting that can't work; read no file."""
         super().check()
@@ -149,6 +170,8 @@ class DataConfig(Section, name="data"):
         kind = split_spec(spec)[0]
         if kind == "tokens" and self.vocab_top_k:
             raise UserError(f"data.vocab_top_k={self.vocab_top_k} can't cut ids that are read in place (tokens:).")
+        if kind == "tokens" and self.valid_split == "random" and not self.valid_source:
+            raise UserError("data.valid_split=random can't sort ids that are read in place (tokens:); use tail.")
         if kind == "tokens" and split_spec(self.tokenizer)[0] in ("char", "bpe"):
             raise UserError(f"data.tokenizer={self.tokenizer} must be the one that made the ids of tokens:.")
         if kind in WITHOUT_PROMPTS and self.loss_on == "answer":

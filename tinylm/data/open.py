@@ -320,6 +320,8 @@ class _Opener:
                 folder, lambda folder: (folder / MANIFEST).exists(), functools.partial(self._fill, source, splits)
             )
             self._tell_unknown(source, read_manifest(folder))
+            if self.progress:
+                preparing.tell_skipped(folder)
         return Store(folder, source.spec, source.files if isinstance(source, TokenSource) else ())
 
     def _tell_unknown(self, source: Source, manifest: dict[str, Any]) -> None:

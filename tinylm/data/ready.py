@@ -11,17 +11,21 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import UserError
-from tinylm.data.preparing import cut_documents, describe_tokenizer, progress_bar
+from tinylm.core.log import say
+from tinylm.data.id_files import open_ids, range_hint
+from tinylm.data.preparing import describe_tokenizer, progress_bar
 from tinylm.data.sources import FileSource
+from tinylm.data.splits import Cut, choose_cut
 from tinylm.data.store import StoreWriter, TokenArray
 from tinylm.data.tokenizers import Tokenizer
 
 _CHUNK_TOKENS = 1 << 22
-_LOOK_TOKENS = 1 << 20
 
 
 class TokenSource(FileSource):
     """Files of ids; it has no documents of text."""
+
+    endings = (".bin",)
 
 
 def prepare_ready(
@@ -40,14 +44,20 @@ def prepare_ready(
         if int(writer.document_ends()[-1:, 0].sum()) < len(array):
             writer.ends.append(np.array([len(array), 0]))
         ends = writer.document_ends()[:, 0]
-        splits_of = _cut(ends, splits, source.config.valid_fraction)
+        splits_of = _cut(ends, splits, source)
         for part in splits_of.values():
             part["bytes"] = _count_bytes(tokenizer, bar, array, *part["tokens"])
     # The manifest doesn't say where the files are, for they may be moved.
     named = [{**shard, "file": pathlib.Path(shard["file"]).name} for shard in shards]
     manifest = {"source": source.spec, "tokens": len(array), "documents": len(ends), "shards": named}
     manifest |= {"tokenizer": describe_tokenizer(tokenizer), "splits": splits_of}
-    writer.finish(manifest | {"skipped": {"count": 0, "examples": []}})
+    held_out = ""
+    if {"train", "valid"} <= splits_of.keys():
+        begin, end = splits_of["valid"]["tokens"]
+        held_out = f"the last {end - begin:,} of {end:,} ids, {(end - begin) / end:.1%} of them"
+        if progress:
+            say(f"held out for validation: {held_out}")
+    writer.finish(manifest | {"skipped": {"count": 0, "examples": []}, "held_out": held_out})
 
 
 def _scan(
@@ -70,36 +80,32 @@ def _scan(
     return shards
 
 
-def open_ids(path: str, vocab_size: int) -> np.memmap:
-    """Map a file of ids in the type that it has."""
-    size = pathlib.Path(path).stat().st_size
-    if not size or size % 2:
-        raise UserError(f"{path} has {size} bytes, which are no ids of 2 or 4 bytes; tokens: reads uint16 or uint32.")
-    halves = np.memmap(path, np.uint16, mode="r")
-    upper = halves[1 : 2 * _LOOK_TOKENS : 2]
-    # Of uint32 ids nearly every upper half is small, though an id out of range may be among them.
-    is_uint32 = size % 4 == 0 and len(upper) > 1 and np.mean(upper <= (vocab_size - 1) >> 16) > 0.5
-    return np.memmap(path, np.uint32, mode="r") if is_uint32 else halves
-
-
 def _check_ids(chunk: np.ndarray, begin: int, array: np.memmap, tokenizer: Tokenizer) -> None:
     if int(chunk.max()) >= tokenizer.vocab_size:
         place = int((chunk >= tokenizer.vocab_size).argmax())
         raise UserError(
-            f"{array.filename} has id {chunk[place]} at byte {(begin + place) * array.itemsize}, but "
+            f"{array.filename} has id {chunk[place]} at byte {(begin + place) * array.itemsize}"
+            f"{range_hint(array, tokenizer.vocab_size)}, but "
             f"data.tokenizer={tokenizer.name} has {tokenizer.vocab_size:,} ids; set the tokenizer that made the file."
         )
 
 
-def _cut(ends: np.ndarray, splits: tuple[str, ...], fraction: float) -> dict[str, Any]:
-    """Return the splits: one, or a tail cut between documents, or inside where there is only one."""
+def _cut(ends: np.ndarray, splits: tuple[str, ...], source: TokenSource) -> dict[str, Any]:
+    """Return the splits: one, or a tail cut between documents, or inside one where these are too large."""
     total = int(ends[-1])
-    if len(splits) == 1 or not fraction:
+    if len(splits) == 1 or not source.config.valid_fraction:
         return {splits[0]: {"documents": [0, len(ends)], "tokens": [0, total]}}
-    documents = cut_documents(ends, fraction) if len(ends) > 1 else 1
-    cut = int(ends[documents - 1]) if len(ends) > 1 else int(total * (1 - fraction))
-    first = {"documents": [0, documents], "tokens": [0, cut]}
-    return {"train": first, "valid": {"documents": [documents, len(ends)], "tokens": [cut, total]}}
+    if len(ends) == 1:
+        cut = Cut(0, 1 - source.config.valid_fraction)
+    else:
+        cut = choose_cut(ends, source, can_cut_inside=True)
+    place = int(ends[cut.document - 1]) if cut.document else 0
+    documents = cut.document
+    if cut.inside:
+        place += int((int(ends[cut.document]) - place) * cut.inside)
+        documents += 1
+    first = {"documents": [0, documents], "tokens": [0, place]}
+    return {"train": first, "valid": {"documents": [documents, len(ends)], "tokens": [place, total]}}
 
 
 def _count_bytes(tokenizer: Tokenizer, bar: Any, array: TokenArray, begin: int, end: int) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 
 from tinylm.core.errors import UserError
 from tinylm.core.optional import optional_module
-from tinylm.data.sources import Document, FileSource, Source, hash_bytes, split_stream
+from tinylm.data.files import split_stream
+from tinylm.data.sources import BYTE_ORDER_MARK, Document, FileSource, Source, hash_bytes
 
 DEFAULT_BELOW = 100
 _HELD_OUT = 10  # one sum in so many is for validation
@@ -39,42 +40,50 @@ class RecordSource(Source):
         if not all(name in record for name in names):
             fields = ", ".join(map(str, record))
             keys = "set data.text_field, or data.prompt_field and data.completion_field, to what they are called"
-            return Document("", problem=f"{where} has the fields {fields}; {keys}")
+            problem = f"{where} has no field {c.text_field}, only {fields or 'none'}"
+            return Document("", problem=problem, remedy=keys)
         values = [self._text(record[name], f"{where} field {name},") for name in names]
-        problem = next((value.problem for value in values if value.problem), "")
-        if not problem and not values[-1].text.strip():
-            problem = f"{where} is an empty document"
-        if problem:
-            return Document("", problem=problem)
+        for value in values:
+            if value.problem:
+                return value
+        if not values[-1].text.strip():
+            return Document("", problem=f"{where} is an empty document")
         return Document(values[-1].text, prompt=values[0].text if len(values) == 2 else "")
 
     def _text(self, value: Any, where: str) -> Document:
         if isinstance(value, bytes):
             try:
-                return Document(value.decode())
+                return Document(value.decode().removeprefix(BYTE_ORDER_MARK))
             except UnicodeDecodeError as error:
                 return Document("", problem=f"{where} is not UTF-8 (byte {error.start} of it)")
         if value is None:
             return Document("", problem=f"{where} is an empty document (null)")
         if not isinstance(value, str):
             kind = type(value).__name__
-            return Document("", problem=f"{where} holds {kind} instead of text; set data.text_field to another")
+            problem = f"{where} holds {kind} instead of text"
+            return Document("", problem=problem, remedy="set data.text_field to another")
         if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
             return Document("", problem=f"{where} holds half of a surrogate pair, which is no Unicode")
-        return Document(value)
+        return Document(value.removeprefix(BYTE_ORDER_MARK))
 
 
 class JsonlSource(RecordSource, FileSource):
     """One JSON object a line; blank lines are nothing."""
 
+    endings = (".jsonl", ".ndjson", ".json")
+
     def read(self, path: str) -> Iterator[Document]:
+        is_first = True
         for number, (offset, line) in enumerate(split_stream(path, b"\n"), 1):
             if line.strip():
+                if is_first:
+                    _refuse_one_value(path, line)
+                    is_first = False
                 yield self._line(line, f"{path}, line {number},", offset)
 
     def _line(self, line: bytes, where: str, offset: int) -> Document:
         try:
-            record = json.loads(line)
+            record = parsed(line)
         except UnicodeDecodeError as error:
             return Document("", problem=f"{where} is not UTF-8 (byte {offset + error.start})")
         except (ValueError, RecursionError) as error:
@@ -84,8 +93,35 @@ class JsonlSource(RecordSource, FileSource):
         return self.document(record, where)
 
 
+def parsed(line: bytes) -> Any:
+    """Return the value of a line of JSON; an integer beyond Python's limit of 4,300 digits becomes a float."""
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        return json.loads(line, parse_int=float)
+
+
+def _refuse_one_value(path: str, first_line: bytes) -> None:
+    """Raise UserError where the first line of a file shows that it is one JSON value, not one object a line."""
+    line = first_line.removeprefix(BYTE_ORDER_MARK.encode()).strip()
+    needed = f"is not one JSON object a line, which jsonl: reads; convert it: jq -c {{}} {path} > lines.jsonl"
+    if line == b"{":
+        raise UserError(f"{path} holds JSON over several lines and {needed.format('.')}.")
+    if line.startswith(b"["):
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):  # the array goes on in the next lines
+            value = [{}]
+        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+            raise UserError(f"{path} holds a JSON array and {needed.format(repr('.[]'))}.")
+
+
 class ParquetSource(RecordSource, FileSource):
     """Rows of parquet files, some thousands at a time."""
+
+    endings = (".parquet", ".parq", ".pq")
 
     def read(self, path: str) -> Iterator[Document]:
         pa, parquet = (optional_module(name, "files") for name in ("pyarrow", "pyarrow.parquet"))
@@ -142,7 +178,7 @@ class HubSource(RecordSource):
     def own_splits(self) -> bool:
         return any(held_out_split(path) for path in self._files)
 
-    def documents(self, split: str) -> Iterator[Document]:
+    def read_split(self, split: str) -> Iterator[Document]:
         names = [held_out_split(path) for path in self._files]
         valid = next((name for name in _VALID_NAMES if name in names), "")
         wanted = valid if split == "valid" else ""
@@ -212,7 +248,7 @@ class TfdsSource(RecordSource):
         folder = self._folder()
         return [str(path) for path in sorted(folder.iterdir())] if folder else []
 
-    def documents(self, split: str) -> Iterator[Document]:
+    def read_split(self, split: str) -> Iterator[Document]:
         name = self._valid_split() if split == "valid" else "train"
         known = list(self._builder.info.splits)
         if name not in known:
@@ -230,9 +266,9 @@ class AdditionSource(Source):
         return int(self.argument or DEFAULT_BELOW)
 
     def identity(self) -> Any:
-        return [self._below(), _HELD_OUT]
+        return [super().identity(), self._below(), _HELD_OUT]
 
-    def documents(self, split: str) -> Iterator[Document]:
+    def read_split(self, split: str) -> Iterator[Document]:
         for a in range(self._below()):
             for b in range(self._below()):
                 prompt = f"{a}+{b}="

@@ -1,39 +1,41 @@
 """Where text comes from: each source gives documents one by one, and says what content it stands for.
 
 A source is read as a stream, so it may be larger than memory. What it can't read as text it gives as a document with
-a `problem` that names file and offset; the policy `data.on_bad_text` decides what becomes of it. The token store is
-keyed by `identity` and by the content of `content_files`, wherever these lie.
+a `problem` that names file and offset; the policy `data.on_bad_text` decides what becomes of it. Whole files of another
+kind are an error under either policy. The token store is keyed by `identity` and by the content of `content_files`,
+wherever these lie. `data.lowercase` and `data.line_ends` hold for every source, and are applied here.
 """
 
 import dataclasses
 import functools
-import glob
-import gzip
 import hashlib
 import itertools
 import os
 import pathlib
-import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from tinylm.core.errors import UserError
-from tinylm.core.optional import optional_module
-from tinylm.data import tales
+from tinylm.data import files, tales
 from tinylm.data.config import DataConfig, split_spec
 
-_CHUNK_BYTES = 1 << 20
 DEFAULT_TALES, VALID_TALES = 20_000, 1_000
 _HELD_TALES = 100_000
+ASCII_SPACE = " \t\n\v\f\r"
+BYTE_ORDER_MARK = "\ufeff"
 
 
 class Document(NamedTuple):
-    """A text, with the part before it that carries no loss, its log p in nats where known, or what is wrong with it."""
+    """A text, with the part before it that carries no loss and its log p in nats where known; or what is wrong with it.
+
+    A `problem` of the config, such as a wrong name of a field, has a `remedy` other than to skip the document.
+    """
 
     text: str
     prompt: str = ""
     log_prob: float | None = None
     problem: str = ""
+    remedy: str = ""
 
 
 @dataclasses.dataclass
@@ -43,6 +45,7 @@ class Source:
     spec: str
     config: DataConfig
     key: str = "data.source"
+    _has_windows_line_ends: bool = dataclasses.field(default=False, init=False)
 
     @property
     def setting(self) -> str:
@@ -61,7 +64,7 @@ class Source:
 
     def identity(self) -> Any:
         """Return plain values that, with the content of the files, decide the documents."""
-        return None
+        return [self.config.lowercase, self.config.line_ends]
 
     @property
     def content_files(self) -> list[str]:
@@ -69,8 +72,34 @@ class Source:
         return []
 
     def documents(self, split: str) -> Iterator[Document]:
-        """Yield the documents of "train" or "valid", or of "all" where there are no own splits."""
+        """Yield the documents of "train" or "valid", or of "all" where there are no own splits, normalised."""
+        for document in self.read_split(split):
+            text = self._normalised(document.text)
+            prompt = self._normalised(document.prompt)
+            if text == document.text and prompt == document.prompt:
+                yield document
+            else:
+                # The log p is that of the text as it was; another one may become the same text.
+                yield Document(text, prompt=prompt)
+
+    def _normalised(self, text: str) -> str:
+        """Return `text` in the letters and line ends that the config asks for."""
+        if "\r" in text:
+            if self.config.line_ends == "unix":
+                text = text.replace("\r\n", "\n").replace("\r", "\n")
+            elif "\r\n" in text:
+                self._has_windows_line_ends = True
+        return text.lower() if self.config.lowercase else text
+
+    def read_split(self, split: str) -> Iterator[Document]:
+        """Yield the documents of a split as they are in the source."""
         raise NotImplementedError
+
+    def remarks(self) -> list[str]:
+        """Return what a user should know of the documents that were read so far."""
+        if self._has_windows_line_ends:
+            return [r"it has Windows' line ends (\r\n), which are kept; data.line_ends=unix makes them \n"]
+        return []
 
     def total_bytes(self) -> int | None:
         """Return about how many bytes of text there are, where that is known beforehand."""
@@ -83,9 +112,10 @@ class TalesSource(Source):
     own_splits = True
 
     def identity(self) -> Any:
-        return [self._count("train"), VALID_TALES, hash_bytes(pathlib.Path(tales.__file__).read_bytes())]
+        grammar = hash_bytes(pathlib.Path(tales.__file__).read_bytes())
+        return [super().identity(), self._count("train"), VALID_TALES, grammar]
 
-    def documents(self, split: str) -> Iterator[Document]:
+    def read_split(self, split: str) -> Iterator[Document]:
         if self._count("train") <= _HELD_TALES:
             return iter(self._held[split])
         return (Document(text, log_prob=p) for text, p in tales.tales(split, self._count(split)))
@@ -110,28 +140,29 @@ class TalesSource(Source):
 class FileSource(Source):
     """What `text:`, `jsonl:`, `parquet:` and `tokens:` share: files of a glob, read in the order of their names."""
 
+    endings: ClassVar[tuple[str, ...]] = ()
+
     @functools.cached_property
     def files(self) -> list[str]:
-        """The files of the glob, sorted; raise UserError where there are none or one can't be read."""
-        pattern = os.path.expanduser(self.argument)
-        found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)  # a name may hold [ ]
-        paths = sorted(path for path in found if not os.path.isdir(path))
+        """The files of a glob or folder, sorted; raise UserError where there are none or one can't be read."""
+        paths = files.find(self.argument, self.endings)
         if not paths:
-            raise UserError(f"{self.setting} matches no file; set {self.key} to a file or glob that exists.")
+            raise UserError(f"{self.setting} matches no file; set {self.key} to a file, folder or glob that exists.")
         for path in paths:
             if not os.access(path, os.R_OK):
-                raise UserError(f"{path} can't be read by this user; change its permissions, or mend the link.")
-        return [os.path.abspath(path) for path in paths]
+                raise UserError(f"{path} can't be read by this user; change its permissions, or correct the link.")
+        return [files.rereadable(path) for path in paths]
 
     @property
     def content_files(self) -> list[str]:
         return self.files
 
     def total_bytes(self) -> int | None:
-        compressed = any(path.endswith((".gz", ".zst", ".parquet")) for path in self.files)
-        return None if compressed else sum(os.path.getsize(path) for path in self.files)
+        if any(path.endswith(".parquet") or files.compression(path) for path in self.files):
+            return None
+        return sum(os.path.getsize(path) for path in self.files)
 
-    def documents(self, split: str) -> Iterator[Document]:
+    def read_split(self, split: str) -> Iterator[Document]:
         for path in self.files:
             yield from self.read(path)
 
@@ -140,23 +171,54 @@ class FileSource(Source):
         raise NotImplementedError
 
 
+@dataclasses.dataclass
 class TextSource(FileSource):
     """Plain text, cut at `data.separator` where a file has it; what follows the last one may be blank.
 
-    A document is held in memory whole: so is a file in which there is no separator.
+    Whitespace around the separator belongs to it, unless `data.separator_space=keep`: TinyStories has a
+    line break on either side. So does that at the ends of a file that is cut; and where the separator is
+    itself whitespace (a blank line between paragraphs), any number of them is one. A document is held in
+    memory whole: so is a file in which there is no separator.
     """
 
+    endings = (".txt", ".text")
+    _is_ever_cut: bool = dataclasses.field(default=False, init=False)
+
+    @functools.cached_property
+    def _separator(self) -> str:
+        return self.config.separator_text
+
     def identity(self) -> Any:
-        return [self.config.separator, super().identity()]
+        return [self._separator, self.config.separator_space, super().identity()]
 
     def read(self, path: str) -> Iterator[Document]:
-        blocks = split_stream(path, self.config.separator.encode())
+        any_line_end = self.config.line_ends == "unix"
+        blocks = files.split_stream(path, self._separator.encode(), any_line_end=any_line_end)
         offset, block = next(blocks)
         for next_offset, next_block in blocks:
-            yield decode(block, f"{path} at byte {offset}", offset)
+            self._is_ever_cut = True
+            yield from self._documents_of(block, path, offset, is_cut=True)
             offset, block = next_offset, next_block
         if offset == 0 or block.strip():
-            yield decode(block, f"{path} at byte {offset}", offset)
+            yield from self._documents_of(block, path, offset, is_cut=offset > 0)
+
+    def _documents_of(self, block: bytes, path: str, offset: int, is_cut: bool) -> Iterator[Document]:
+        """Yield the document of a stretch of a file; none for a stretch between two separators of whitespace."""
+        strips = is_cut and self.config.separator_space == "drop"
+        if strips and not self._separator.strip() and not block.strip():
+            return
+        yield decode(block, f"{path} at byte {offset}", offset, strips)
+
+    def remarks(self) -> list[str]:
+        remarks = super().remarks()
+        if self._separator and not self._is_ever_cut:
+            count = len(self.files)
+            whole = "its file is one document" if count == 1 else f"each of its {count:,} files is one document"
+            hint = ""
+            if "\n" in self._separator and self._has_windows_line_ends:
+                hint = " (a separator with \\n matches Windows' line ends only with data.line_ends=unix)"
+            remarks.insert(0, f"data.separator={self._separator!r} does not occur in it: {whole}{hint}")
+        return remarks
 
 
 def hash_bytes(content: bytes) -> str:
@@ -164,65 +226,20 @@ def hash_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
 
-def read_chunks(path: str) -> Iterator[bytes]:
-    """Yield the content of a file, plain, .gz or .zst, in chunks; raise UserError where its compression is broken."""
-    read = 0
+def decode(block: bytes, where: str, offset: int = 0, strips: bool = False) -> Document:
+    """Return a document, or what is wrong with it: no UTF-8, binary, nothing in it.
+
+    A byte order mark at its begin is no part of the text, nor is whitespace at its ends where `strips` says so. Only
+    ASCII's whitespace is: a Chinese paragraph begins with wide spaces that are its own.
+    """
     try:
-        for chunk in _zst_chunks(path) if path.endswith(".zst") else _plain_chunks(path):
-            read += len(chunk)
-            yield chunk
-    except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{path} can't be read after byte {read} of its content: {error}.") from error
-
-
-def _plain_chunks(path: str) -> Iterator[bytes]:
-    with gzip.open(path, "rb") if path.endswith(".gz") else pathlib.Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            yield chunk
-
-
-def _zst_chunks(path: str) -> Iterator[bytes]:
-    """Yield what one or more frames hold; a frame that is cut short is an EOFError, which the library's files miss."""
-    zstandard = optional_module("zstandard", "files")
-
-    decoder: Any = None
-    left = b""
-    with pathlib.Path(path).open("rb") as file:
-        while raw := left or file.read(_CHUNK_BYTES):
-            decoder, left = decoder or zstandard.ZstdDecompressor().decompressobj(), b""
-            try:
-                yield decoder.decompress(raw)
-            except zstandard.ZstdError as error:
-                raise EOFError(str(error)) from error
-            if decoder.eof:
-                decoder, left = None, decoder.unused_data
-    if decoder is not None:
-        raise EOFError("it ends in the middle of a frame")
-
-
-def split_stream(path: str, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, block) of the stretches between separators; always at least one."""
-    held, offset = bytearray(), 0
-    for chunk in read_chunks(path):
-        search_from = max(0, len(held) - len(separator) + 1)
-        held += chunk
-        start = 0
-        while separator and (end := held.find(separator, search_from)) >= 0:
-            yield offset, bytes(held[start:end])
-            offset += end + len(separator) - start
-            start = search_from = end + len(separator)
-        del held[:start]
-    yield offset, bytes(held)
-
-
-def decode(block: bytes, where: str, offset: int = 0) -> Document:
-    """Return a document, or what is wrong with it: no UTF-8, binary, nothing in it."""
-    try:
-        text = block.decode()
+        text = block.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         return Document("", problem=f"{where} is not UTF-8 (byte {offset + error.start})")
     if "\0" in text:
         return Document("", problem=f"{where} holds a zero byte (byte {offset + block.index(0)}): it is no text")
+    if strips:
+        text = text.strip(ASCII_SPACE)
     return Document(text) if text.strip() else Document("", problem=f"{where} is an empty document")
 
 

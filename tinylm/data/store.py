@@ -123,10 +123,14 @@ class StoreWriter:
         """Return the tokens and bytes up to the end of each document so far: [documents, 2]."""
         return self.ends.so_far().reshape(-1, 2)
 
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Close the files and write the manifest."""
+    def close(self) -> None:
+        """Close the files."""
         for writer in (self.tokens, self.ends, self.masks):
             writer.close()
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Close the files and write the manifest."""
+        self.close()
         manifest = {
             "format": FORMAT,
             "dtype": self.tokens.dtype.name,
