@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -96,20 +95,15 @@ def test_stop_and_go_on_on_another_mesh(whole, tmp_path):
 
 
 def test_two_processes_give_what_one_gives(whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            command(tmp_path / "run", "--cpu_devices=2", "--config.mesh.model=2", "--config.train.stop_step=20",
-                    f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"),
-            cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    """By the launcher for one machine, which gives each process its number and the address of the first."""
+    flags = [*SMALL, "--config.mesh.model=2", "--config.train.stop_step=20", f"--workdir={tmp_path}/run"]
+    done = subprocess.run(
+        [sys.executable, "launch/local.py", "--processes=2", "--devices=2", "--restarts=0", "--", *flags],
+        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     ours, theirs = lines(tmp_path / "run"), lines(whole[0])
+    assert sorted(ours) == list(range(1, 21))
     for step in range(1, 21):
         assert ours[step] == pytest.approx(theirs[step], rel=1e-5)
 

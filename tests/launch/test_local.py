@@ -30,6 +30,7 @@ def verdict():
     return module.verdict
 
 
+@pytest.mark.slow  # tests/test_runs.py has a real job, too, of two processes of two devices
 def test_two_processes_of_four_devices_train_as_one_of_eight(tmp_path):
     for processes, devices in (2, 4), (1, 8):
         done = launch(f"--processes={processes}", f"--devices={devices}", "--restarts=0", "--", *SMALL, *FEW_STEPS,

@@ -39,7 +39,7 @@ def test_a_chunked_loss_is_the_plain_one_and_never_has_all_logits():
     assert sizes[1] < sizes[0] / 2
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("mesh", [(2, 2), pytest.param((1, 1), marks=pytest.mark.slow)])
 def test_chunks_train_alike_on_a_mesh(mesh):
     batches = [random_batch(i, micro=2) for i in range(3)]
     losses = [
