@@ -115,11 +115,15 @@ class RunFolder:
                 "checkpoint.dir as it was."
             )
         if directory:
-            try:
+
+            def claim() -> None:
                 here.mkdir(parents=True, exist_ok=True)
                 (here / _OWNER).write_text(os.fspath(self.path) + "\n")
+
+            try:
+                storage.reach(here, "checkpoint.dir", claim)
             except OSError as error:
-                raise StorageError(f"checkpoint.dir={directory} can't be written: {error.strerror}.") from error
+                raise StorageError(f"checkpoint.dir={directory} can't be written: {one_line(error)}.") from error
         return os.fspath(here)
 
     def _check_owned(self, folder: epath.Path) -> None:
