@@ -31,10 +31,19 @@ def test_losses_that_are_no_numbers_prove_nothing(monkeypatch):
     assert not proofs.prove_mesh(load_config("tales", overrides())).holds
 
 
+def test_gradient_norms_that_differ_are_told(monkeypatch):
+    # As where a sum over eight devices is taken for a mean: the loss is right, the gradient eight-fold.
+    def one_step(config, mesh, batch):
+        return 1.0, 8.0 if mesh.fsdp else 1.0, [np.zeros(1)]
+
+    monkeypatch.setattr(proofs, "_one_step", one_step)
+    assert not proofs.prove_mesh(load_config("tales", overrides())).holds
+
+
 def test_a_proof_must_be_named():
     done = run_command("tinylm.prove", *SMALLER)
     assert done.returncode == 2
-    assert done.stderr == "error: say first what to prove: mesh, resume, hosts.\n"
+    assert done.stderr == "error: say first what to prove: compiler, mesh, resume, hosts.\n"
 
 
 @pytest.mark.slow
