@@ -15,7 +15,7 @@ import subprocess
 import pytest
 from helpers import ROOT
 
-from tinylm import cli
+from tinylm import cli, config
 from tinylm.config import load_config
 
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "BUILD.md", ROOT / "CONTRIBUTING.md"]
@@ -36,7 +36,9 @@ def tool_commands():
 
 def known_flags(module):
     """Return the flags that a command defines or shares."""
-    text = (ROOT / (module.replace(".", "/") + ".py")).read_text() + pathlib.Path(cli.__file__).read_text()
+    own = ROOT / (module.replace(".", "/") + ".py")
+    shared = (pathlib.Path(cli.__file__), pathlib.Path(config.__file__))
+    text = "".join(path.read_text() for path in (own, *shared))
     return {*re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text), "help"}
 
 

@@ -4,12 +4,15 @@ import pathlib
 import sys
 
 import pytest
+from absl import flags
 from helpers import ROOT, run_command
 
-from tinylm.config import load_config
+from tinylm.config import Config, define_config, load_config, parse_flags, prepare_arguments
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
 from tinylm.core.optional import optional_module
+from tinylm.core.settings import to_dict
+from tinylm.run.folder import RunFolder
 
 MISTAKES = {
     "store in a bucket": (["data.store_dir=gs://b/x"], "data.store_dir=gs://b/x must be a file or folder on a disk"),
@@ -38,6 +41,32 @@ MISTAKES = {
     "below 0": (["model.norm_epsilon=-1"], "model.norm_epsilon=-1.0 must be at least 0"),
     "too long": (["train.num_steps=3000000000"], "train.num_steps=3000000000 must be at least 1 and below 2^31"),
     "schedule": (["optimizer.schedule=cosin"], "must be one of cosine"),
+    "nearest choice": (["optimizer.schedule=cosin"], "wsd; did you mean 'cosine'?"),
+    "one tap": (["model.conv_taps=1"], "model.conv_taps=1 must be at least 2, or 0"),
+    "epsilon": (["optimizer.epsilon=0"], "optimizer.epsilon=0.0 must be at least 1e-30"),
+    "tiny epsilon": (["optimizer.epsilon=1e-50"], "optimizer.epsilon=1e-50 must be at least 1e-30"),
+    "decay that float32 rounds to 1": (["optimizer.beta1=0.99999999999"], "must be at least 0 and at most 0.999999"),
+    "nearly all dropped": (["model.dropout=0.9999999"], "model.dropout=0.9999999 must be at least 0 and at most 0.99"),
+    "soft limit that float32 rounds to 0": (["model.logit_softcap=1e-50"], "must be at least 1e-06, or 0"),
+    "no rotation": (["model.rotary_fraction=0.01"], "must be even and at least 2"),
+    "cudnn in float32": (["model.attention=cudnn"], "model.attention=cudnn needs model.compute_dtype=bfloat16 (here f"),
+    "cudnn with large heads": (
+        ["model.attention=cudnn", "model.compute_dtype=bfloat16", "model.embed_dim=1024"],
+        "model.attention=cudnn needs a head size of at most 128 that 8 divides (model.head_dim, here 256)",
+    ),
+    "cudnn with dropout": (
+        ["model.attention=cudnn", "model.compute_dtype=bfloat16", "model.dropout=0.1"],
+        "model.attention=cudnn needs model.dropout=0 (here 0.1); or set model.attention=auto",
+    ),
+    "splash on short rows": (
+        ["model.attention=splash"],
+        "model.attention=splash needs a data.seq_len that 128 divides",
+    ),
+    "splash with local heads": (
+        ["model.attention=splash", "data.seq_len=128", "model.local_heads=2", "model.attention_window=8"],
+        "model.attention=splash needs model.local_heads=0 (here 2)",
+    ),
+    "another program's name": (["block_size=64"], "--config.block_size is not a setting; did you mean 'data.seq_len'?"),
 }
 
 
@@ -66,15 +95,52 @@ def test_a_config_of_several_sizes_names_them(name):
 
 
 def test_a_missing_config_names_those_that_ship():
-    with pytest.raises(UserError, match=r"no file, nor one that ships .*tales.*did you mean 'tales'"):
+    with pytest.raises(UserError, match=r"not a file, nor one that ships .*tales.*did you mean 'tales'"):
         load_config("talse")
 
 
 def test_a_config_that_fails_is_one_line(tmp_path):
     path = tmp_path / "broken.py"
     path.write_text("def get_config():\n    return 1 / 0\n")
-    with pytest.raises(UserError, match=r"the config file fails: .*division by zero"):
+    with pytest.raises(UserError, match=rf"the config file fails: .*division by zero \({path}:2\)"):
         load_config(str(path))
+
+
+BODIES = {
+    "return {'data': 1}": r"^get_config\(\) must return a tinylm.config.Config, not dict",
+    "import ml_collections; return ml_collections.ConfigDict()": "must return a tinylm.config.Config, not ConfigDict",
+    "pass": r"not NoneType \(is its return statement missing\?\)",
+    "c.train.max_steps = 5; return c": "own.py:4: train.max_steps is not a setting; did you mean 'train.num_steps'",
+    "c.evla.patience = 5; return c": r"evla is not a setting; did you mean 'eval'\? \(.*own.py:4\)",
+    "return tinylm.config.TrainConfig(max_iters=5)": "own.py:4: train.max_iters is not a setting; did you mean",
+    "return open('nowhere')": r"the config file fails: FileNotFoundError: .*nowhere.* \(.*own.py:4\)",
+    "return 1 + 'a'": r"the config file fails: TypeError: .* \(.*own.py:4\)",
+    "return (": r"the config file fails: SyntaxError: .* \(.*own.py:4\)",
+}
+
+
+@pytest.mark.parametrize("overrides", [[], ["train.num_steps=3", "sample.prompts=a"]])
+@pytest.mark.parametrize("body", BODIES)
+def test_a_config_file_that_returns_no_config_is_one_line(tmp_path, body, overrides):
+    path = tmp_path / "own.py"
+    path.write_text(f"import tinylm.config\nc = tinylm.config.Config()\ndef get_config():\n    {body}\n")
+    with pytest.raises(UserError, match=BODIES[body]) as caught:
+        load_config(str(path), overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_file_without_get_config_says_so(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("config = 3\n")
+    with pytest.raises(UserError, match=r"own.py: it must define get_config\(\)"):
+        load_config(str(path))
+
+
+def test_the_config_of_a_run_is_a_config(tmp_path):
+    config = load_config("tales", ["model.embed_dim=64"]).resolve(1024)
+    RunFolder(str(tmp_path)).write_config({"config": to_dict(config), "versions": {"mesh": {}}})
+    again = load_config(f"{tmp_path}/config.json", ["data.batch_size=8"])
+    assert (again.model, again.data.batch_size) == (config.model, 8)
 
 
 def test_a_tuple_and_a_bool_can_be_overridden():
@@ -106,10 +172,11 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     [
         (["--config=tales", "--config.model.embed_dim=wide"], "embed_dim=wide"),
         (["--config=talse"], "did you mean 'tales'"),
-        (["--config=tales", "--wrokdir=x"], "wrokdir"),
+        (["--config=tales", "--wrokdir=x"], "--wrokdir is not a flag of this command; did you mean '--workdir'?"),
+        (["--config=tales", "--n_layer=3", "--wrokdir=x"], "; did you mean '--config.model.num_layers'?"),
         (["--config=tales", "--cpu_devices=2", "--config.mesh.data=4"], "larger than the 2 devices"),
         (["--config=tales", "--cpu_devices=-1"], "--cpu_devices=-1"),
-        ([], "--config is required"),
+        ([], "holds no run to go on with; give --config for a new one"),
     ],
 )
 def test_the_command_exits_with_2_and_one_line(arguments, wanted, tmp_path):
@@ -121,6 +188,38 @@ def test_the_command_exits_with_2_and_one_line(arguments, wanted, tmp_path):
     assert done.stderr.strip().count("\n") == 0
     assert done.stdout == ""
     assert not (pathlib.Path(tmp_path) / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("unknown", "defined", "wanted"),
+    [
+        ("--start=a", "prompt", "--start is not a flag of this command; did you mean '--prompt'?"),
+        ("--max_new_tokens=9", "max_tokens", "did you mean '--max_tokens'?"),
+        ("--out_dir=x", "workdir", "did you mean '--workdir'?"),
+        ("--tempreature=1", "temperature", "did you mean '--temperature'?"),
+        ("--block_size=9", "", "did you mean '--config.data.seq_len'?"),
+        ("--learning_rate=9", "", "did you mean '--config.optimizer.learning_rate'?"),
+    ],
+)
+def test_a_flag_of_another_program_leads_to_ours(unknown, defined, wanted):
+    values = flags.FlagValues()
+    if defined:
+        flags.DEFINE_string(defined, None, "", flag_values=values)
+    else:
+        define_config(values, ["tool"])
+    with pytest.raises(UserError) as caught:
+        parse_flags(values, ["tool", unknown])
+    assert wanted in str(caught.value)
+
+
+def test_a_workdir_alone_gives_the_config_of_its_run(tmp_path):
+    RunFolder(str(tmp_path)).write_config({"config": to_dict(Config().resolve(257)), "versions": {"mesh": {}}})
+    file = f"--config={tmp_path}/config.json"
+    for given in ([f"--workdir={tmp_path}"], ["--workdir", str(tmp_path)]):
+        assert prepare_arguments(["main", *given], resumes=True) == ["main", file, *given]
+    longer = "--config.train.stop_step=9"
+    assert prepare_arguments(["main", longer, *given], resumes=True) == ["main", file, longer, *given]
+    assert prepare_arguments(["main", "--config=tales", *given], resumes=True)[1].endswith("tales.py")
 
 
 def test_help_names_every_flag():

@@ -48,8 +48,11 @@ def test_a_run_leaves_what_it_promises(whole):
     assert config["model"]["vocab_size"] == 257
 
 
-@pytest.mark.parametrize("saved", [10, pytest.param(30, marks=pytest.mark.slow)])
-def test_kill_and_resume_is_bitwise_equal(whole, tmp_path, saved):
+@pytest.mark.parametrize(
+    ("saved", "flags"),
+    [pytest.param(10, [], id="the workdir alone"), pytest.param(30, SMALL, id="the same", marks=pytest.mark.slow)],
+)
+def test_kill_and_resume_is_bitwise_equal(whole, tmp_path, saved, flags):
     workdir = tmp_path / "killed"
     process = subprocess.Popen(command(workdir), cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
     while not finished(workdir, saved):
@@ -57,7 +60,7 @@ def test_kill_and_resume_is_bitwise_equal(whole, tmp_path, saved):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = train(workdir)
+    done = run_command("tinylm.main", *flags, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert f"resuming from step {saved}" in done.stderr
     assert lines(workdir) == lines(whole[0])

@@ -37,9 +37,7 @@ _SHARED = ["cpu_devices", "coordinator", "num_processes", "process_id", "start_s
 
 def define_config() -> None:
     """Add --config and its overrides."""
-    from ml_collections import config_flags
-
-    config_flags.DEFINE_config_file("config", None, "a config file, or the name of one that ships; --config.KEY=VALUE")
+    config_lib.define_config(FLAGS)
     _SHARED.append("config")
 
 
@@ -92,17 +90,18 @@ def define_json() -> None:
     _SHARED.append("json")
 
 
-def run(main: Callable[[], None], doc: str | None, joins_cluster: bool = False) -> None:
+def run(main: Callable[[], None], doc: str | None, joins_cluster: bool = False, resumes: bool = False) -> None:
     """Parse flags, start JAX, call `main`, and exit with the code that tells how it went.
 
     A command that `joins_cluster` takes part in the job that its cluster describes; others do where --coordinator says
-    so, for a tool that is called in a shell of a cluster's node is alone there.
+    so, for a tool that is called in a shell of a cluster's node is alone there. With `resumes`, --workdir alone stands
+    for the config of the run that is there.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where its encoding lacks a character of a text
     faulthandler.enable()  # what kills the process, as a file of weights that shrinks while it is mapped, is said where
     try:
-        _parse(doc or "")
+        _parse(doc or "", resumes)
         distributed.start(
             cpu_devices=FLAGS.cpu_devices,
             coordinator=FLAGS.coordinator,
@@ -164,11 +163,11 @@ def _facts() -> dict[str, Any]:
     return {**config, **{f"--{name}": value for name, value in given.items()}, **distributed.code_versions()}
 
 
-def _parse(doc: str) -> None:
+def _parse(doc: str, resumes: bool) -> None:
     if any(argument in ("--help", "-help", "-h", "--helpfull", "--helpshort") for argument in sys.argv[1:]):
         print(f"{doc.strip()}\n\nFlags:\n{_help()}")
         sys.exit(0)
-    sys.argv[:] = config_lib.prepare_arguments(sys.argv)
+    sys.argv[:] = config_lib.prepare_arguments(sys.argv, resumes)
     rest = config_lib.parse_flags(FLAGS, sys.argv)
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags begin with -- (see --help).")

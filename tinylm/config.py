@@ -1,22 +1,27 @@
 """The config of a run as users meet it: files that return one, overrides on the command line, resolved numbers.
 
-A config is a Python file whose `get_config()` returns a `Config`; ml_collections' config_flags turns
-`--config.model.embed_dim=256` into an override. Everything a config file needs is imported from here.
+A config is a Python file whose `get_config()` returns a `Config`, or the config.json of a run;
+ml_collections' config_flags turns `--config.model.embed_dim=256` into an override. Everything a config file
+needs is imported from here.
 """
 
+import ast
+import importlib.util
 import pathlib
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig
-from tinylm.core.settings import nearest, nearest_setting, settings_of
+from tinylm.core.settings import from_dict, meant_setting, nearest, nearest_setting, settings_of
 from tinylm.data.config import DataConfig
 from tinylm.inference.config import EvalConfig, SampleConfig
 from tinylm.model.config import ModelConfig
 from tinylm.run.checkpoint import CheckpointConfig
+from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config, OptimizerConfig, TrainConfig, WritersConfig
 
 __all__ = [
@@ -30,10 +35,29 @@ __all__ = [
     "SampleConfig",
     "TrainConfig",
     "WritersConfig",
+    "define_config",
     "find_config",
     "load_config",
     "shipped_configs",
 ]
+
+# The config of a run, which the run writes into its folder.
+RUN_CONFIG = "/config.json"
+
+# What other programs call a flag of ours; names of settings lead to these by themselves.
+FLAG_ALIASES = {
+    "start": "prompt",
+    "max_new_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "num_return_sequences": "num_samples",
+    "out_dir": "workdir",
+    "output_dir": "workdir",
+    "base_output_directory": "workdir",
+    "logdir": "workdir",
+    "checkpoint": "step",
+    "eval_iters": "max_batches",
+    "limit": "max_batches",
+}
 
 
 def shipped_configs() -> pathlib.Path:
@@ -45,6 +69,8 @@ def shipped_configs() -> pathlib.Path:
 
 def find_config(name: str) -> str:
     """Return the path of a config file given by path or by the bare name of one that ships; else raise UserError."""
+    if name.endswith(RUN_CONFIG):
+        return name
     path, _, argument = name.partition(":")
     suffix = f":{argument}" if argument else ""
     if pathlib.Path(path).is_file():
@@ -53,12 +79,16 @@ def find_config(name: str) -> str:
     if shipped.is_file() and pathlib.Path(path).parent.name in ("", "configs"):
         return f"{shipped}{suffix}"
     names = sorted(file.stem for file in shipped_configs().glob("*.py") if file.stem != "__init__")
-    raise UserError(f"--config={name} is no file, nor one that ships ({', '.join(names)}){nearest(path, names)}.")
+    hint = nearest(path, names) or "."
+    raise UserError(f"--config={name} is not a file, nor one that ships ({', '.join(names)}){hint}")
 
 
-def prepare_arguments(argv: Sequence[str]) -> list[str]:
-    """Return `argv` with --config as a path, its overrides behind it; raise UserError for keys that don't exist."""
-    known = [key for key, _, _ in settings_of(Config())]
+def prepare_arguments(argv: Sequence[str], resumes: bool = False) -> list[str]:
+    """Return `argv` with --config as a path, its overrides behind it; raise UserError for keys that don't exist.
+
+    With `resumes`, a command that is given --workdir alone takes the config of the run that is there.
+    """
+    known = {key: field.type for key, field, _ in settings_of(Config())}
     rest, chosen, overrides = [], [], []
     arguments = iter(argv)
     for argument in arguments:
@@ -66,51 +96,149 @@ def prepare_arguments(argv: Sequence[str]) -> list[str]:
         if not argument.startswith("-") or name.split(".")[0] != "config":
             rest.append(argument)
             continue
+        key = name.removeprefix("config.")
         if not equals:
-            value = next(arguments, "")
+            # As with any other flag of absl, --config.mesh.fsdp alone means true.
+            value = "true" if known.get(key) is bool else next(arguments, "")
         if name == "config":
             chosen = [f"--config={find_config(value)}"]
         else:
-            _check_key(name.removeprefix("config."), known)
+            if key not in known:
+                raise UserError(f"--config.{key} is not a setting{nearest_setting(key) or '.'}")
+            if known[key] == tuple[str, ...] and not _is_text_literal(value):
+                value = repr(value)
             overrides.append(f"--{name}={value}")
+    if resumes and not chosen:
+        chosen = _config_of_workdir(rest)
     if overrides and not chosen:
         raise UserError(f"{overrides[0]} needs --config=FILE as well.")
     return [rest[0], *chosen, *overrides, *rest[1:]] if rest else [*chosen, *overrides]
 
 
-def _check_key(key: str, known: Iterable[str]) -> None:
-    if key not in known:
-        raise UserError(f"--config.{key} is not a setting{nearest_setting(key) or '.'}")
+def _config_of_workdir(arguments: Sequence[str]) -> list[str]:
+    """Return --config with the config of the run in --workdir, or nothing where none is named."""
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "workdir":
+            workdir = value if equals else "".join(arguments[place + 1 : place + 2])
+            folder = RunFolder(workdir)
+            if not folder.exists():
+                raise UserError(f"--workdir={workdir} holds no run to go on with; give --config for a new one.")
+            return [f"--config={folder.path}{RUN_CONFIG}"]
+    return []
+
+
+def _is_text_literal(value: str) -> bool:
+    """Say whether a value is written as Python writes a text or several; if not, it is a text as it stands."""
+    try:
+        return isinstance(ast.literal_eval(value), str | tuple | list)
+    except (ValueError, SyntaxError):
+        return False
+
+
+class _ConfigFiles(flags.ArgumentParser):
+    """What absl makes of the value of --config: the `Config` that the file returns."""
+
+    def parse(self, argument: str) -> Config:
+        """Read a config file."""
+        return read_config_file(argument)
+
+    def flag_type(self) -> str:
+        """Return how absl names the type."""
+        return "config file"
+
+
+def define_config(values: flags.FlagValues, argv: Sequence[str] | None = None) -> Any:
+    """Define --config and its overrides among the flags of `values`; `argv` is where overrides are looked for.
+
+    config_flags makes a flag of each override; reading the file itself is ours, so that what is wrong in it is said
+    in one line.
+    """
+    from ml_collections import config_flags
+
+    help_line = "a config file, the name of one that ships, or a run's config.json; --config.KEY=VALUE overrides"
+    holder = config_flags.DEFINE_config_file("config", None, help_line, flag_values=values, sys_argv=argv)
+    values["config"].parser = _ConfigFiles()
+    return holder
+
+
+def read_config_file(name: str) -> Config:
+    """Return what `get_config()` of a Python file returns, or the config of a run; raise UserError where it fails."""
+    if name.endswith(RUN_CONFIG):
+        record = RunFolder(name.removesuffix(RUN_CONFIG)).read_config()
+        return from_dict(Config, record["config"])
+    path, _, argument = name.partition(":")
+    spec = importlib.util.spec_from_file_location("tinylm_config_file", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path} must be a Python file (.py), or a run's config.json.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError("it must define get_config(), which returns a tinylm.config.Config")
+        found = module.get_config(argument) if argument else module.get_config()
+    except Exception as error:  # whatever the user's own file raises
+        raise UserError(_failure(error, path)) from error
+    return checked_type(found)
+
+
+def _failure(error: Exception, path: str) -> str:
+    """Return the line about an error that a config file raised, with the place in the file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == path]
+    where = f"{path}:{own[-1].lineno}" if own else path
+    if isinstance(error, SyntaxError):
+        where = f"{error.filename}:{error.lineno}"
+    if isinstance(error, UserError):
+        return f"{where}: {error}"
+    lines = str(error).strip().splitlines()
+    last = lines[-1] if lines else ""
+    return f"the config file fails: {type(error).__name__}: {last} ({where})"
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """Return the checked config of a file or shipped name with overrides like "model.embed_dim=256"."""
-    from ml_collections import config_flags
-
     argv = prepare_arguments(["tinylm", f"--config={name}", *[f"--config.{line}" for line in overrides]])
     values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    holder = define_config(values, argv)
     parse_flags(values, argv)
     return checked(holder.value)
 
 
 def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
-    """Parse, with one line for what absl or the config file itself refuses; return what is left of `argv`."""
+    """Parse, with one line for what absl or the config refuses; return what is left of `argv`."""
     try:
         return values(list(argv))
+    except flags.UnrecognizedFlagError as error:
+        name = error.flagname
+        raise UserError(f"--{name} is not a flag of this command{_flag_meant(name, values) or '.'}") from error
     except flags.Error as error:
+        # absl wraps what a parser raises.
+        if isinstance(error.__context__, UserError):
+            raise error.__context__ from None
         raise UserError(" ".join(str(error).split())) from error
-    except Exception as error:  # whatever the user's own file raises
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        last = str(error).strip().splitlines()[-1] if str(error).strip() else ""
-        raise UserError(
-            f"the config file fails: {type(error).__name__}: {last} ({where.filename}:{where.lineno})"
-        ) from error
+
+
+def _flag_meant(name: str, values: flags.FlagValues) -> str:
+    """Return "; did you mean --X?" for the flag or setting that an unknown flag means, or nothing."""
+    alias = FLAG_ALIASES.get(name, "")
+    if alias in values:
+        return f"; did you mean '--{alias}'?"
+    setting = meant_setting(name)
+    if setting and "config" in values:
+        return f"; did you mean '--config.{setting}'?"
+    return nearest(f"--{name}", [f"--{flag}" for flag in values])
+
+
+def checked_type(config: Any) -> Config:
+    """Return `config` if it is a Config; raise UserError for another type."""
+    if not isinstance(config, Config):
+        hint = " (is its return statement missing?)" if config is None else ""
+        raise UserError(f"get_config() must return a tinylm.config.Config, not {type(config).__name__}{hint}.")
+    return config
 
 
 def checked(config: Config) -> Config:
     """Return `config` after its checks; raise UserError for what is wrong in it."""
-    if not isinstance(config, Config):
-        raise UserError(f"get_config() must return a tinylm.config.Config, not {type(config).__name__}.")
-    config.check()
+    checked_type(config).check()
     return config

@@ -68,6 +68,10 @@ def score_text(run: Any) -> dict[str, Any]:
         micro_batches=config.train.accumulation_steps,
         max_batches=FLAGS.max_batches,
     )
+    if not tokens and FLAGS.max_batches:
+        raise UserError(f"the first {FLAGS.max_batches} batches hold no target token; set --max_batches higher, or 0.")
+    if not tokens:
+        raise UserError("nothing that is scored is a target token; check --source, data.valid_source and data.loss_on.")
     loss = nats / tokens
     bytes_per_token = data.valid_bytes_per_token(FLAGS.max_batches * config.data.batch_size)
     result: dict[str, Any] = {

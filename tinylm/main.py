@@ -2,6 +2,7 @@
 
 python -m tinylm.main --config=configs/tales.py --workdir=runs/tales
 python -m tinylm.main --config=tales --config.model.embed_dim=256 --cpu_devices=8 --config.mesh.model=2
+python -m tinylm.main --workdir=runs/tales
 """
 
 import pathlib
@@ -21,7 +22,8 @@ def main() -> None:
 
     stop = StopRequest()
     config = cli.config(takes_over=False)
-    name = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0]).stem
+    file = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
+    name = file.parent.name if file.suffix == ".json" else file.stem
     workdir = FLAGS.workdir or f"runs/{name}"
     from tinylm.train.start import start_run
     from tinylm.train.summary import closing, opening
@@ -39,4 +41,4 @@ def main() -> None:
 if __name__ == "__main__":
     cli.define_config()
     cli.define_workdir(required=False)
-    cli.run(main, __doc__, joins_cluster=True)
+    cli.run(main, __doc__, joins_cluster=True, resumes=True)

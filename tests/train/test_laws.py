@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import random_batch, tiny_model, train
 from jax.sharding import AbstractMesh, AxisType
@@ -139,3 +140,42 @@ def test_clipping_limits_the_update():
     _, _, clipped = train(MeshConfig(data=1), tiny_model(), BATCHES[:1], clip_norm=norms[0] / 4, **settings)
     far, near = (np.abs(state.params["embedding"] - start).max() for state in (free, clipped))
     np.testing.assert_allclose(near, far / 4, rtol=0.05)
+
+
+def is_schedule(node):
+    return isinstance(node, optax.ScaleByScheduleState)
+
+
+def without_schedules(opt_state):
+    return jax.tree.map(lambda node: () if is_schedule(node) else node, opt_state, is_leaf=is_schedule)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_with_nothing_to_learn_learns_nothing(name):
+    """A batch without target tokens leaves all but the step and the schedule as they were, and then all goes on."""
+    first, last = random_batch(0), random_batch(1)
+    empty = {**random_batch(2), "weights": np.zeros_like(first["weights"])}
+    settings = {"name": name, "weight_decay": 0.5}
+    mesh, model = MeshConfig(data=1), tiny_model(num_layers=1)
+    _, _, before = train(mesh, model, [first], **settings)
+    losses, norms, after = train(mesh, model, [first, empty], **settings)
+    assert np.isnan(losses[1])
+    assert norms[1] == 0
+    assert (after.step, after.guard["skipped"], after.guard["bad_in_row"]) == (2, 0, 0)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    counts = [int(node.count) for node in jax.tree.leaves(after.opt_state, is_leaf=is_schedule) if is_schedule(node)]
+    assert set(counts) == {2}, "the schedule goes on"
+    jax.tree.map(np.testing.assert_array_equal, without_schedules(after.opt_state), without_schedules(before.opt_state))
+    losses, _, _ = train(mesh, model, [first, empty, last], **settings)
+    assert np.isfinite(losses[2])
+
+
+def test_a_micro_batch_with_nothing_to_learn_adds_nothing():
+    batch = random_batch(0, micro=2)
+    batch["weights"][1] = 0
+    alone = {key: value[:1] for key, value in batch.items()}
+    model = tiny_model(num_layers=1)
+    with_empty = train(MeshConfig(data=1), model, [batch])
+    without = train(MeshConfig(data=1), model, [alone])
+    assert with_empty[0] == without[0]
+    jax.tree.map(np.testing.assert_array_equal, with_empty[2].params, without[2].params)

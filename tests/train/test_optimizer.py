@@ -69,3 +69,24 @@ def test_parameters_and_flops_are_counted_by_formula():
     assert forward_flops_per_token(config, 16) == flops
     mixed = tiny_model(attention_window=(4,), local_heads=1)  # which sees 3.625 keys on average
     assert forward_flops_per_token(mixed, 16) == flops - 2 * 4 * 8 * (8.5 - 3.625)
+
+
+def test_what_muon_leaves_over_is_moved_by_nesterov_adam_without_decay():
+    """By hand (Dozat 2016): a first gradient g moves a scale by (b1 m + (1 - b1) g / (1 - b1)) / sqrt(v)."""
+    axes = {"kernel": ("embed", "mlp"), "scale": ("embed",)}
+    params = {name: jnp.ones([8] * len(names)) for name, names in axes.items()}
+    config = OptimizerConfig(name="muon", learning_rate=0.01, beta1=0.9, beta2=0.95, clip_norm=0.0, weight_decay=0.5)
+    optimizer = make_optimizer(config, 10, axes)
+    gradient = jax.tree.map(lambda p: p * jnp.linspace(-1, 1, 8), params)
+    moved, _ = optimizer.update(gradient, optimizer.init(params), params)
+    momentum = 0.9 * 0.1 / (1 - 0.9**2) + 0.1 / (1 - 0.9)
+    expected = -0.01 * momentum * np.sign(np.linspace(-1, 1, 8))
+    np.testing.assert_allclose(moved["scale"], expected, rtol=1e-4)
+    assert momentum == pytest.approx(1.4737, abs=1e-4)
+
+
+@pytest.mark.parametrize("key", ["name", "schedule"])
+def test_an_optimizer_or_schedule_that_is_not_here_is_refused(key):
+    config = OptimizerConfig(**{key: "lion"})
+    with pytest.raises(ValueError, match=f"optimizer.{key}='lion' has no"):
+        make_optimizer(config, 10, {"kernel": ("embed", "mlp")})

@@ -1,12 +1,15 @@
 """Starts that meet in one workdir: one alone trains there, and the others leave its files as they are."""
 
+import json
 import os
 import shutil
 
 import pytest
+from helpers import lines, state_digest
 
-from tinylm.config import load_config
+from tinylm.config import Config, ModelConfig, load_config
 from tinylm.core.errors import StorageError, UserError
+from tinylm.core.settings import to_dict
 from tinylm.run.folder import RunFolder
 from tinylm.run.lock import WorkdirLock
 from tinylm.run.open_run import open_run
@@ -133,6 +136,89 @@ def test_answers_that_could_not_be_counted_are_refused_before_anything_is_writte
     assert not (tmp_path / "run").exists()
 
 
+# The other value of each counts as true where the default counts as false, or the other way.
+OTHERS = [
+    ("qk_norm", True), ("dropout", 0.2), ("z_loss", 1e-4), ("parallel_residual", True), ("conv_taps", 2),
+    ("bias", True), ("attention_softcap", 5.0), ("tie_embeddings", False), ("embed_scale", 0.0),
+    ("attention_window", (4,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), OTHERS)
+def test_a_run_goes_on_with_no_other_model_in_either_direction(tmp_path, name, value):
+    plain, other = Config(), Config(model=ModelConfig(**{name: value}))
+    for first, then in ((other, plain), (plain, other)):
+        folder = RunFolder(str(tmp_path))
+        folder.write_config({"config": to_dict(first.resolve(257)), "versions": {"mesh": {}}})
+        for config in (then, then.resolve(257)):
+            with pytest.raises(UserError, match=rf"holds another run, which differs in model.{name} \(there"):
+                start.check_same_config(config, folder)
+        start.check_same_config(first, folder)
+
+
+def test_sizes_that_are_left_open_are_compared_as_they_resolve(tmp_path):
+    folder = RunFolder(str(tmp_path))
+    config = load_config("tales", [*SMALL, "model.mlp_dim=48", "model.vocab_size=300"]).resolve(257)
+    folder.write_config({"config": to_dict(config), "versions": {"mesh": {}}})
+    with pytest.raises(UserError, match=r"differs in model.mlp_dim \(there 48, here 64\)"):
+        start.check_same_config(load_config("tales", [*SMALL, "model.vocab_size=300"]), folder)
+    with pytest.raises(UserError, match=r"differs in model.vocab_size \(there 300, here 257\)"):
+        start.check_same_config(load_config("tales", [*SMALL, "model.mlp_dim=48"]).resolve(257), folder)
+
+
+def test_checkpoints_without_their_config_are_left_alone(tmp_path):
+    begin(tmp_path).run()
+    (tmp_path / "config.json").unlink()
+    there = content(tmp_path)
+    with pytest.raises(UserError, match=r"holds checkpoints but no config.json.*restore config.json"):
+        begin(tmp_path, "model.embed_dim=32")
+    assert content(tmp_path) == there
+
+
+def test_a_run_is_made_longer_where_its_steps_would_have_been_the_same(tmp_path):
+    constant = ["optimizer.schedule=constant", "train.log_every_steps=1"]
+    begin(tmp_path / "whole", *constant, "train.num_steps=5").run()
+    begin(tmp_path / "longer", *constant, "train.num_steps=3").run()
+    begin(tmp_path / "longer", *constant, "train.num_steps=5").run()
+    assert lines(tmp_path / "longer") == lines(tmp_path / "whole")
+    assert state_digest(tmp_path / "longer", 5) == state_digest(tmp_path / "whole", 5)
+    with pytest.raises(UserError, match=r"train.num_steps=5 \(here 4\)"):
+        begin(tmp_path / "longer", *constant, "train.num_steps=4")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "saved", "there", "here", "fits"),
+    [
+        ("constant", 100, 100, 200, True),
+        ("constant", 60, 100, 60, True),
+        ("constant", 60, 100, 59, False),
+        ("constant", 0, 100, 200, True),
+        ("wsd", 80, 100, 200, True),
+        ("wsd", 90, 100, 200, False),
+        ("wsd", 100, 100, 200, False),
+        ("wsd", 60, 100, 70, False),
+        ("wsd", 0, 100, 200, False),
+        ("cosine", 100, 100, 200, False),
+        ("cosine", 0, 100, 200, False),
+        ("linear", 50, 100, 200, False),
+    ],
+)
+def test_another_length_fits_where_no_rate_of_the_steps_taken_changes(tmp_path, schedule, saved, there, here, fits):
+    rates = [f"optimizer.schedule={schedule}", "optimizer.warmup_steps=3", "train.num_steps=100"]
+    config = load_config("tales", [*SMALL, *rates])
+    folder = RunFolder(str(tmp_path))
+    if saved:
+        (tmp_path / "checkpoints" / str(saved)).mkdir(parents=True)
+    config.train.num_steps = there
+    folder.write_config({"config": to_dict(config.resolve(257)), "versions": {"mesh": {}}})
+    config.train.num_steps = here
+    if fits:
+        start.check_same_config(config, folder)
+    else:
+        with pytest.raises(UserError, match=rf"train.num_steps={there} \(here {here}\).*train.init_from={tmp_path}"):
+            start.check_same_config(config, folder)
+
+
 @pytest.mark.parametrize("fails", ["check_same_stores", "store_digests", "make_blueprint", "Trainer"])
 def test_a_start_that_fails_gives_the_workdir_free(tmp_path, monkeypatch, fails):
     begin(tmp_path).lock.close()
@@ -140,3 +226,43 @@ def test_a_start_that_fails_gives_the_workdir_free(tmp_path, monkeypatch, fails)
         patched.setattr(start, fails, lambda *_: (_ for _ in ()).throw(StorageError("it fails")))
         begin(tmp_path)
     WorkdirLock(RunFolder(str(tmp_path)).path).release()
+
+
+def test_patience_without_a_validation_split_is_refused_before_training(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once there was a fox. It slept.\n" * 50)
+    settings = [f"data.source=text:{text}", "data.valid_fraction=0", "eval.every_steps=1", "eval.patience=2"]
+    with pytest.raises(UserError, match=r"eval.patience=2 needs a validation split"):
+        begin(tmp_path / "run", *settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_outlives_batches_without_any_answer(tmp_path):
+    """Long prompts and short answers: most windows of 16 tokens hold nothing to learn, nor to evaluate."""
+    pairs = tmp_path / "pairs.jsonl"
+    records = [{"prompt": "ab" * 150, "completion": "c"} for _ in range(60)]
+    pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
+    trainer = begin(
+        tmp_path / "run", f"data.source=jsonl:{pairs}", "data.packing=stream", "data.loss_on=answer",
+        "data.batch_size=2", "train.num_steps=30", "train.log_every_steps=1", "eval.every_steps=30",
+        "eval.max_batches=1", "checkpoint.every_steps=0",
+    )  # fmt: skip
+    outcome = trainer.run()
+    losses = lines(tmp_path / "run")
+    missing = [step for step, loss in losses.items() if loss is None]
+    assert outcome.step == 30
+    assert 0 < len(missing) < 30
+    assert all(loss > 0 for step, loss in losses.items() if step not in missing)
+
+
+def test_an_evaluation_without_any_target_is_no_end_of_a_run(tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    records = [{"prompt": "ab" * 150, "completion": "c"} for _ in range(60)]
+    pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
+    trainer = begin(
+        tmp_path / "run", f"data.source=jsonl:{pairs}", "data.packing=single", "data.loss_on=answer",
+        "eval.every_steps=1", "eval.max_batches=1", "eval.patience=1",
+    )  # fmt: skip
+    outcome = trainer.run()
+    assert (outcome.step, outcome.valid_loss) == (2, None)
+    assert lines(tmp_path / "run", "valid") == {}

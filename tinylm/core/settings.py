@@ -140,6 +140,13 @@ class Section:
             )
         object.__setattr__(self, name, _converted(key, value, _fields(type(self))[name].type))
 
+    if not typing.TYPE_CHECKING:  # a type checker would take any name for a setting
+
+        def __getattr__(self, name: str) -> Any:
+            """Name the nearest setting where one that doesn't exist is read."""
+            hint = "" if name.startswith("_") else nearest_setting(_key(type(self), name))
+            raise AttributeError(f"{_key(type(self), name)} is not a setting{hint or '.'}")
+
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"{_key(type(self), name)} can't be deleted.")
 
@@ -237,30 +244,38 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_setting(key: str) -> str:
-    """Return "; did you mean X?" for the setting that a wrong key such as `train.max_iters` means, or nothing.
+    """Return "; did you mean X?" for the setting that a wrong key such as `train.max_iters` means, or nothing."""
+    meant = meant_setting(key)
+    if meant:
+        return f"; did you mean {meant!r}?"
+    return nearest(key, [*_all_keys(), *(section.section_name for section in _all_sections())])
 
-    A name that another program uses leads to ours, whatever section it was given; then the nearest spelling counts.
-    """
-    by_alias: dict[str, str] = {}
-    known = []
-    for section in _all_sections():
-        for name, field in _fields(section).items():
-            if not dataclasses.is_dataclass(field.type):
-                known.append(_key(section, name))
-                by_alias |= dict.fromkeys(field.metadata["aliases"], _key(section, name))
+
+def meant_setting(key: str) -> str:
+    """Return the setting that another program calls so, or that stands in another section; "" where there is none."""
     section_name, _, name = key.rpartition(".")
-    if name in by_alias:
-        return f"; did you mean {by_alias[name]!r}?"
-    # A right name in a wrong section.
-    elsewhere = [other for other in known if other.rpartition(".")[2] == name]
-    if elsewhere and section_name:
-        return nearest(key, elsewhere) or f"; did you mean {elsewhere[0]!r}?"
+    elsewhere = [known for known in _all_keys() if known.rpartition(".")[2] == name]
     if elsewhere:
-        return f"; did you mean {elsewhere[0]!r}?"
-    return nearest(key, known)
+        close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.0)
+        return close[0] if section_name else elsewhere[0]
+    for section in _all_sections():
+        for own_name, field in _fields(section).items():
+            if name in field.metadata.get("aliases", ()):
+                return _key(section, own_name)
+    return ""
 
 
-def _all_sections() -> list[type]:
+def _all_keys() -> list[str]:
+    """Return the dotted keys of all settings."""
+    return [
+        _key(section, name)
+        for section in _all_sections()
+        for name, field in _fields(section).items()
+        if not dataclasses.is_dataclass(field.type)
+    ]
+
+
+def _all_sections() -> list[type[Section]]:
     """Return the types of all sections, that of the whole config too."""
     return [cls for cls in Section.__subclasses__() if dataclasses.is_dataclass(cls)]
 

@@ -223,7 +223,7 @@ def _may_move(spec: str, other: str) -> bool:
 def _check_spec(key: str, spec: str, known: tuple[str, ...]) -> None:
     kind, argument = split_spec(spec)
     if kind not in known:
-        raise UserError(f"{key}={spec} must begin with one of {', '.join(known)}{nearest(kind, known)}.")
+        raise UserError(f"{key}={spec} must begin with one of {', '.join(known)}{nearest(kind, known) or '.'}")
     if not argument and kind not in _WITHOUT_ARGUMENT:
         raise UserError(f"{key}={spec} must say more after the kind, like {kind}:{'512' if kind == 'bpe' else 'PATH'}.")
     if argument and kind in ("byte", "char"):

@@ -249,8 +249,12 @@ class ModelConfig(Section, name="model"):
         if self.local_heads > self.num_heads:
             raise UserError(f"model.local_heads={self.local_heads} must be at most model.num_heads={self.num_heads}.")
         head_dim = self.head_dim or self.embed_dim // self.num_heads
-        if self.position == "rotary" and int(head_dim * self.rotary_fraction) % 2:
-            raise UserError(f"the rotating part of a head ({head_dim} x model.rotary_fraction) must be even.")
+        rotating = int(head_dim * self.rotary_fraction)
+        if self.position == "rotary" and (rotating % 2 or not rotating):
+            raise UserError(
+                f"the rotating part of a head, {rotating} of {head_dim} by model.rotary_fraction="
+                f"{self.rotary_fraction}, must be even and at least 2."
+            )
 
     def _check_kernel(self) -> None:
         """Raise UserError for an attention kernel that could not compute this model's attention."""

@@ -412,6 +412,7 @@ def abstract_transformer(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict[
       axes: the logical axes of each parameter by its path ("blocks/mlp/up/kernel"). Those of the
         stacked blocks begin with `layers`.
     """
+    assert config.is_resolved, f"sizes of the model are still open; use what resolve() returned, not {config}"
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
     graph, state = nnx.split(model, nnx.Param)
     axes = {}

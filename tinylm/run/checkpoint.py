@@ -67,6 +67,12 @@ class CheckpointConfig(Section, name="checkpoint"):
         check_address("checkpoint.dir", self.dir)
 
 
+def finished_steps(folder: epath.Path) -> list[int]:
+    """Return the steps in a run's folder of checkpoints that were finished, in order."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return sorted(int(name) for name in names if name.isdecimal() and f"{name}.unfinished" not in names)
+
+
 class Checkpoints:
     """The checkpoints of a run."""
 
@@ -90,9 +96,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Return the steps that were finished, in order; not those that were found damaged."""
-        names = {path.name for path in self._folder.iterdir()} if self._folder.exists() else set()
-        finished = {int(name) for name in names if name.isdecimal() and f"{name}.unfinished" not in names}
-        return sorted(finished - self._damaged)
+        return [step for step in finished_steps(self._folder) if step not in self._damaged]
 
     def losses(self) -> dict[int, float]:
         """Return the validation loss of each step that has a finite one."""

@@ -27,7 +27,7 @@ class OptimizerConfig(Section, name="optimizer"):
 
     name: str = setting(
         "adamw",
-        "adamw, or muon (for matrices; adamw for the rest)",
+        "adamw, or muon (for the matrices of the blocks; Adam with Nesterov momentum for the rest)",
         choices=("adamw", "muon"),
         aliases=("optim", "opt_type", "optimizer_type", "optimizer"),
     )
@@ -238,6 +238,11 @@ class Config(Section):
         if self.model.context and self.model.context < self.data.seq_len:
             raise UserError(
                 f"data.seq_len={self.data.seq_len} must be at most model.context={self.model.context}; change one."
+            )
+        if self.model.attention == "cudnn" and self.data.packing == "packed" and self.data.seq_len % 2:
+            raise UserError(
+                f"model.attention=cudnn needs an even data.seq_len with data.packing=packed (here "
+                f"{self.data.seq_len}); or set model.attention=auto."
             )
         if self.model.attention == "splash" and self.data.seq_len % 128:
             raise UserError(

@@ -28,19 +28,34 @@ def new_guard() -> Guard:
     return zeros | {name: jnp.asarray(value, jnp.float32) for name, value in sums.items()}
 
 
-def judge(guard: Guard, loss: jax.Array, grad_norm: jax.Array, sigmas: float, forgive: bool) -> tuple[jax.Array, Guard]:
-    """Return whether a step is bad, and the guard after it; `forgive` lets a good step end a row of bad ones."""
-    bad = ~jnp.isfinite(loss + grad_norm)
+def judge(
+    guard: Guard, loss: jax.Array, grad_norm: jax.Array, empty: jax.Array | bool, sigmas: float, forgive: bool
+) -> tuple[jax.Array, Guard]:
+    """Return whether a step is bad, and the guard after it.
+
+    Args:
+        guard: The guard before the step.
+        loss: The loss of the step, in nats per target token.
+        grad_norm: The norm of its gradient.
+        empty: Whether the step has no target token. It is neither good nor bad, and the guard stays as it is.
+        sigmas: How many standard deviations above its mean a loss is a spike; 0: none is.
+        forgive: Whether a good step ends a row of bad ones.
+    """
+    bad = ~jnp.isfinite(loss + grad_norm) & ~jnp.asarray(empty)
     after = {} if not forgive else {"bad_in_row": jnp.zeros_like(guard["seen"])}
     if sigmas:
         mean, variance, seen = guard["loss_mean"], guard["loss_variance"], guard["seen"]
-        bad |= (seen >= _LEAST_SEEN) & (loss > mean + sigmas * jnp.sqrt(variance))
+        bad |= (seen >= _LEAST_SEEN) & (loss > mean + sigmas * jnp.sqrt(variance)) & ~jnp.asarray(empty)
         rate = jnp.maximum(1 / (seen + 1), _SLOWEST)
         after["loss_mean"] = mean + rate * (loss - mean)
         after["loss_variance"] = (1 - rate) * (variance + rate * (loss - mean) ** 2)
         after["seen"] = seen + 1
     spoiled = {"skipped": guard["skipped"] + 1, "bad_in_row": guard["bad_in_row"] + 1}
-    return bad, {name: jnp.where(bad, spoiled.get(name, old), after.get(name, old)) for name, old in guard.items()}
+    new = {}
+    for name, old in guard.items():
+        unless_bad = jnp.where(empty, old, after.get(name, old))
+        new[name] = jnp.where(bad, spoiled.get(name, old), unless_bad)
+    return bad, new
 
 
 def on_host(guard: Guard) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Looks:
     def evaluate(self, params: dict, before_batch: Callable[[], None]) -> dict[str, float]:
         """Return `loss` over the validation split, nats per target token, and the share of exact answers if asked for.
 
+        There is no `loss` where the batches hold no target token.
         `before_batch` is called before each batch, by every process equally often.
         """
 
@@ -46,8 +47,9 @@ class Looks:
             micro_batches=c.train.accumulation_steps,
             max_batches=c.eval.max_batches,
         )
+        found = {"loss": nats / count} if count else {}
         if not self.pairs:
-            return {"loss": nats / count}
+            return found
         tokenizer = self.data.tokenizer
         share = exact_match(
             self.decoder,
@@ -58,7 +60,7 @@ class Looks:
             is_right=final_answers(tokenizer, c.eval.answer_pattern) if c.eval.answer_pattern else None,
             before_batch=before_batch,
         )
-        return {"loss": nats / count, "exact_match": share}
+        return {**found, "exact_match": share}
 
     def samples(self, params: dict) -> list[str]:
         """Return each prompt with what the model makes of it."""

@@ -7,6 +7,7 @@ settles what it knows before anything that depends on it. What must not repeat a
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,7 +27,7 @@ from tinylm.core.distributed import (
     note_first_step,
 )
 from tinylm.core.errors import Preempted, one_line
-from tinylm.core.log import say
+from tinylm.core.log import say, say_once
 from tinylm.core.mesh import owned_rows, place_batch
 from tinylm.core.replicas import make_replica_check
 from tinylm.core.stop import StopRequest
@@ -195,7 +196,10 @@ class Trainer:
                 self._note_bad_step(step)
             elif self.bad_batch < 0:
                 self.settled += 1
-                if self.config.train.on_bad_step != "rollback":
+                is_empty = math.isnan(step["loss"])
+                if is_empty:
+                    say_once("warning: a batch has no target token, so its step learns nothing; see data.loss_on.")
+                elif self.config.train.on_bad_step != "rollback":
                     self.guard["bad_in_row"] = 0
                 if self._due(self.config.train.log_every_steps, self.settled):
                     self._log(self.settled, step)
@@ -267,13 +271,16 @@ class Trainer:
         return *self._cadences(), self.config.train.log_every_steps, self.config.train.last_step
 
     def _log(self, step: int, values: dict[str, float]) -> None:
-        """Write the metrics of a step."""
-        self.train_loss = values["loss"]
+        """Write the metrics of a step; the loss of one without any target token is none."""
+        has_loss = not math.isnan(values["loss"])
+        if has_loss:
+            self.train_loss = values["loss"]
         speed = self.progress.tokens_per_sec(step, self.config.data.tokens_per_step)
         mfu = speed * self.flops_per_token / self.peak_flops if self.peak_flops else None
         shown = {name: value for name, value in values.items() if name != "bad"}
         self._write({"step": step, "split": "train", **shown, "tokens_per_sec": speed, "mfu": mfu})
-        self.progress.show(step, f"loss {values['loss']:.4f}", speed, self.valid_loss)
+        text = f"loss {values['loss']:.4f}" if has_loss else "no target token"
+        self.progress.show(step, text, speed, self.valid_loss)
 
     def _evaluate(self, state: TrainState) -> tuple[TrainState, bool]:
         """Evaluate; return the state with its guard brought up to date, and whether the loss is the best so far.
@@ -285,6 +292,12 @@ class Trainer:
                 found = self.looks.evaluate(state.params, self.stop.check)
         except Preempted:
             return state, False
+        if "loss" not in found:
+            self.progress.note(
+                f"warning: step {self.step} has no validation loss: the batches of its evaluation hold no target "
+                "token; check eval.max_batches, data.valid_source and data.loss_on."
+            )
+            return self._with_guard(state, {"evaluated_step": self.step}), False
         self.valid_loss, self.valid_step = found["loss"], self.step
         floor = self.data.floor_nats_per_token
         self._write({"step": self.step, "split": "valid", **found, **({} if floor is None else {"floor": floor})})

@@ -197,4 +197,5 @@ def _finish(process: subprocess.Popen) -> None:
 
 def _losses(workdir: pathlib.Path) -> dict[int, float]:
     """Return the train loss of each step."""
-    return {line["step"]: line["loss"] for line in RunFolder(str(workdir)).metrics() if line["split"] == "train"}
+    metrics = RunFolder(str(workdir)).metrics()
+    return {line["step"]: line["loss"] for line in metrics if line["split"] == "train" and "loss" in line}

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import jaxlib
 import optax
 from etils import epath
@@ -20,12 +21,14 @@ from tinylm.core.settings import differing_settings, from_dict, to_dict
 from tinylm.data import Data, open_data
 from tinylm.data.config import differ_in_place
 from tinylm.data.tokenizers import load_tokenizer
+from tinylm.run.checkpoint import finished_steps
 from tinylm.run.folder import RunFolder
 from tinylm.run.lock import WorkdirLock
 from tinylm.train.config import Config
 from tinylm.train.init_from import check_origin, take_over
 from tinylm.train.looks import check_evaluation, encode_prompts
 from tinylm.train.loop import Trainer
+from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import make_blueprint
 
 _VERIFIED_BYTES = 1 << 30  # of a store, when a run goes on; larger ones: prepare --verify
@@ -45,8 +48,7 @@ def start_run(config: Config, workdir: str) -> Trainer:
     flag = "--xla_gpu_deterministic_ops=true"
     if config.train.deterministic and jax.default_backend() == "gpu" and flag not in os.environ.get("XLA_FLAGS", ""):
         raise UserError(f"train.deterministic on GPU needs XLA_FLAGS={flag} in the environment; set it and retry.")
-    if folder.exists():
-        check_same_config(config, folder)
+    check_found_run(config, folder)
     data = open_data(config.data, seed=config.seed, is_writer=is_main(), tokenizer=tokenizer)
     config = config.resolve(data.vocab_size)
     encode_prompts(config, data.tokenizer)
@@ -56,9 +58,8 @@ def start_run(config: Config, workdir: str) -> Trainer:
     folder.create()
     with contextlib.ExitStack() as lock:  # let go where something fails, else by the trainer at the end of its run
         from_main(lambda: lock.callback(WorkdirLock(folder.path).release) is None)
-        exists = folder.exists()
+        exists = check_found_run(config, folder)
         if exists:
-            check_same_config(config, folder)
             check_same_tokenizer(data.tokenizer.fingerprint, folder)
             check_same_stores(data, folder)
         folder.checkpoints = epath.Path(from_main(lambda: folder.place_checkpoints(config.checkpoint.dir)))
@@ -74,11 +75,25 @@ def start_run(config: Config, workdir: str) -> Trainer:
     return trainer
 
 
+def check_found_run(config: Config, folder: RunFolder) -> bool:
+    """Return whether there is a run in `folder`; raise UserError where it isn't that of `config`."""
+    if folder.exists():
+        check_same_config(config, folder)
+        return True
+    if finished_steps(folder.checkpoints):
+        raise UserError(
+            f"--workdir={folder.path} holds checkpoints but no config.json, so nothing tells which run they belong to; "
+            "restore config.json, or use another workdir."
+        )
+    return False
+
+
 def check_same_config(config: Config, folder: RunFolder) -> None:
     """Raise UserError, naming the keys, where the run in `folder` was made by another config.
 
-    Sizes of the model that are still 0, to be resolved later, are not compared. With patience, when to evaluate decides
-    when the run ends, so it must stay. Where files lie may differ; `check_same_stores` compares what is in them.
+    A config that isn't resolved yet is compared as it would be with the vocabulary of that run. With patience, when to
+    evaluate decides when the run ends, so it must stay. Where files lie may differ; `check_same_stores` compares what
+    is in them.
     """
     record = folder.read_config()
     if "imported_from" in record:
@@ -86,15 +101,43 @@ def check_same_config(config: Config, folder: RunFolder) -> None:
             f"--workdir={folder.path} holds an imported model; name a new one and set train.init_from={folder.path}."
         )
     theirs = from_dict(Config, record["config"])
+    resolved = config.resolve(config.model.vocab_size or theirs.model.vocab_size)
     decisive = ("eval.every_steps", "eval.max_batches") if config.eval.patience else ()
     differing = [
-        f"{key} (there {there!r}, here {here!r})"
-        for key, here, there in differing_settings(config, theirs, decisive)
-        if (here or not key.startswith("model.")) and not differ_in_place(key, here, there)
+        (key, here, there)
+        for key, here, there in differing_settings(resolved, theirs, decisive)
+        if not differ_in_place(key, here, there)
     ]
+    if [key for key, _, _ in differing] == ["train.num_steps"]:
+        check_length(resolved, theirs, folder)
+        return
     if differing:
-        shown = ", ".join(differing[:4])
+        shown = ", ".join(f"{key} (there {there!r}, here {here!r})" for key, here, there in differing[:4])
         raise UserError(f"--workdir={folder.path} holds another run, which differs in {shown}; use another workdir.")
+
+
+def check_length(config: Config, theirs: Config, folder: RunFolder) -> None:
+    """Raise UserError where a run of another length would not have taken the steps that this one has taken.
+
+    It would where the learning rate of each of them is the same: always with a constant schedule, and with wsd
+    (warm-up, stable, decay) up to the first step at which one of the two decays.
+    """
+    there, here = theirs.train.num_steps, config.train.num_steps
+    taken = max(finished_steps(folder.checkpoints), default=0)
+    # Where nothing was saved, metrics of steps that were lost are there all the same.
+    steps = jnp.arange(taken or min(there, here))
+    rates_there = make_schedule(theirs.optimizer, there)(steps)
+    rates_here = make_schedule(config.optimizer, here)(steps)
+    # What counts for patience is an evaluation at the last step too, which a longer run would not have made.
+    same_evaluations = not config.eval.patience or taken < there
+    if taken <= here and same_evaluations and bool(jnp.all(rates_there == rates_here)):
+        return
+    raise UserError(
+        f"--workdir={folder.path} holds another run: it has train.num_steps={there} (here {here}), on which the steps "
+        f"that it took depend with optimizer.schedule={theirs.optimizer.schedule}. A run can be made longer with a "
+        "constant schedule, or with wsd before it decays; to go on from these weights, start another run (--workdir) "
+        f"with train.init_from={folder.path}."
+    )
 
 
 def check_same_tokenizer(fingerprint: str, folder: RunFolder) -> None:

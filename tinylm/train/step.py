@@ -7,6 +7,7 @@ so the loop can stop at any step without another compilation, and the bits don't
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,11 @@ Metrics = dict[str, jax.Array]
 def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule, guarded: TrainConfig | None = None) -> Callable:
     """Return jitted `(state, batches [K, A, B/A, T], count, seed) -> (state, metrics [K])`; the state is donated.
 
-    Metrics are `loss` (nats per target token), `grad_norm` (before clipping), `learning_rate`, for each part of the
-    model `update_ratio/PART`, the norm of the update over that of the weights, and `bad`: 1 where the guard left the
-    state as it was, by the settings `guarded` (default: where the loss isn't finite).
+    Metrics are `loss` (nats per target token; NaN where there is none), `grad_norm` (before clipping),
+    `learning_rate`, for each part of the model `update_ratio/PART`, the norm of the update over that of the
+    weights, and `bad`: 1 where the guard left the state as it was, by the settings `guarded` (default: where the
+    loss isn't finite). A step whose batch has no target token learns nothing: it leaves parameters and moments as
+    they are, and is counted.
     """
     sigmas, forgive = (guarded.spike_sigmas, guarded.on_bad_step != "rollback") if guarded else (0.0, True)
     ratios = [f"update_ratio/{part}" for part in dict.fromkeys(part_of(path) for path in blueprint.axes)]
@@ -37,19 +40,21 @@ def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule, guarded: Tr
     def one_step(state: TrainState, batch: Batch, seed) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, nats, count = accumulate(blueprint, state.params, batch, step_key)
+        # A batch without a target token, such as one of prompts alone, has a loss and a gradient of 0 here.
+        empty = count == 0
         grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
         update = in_each_replica(blueprint.optimizer.update)  # the partitioner would spread Muon's products over slices
         updates, opt_state = update(grads, state.opt_state, state.params)
-        loss, grad_norm = nats / count, optax.tree.norm(grads)
-        bad, guard = judge(state.guard, loss, grad_norm, sigmas, forgive)
-        learned = (optax.apply_updates(state.params, updates), opt_state)
-        old = (state.params, state.opt_state)
-        params, opt_state = jax.tree.map(lambda old, new: jnp.where(bad, old, new), old, learned)
+        loss, grad_norm = nats / jnp.maximum(count, 1.0), optax.tree.norm(grads)
+        bad, guard = judge(state.guard, loss, grad_norm, empty, sigmas, forgive)
+        learned = optax.apply_updates(state.params, updates)
+        params = _kept_where(bad | empty, state.params, learned)
+        opt_state = _after_update(state.opt_state, opt_state, bad, empty)
         metrics = {
-            "loss": loss,
+            "loss": jnp.where(empty, jnp.nan, loss),
             "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            **{f"update_ratio/{part}": norm / _norms(state.params)[part] for part, norm in _norms(updates).items()},
+            **{f"update_ratio/{part}": ratio for part, ratio in _update_ratios(updates, state.params, empty).items()},
             "bad": bad.astype(jnp.float32),
         }
         return TrainState(state.step + 1 - bad, params, opt_state, guard), metrics
@@ -72,9 +77,35 @@ def make_train_steps(blueprint: Blueprint, schedule: optax.Schedule, guarded: Tr
     return jax.jit(train_steps, donate_argnums=0, out_shardings=(blueprint.shardings, everywhere))
 
 
+def _kept_where(kept: jax.Array, old: Any, new: Any) -> Any:
+    """Return the old leaves of a tree where `kept` is true, else the new ones."""
+    return jax.tree.map(lambda old, new: jnp.where(kept, old, new), old, new)
+
+
+def _after_update(old: Any, new: Any, bad: jax.Array, empty: jax.Array) -> Any:
+    """Return the optimizer's state after a step: as it was where the step is bad or empty.
+
+    An empty step is a step of the schedule, so the schedule's own counts go on.
+    """
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def after(old: Any, new: Any) -> Any:
+        return _kept_where(bad if is_schedule(old) else bad | empty, old, new)
+
+    return jax.tree.map(after, old, new, is_leaf=is_schedule)
+
+
 def part_of(path: str) -> str:
     """Return the part of the model that the parameter at `path` belongs to: embedding, attention, mlp, a norm, ..."""
     return path.removeprefix("blocks/").split("/")[0]
+
+
+def _update_ratios(updates: dict, params: dict, empty: jax.Array) -> dict[str, jax.Array]:
+    """Return the norm of the update over that of the weights for each part; 0 where no update was made."""
+    weights = _norms(params)
+    return {part: jnp.where(empty, 0.0, norm / weights[part]) for part, norm in _norms(updates).items()}
 
 
 def _norms(params: dict) -> dict[str, jax.Array]:
