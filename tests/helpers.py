@@ -132,6 +132,15 @@ def lines(workdir, split="train"):
     return found
 
 
+def columns_of(picture: str | pathlib.Path, color: str) -> int:
+    """Return how many columns of pixels of a PNG have a pixel of nearly this color (as in "#0072B2")."""
+    from matplotlib import colors, image
+
+    pixels = image.imread(picture)[..., :3]
+    alike = np.abs(pixels - np.array(colors.to_rgb(color))).max(axis=-1) < 0.05
+    return int(alike.any(axis=0).sum())
+
+
 def finished(workdir, step: int) -> bool:
     """Say whether the checkpoint of a step is written to its end."""
     folder = pathlib.Path(workdir) / "checkpoints"

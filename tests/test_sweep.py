@@ -10,10 +10,11 @@ import time
 import types
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, columns_of
 
 from tinylm import sweep as module
 from tinylm.core.errors import UserError
+from tinylm.run.plot import COLORS
 
 GRID = ["optimizer.learning_rate=1e-2,2e-2", "model.attention_window=(0,),(8,)"]
 
@@ -48,12 +49,13 @@ def test_each_point_is_trained_once(tmp_path, trained):
     assert {command["--config.seed"] for command in commands} == {"3"}
     assert [row["loss"] for row in rows] == [0.01, 0.01, None, None]
     assert rows[-1]["result"] == "exit code 3: error: loss is not finite"
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     commands.clear()
     codes.clear()
     rows = module.sweep(base, GRID, str(tmp_path), jobs=1)
     assert {command["--config.optimizer.learning_rate"] for command in commands} == {"2e-2"}
     assert [row["loss"] for row in rows] == [0.01, 0.01, 0.02, 0.02]
+    for color in COLORS[:2]:  # a line from one learning rate to the other for each window
+        assert columns_of(tmp_path / "sweep.png", color) > 100
     commands.clear()
     module.sweep([*base, "--config.train.stop_step=50"], GRID, str(tmp_path), jobs=1)
     assert len(commands) == 4  # another setting of all: they go on

@@ -7,10 +7,11 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import matplotlib.image
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import run_command, tiny_model
+from helpers import columns_of, run_command, tiny_model
 
 from tinylm import report, show
 from tinylm.config import load_config
@@ -20,7 +21,7 @@ from tinylm.model.transformer import Transformer
 from tinylm.model.visibility import Visibility
 from tinylm.run.folder import RunFolder
 from tinylm.run.gather import MOST_POINTS, curves, gather
-from tinylm.run.plot import draw_curves
+from tinylm.run.plot import COLORS, draw_curves
 from tinylm.view import page
 from tinylm.view.attention import attention_weights
 
@@ -86,15 +87,22 @@ def test_attention_weights_are_those_of_the_model(options):
     assert np.all(np.triu(weights, 1) == 0)
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
     positions = jnp.arange(12)[None]
-    x = model.embed(tokens, positions)
-    for layer, block in enumerate(model.unstacked_blocks()):
-        window = c.attention_window[layer % len(c.attention_window)]
-        inputs = model.layer_inputs(positions, Visibility(window=window))
-        v_BNTH = jnp.repeat(block.attention.value(block.attention_norm(x)).swapaxes(1, 2), 4 // c.num_kv_heads, 1)
-        ours = block.attention.out(jnp.einsum("NTS,BNSH->BTNH", weights[layer], v_BNTH))
-        theirs = block.attention(block.attention_norm(x), inputs)[0]
+
+    @jax.jit
+    def attended(weights):
+        """Return what each layer's attention makes, by these weights and by the block's own."""
+        x, pairs = model.embed(tokens, positions), []
+        for layer, block in enumerate(model.unstacked_blocks()):
+            window = c.attention_window[layer % len(c.attention_window)]
+            inputs = model.layer_inputs(positions, Visibility(window=window))
+            v_BNTH = jnp.repeat(block.attention.value(block.attention_norm(x)).swapaxes(1, 2), 4 // c.num_kv_heads, 1)
+            ours = block.attention.out(jnp.einsum("NTS,BNSH->BTNH", weights[layer], v_BNTH))
+            pairs.append((ours, block.attention(block.attention_norm(x), inputs)[0]))
+            x = block(x, inputs)[0]
+        return pairs
+
+    for ours, theirs in attended(weights):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-        x = block(x, inputs)[0]
 
 
 def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
@@ -171,9 +179,14 @@ def test_the_pictures_are_drawn(tmp_path):
     runs = two_runs(tmp_path)
     runs[0]["name"] = r"a$\b$"
     draw_curves(runs, tmp_path / "curves.png")
-    page.draw_attention(["x", "$y", "\n"], np.ones((1, 2, 3, 3)) / 3, [(0, 0), (0, 1)], tmp_path / "attention.png")
-    for name in ("curves", "attention"):
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    for name, weights in (("attention", np.tri(3)), ("nothing", 1 - np.tri(3))):
+        heads = np.broadcast_to(weights, (1, 2, 3, 3))
+        page.draw_attention(["x", "$y", "\n"], heads, [(0, 0), (0, 1)], tmp_path / f"{name}.png")
+    for color in COLORS[:2]:  # of each run, far more than its sample in the legend
+        assert columns_of(tmp_path / "curves.png", color) > 100
+    one, other = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("attention", "nothing"))
+    assert one.shape == other.shape
+    assert np.any(one != other, axis=-1).mean() > 0.1, "the picture doesn't depend on the weights"
 
 
 @pytest.fixture
