@@ -85,6 +85,15 @@ def test_a_fault_of_single_operations_is_not_taken_for_rounding():
     assert not all(one.holds for one in compiler_proof.compare(before, wrong, wrong, exact, "float32"))
 
 
+def test_rounding_where_a_gradient_is_zero_is_no_fault():
+    # The bias of keys has no gradient but rounding: its square differs many times over, and is nothing to its kind.
+    exact, single, compiled = (
+        ({"nu": {"bias": np.full(3, bias), "kernel": np.ones(3)}}, {}) for bias in (0.0, 1e-12, 1e-11)
+    )
+    before = {"nu": {"bias": np.zeros(3), "kernel": np.zeros(3)}}
+    assert all(one.holds for one in compiler_proof.compare(before, compiled, single, exact, "float32"))
+
+
 @pytest.mark.skipif(not FAULTS, reason="this jaxlib has no known fault")
 def test_the_known_fault_is_found_where_its_remedy_is_off():
     environment = {
