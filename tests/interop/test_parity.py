@@ -42,7 +42,8 @@ REFERENCES = {
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
     "gpt2_untied": lambda: transformers.GPT2Config(**GPT2, tie_word_embeddings=False, activation_function="gelu"),
     "gpt_neo": lambda: transformers.GPTNeoConfig(**NEO, num_layers=4, attention_types=[[["global", "local"], 2]]),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(**MODERN),
+    # Heads of 16, a quarter of which has two frequencies: one alone would be 1 whatever the base.
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**{**MODERN, "num_attention_heads": 2}),
     "gpt_neox_serial": lambda: transformers.GPTNeoXConfig(
         **MODERN, use_parallel_residual=False, rope_parameters={"rope_type": "default", "rope_theta": 500.0,
                                                                 "partial_rotary_factor": 1.0}),
