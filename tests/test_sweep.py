@@ -61,6 +61,15 @@ def test_each_point_is_trained_once(tmp_path, trained):
     assert len(commands) == 4  # another setting of all: they go on
 
 
+def test_a_picture_that_fails_takes_no_table_away(tmp_path, trained, monkeypatch):
+    said = []
+    monkeypatch.setattr(module, "say", said.append)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 / 0)
+    rows = module.sweep(["--config=tales"], ["seed=0,1", "optimizer.learning_rate=1e-2"], str(tmp_path), jobs=1)
+    assert [row["loss"] for row in rows] == [0.01, 0.01]
+    assert said[-1] == f"warning: {tmp_path}/sweep.png cannot be written: division by zero"
+
+
 def test_the_table_is_best_first_and_the_best_validation_loss_counts(tmp_path, trained):
     rows = module.sweep(["--config=tales"], ["optimizer.learning_rate=3e-1,1e-1", "model.attention_window=(0,)"],
                         str(tmp_path), jobs=1)  # fmt: skip

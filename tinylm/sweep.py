@@ -26,7 +26,7 @@ from absl import flags
 
 from tinylm import cli
 from tinylm.config import load_config
-from tinylm.core.errors import Preempted, UserError
+from tinylm.core.errors import Preempted, UserError, one_line
 from tinylm.core.log import say
 from tinylm.core.signals import SIGNALS, is_ignored
 
@@ -77,7 +77,12 @@ def sweep(base: Sequence[str], grid: Sequence[str], workdir: str, jobs: int) -> 
             stop.set()
             pool.shutdown(cancel_futures=True)
             raise
-    draw([future.result() for future in futures], pathlib.Path(workdir, "sweep.png"))
+    picture = pathlib.Path(workdir, "sweep.png")
+    try:
+        draw([future.result() for future in futures], picture)
+    except Exception as error:
+        # Whatever fails in drawing, the table is what the runs were for.
+        say(f"warning: {picture} cannot be written: {one_line(error)}")
     return sorted((future.result() for future in futures), key=lambda row: (row["loss"] is None, row["loss"]))
 
 
