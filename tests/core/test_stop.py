@@ -41,11 +41,10 @@ def test_a_wait_is_interrupted_and_what_is_outside_is_not(stop):
     with pytest.raises(Preempted), stop.interrupts():
         pytest.fail("it was asked to stop before")
     stop._stopping = False
-    began = time.monotonic()
     with pytest.raises(Preempted), stop.interrupts():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(30)
-    assert time.monotonic() - began < 10
+        pytest.fail("the wait was not interrupted")
     signal.raise_signal(signal.SIGTERM)
 
 

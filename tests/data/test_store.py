@@ -351,6 +351,7 @@ def test_without_a_home_stores_go_to_a_private_temporary_folder(tmp_path, monkey
         preparing.store_folder(DataConfig())
 
 
+@pytest.mark.slow  # not long, but timed, which a busy machine disturbs
 def test_a_trillion_tokens_open_at_once_and_read_like_few(tmp_path):
     sizes = {"small": (1 << 20, 1), "large": (1 << 37, 8)}
     rates = {}

@@ -87,13 +87,12 @@ def test_asked_to_stop_while_it_waits_for_data_it_is_saved(tmp_path):
         if len(seen) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
+            pytest.fail("the wait was not interrupted")
         return place(host)
 
     trainer._place = stuck_at_the_third
-    began = time.monotonic()
     with pytest.raises(Preempted, match="step 2 is saved"):
         trainer.run()
-    assert time.monotonic() - began < 50
     assert trainer.checkpoints.newest() == 2
 
 
