@@ -27,9 +27,9 @@ from tinylm.train.proofs import Proof
 from tinylm.train.state import TrainState, make_blueprint
 from tinylm.train.step import make_train_steps
 
-# An array of the compiled step may be this many times as far off as that of its single operations (seen over the
-# configs that ship, on three meshes: 3.1 times), and farther by some units in the last place of float32, in which it is
-# kept and its kind added up.
+# An array of the compiled step may be this many times as far off as that of its single operations
+# (seen over configs that ship, on three meshes: at most 3.1 times), and farther by some units in
+# the last place of float32, in which it is kept and its kind added up.
 RATIO = 8.0
 LAST_PLACES = 16
 # A single number, as the loss, may by chance be exact where operations run one by one; this much is always allowed.
