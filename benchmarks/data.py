@@ -109,7 +109,7 @@ def sparse_store(folder: pathlib.Path, num_tokens: int) -> None:
 
 def resident_bytes() -> int:
     """Return the resident memory of this process."""
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def bench_large(folder: str) -> None:

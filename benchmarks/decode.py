@@ -97,7 +97,7 @@ def beside_llama2c():
 
     def theirs():
         command = [FLAGS.run, FLAGS.model, "-z", FLAGS.tokenizer, "-t", "0", "-n", str(FLAGS.tokens)]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        report = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stderr
         return float(re.search(r"tok/s: ([\d.]+)", report)[1])
 
     for rows in (1, 16):

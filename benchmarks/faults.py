@@ -59,7 +59,7 @@ def run(number: int) -> tuple[str, float]:
     began, passed, failed = time.monotonic(), 0, 0
     for tests in MATRIX[number][2]:
         command = f"{sys.executable} -m pytest -q -n 0 -m '' -p no:cacheprovider {tests}"
-        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, encoding="utf-8")
         counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error)", done.stdout.splitlines()[-1])}
         passed += counts.get("passed", 0)
         failed += counts.get("failed", 0) + counts.get("error", 0) + (done.returncode not in (0, 1))
@@ -74,7 +74,11 @@ def main() -> int:
     """Run the rows asked for, and write the page anew with their results."""
     numbers = [int(word) for word in sys.argv[1:]] or list(MATRIX)
     rows = (
-        {int(line.split("|")[1]): line for line in PAGE.read_text().splitlines() if re.match(r"\| \d", line)}
+        {
+            int(line.split("|")[1]): line
+            for line in PAGE.read_text(encoding="utf-8").splitlines()
+            if re.match(r"\| \d", line)
+        }
         if PAGE.exists()
         else {}
     )
@@ -88,7 +92,7 @@ def main() -> int:
             "A row passes when all its tests do (their number in brackets).\n\n"
         )
         table = "| # | fault | how | passed | seconds |\n|---|---|---|---|---|\n"
-        PAGE.write_text(head + table + "\n".join(rows[n] for n in sorted(rows)) + "\n")
+        PAGE.write_text(head + table + "\n".join(rows[n] for n in sorted(rows)) + "\n", encoding="utf-8")
     return any("**no**" in rows[n] for n in numbers)
 
 

@@ -55,7 +55,7 @@ def loop_ms(dispatch: int, store: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         trainer = start_run(config_of(dispatch, store), folder)
         trainer.run()
-        logged = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
+        logged = (pathlib.Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [line for line in map(json.loads, logged) if line.get("split") == "train"]
     return 1e3 * (lines[-1]["unix_secs"] - lines[0]["unix_secs"]) / (lines[-1]["step"] - lines[0]["step"])
 

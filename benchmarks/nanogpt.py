@@ -40,7 +40,7 @@ class Theirs:
         shape = {**dict(zip(names, size[:4], strict=True)), "vocab_size": 65, "dropout": 0.0, "bias": False}
         child = pathlib.Path(__file__).with_name("nanogpt_child.py")
         command = [FLAGS.python, str(child), FLAGS.checkout, json.dumps(shape), str(size[4]), str(int(compiled))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
     def secs(self, steps: int) -> float:
         """Return the seconds of some steps."""

@@ -74,7 +74,7 @@ def main() -> None:
 
 def memory() -> int:
     """Return the bytes of memory that this process holds."""
-    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def watch(most: list[int], done: threading.Event) -> None:

@@ -38,7 +38,7 @@ def known_flags(module):
     """Return the flags that a command defines or shares."""
     own = ROOT / (module.replace(".", "/") + ".py")
     shared = (pathlib.Path(cli.__file__), pathlib.Path(config.__file__))
-    text = "".join(path.read_text() for path in (own, *shared))
+    text = "".join(path.read_text(encoding="utf-8") for path in (own, *shared))
     return {*re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text), "help"}
 
 

@@ -28,7 +28,7 @@ def room_of(module: str) -> tuple[str, int]:
 
 def imports(path: pathlib.Path):
     """Yield the modules of ours that a file imports anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("tinylm"))
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tinylm"):

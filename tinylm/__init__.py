@@ -14,7 +14,7 @@ from tinylm.core.platform import set_flags
 
 STARTED = time.monotonic()  # for the account of a run's time
 __version__ = "0.1.0"
-__all__ = ["open_run"]
+__all__ = ["open_run"]  # noqa: F822  made when it is asked for, below
 
 # Before JAX makes a backend: what its compiler needs for right numbers, here and in every process started from here.
 set_flags()

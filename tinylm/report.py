@@ -52,7 +52,9 @@ def main() -> None:
                     if len(runs) == 1:
                         raise
                     say(f"warning: no attention of {run['name']}: {error}")
-        out.write_text(page.page(", ".join(run["name"] for run in runs), runs))
+        content = page.page(", ".join(run["name"] for run in runs), runs)
+        # Under a locale that is not UTF-8, names of files hold their bytes in escapes, which become those bytes again.
+        out.write_bytes(content.encode("utf-8", "surrogateescape"))
     except failures() as error:
         raise StorageError(f"--out={out} cannot be written: {one_line(error)}.") from error
     print("\n".join(map(str, written)))

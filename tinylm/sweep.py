@@ -114,16 +114,16 @@ def train(base: Sequence[str], point: dict[str, str], workdir: str, jobs: int, s
     folder.mkdir(parents=True, exist_ok=True)
     settings = [*base, *(f"--config.{key}={value}" for key, value in point.items())]
     done, log = folder / "sweep_done", folder / "log.txt"
-    if not done.exists() or done.read_text() != json.dumps(settings):
+    if not done.exists() or done.read_text(encoding="utf-8") != json.dumps(settings):
         share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"}  # of a GPU that the jobs share
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             command = [sys.executable, "-m", "tinylm.main", *settings, f"--workdir={folder}"]
             process = subprocess.Popen(command, stdout=file, stderr=file, env={**share, **os.environ})
             code = wait_for(process, stop)
         if code:
-            last = log.read_text().strip().rpartition("\n")[2]
+            last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
             return {"point": point, "loss": None, "step": None, "result": f"exit code {code}: {last}"}
-        done.write_text(json.dumps(settings))
+        done.write_text(json.dumps(settings), encoding="utf-8")
     kind, loss, step = best_loss(str(folder))
     return {"point": point, "loss": loss, "step": step, "result": f"{kind} loss {loss:.4f} at step {step}"}
 

@@ -129,7 +129,7 @@ def test_a_signal_to_one_process_of_a_job(trained, tmp_path):
 
 def python_catches_ctrl_c(process):
     """Say whether a process has a handler for SIGINT, by what Linux knows of it."""
-    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
     caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
     return bool(caught >> (signal.SIGINT - 1) & 1)
 

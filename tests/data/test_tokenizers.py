@@ -469,3 +469,18 @@ def test_a_wrong_or_missing_vocabulary_is_one_clear_line(spec, content, tmp_path
         with pytest.raises(UserError) as error:
             build_tokenizer(spec.format(path), 0, list)
         assert "\n" not in str(error.value)
+
+
+def test_words_beyond_those_of_a_language_are_cut_for_learning_alone():
+    from tinylm.data.bpe import _LONGEST_WORD, BpeTokenizer, bounded
+
+    dna = "".join("ACGT"[i * i % 7 % 4] for i in range(4 * _LONGEST_WORD + 5))
+    text = f"a {dna} b{' ' * 3 * _LONGEST_WORD}c"
+    parts = list(bounded(text))
+    assert "".join(parts) == text
+    assert max(len(word) for part in parts for word in part.split(" ")) <= _LONGEST_WORD
+    assert max(len(part) - len(part.strip(" ")) for part in parts) <= 2 * _LONGEST_WORD
+    usual = "plain words, none of them long. " * 500
+    assert list(bounded(usual)) == [usual]
+    tokenizer = BpeTokenizer.train([text] * 3, 300)
+    assert tokenizer.decode(tokenizer.encode(text)) == text

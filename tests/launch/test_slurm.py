@@ -61,8 +61,8 @@ def cluster(tmp_path, monkeypatch):
     """Start munge, the controller and two nodes; stop what was started."""
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
     hosts = pathlib.Path("/etc/hosts")
-    if " n0 n1" not in hosts.read_text():
-        with hosts.open("a") as file:
+    if " n0 n1" not in hosts.read_text(encoding="utf-8"):
+        with hosts.open("a", encoding="utf-8") as file:
             file.write("127.0.0.1 n0 n1\n")
     for folder in "state", "n0", "n1":
         (tmp_path / folder).mkdir()

@@ -288,7 +288,8 @@ class _Opener:
         files = source.content_files
         if source.setting not in self._checksums_of:
             # The notes of a source are found by its place, which they are of.
-            notes = self._folder / "checksums" / f"{hash_bytes(os.path.abspath(source.argument).encode())}.json"
+            place = os.path.abspath(source.argument).encode("utf-8", "surrogateescape")
+            notes = self._folder / "checksums" / f"{hash_bytes(place)}.json"
             total = sum(content.file_state(path)[0] for path in files)
             with preparing.progress_bar(total, self.progress, "reading checksums") as bar:
                 self._checksums_of[source.setting] = content.checksums(files, notes, bar) if files else []

@@ -128,13 +128,13 @@ def write_plan(folder: pathlib.Path, ends: np.ndarray, seq_len: int, packed: boo
         num_pieces, num_split = num_pieces + len(pieces), num_split + chunk_split
     for writer in writers:
         writer.close()
-    (folder / PLAN).write_text(json.dumps([writers[0].total, num_pieces, num_split]))
+    (folder / PLAN).write_text(json.dumps([writers[0].total, num_pieces, num_split]), encoding="utf-8")
 
 
 def load_plan(folder: pathlib.Path) -> DocumentPlan | None:
     """Open a written plan, memory-mapped; None where it isn't there, or not whole."""
     try:
-        num_rows, num_pieces, num_split = json.loads((folder / PLAN).read_text())
+        num_rows, num_pieces, num_split = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         ends = ArrayFile(folder, {"file": "ends-00000.bin", "items": num_rows}, np.int64)
         pieces = ArrayFile(folder, {"file": "pieces-00000.bin", "items": 2 * num_pieces}, np.int64)
     except (OSError, ValueError):

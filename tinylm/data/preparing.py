@@ -103,7 +103,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
     On a file system without locks the rename alone settles races, and leftovers stay: they may be another's work.
     """
-    with folder.with_name(f"{folder.name}.lock").open("a") as file:
+    with folder.with_name(f"{folder.name}.lock").open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:

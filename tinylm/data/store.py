@@ -143,7 +143,7 @@ class StoreWriter:
             "document_shards": self.ends.shards,
             **manifest,
         }
-        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 class TokenArray:
@@ -312,7 +312,7 @@ class Store:
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     """Return the manifest of a finished store; raise where it can't be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StorageError(f"{folder / MANIFEST} can't be read ({error}); delete {folder}.") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

@@ -118,7 +118,7 @@ class Tokenizer:
             folder.mkdir(parents=True, exist_ok=True)
             for name, content in self.files.items():
                 (folder / name).write_bytes(content)
-            (folder / HEADER_FILE).write_text(json.dumps(header, indent=1))
+            (folder / HEADER_FILE).write_text(json.dumps(header, indent=1), encoding="utf-8")
         except OSError as error:
             raise StorageError(f"the tokenizer can't be written into {folder}: {error.strerror or error}.") from error
 
@@ -236,7 +236,7 @@ def load_tokenizer(folder: Any) -> Tokenizer:
     """Return the tokenizer saved in `folder`; raise UserError where there is none or it was altered."""
     folder = _path(folder)
     try:
-        header = json.loads((folder / HEADER_FILE).read_text())
+        header = json.loads((folder / HEADER_FILE).read_text(encoding="utf-8"))
         tokenizer = _restore(header, folder)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder} holds no whole tokenizer of tinylm ({type(error).__name__}: {error}).") from error

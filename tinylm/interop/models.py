@@ -133,7 +133,7 @@ def _write_model(run: Run, family: Family, folder: pathlib.Path) -> None:
         "eos_token_id": [end, *run.end_ids] if run.end_ids else end,
         **family.write_config(model),
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = weights.export_tensors(run.params, family, model)
     write_file(folder / "model.safetensors", weights.their_shapes(family, model), tensors)
     write_tokenizer(run.tokenizer, folder, model.context)

@@ -154,7 +154,7 @@ def write_file(
 def read_json(path: pathlib.Path) -> dict:
     """Return the object in a JSON file; raise UserError where there is none."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}.") from error
     if not isinstance(found, dict):

@@ -73,7 +73,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path, context: int) ->
     special = {"bos_token": end, "eos_token": end} if end else {}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **special}
     settings["clean_up_tokenization_spaces"] = False
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:

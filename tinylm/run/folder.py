@@ -62,7 +62,7 @@ class RunFolder:
 
     def _write_and_remove(self) -> None:
         trial = self.path / "trial.tmp"
-        trial.write_text("")
+        trial.write_text("", encoding="utf-8")
         trial.unlink()
 
     @property
@@ -118,7 +118,7 @@ class RunFolder:
 
             def claim() -> None:
                 here.mkdir(parents=True, exist_ok=True)
-                (here / _OWNER).write_text(os.fspath(self.path) + "\n")
+                (here / _OWNER).write_text(os.fspath(self.path) + "\n", encoding="utf-8")
 
             try:
                 storage.reach(here, "checkpoint.dir", claim)
@@ -131,7 +131,7 @@ class RunFolder:
         if folder == self._inside:
             return
         try:
-            owner = (folder / _OWNER).read_text().strip()
+            owner = (folder / _OWNER).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise UserError(
                 f"the checkpoints of --workdir={self.path} were in {folder}, which is gone or not mounted; bring it "
@@ -207,7 +207,7 @@ class RunFolder:
         """Replace a small file in one step."""
         temporary = path.parent / (path.name + ".tmp")
         try:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
         except storage.failures() as error:
             raise StorageError(f"{path} cannot be written: {one_line(error)}.") from error

@@ -15,14 +15,19 @@ MOST_POINTS = 1500  # of a curve; a longer one is thinned evenly, its ends kept
 _SAMPLE = re.compile(r"^--- step (\d{1,18}) ---\n", re.MULTILINE)
 
 
+def _readable(name: str) -> str:
+    """Return a name of a file as its bytes read in UTF-8: under another locale Python holds them as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def gather(workdir: str) -> dict[str, Any]:
     """Return a run as plain values, ready for JSON; raise UserError where there is none."""
     folder = RunFolder(workdir)
     record, lines = folder.read_config(), folder.metrics()
     config, start = record["config"], min((line["unix_secs"] for line in lines if "unix_secs" in line), default=0.0)
     return {
-        "name": folder.path.name,
-        "path": str(folder.path),
+        "name": _readable(folder.path.name),
+        "path": _readable(str(folder.path)),
         "tokens_per_step": from_dict(DataConfig, config["data"]).tokens_per_step,
         "floor": next((line["floor"] for line in reversed(lines) if "floor" in line), None),
         "train": curves(lines, "train", start),

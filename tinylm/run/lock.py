@@ -51,14 +51,14 @@ class WorkdirLock:
         if not self._ended.is_set():
             self._ended.set()
             with contextlib.suppress(*failures()):
-                self._path.write_text("")
+                self._path.write_text("", encoding="utf-8")
             if self._file is not None:
                 self._file.close()
 
     def _lock_file(self) -> bool:
         """Lock the file, where it is on a disk that knows locks; say whether nobody else has it."""
         with contextlib.suppress(OSError):  # a bucket, or a file system without locks
-            file = pathlib.Path(os.fspath(self._path)).open("a")  # noqa: SIM115  held while the run lasts
+            file = pathlib.Path(os.fspath(self._path)).open("a", encoding="utf-8")  # noqa: SIM115  held while the run lasts
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._file = file
@@ -79,7 +79,7 @@ class WorkdirLock:
     def _read(self) -> dict[str, Any] | None:
         for _ in range(3):  # it may be in the middle of being renewed
             with contextlib.suppress(ValueError, RecursionError, *failures()):
-                match json.loads(self._path.read_text()):
+                match json.loads(self._path.read_text(encoding="utf-8")):
                     case {"host": str(), "pid": int(), "id": str(), "since": str()} as there:
                         return there
             time.sleep(0.05)
@@ -88,7 +88,7 @@ class WorkdirLock:
     def _write(self) -> None:
         self._renewals += 1
         with contextlib.suppress(*failures()):
-            self._path.write_text(json.dumps({**self._me, "renewals": self._renewals}))
+            self._path.write_text(json.dumps({**self._me, "renewals": self._renewals}), encoding="utf-8")
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_SECS):

@@ -186,7 +186,9 @@ def _train(arguments: list[str], workdir: pathlib.Path) -> subprocess.Popen:
     }
     settings = [f"--config.{key}={value}" for key, value in short.items()]
     command = [sys.executable, "-m", "tinylm.main", *arguments, *settings, f"--workdir={workdir}"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+    )
 
 
 def _finish(process: subprocess.Popen) -> None:

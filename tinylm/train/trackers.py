@@ -58,7 +58,8 @@ def wandb(module: Any, folder: RunFolder, settings: dict[str, Any], first_step: 
     if not id_file.exists():
         folder.write(id_file, uuid.uuid4().hex[:12])
     run = module.init(
-        project=os.environ.get("WANDB_PROJECT", "tinylm"), name=folder.path.name, id=id_file.read_text(),
+        project=os.environ.get("WANDB_PROJECT", "tinylm"), name=folder.path.name,
+        id=id_file.read_text(encoding="utf-8"),
         resume="allow", config=settings, settings=module.Settings(silent=True, console="off", login_timeout=1),
         dir=None if "://" in str(folder.path) else str(folder.path),
     )  # fmt: skip

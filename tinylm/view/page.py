@@ -22,7 +22,7 @@ def page(title: str, runs: list[dict[str, Any]]) -> str:
     panels = [(title, [name]) for name, title in PANELS.items()]
     data = {"runs": runs, "colors": COLORS, "dashes": DASHES, "panels": panels}
     inside = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # no text of a run may end the script
-    template = pathlib.Path(__file__).with_name("page.html").read_text()
+    template = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("__TITLE__", html.escape(title)).replace("__DATA__", inside)
 
 
