@@ -29,9 +29,7 @@ def get_config() -> Config:
             packing="single",
             loss_on="answer",
         ),
-        model=ModelConfig(
-            embed_dim=96, num_layers=3, num_heads=4, qk_norm=True, mlp="relu2", unroll=0
-        ),
+        model=ModelConfig(embed_dim=96, num_layers=3, num_heads=4, qk_norm=True, mlp="relu2", unroll=0),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=0.02,

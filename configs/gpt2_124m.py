@@ -32,9 +32,7 @@ def get_config() -> Config:
             qkv_bias=True,
             compute_dtype="bfloat16",
         ),
-        optimizer=OptimizerConfig(
-            learning_rate=6e-4, warmup_steps=700, beta2=0.95, weight_decay=0.1
-        ),
+        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_steps=700, beta2=0.95, weight_decay=0.1),
         train=TrainConfig(num_steps=19_000, accumulation_steps=4),
         eval=EvalConfig(every_steps=1000, max_batches=20),
         sample=SampleConfig(prompts=("",), max_tokens=200),

@@ -23,12 +23,8 @@ def get_config() -> Config:
     return Config(
         seed=1337,
         data=DataConfig(source="text:data/input.txt", tokenizer="char", seq_len=64, batch_size=12),
-        model=ModelConfig(
-            embed_dim=128, num_layers=4, num_heads=4, qk_norm=True, mlp="relu2", unroll=0
-        ),
-        optimizer=OptimizerConfig(
-            learning_rate=3e-3, schedule="linear", min_ratio=0.0, warmup_steps=100
-        ),
+        model=ModelConfig(embed_dim=128, num_layers=4, num_heads=4, qk_norm=True, mlp="relu2", unroll=0),
+        optimizer=OptimizerConfig(learning_rate=3e-3, schedule="linear", min_ratio=0.0, warmup_steps=100),
         train=TrainConfig(num_steps=2000, steps_per_dispatch=10, log_every_steps=10),
         eval=EvalConfig(every_steps=500),
         checkpoint=CheckpointConfig(every_steps=500),

@@ -20,9 +20,7 @@ from tinylm.config import (
 def get_config() -> Config:
     """Return the config."""
     return Config(
-        data=DataConfig(
-            source="text:data/TinyStories-train.txt", tokenizer="gpt2", seq_len=128, batch_size=1024
-        ),
+        data=DataConfig(source="text:data/TinyStories-train.txt", tokenizer="gpt2", seq_len=128, batch_size=1024),
         model=ModelConfig(
             vocab_size=50_257,
             embed_dim=384,
@@ -35,9 +33,7 @@ def get_config() -> Config:
             dropout=0.1,
             compute_dtype="bfloat16",
         ),
-        optimizer=OptimizerConfig(
-            learning_rate=1e-4, warmup_steps=1000, beta2=0.95, weight_decay=0.1, clip_norm=0.5
-        ),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=1000, beta2=0.95, weight_decay=0.1, clip_norm=0.5),
         train=TrainConfig(num_steps=20_000, accumulation_steps=32),
         eval=EvalConfig(every_steps=500, max_batches=20),
         sample=SampleConfig(prompts=("Once upon a time",), max_tokens=200),

@@ -19,12 +19,8 @@ from tinylm.config import (
 def get_config() -> Config:
     """Return the config."""
     return Config(
-        data=DataConfig(
-            source="tales", tokenizer="bpe:1024", seq_len=112, batch_size=16, packing="single"
-        ),
-        model=ModelConfig(
-            embed_dim=128, num_layers=3, num_heads=4, qk_norm=True, mlp="relu2", unroll=0
-        ),
+        data=DataConfig(source="tales", tokenizer="bpe:1024", seq_len=112, batch_size=16, packing="single"),
+        model=ModelConfig(embed_dim=128, num_layers=3, num_heads=4, qk_norm=True, mlp="relu2", unroll=0),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=0.01,

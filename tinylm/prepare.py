@@ -3,6 +3,7 @@
 python -m tinylm.prepare --config=configs/shakespeare_char.py
 python -m tinylm.prepare --config=tales --print_batches=3
 python -m tinylm.prepare --config=tales --to_tfds=DIR --tfds_name=my_tales
+python -m tinylm.prepare --clean
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from absl import flags
 
 from tinylm import cli
 from tinylm.core.distributed import is_main
+from tinylm.core.errors import UserError
 
 FLAGS = flags.FLAGS
 
@@ -22,6 +24,9 @@ def main() -> None:
     from tinylm.data import open_data
     from tinylm.train.init_from import take_over
 
+    if FLAGS.clean:
+        clean()
+        return
     config = cli.config()
     if FLAGS.to_tfds:
         from tinylm.data.tfds_builder import write_tfds
@@ -36,6 +41,46 @@ def main() -> None:
     result = summary(data) | {"batches": batch_hashes(data, config.data.batch_size, FLAGS.print_batches)}
     if is_main():
         print(json.dumps(result) if FLAGS.json else text_of(result))
+
+
+def clean() -> None:
+    """Show all token stores, and remove those that no run refers to."""
+    from tinylm.config import Config
+    from tinylm.data import stores
+    from tinylm.data.preparing import store_folder
+    from tinylm.run.folder import RunFolder
+
+    def refers(workdir: str, name: str) -> bool:
+        try:
+            folder = RunFolder(workdir)
+            return folder.exists() and name in folder.read_config().get("token_stores", {})
+        except (UserError, OSError):
+            # A run that can't be read, as one in a bucket out of reach, may still need its store.
+            return True
+
+    def exists(workdir: str) -> bool:
+        try:
+            return RunFolder(workdir).exists()
+        except (UserError, OSError):
+            return False
+
+    folder = store_folder((FLAGS.config or Config()).data)
+    removed: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
+    for store in stores.find_stores(folder, refers, exists):
+        is_removed = not store.runs and stores.remove(store.folder)
+        row = {"store": store.folder.name, "source": store.source, "bytes": store.num_bytes, "runs": store.runs}
+        (removed if is_removed else kept).append(row)
+    freed = stores.remove_leftovers(folder) + sum(row["bytes"] for row in removed)
+    if FLAGS.json:
+        print(json.dumps({"removed": removed, "kept": kept, "freed_bytes": freed}))
+        return
+    for row in kept:
+        users = ", ".join(row["runs"]) or "a process that makes it"
+        print(f"kept     {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: used by {users}")
+    for row in removed:
+        print(f"removed  {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: no run refers to it")
+    print(f"{freed / 1e6:,.1f} MB freed in {folder}")
 
 
 def summary(data: Any) -> dict[str, Any]:
@@ -86,6 +131,7 @@ def text_of(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     flags.DEFINE_integer("print_batches", 0, "print the hash of this many global batches", lower_bound=0)
+    flags.DEFINE_bool("clean", False, "show all token stores and remove those that no run refers to")
     flags.DEFINE_bool("verify", False, "compare every shard with its checksum")
     flags.DEFINE_string("to_tfds", "", "write the source as a TFDS data set below this folder instead")
     flags.DEFINE_string("tfds_name", "tinylm_text", "its name")

@@ -1,11 +1,13 @@
 """Starts that meet in one workdir: one alone trains there, and the others leave its files as they are."""
 
+import fcntl
 import json
 import os
 import shutil
+import socket
 
 import pytest
-from helpers import lines, state_digest
+from helpers import lines, run_command, state_digest
 
 from tinylm.config import Config, ModelConfig, load_config
 from tinylm.core.errors import StorageError, UserError
@@ -84,6 +86,36 @@ def test_the_same_text_in_another_place_goes_on_and_another_text_does_not(tmp_pa
     (tmp_path / "elsewhere" / "b.txt").write_text("<|endoftext|>".join([*parts[1:3], parts[0], *parts[3:]]))
     with pytest.raises(UserError, match=r"text:.*/b\.txt doesn't give the tokens .* its content changed since"):
         begin(run, moved, tokenizer)
+
+
+def test_cleaning_removes_the_stores_that_no_run_refers_to(tmp_path):
+    stores = tmp_path / "stores"
+    place = f"data.store_dir={stores}"
+    folders = {}
+    for name in ("kept", "gone", "elsewhere", "busy"):
+        source = f"data.source=tales:{200 + len(folders)}"
+        trainer = begin(tmp_path / name, place, source)
+        trainer.lock.close()
+        folders[name] = trainer.data.stores[0].folder
+    for name in ("gone", "elsewhere", "busy"):
+        shutil.rmtree(tmp_path / name)
+    # Run of another host, which can't be seen from here.
+    (folders["elsewhere"] / "used_by.txt").write_text(f"other-host\t{tmp_path}/elsewhere\n")
+    left = stores / f"{'0' * 32}.{socket.gethostname()}.1.tmp"
+    left.mkdir()
+    (left / "part").write_text("unfinished")
+    with (stores / f"{folders['busy'].name}.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run_command("tinylm.prepare", "--clean", "--json", "--config=tales", f"--config.{place}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["store"] for row in found["removed"]] == [folders["gone"].name]
+    runs = {row["store"]: row["runs"] for row in found["kept"]}
+    assert runs[folders["kept"].name] == [str(tmp_path / "kept")]
+    assert runs[folders["elsewhere"].name] == [f"{tmp_path}/elsewhere on other-host"]
+    assert runs[folders["busy"].name] == []
+    assert {name for name, folder in folders.items() if folder.exists()} == {"kept", "elsewhere", "busy"}
+    assert not left.exists() and found["freed_bytes"] > 10
 
 
 def test_checkpoints_on_scratch_storage_are_found_by_all_that_read_them(tmp_path):

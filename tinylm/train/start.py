@@ -20,6 +20,7 @@ from tinylm.core.mesh import batch_shards, make_mesh
 from tinylm.core.settings import differing_settings, from_dict, to_dict
 from tinylm.data import Data, open_data
 from tinylm.data.config import differ_in_place
+from tinylm.data.stores import note_run
 from tinylm.data.tokenizers import load_tokenizer
 from tinylm.run.checkpoint import finished_steps
 from tinylm.run.folder import RunFolder
@@ -68,6 +69,8 @@ def start_run(config: Config, workdir: str) -> Trainer:
                 data.tokenizer.save(str(folder.tokenizer))
             record = {"config": to_dict(config), "versions": versions(mesh), "token_stores": store_digests(data)}
             folder.write_config({**record, **folder.checkpoints_note})
+            for store in data.every_store:
+                note_run(store.folder, os.fspath(folder.path))
         jax.set_mesh(mesh)
         blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
         trainer = Trainer(config, data, mesh, folder, blueprint)
