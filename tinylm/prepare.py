@@ -69,7 +69,12 @@ def clean() -> None:
     kept: list[dict[str, Any]] = []
     for store in stores.find_stores(folder, refers, exists):
         is_removed = not store.runs and stores.remove(store.folder)
-        row = {"store": store.folder.name, "source": store.source, "bytes": store.num_bytes, "runs": store.runs}
+        row: dict[str, Any] = {
+            "store": store.folder.name,
+            "source": store.source,
+            "bytes": store.num_bytes,
+            "runs": store.runs,
+        }
         (removed if is_removed else kept).append(row)
     freed = stores.remove_leftovers(folder) + sum(row["bytes"] for row in removed)
     if FLAGS.json:

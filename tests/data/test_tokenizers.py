@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm.core.errors import StorageError, UserError
-from tinylm.data import open_data, pieces, tokenizers, vocabularies
+from tinylm.data import open_data, pieces, splits, tokenizers, vocabularies
 from tinylm.data.bpe import BpeTokenizer
 from tinylm.data.config import DataConfig
 from tinylm.data.cut import CutTokenizer, count_ids
+from tinylm.data.sources import Document
 from tinylm.data.tokenizers import ByteTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
 
 TEXT = "Once upon a time there was a cat.\nShe said: “café!”\n\n  Two  spaces, 日本 and 🙂.\n" * 20
@@ -263,6 +264,35 @@ def test_a_text_that_spells_the_end_does_not_end(makers, special, end):
     ids = tokenizer.encode(text)
     assert tokenizer.eot_id not in ids and tokenizer.decode(ids) == text
     assert tokenizer.describe_end() == f"{end} (id {tokenizer.eot_id})"
+
+
+def sides(texts, side):
+    """Return those texts that a random split puts on one side."""
+    return [document.text for document in splits.side_of(map(Document, texts), side, 0.3)]
+
+
+@pytest.mark.parametrize("where", ["tail", "random", "source"])
+@pytest.mark.parametrize("tokenizer", ["bpe:290", "char", "cut"])
+def test_a_tokenizer_learns_from_the_training_split_alone(tmp_path, where, tokenizer):
+    """The alphabet of char alone is that of all text."""
+    train, valid = [f"once upon {i}" for i in range(40)], ["QZQZQZ" * 9] * 4
+    if where == "random":
+        train = sides([f"once upon {i}" for i in range(60)], "train")
+        valid = sides([f"QZQZQZ {i}" for i in range(60)], "valid")
+    (tmp_path / "train.txt").write_text("<|endoftext|>".join(train if where == "source" else [*train, *valid]))
+    (tmp_path / "valid.txt").write_text("<|endoftext|>".join(valid))
+    config = DataConfig(
+        source=f"text:{tmp_path}/train.txt", valid_fraction=0.3, seq_len=8, batch_size=1,
+        tokenizer="char" if tokenizer == "cut" else tokenizer, vocab_top_k=9 if tokenizer == "cut" else 0,
+        valid_split="random" if where == "random" else "tail",
+        valid_source=f"text:{tmp_path}/valid.txt" if where == "source" else "", store_dir=str(tmp_path / "stores"),
+    )  # fmt: skip
+    learned = open_data(config, seed=0, progress=False).tokenizer
+    written = [learned.decode([i]) for i in range(learned.vocab_size)]
+    if tokenizer == "char":
+        assert {"Q", "Z"} <= set(written)
+    else:
+        assert not any("QZ" in token or token == "Z" * (tokenizer == "cut") for token in written if token)
 
 
 def word_level(vocab, unknown="[UNK]"):

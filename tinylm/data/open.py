@@ -2,8 +2,9 @@
 
 Each source has its own store, so a mixture reuses what other runs prepared. One process prepares, the others wait for
 the store to appear. A store is named by what decides its content (the files' checksums, the settings, the tokenizer),
-so text that was moved or touched finds its store again. A tokenizer that learns from the text (char, bpe, or a cut to
-the most common ids) is made from all text of the run, that for validation too, before its first store.
+so text that was moved or touched finds its store again. A tokenizer that learns from the text (bpe, or a cut to the
+most common ids) learns from the training split alone, before the first store is made; only the alphabet of `char` is
+that of all text, since there is no id for a character that it lacks.
 """
 
 import bisect
@@ -25,7 +26,7 @@ from tinylm.data import content, plans, preparing
 from tinylm.data.config import MADE_HERE, WITHOUT_PROMPTS, DataConfig, parse_mixture, split_spec
 from tinylm.data.ready import TokenSource, prepare_ready
 from tinylm.data.rows import JoinedRows, MixedRows, Rows, SplitRows
-from tinylm.data.sources import Source, hash_bytes, make_source
+from tinylm.data.sources import Document, Source, hash_bytes, make_source
 from tinylm.data.store import MANIFEST, Store, read_manifest
 from tinylm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from tinylm.data.vocabularies import tokenizer_file_hashes
@@ -275,8 +276,9 @@ class _Opener:
         # A file counts by its content, so that its place doesn't count.
         key: list[Any] = [kind, hashes or argument, c.vocab_top_k, c.eot_token]
         if kind in ("char", "bpe") or c.vocab_top_k:
-            key += [self.text_key(source, self.train_splits) for source in self.sources]
-            key += [self.text_key(source, ("valid",)) for source in self.valid_sources]
+            key += ["train", *(self.text_key(source, self.train_splits) for source in self.sources)]
+        if kind == "char":
+            key += ["valid", *(self.text_key(source, ("valid",)) for source in self.valid_sources)]
         return key
 
     def text_key(self, source: Source, splits: tuple[str, ...]) -> list[Any]:
@@ -299,13 +301,20 @@ class _Opener:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the config names, or learned from its text."""
         c = self.config
-        return build_tokenizer(c.tokenizer, c.vocab_top_k, self._texts, c.eot_token)
+        return build_tokenizer(c.tokenizer, c.vocab_top_k, self._training_texts, c.eot_token, self._all_texts)
 
-    def _texts(self) -> Iterator[str]:
+    def _training_texts(self) -> Iterator[str]:
+        """Yield the texts of the training split, which alone a tokenizer may learn its statistics from."""
+        for source in self.sources:
+            for document in preparing.training_documents(source, holds_out=len(self.train_splits) > 1):
+                yield from _texts_of(document)
+
+    def _all_texts(self) -> Iterator[str]:
+        """Yield the texts of all splits, which an alphabet has to cover."""
         for source in [*self.sources, *self.valid_sources]:
             for split in ("train", "valid") if source.own_splits else ("all",):
                 for document in preparing.checked(source.documents(split), self.config.on_bad_text):
-                    yield from (text for text in (document.prompt, document.text) if text)
+                    yield from _texts_of(document)
 
     def folder_of(self, source: Source, splits: tuple[str, ...]) -> pathlib.Path:
         """Return the folder that the store of some splits of a source has, or will have."""
@@ -360,6 +369,10 @@ class _Opener:
         for path, state in zip(source.content_files, before, strict=True):
             if content.file_state(path)[:2] != state[:2]:
                 raise UserError(f"{path} was written to while it was prepared; prepare it when it is complete.")
+
+
+def _texts_of(document: Document) -> list[str]:
+    return [text for text in (document.prompt, document.text) if text]
 
 
 def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:

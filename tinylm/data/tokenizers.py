@@ -213,13 +213,27 @@ def utf8(text: str) -> bytes:
         raise UserError(f"the text is no Unicode at character {error.start}: {text[error.start]!r}.") from error
 
 
-def build_tokenizer(spec: str, vocab_top_k: int, texts: Callable[[], Iterable[str]], eot_token: str = "") -> Tokenizer:
-    """Return the tokenizer of a config; `texts()` gives the texts that char, bpe and a cut learn from."""
+def build_tokenizer(
+    spec: str,
+    vocab_top_k: int,
+    texts: Callable[[], Iterable[str]],
+    eot_token: str = "",
+    all_texts: Callable[[], Iterable[str]] | None = None,
+) -> Tokenizer:
+    """Return the tokenizer of a config.
+
+    Args:
+        spec: `data.tokenizer`.
+        vocab_top_k: How many of its ids to keep (0: all).
+        texts: Gives the texts of the training split, which bpe and a cut learn from.
+        eot_token: The token that ends a text, where a file has it under an unusual name.
+        all_texts: Gives the texts of all splits, where these are more; `char` has their characters.
+    """
     from tinylm.data import bpe, cut, vocabularies
 
     kind, argument = split_spec(spec)
     if kind == "char":
-        tokenizer: Tokenizer = CharTokenizer.of(texts())
+        tokenizer: Tokenizer = CharTokenizer.of((all_texts or texts)())
     elif kind == "bpe":
         tokenizer = bpe.BpeTokenizer.train(texts(), int(argument))
     else:
