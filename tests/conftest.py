@@ -21,17 +21,12 @@ for library in "OMP", "OPENBLAS", "MKL":
 import jax
 import numpy as np
 import pytest
+from helpers import session_folder
 
 import tinylm  # noqa: F401  (sets the flags that a right result needs, before the first backend)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-
-
-def session_folder(tmp_path_factory) -> pathlib.Path:
-    """Return the temporary folder that all workers of a session share."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,12 +1,14 @@
 """Small models and batches that the tests share, and a way to run commands as a user would."""
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +132,23 @@ def lines(workdir, split="train"):
         if record["split"] == split:
             found[record["step"]] = record["loss"]
     return found
+
+
+def session_folder(tmp_path_factory) -> pathlib.Path:
+    """Return the temporary folder that all workers of a session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def made_once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """Let one worker of a session make a folder while the others that need it wait; no test may change it."""
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        whole = folder.with_name(f"{folder.name}.whole")
+        if not whole.exists():
+            make(folder)
+            whole.touch()
+    return folder
 
 
 def columns_of(picture: str | pathlib.Path, color: str) -> int:

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, SMALL, columns_of, finished, lines, run_command, state_digest
+from helpers import ROOT, SMALL, columns_of, finished, lines, made_once, run_command, session_folder, state_digest
 
 from tinylm.inference.writing import numbered
 from tinylm.run.plot import COLORS
@@ -27,10 +27,15 @@ def train(workdir, *extra):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing disturbed, and what it printed."""
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    done = train(workdir)
-    assert done.returncode == 0, done.stderr
-    return workdir, done
+
+    def make(folder):
+        done = train(folder / "run")
+        assert done.returncode == 0, done.stderr
+        (folder / "printed.json").write_text(json.dumps([done.stdout, done.stderr]))
+
+    folder = made_once(session_folder(tmp_path_factory) / "undisturbed", make)
+    stdout, stderr = json.loads((folder / "printed.json").read_text())
+    return folder / "run", subprocess.CompletedProcess([], 0, stdout, stderr)
 
 
 def test_a_run_leaves_what_it_promises(whole):
