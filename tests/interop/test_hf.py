@@ -601,7 +601,8 @@ def test_an_imported_run_is_scored_with_its_own_tokenizer_wherever_it_is(tmp_pat
     config = to_dict(Config(data=data, model=imported.model))
     models.write_run(first, {"config": config, "versions": {"mesh": {}}, "imported_from": "there"}, imported)
     (tmp_path / "first").rename(tmp_path / "moved")
-    done = run_command("tinylm.evaluate", f"--workdir={tmp_path / 'moved'}", "--json", "--max_batches=1")
+    flags = ["--source=tales:50", "--json", "--max_batches=1"]
+    done = run_command("tinylm.evaluate", f"--workdir={tmp_path / 'moved'}", *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 8 * 16
 
@@ -610,7 +611,7 @@ def test_stories_begin_as_the_texts_of_the_run_do(monkeypatch):
     run, seen = small_run(small_model("llama")), []
     run.start_id = 7
     monkeypatch.setattr(Decoder, "stream", lambda self, params, prompts, **_: seen.extend(prompts) or [])
-    assert score_stories(run)["ended"] == 1
+    assert score_stories(run, None, "")["ended"] == 1
     assert {prompt[0] for prompt in seen} == {7}
     others = dataclasses.replace(run, start_id=8)
     assert not np.array_equal(attention_of(run, "ab")[1], attention_of(others, "ab")[1])
