@@ -11,6 +11,7 @@ import zipfile
 import pytest
 import zstandard
 
+from tinylm.core import log
 from tinylm.core.errors import UserError
 from tinylm.data import files, open_data, preparing
 from tinylm.data.config import DataConfig
@@ -257,3 +258,15 @@ def test_a_wrong_name_of_a_field_suggests_the_field_and_not_to_skip_everything(t
         with pytest.raises(UserError, match=r"set data\.text_field") as error:
             open_data(config, seed=0, progress=False)
         assert "on_bad_text" not in str(error.value)
+
+
+def test_long_work_says_that_it_lives_and_short_work_nothing(monkeypatch):
+    lines = []
+    heard = threading.Event()
+    monkeypatch.setattr(log, "say", lambda line: (lines.append(line), heard.set()))
+    with log.alive(lambda: "learning", after_secs=60):
+        pass
+    assert not lines
+    with log.alive(lambda: "learning", after_secs=0.01):
+        assert heard.wait(30)
+    assert lines[0].startswith("learning ... ")

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import UserError
-from tinylm.core.log import alive
 from tinylm.core.settings import nearest
 from tinylm.data.config import MAX_IDS
 from tinylm.data.pieces import in_pieces, pieces
@@ -109,8 +108,7 @@ class BpeTokenizer(TableTokenizer):
             vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
         )
         words = (part for text in texts for piece in pieces(text) for part in bounded(piece))
-        with alive(lambda: f"learning data.tokenizer=bpe:{vocab_size} from the text"):
-            inner.train_from_iterator(words, trainer)
+        inner.train_from_iterator(words, trainer)
         return cls(f"bpe:{vocab_size}", inner.to_str().encode())
 
     def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:

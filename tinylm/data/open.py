@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import StorageError, UserError
-from tinylm.core.log import say
+from tinylm.core.log import alive, say
 from tinylm.data import content, plans, preparing
 from tinylm.data.config import MADE_HERE, WITHOUT_PROMPTS, DataConfig, parse_mixture, split_spec
 from tinylm.data.ready import TokenSource, prepare_ready
@@ -301,7 +301,8 @@ class _Opener:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the config names, or learned from its text."""
         c = self.config
-        return build_tokenizer(c.tokenizer, c.vocab_top_k, self._training_texts, c.eot_token, self._all_texts)
+        with alive(lambda: f"making data.tokenizer={c.tokenizer}"):
+            return build_tokenizer(c.tokenizer, c.vocab_top_k, self._training_texts, c.eot_token, self._all_texts)
 
     def _training_texts(self) -> Iterator[str]:
         """Yield the texts of the training split, which alone a tokenizer may learn its statistics from."""
