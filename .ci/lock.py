@@ -1,8 +1,10 @@
-"""Write constraints.txt: what pip would install today for tests and development, on each Python named.
+"""Write constraints.txt: what pip would install today for tests and development, on each Python
+named.
 
     python .ci/lock.py python3.11 python3.12 python3.13
 
-Installs nothing. A version that differs between Pythons gets a marker. Run .ci/run before you commit the result.
+Installs nothing. A version that differs between Pythons gets a marker. Run .ci/run before you
+commit the result.
 """
 
 import collections
@@ -13,17 +15,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = (
-    "# The versions that .ci/run passed with, for each Python. Written by .ci/lock.py; use with `pip install -c`.\n"
+    "# The versions that .ci/run passed with, for each Python. Written by .ci/lock.py; use "
+    "with `pip install -c`.\n"
 )
 
 
 def resolve(python: str) -> tuple[str, dict[str, str]]:
     """Return the Python's version and pip's choice of {package: version} for it."""
-    command = [python, "-m", "pip", "-qq", "install", "--dry-run", "--ignore-installed", "--report", "-"]
+    command = [
+        python,
+        "-m",
+        "pip",
+        "-qq",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--report",
+        "-",
+    ]
     run = subprocess.run([*command, ".[test,dev]"], cwd=ROOT, check=True, stdout=subprocess.PIPE)
     report = json.loads(run.stdout)
     found = [item["metadata"] for item in report["install"]]
-    versions = {m["name"].lower().replace("_", "-"): m["version"] for m in found if m["name"] != "tinylm"}
+    versions = {
+        m["name"].lower().replace("_", "-"): m["version"] for m in found if m["name"] != "tinylm"
+    }
     return report["environment"]["python_version"], versions
 
 

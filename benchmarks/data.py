@@ -1,9 +1,10 @@
-"""How fast data is: encoding beside tiktoken, assembling batches warm and cold, a store of 10^12 tokens.
+"""How fast data is: encoding beside tiktoken, assembling batches warm and cold, a store of 10^12
+tokens.
 
 python benchmarks/data.py --vocabulary=DIR --text='tinystories/*.txt'
 
-`DIR` holds GPT-2's encoder.json and vocab.bpe. The big store is made of sparse files, which take no room. Times depend
-on what else the machine does; each is the best of several.
+`DIR` holds GPT-2's encoder.json and vocab.bpe. The big store is made of sparse files, which take no
+room. Times depend on what else the machine does; each is the best of several.
 """
 
 import contextlib
@@ -44,13 +45,18 @@ def bench_encoding(vocabulary: str, text: str) -> None:
     from tinylm.data.vocabularies import Gpt2Tokenizer
 
     tokenizer = Gpt2Tokenizer.of_folder(vocabulary)
-    texts = [document.text for document in make_source(f"text:{text}", DataConfig()).documents("all")]
+    texts = [
+        document.text for document in make_source(f"text:{text}", DataConfig()).documents("all")
+    ]
     ours, theirs = tokenizer.encode_batch(texts), tokenizer._inner.encode_batch(texts)
     equal = all(a.tolist() == b for a, b in zip(ours, theirs, strict=True))
     size = sum(len(text.encode()) for text in texts) / 1e6
     mine = best_secs(lambda: tokenizer.encode_batch(texts))
     plain = best_secs(lambda: tokenizer._inner.encode_batch(texts))
-    print(f"encoding  {sum(map(len, ours)) + len(ours):,} ids, {'equal to' if equal else 'DIFFERENT FROM'} tiktoken's")
+    print(
+        f"encoding  {sum(map(len, ours)) + len(ours):,} ids, "
+        f"{'equal to' if equal else 'DIFFERENT FROM'} tiktoken's"
+    )
     print(f"          tinylm {size / mine:.1f} MB/s, tiktoken.encode_batch {size / plain:.1f} MB/s")
 
 
@@ -74,15 +80,22 @@ def secs_per_batch(rows: Rows, batches: int = 200) -> float:
 
 
 def bench_assembling(folder: str) -> None:
-    """Time batches of the small CPU setting, of each packing, from a warm and from a cold page cache."""
+    """Time batches of the small CPU setting, of each packing, from a warm and from a cold page
+    cache.
+    """
     for packing in ("stream", "packed", "single"):
-        config = DataConfig("tales", seq_len=SEQ_LEN, batch_size=ROWS, packing=packing, store_dir=folder)
-        warm = min(secs_per_batch(open_data(config, seed=0, progress=False).train) for _ in range(3))
+        config = DataConfig(
+            "tales", seq_len=SEQ_LEN, batch_size=ROWS, packing=packing, store_dir=folder
+        )
+        warm = min(
+            secs_per_batch(open_data(config, seed=0, progress=False).train) for _ in range(3)
+        )
         data = open_data(config, seed=1, progress=False)
         drop_cache(data.stores[0])
         cold = secs_per_batch(data.train)
         print(
-            f"batches   {packing:<7} warm {warm * 1e3:.2f} ms ({STEP_SECS / warm:.0f} times what training takes), "
+            f"batches   {packing:<7} warm {warm * 1e3:.2f} ms ({STEP_SECS / warm:.0f} "
+            "times what training takes), "
             f"cold {cold * 1e3:.2f} ms ({STEP_SECS / cold:.0f} times)"
         )
 
@@ -99,25 +112,33 @@ def sparse_store(folder: pathlib.Path, num_tokens: int) -> None:
     writer.ends.append(np.array([num_tokens, num_tokens]))
     writer.finish(
         {
-            "shards": [{"file": f"tokens-{i:05d}.bin", "items": size} for i, size in enumerate(sizes)],
+            "shards": [
+                {"file": f"tokens-{i:05d}.bin", "items": size} for i, size in enumerate(sizes)
+            ],
             "tokens": num_tokens,
             "tokenizer": {"eot_id": 0},
-            "splits": {"train": {"documents": [0, 1], "tokens": [0, num_tokens], "bytes": num_tokens}},
+            "splits": {
+                "train": {"documents": [0, 1], "tokens": [0, num_tokens], "bytes": num_tokens}
+            },
         }
     )
 
 
 def resident_bytes() -> int:
     """Return the resident memory of this process."""
-    return int(pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(
+        pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]
+    ) * os.sysconf("SC_PAGE_SIZE")
 
 
 def bench_large(folder: str) -> None:
-    """Open stores of 10^7 and 10^12 tokens and read shuffled windows from each, then the same windows again.
+    """Open stores of 10^7 and 10^12 tokens and read shuffled windows from each, then the same
+    windows again.
 
-    A small store is read ahead when it is opened. In a large one the system fetches, at the first touch of a window,
-    a page of the file (for these sparse ones: clears it), so the first reading says what that costs, and the second
-    what finding a window costs, which doesn't depend on the size.
+    A small store is read ahead when it is opened. In a large one the system fetches, at the first
+    touch of a window, a page of the file (for these sparse ones: clears it), so the first reading
+    says what that costs, and the second what finding a window costs, which doesn't depend on the
+    size.
     """
     for name, num_tokens in (("small", 10**7), ("large", TRILLION)):
         place = pathlib.Path(folder) / name
@@ -133,7 +154,8 @@ def bench_large(folder: str) -> None:
             again.append(best_secs(functools.partial(rows.read, batch)))
         print(
             f"store     10^{len(str(num_tokens)) - 1} tokens opens in {opened * 1e3:.1f} ms, "
-            f"{resident_bytes() / 1e6:.0f} MB resident, 64 random windows of 1,024 in {min(first) * 1e3:.2f} ms, "
+            f"{resident_bytes() / 1e6:.0f} MB resident, 64 random windows of 1,024 in "
+            f"{min(first) * 1e3:.2f} ms, "
             f"again in {min(again) * 1e3:.2f} ms"
         )
 

@@ -1,11 +1,13 @@
-"""Decoding speed beside `transformers` and llama2.c: the same weights, prompt and sampling, in turns on one machine.
+"""Decoding speed beside `transformers` and llama2.c: the same weights, prompt and sampling, in
+turns on one machine.
 
-python benchmarks/decode.py                                                  needs the `parity` extra
+python benchmarks/decode.py    (needs the `parity` extra)
 python benchmarks/decode.py --run=llama2.c/run --model=stories260K.bin --tokenizer=tok512.bin
 
-Each row gives tokens per second as the median of `--pairs` turns, and the median of the ratios turn by turn.
-`transformers` decodes with its cache, eager attention, in float32, as many threads as it likes; llama2.c's program
-(built with -Ofast) is told the same number of tokens and prints its own rate.
+Each row gives tokens per second as the median of `--pairs` turns, and the median of the ratios turn
+by turn. `transformers` decodes with its cache, eager attention, in float32, as many threads as it
+likes; llama2.c's program (built with -Ofast) is told the same number of tokens and prints its own
+rate.
 """
 
 import pathlib
@@ -30,7 +32,10 @@ flags.DEFINE_string("run", None, "llama2.c's program, instead of transformers")
 flags.DEFINE_string("model", None, "with --run: stories260K.bin")
 flags.DEFINE_string("tokenizer", None, "with --run: tok512.bin")
 
-SIZES = {"4 layers of 128, 65 tokens": (4, 128, 4, 65), "6 layers of 384, 50,257 tokens": (6, 384, 6, 50257)}
+SIZES = {
+    "4 layers of 128, 65 tokens": (4, 128, 4, 65),
+    "6 layers of 384, 50,257 tokens": (6, 384, 6, 50257),
+}
 
 
 def in_turns(name, rows, ours, theirs):
@@ -39,7 +44,10 @@ def in_turns(name, rows, ours, theirs):
     rates = [(ours(), theirs()) for _ in range(FLAGS.pairs)]
     mine, other = (statistics.median(column) for column in zip(*rates, strict=True))
     ratio = statistics.median(a / b for a, b in rates)
-    print(f"{name:32} {rows:3} rows: {mine:8,.0f} beside {other:8,.0f} tokens/s, {ratio:5.2f} times", flush=True)
+    print(
+        f"{name:32} {rows:3} rows: {mine:8,.0f} beside {other:8,.0f} tokens/s, {ratio:5.2f} times",
+        flush=True,
+    )
 
 
 def timed(write, rows):
@@ -50,7 +58,9 @@ def timed(write, rows):
 
 
 def beside_transformers():
-    """Compare GPT-2 shapes with random weights, drawing at temperature 0.8 from the 50 most probable."""
+    """Compare GPT-2 shapes with random weights, drawing at temperature 0.8 from the 50 most
+    probable.
+    """
     import torch
     import transformers
 
@@ -60,9 +70,14 @@ def beside_transformers():
     mesh, new = make_mesh(MeshConfig(data=1)), FLAGS.tokens
     for name, (num_layers, width, heads, vocab) in SIZES.items():
         config = transformers.GPT2Config(
-            n_layer=num_layers, n_embd=width, n_head=heads, vocab_size=vocab, n_positions=256, bos_token_id=None,
+            n_layer=num_layers,
+            n_embd=width,
+            n_head=heads,
+            vocab_size=vocab,
+            n_positions=256,
+            bos_token_id=None,
             eos_token_id=None,
-        )  # fmt: skip
+        )
         theirs = transformers.GPT2LMHeadModel(config).eval()
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
@@ -75,16 +90,31 @@ def beside_transformers():
             ids = torch.from_numpy(prompt)
 
             def ours(decoder=decoder, params=params, prompt=prompt):
-                list(decoder.stream(params, prompt.tolist(), max_tokens=new, sampler=Sampler(0.8, top_k=50)))
+                list(
+                    decoder.stream(
+                        params, prompt.tolist(), max_tokens=new, sampler=Sampler(0.8, top_k=50)
+                    )
+                )
 
             @torch.no_grad()
             def reference(theirs=theirs, ids=ids):
                 theirs.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.8, top_k=50,
-                    max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
-                )  # fmt: skip
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=True,
+                    temperature=0.8,
+                    top_k=50,
+                    max_new_tokens=new,
+                    min_new_tokens=new,
+                    pad_token_id=0,
+                )
 
-            in_turns(name, rows, lambda f=ours, n=rows: timed(f, n), lambda f=reference, n=rows: timed(f, n))
+            in_turns(
+                name,
+                rows,
+                lambda f=ours, n=rows: timed(f, n),
+                lambda f=reference, n=rows: timed(f, n),
+            )
 
 
 def beside_llama2c():
@@ -93,17 +123,35 @@ def beside_llama2c():
 
     imported = models.import_llama2c(FLAGS.model, FLAGS.tokenizer, MeshConfig(data=1))
     end = imported.tokenizer.eot_id
-    decoder = Decoder(abstract_transformer(imported.model)[0], imported.model.context, end, imported.model.vocab_size)
+    decoder = Decoder(
+        abstract_transformer(imported.model)[0],
+        imported.model.context,
+        end,
+        imported.model.vocab_size,
+    )
 
     def theirs():
-        command = [FLAGS.run, FLAGS.model, "-z", FLAGS.tokenizer, "-t", "0", "-n", str(FLAGS.tokens)]
+        command = [
+            FLAGS.run,
+            FLAGS.model,
+            "-z",
+            FLAGS.tokenizer,
+            "-t",
+            "0",
+            "-n",
+            str(FLAGS.tokens),
+        ]
         report = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stderr
         return float(re.search(r"tok/s: ([\d.]+)", report)[1])
 
     for rows in (1, 16):
 
         def ours(rows=rows):
-            list(decoder.stream(imported.params, [[end]] * rows, max_tokens=FLAGS.tokens, sampler=Sampler(0.0)))
+            list(
+                decoder.stream(
+                    imported.params, [[end]] * rows, max_tokens=FLAGS.tokens, sampler=Sampler(0.0)
+                )
+            )
 
         in_turns("stories260K", rows, lambda f=ours, n=rows: timed(f, n), theirs)
 

@@ -1,7 +1,7 @@
 """Run the fault matrix and write docs/faults.md: python benchmarks/faults.py [NUMBER ...]
 
-Each row is made of tests; faults come from outside the program (signals, files, limits, patched functions of a test's
-driver). A row passes when all its tests do. Under an hour on two cores.
+Each row is made of tests; faults come from outside the program (signals, files, limits, patched
+functions of a test's driver). A row passes when all its tests do. Under an hour on two cores.
 """
 
 import os
@@ -16,42 +16,98 @@ PAGE = ROOT / "docs" / "faults.md"
 FAULTS = "tests/test_faults.py"
 CHECKPOINTS, GUARD, WATCHDOG = (
     "tests/run/test_checkpoints.py",
-    "tests/train/test_guard.py",
+    "tests/train/test_bad_steps.py",
     "tests/core/test_watchdog.py",
 )
 MATRIX = {
     1: ("none, twice", "1 process x 4 devices, 20 steps", [f"{FAULTS} -k fault_1_"]),
     2: ("kill -9 mid-step", "at 20 random steps of one run", [f"{FAULTS} -k fault_2_"]),
-    3: ("kill -9 one of two processes", "process 1, and process 0 of the run that goes on", [f"{FAULTS} -k fault_3_"]),
-    4: ("kill -9 during a save", "before each change of the folder; 10 kills of real saves",
-        [f"{CHECKPOINTS} -k kill", f"{FAULTS} -k fault_4_"]),
-    5: ("SIGTERM", "at start, during compile, training and evaluation; all processes of a job",
-        [f"{FAULTS} -k fault_5_", "tests/test_runs.py -k sigterm"]),
-    6: ("a process that is stuck or stopped", "it sleeps; SIGSTOP of each",
-        [f"{WATCHDOG} -k 'stuck or stopped or alone'"]),
+    3: (
+        "kill -9 one of two processes",
+        "process 1, and process 0 of the run that goes on",
+        [f"{FAULTS} -k fault_3_"],
+    ),
+    4: (
+        "kill -9 during a save",
+        "before each change of the folder; 10 kills of real saves",
+        [f"{CHECKPOINTS} -k kill", f"{FAULTS} -k fault_4_"],
+    ),
+    5: (
+        "SIGTERM",
+        "at start, during compile, training and evaluation; all processes of a job",
+        [f"{FAULTS} -k fault_5_", "tests/test_runs.py -k sigterm"],
+    ),
+    6: (
+        "a process that is stuck or stopped",
+        "it sleeps; SIGSTOP of each",
+        [f"{WATCHDOG} -k 'stuck or stopped or alone'"],
+    ),
     7: ("a straggler", "half a second more a step", [f"{WATCHDOG} -k straggler"]),
-    8: ("damaged checkpoint", "each file missing, cut, longer; a file too many; a link",
-        [f"{CHECKPOINTS} -k 'damaged or many or tools'"]),
+    8: (
+        "damaged checkpoint",
+        "each file missing, cut, longer; a file too many; a link",
+        [f"{CHECKPOINTS} -k 'damaged or many or tools'"],
+    ),
     9: ("bit flip in a checkpoint", "100 bits over all files", [f"{CHECKPOINTS} -k flipped"]),
-    10: ("disk full, read-only, quota", "a small tmpfs; an immutable folder; a limit of file sizes, of one process too",
-         [f"{CHECKPOINTS} -k 'fails or unsaved'", "tests/run/test_run_folder.py -k full", f"{FAULTS} -k fault_10_"]),
-    11: ("another mesh, another process count", "(8,1) to (4,2) to (1,8) devices; 2 to 1 to 4 processes",
-         [f"{GUARD} -k another_mesh", f"{FAULTS} -k fault_11_", "tests/data/test_processes.py"]),
-    12: ("NaN, Inf, loss spike", "poisoned batches under halt, skip, rollback",
-         [f"{GUARD} -k 'halt or skip or rollback or row or spike'"]),
+    10: (
+        "disk full, read-only, quota",
+        "a small tmpfs; an immutable folder; a limit of file sizes, of one process too",
+        [
+            f"{CHECKPOINTS} -k 'fails or unsaved'",
+            "tests/run/test_run_folder.py -k full",
+            f"{FAULTS} -k fault_10_",
+        ],
+    ),
+    11: (
+        "another mesh, another process count",
+        "(8,1) to (4,2) to (1,8) devices; 2 to 1 to 4 processes",
+        [f"{GUARD} -k another_mesh", f"{FAULTS} -k fault_11_", "tests/data/test_processes.py"],
+    ),
+    12: (
+        "NaN, Inf, loss spike",
+        "poisoned batches under halt, skip, rollback",
+        [f"{GUARD} -k 'halt or skip or rollback or row or spike'"],
+    ),
     13: ("silent corruption", "bits of one device's parameters", ["tests/core/test_replicas.py"]),
-    14: ("data that fails", "files cut and overwritten under a run, its threads ended; a store that changed",
-         ["tests/data/test_store.py -k 'changes_under or damage'", f"{GUARD} -k 'store or under_a_run'"]),
-    15: ("bad config, data, tokenizer, workdir", "every mistake of law 9", ["tests/test_mistakes.py"]),
-    16: ("hostile files", "pickle, object arrays, giant headers, cut tokenizers, links and `..`, a canary secret",
-         ["tests/interop/test_hf.py tests/interop/test_llama2c.py -k 'refused or lies or inside or names or missing'",
-          "tests/data/test_tokenizers.py -k 'damaged or altered or wrong'", "tests/data/test_sources.py -k objects",
-          "tests/run/test_run_folder.py -k link", f"{CHECKPOINTS} -k many", f"{FAULTS} -k fault_16_"]),
-    17: ("two runs in one workdir", "the same command twice; leases of dead and other hosts",
-         ["tests/run/test_lock.py", f"{FAULTS} -k fault_17_"]),
-    18: ("clock, pipes, HOME, package folder", "days back and forth, stdout breaks, stderr is full, nothing writable",
-         [f"{FAULTS} -k fault_18_"]),
-}  # fmt: skip
+    14: (
+        "data that fails",
+        "files cut and overwritten under a run, its threads ended; a store that changed",
+        [
+            "tests/data/test_store.py -k 'changes_under or damage'",
+            f"{GUARD} -k 'store or under_a_run'",
+        ],
+    ),
+    15: (
+        "bad config, data, tokenizer, workdir",
+        "every mistake of law 9",
+        ["tests/test_mistakes.py"],
+    ),
+    16: (
+        "hostile files",
+        "pickle, object arrays, giant headers, cut tokenizers, links and `..`, a canary secret",
+        [
+            (
+                "tests/interop/test_hf.py tests/interop/test_llama2c.py -k 'refused or lies or "
+                "inside or names or missing'"
+            ),
+            "tests/data/test_tokenizers.py -k 'damaged or altered or wrong'",
+            "tests/data/test_sources.py -k objects",
+            "tests/run/test_run_folder.py -k link",
+            f"{CHECKPOINTS} -k many",
+            f"{FAULTS} -k fault_16_",
+        ],
+    ),
+    17: (
+        "two runs in one workdir",
+        "the same command twice; leases of dead and other hosts",
+        ["tests/run/test_lock.py", f"{FAULTS} -k fault_17_"],
+    ),
+    18: (
+        "clock, pipes, HOME, package folder",
+        "days back and forth, stdout breaks, stderr is full, nothing writable",
+        [f"{FAULTS} -k fault_18_"],
+    ),
+}
 
 
 def run(number: int) -> tuple[str, float]:
@@ -60,7 +116,10 @@ def run(number: int) -> tuple[str, float]:
     for tests in MATRIX[number][2]:
         command = f"{sys.executable} -m pytest -q -n 0 -m '' -p no:cacheprovider {tests}"
         done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, encoding="utf-8")
-        counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|error)", done.stdout.splitlines()[-1])}
+        counts = {
+            kind: int(n)
+            for n, kind in re.findall(r"(\d+) (passed|failed|error)", done.stdout.splitlines()[-1])
+        }
         passed += counts.get("passed", 0)
         failed += counts.get("failed", 0) + counts.get("error", 0) + (done.returncode not in (0, 1))
         if failed:
@@ -92,7 +151,9 @@ def main() -> int:
             "A row passes when all its tests do (their number in brackets).\n\n"
         )
         table = "| # | fault | how | passed | seconds |\n|---|---|---|---|---|\n"
-        PAGE.write_text(head + table + "\n".join(rows[n] for n in sorted(rows)) + "\n", encoding="utf-8")
+        PAGE.write_text(
+            head + table + "\n".join(rows[n] for n in sorted(rows)) + "\n", encoding="utf-8"
+        )
     return any("**no**" in rows[n] for n in numbers)
 
 

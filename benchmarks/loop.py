@@ -1,9 +1,11 @@
-"""The trainer's loop beside the bare jitted step, called in a Python loop on one batch that lies on the device.
+"""The trainer's loop beside the bare jitted step, called in a Python loop on one batch that lies on
+the device.
 
 python benchmarks/loop.py [--pairs=5] [--dispatch=1,10] [--width=32]
 
-The loop reads its batches, logs every 100 steps and keeps its account; it neither evaluates nor saves. Prints
-milliseconds a step as medians of the turns, and the median of the ratios turn by turn.
+The loop reads its batches, logs every 100 steps and keeps its account; it neither evaluates nor
+saves. Prints milliseconds a step as medians of the turns, and the median of the ratios turn by
+turn.
 """
 
 import json
@@ -27,7 +29,7 @@ from tinylm.config import (
 )
 from tinylm.core import log
 from tinylm.core.mesh import make_mesh
-from tinylm.train.benchmark import Workload
+from tinylm.tools.bench import Workload
 from tinylm.train.start import start_run
 
 FLAGS = flags.FLAGS
@@ -40,7 +42,9 @@ STEPS = 600
 def config_of(dispatch: int, store: str) -> Config:
     """Return a config of two layers."""
     return Config(
-        data=DataConfig(source="tales", tokenizer="byte", seq_len=64, batch_size=16, store_dir=store),
+        data=DataConfig(
+            source="tales", tokenizer="byte", seq_len=64, batch_size=16, store_dir=store
+        ),
         model=ModelConfig(embed_dim=FLAGS.width, num_layers=2, num_heads=2, unroll=0),
         train=TrainConfig(num_steps=STEPS, steps_per_dispatch=dispatch, log_every_steps=100),
         eval=EvalConfig(every_steps=0),
@@ -57,7 +61,11 @@ def loop_ms(dispatch: int, store: str) -> float:
         trainer.run()
         logged = (pathlib.Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [line for line in map(json.loads, logged) if line.get("split") == "train"]
-    return 1e3 * (lines[-1]["unix_secs"] - lines[0]["unix_secs"]) / (lines[-1]["step"] - lines[0]["step"])
+    return (
+        1e3
+        * (lines[-1]["unix_secs"] - lines[0]["unix_secs"])
+        / (lines[-1]["step"] - lines[0]["step"])
+    )
 
 
 def bare_ms(work: Workload) -> float:
@@ -83,7 +91,13 @@ def main(_) -> None:
             turns = [(bare_ms(work), loop_ms(dispatch, store)) for _ in range(FLAGS.pairs)]
             bare, loop = map(statistics.median, zip(*turns, strict=True))
             ratio = statistics.median(ours / theirs for theirs, ours in turns)
-            print(f"{dispatch:3} a dispatch: bare {bare:.2f} ms a step, loop {loop:.2f}, {ratio:.3f} times", flush=True)
+            print(
+                (
+                    f"{dispatch:3} a dispatch: bare {bare:.2f} ms a step, loop {loop:.2f}, "
+                    f"{ratio:.3f} times"
+                ),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The train step beside nanoGPT's, in turns on one machine: the same shapes, batches of the same size, float32, AdamW.
+"""The train step beside nanoGPT's, in turns on one machine: the same shapes, batches of the same
+size, float32, AdamW.
 
 git clone https://github.com/karpathy/nanoGPT
 python benchmarks/nanogpt.py --checkout=nanoGPT [--python=PYTHON_THAT_HAS_TORCH] [--size=small]
 
-Prints milliseconds a step as medians of `--pairs` turns, and the median of nanoGPT's time over ours turn by turn, with
-float32 and with bfloat16 products; nanoGPT as it is and with `torch.compile`, in float32. `small` is nanoGPT's setting
-for CPUs, `medium` its 10 M model with batches for a CPU.
+Prints milliseconds a step as medians of `--pairs` turns, and the median of nanoGPT's time over ours
+turn by turn, with float32 and with bfloat16 products; nanoGPT as it is and with `torch.compile`, in
+float32. `small` is nanoGPT's setting for CPUs, `medium` its 10 M model with batches for a CPU.
 """
 
 import json
@@ -20,7 +21,7 @@ from absl import app, flags
 
 from tinylm.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from tinylm.core.mesh import MeshConfig, make_mesh
-from tinylm.train.benchmark import Workload
+from tinylm.tools.bench import Workload
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("checkout", "nanoGPT", "folder of nanoGPT's repository")
@@ -37,10 +38,24 @@ class Theirs:
 
     def __init__(self, size: tuple, compiled: bool):
         names = ("n_layer", "n_head", "n_embd", "block_size")
-        shape = {**dict(zip(names, size[:4], strict=True)), "vocab_size": 65, "dropout": 0.0, "bias": False}
+        shape = {
+            **dict(zip(names, size[:4], strict=True)),
+            "vocab_size": 65,
+            "dropout": 0.0,
+            "bias": False,
+        }
         child = pathlib.Path(__file__).with_name("nanogpt_child.py")
-        command = [FLAGS.python, str(child), FLAGS.checkout, json.dumps(shape), str(size[4]), str(int(compiled))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        command = [
+            FLAGS.python,
+            str(child),
+            FLAGS.checkout,
+            json.dumps(shape),
+            str(size[4]),
+            str(int(compiled)),
+        ]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+        )
 
     def secs(self, steps: int) -> float:
         """Return the seconds of some steps."""
@@ -59,12 +74,18 @@ class Ours:
         config = Config(
             data=DataConfig(seq_len=context, batch_size=rows),
             model=ModelConfig(
-                embed_dim=width, num_layers=num_layers, num_heads=num_heads, norm="layernorm", position="learned",
-                mlp="gelu", unroll=0, compute_dtype=dtype,
+                embed_dim=width,
+                num_layers=num_layers,
+                num_heads=num_heads,
+                norm="layernorm",
+                position="learned",
+                mlp="gelu",
+                unroll=0,
+                compute_dtype=dtype,
             ),
             optimizer=OptimizerConfig(beta2=0.99),
             train=TrainConfig(steps_per_dispatch=count),
-        )  # fmt: skip
+        )
         config = config.resolve(65)
         self.work = Workload(config, make_mesh(MeshConfig(data=1)))
         self.state = self.work.blueprint.init(0)
@@ -86,12 +107,20 @@ def compare(name: str) -> None:
     steps = size[5]
     for side in sides.values():
         side.secs(steps), side.secs(steps)  # compile, warm up
-    turns = [{key: 1e3 * side.secs(steps) / steps for key, side in sides.items()} for _ in range(FLAGS.pairs)]
+    turns = [
+        {key: 1e3 * side.secs(steps) / steps for key, side in sides.items()}
+        for _ in range(FLAGS.pairs)
+    ]
     for key in sides:
-        ratios = (f"{statistics.median(turn[key] / turn[dtype] for turn in turns):.2f} of {dtype}" for dtype in ours)
+        ratios = (
+            f"{statistics.median(turn[key] / turn[dtype] for turn in turns):.2f} of {dtype}"
+            for dtype in ours
+        )
         shown = ", ".join(f"{turn[key]:.1f}" for turn in turns)
         median = statistics.median(turn[key] for turn in turns)
-        print(f"{name:8} {key:10} {median:8.1f} ms a step ({shown}); {', '.join(ratios)}", flush=True)
+        print(
+            f"{name:8} {key:10} {median:8.1f} ms a step ({shown}); {', '.join(ratios)}", flush=True
+        )
     for side in theirs.values():
         side.process.kill()
 

@@ -1,4 +1,6 @@
-"""nanoGPT's own model and optimizer as its train.py uses them on a CPU, for nanogpt.py; needs torch alone."""
+"""nanoGPT's own model and optimizer as its train.py uses them on a CPU, for nanogpt.py; needs torch
+alone.
+"""
 
 import json
 import pathlib
@@ -24,7 +26,9 @@ def batch():
     """Return inputs and targets as nanoGPT's get_batch does."""
     ix = torch.randint(len(data) - config.block_size, (int(rows),))
     x, y = (
-        torch.stack([torch.from_numpy(data[i + d : i + d + config.block_size].astype(np.int64)) for i in ix])
+        torch.stack(
+            [torch.from_numpy(data[i + d : i + d + config.block_size].astype(np.int64)) for i in ix]
+        )
         for d in (0, 1)
     )
     return x, y

@@ -1,7 +1,8 @@
-"""How long a save stops the step loop, and what it needs of memory: python benchmarks/save.py [CONFIG]
+"""How long a save stops the step loop, and what it needs of memory: python benchmarks/save.py
+[CONFIG]
 
-Takes a few steps of a 110 M-parameter model on this machine's CPU with a small batch (a larger one makes steps longer,
-not saves), saves while it goes on, and prints one JSON object.
+Takes a few steps of a 110 M-parameter model on this machine's CPU with a small batch (a larger one
+makes steps longer, not saves), saves while it goes on, and prints one JSON object.
 """
 
 import json
@@ -31,10 +32,14 @@ def main() -> None:
     config = load_config(sys.argv[1] if len(sys.argv) > 1 else "llama:110m")
     config = config.resolve(config.model.vocab_size or 32000)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, (1, 1, ROWS, LENGTH), np.int32)
+    ids = np.random.default_rng(0).integers(
+        0, config.model.vocab_size, (1, 1, ROWS, LENGTH), np.int32
+    )
     batch = {"tokens": ids, "targets": ids, "weights": np.ones(ids.shape, np.float32)}
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-        blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
+        blueprint = make_blueprint(
+            config.model, config.optimizer, config.mesh, config.train.num_steps, mesh
+        )
         step = make_train_steps(blueprint, make_schedule(config.optimizer, config.train.num_steps))
         placed = place_batch(mesh, batch, owned_rows(mesh, ROWS), ROWS, 2)
         state = blueprint.init(0)
@@ -62,19 +67,33 @@ def main() -> None:
         done.set()
         watcher.join()
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        written = sum(path.stat().st_size for path in pathlib.Path(folder).rglob("*") if path.is_file())
-    print(json.dumps({
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-        "step_secs": round(alone, 3), "step_secs_during_save": round(beside, 3), "blocked_secs": round(blocked, 3),
-        "save_secs": round(whole, 2), "blocked_of_100_steps": round(blocked / (blocked + 100 * alone), 5),
-        "state_bytes": size, "written_bytes": written, "extra_memory_in_states": round((most[0] - before) / size, 2),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }))  # fmt: skip
+        written = sum(
+            path.stat().st_size for path in pathlib.Path(folder).rglob("*") if path.is_file()
+        )
+    print(
+        json.dumps(
+            {
+                "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+                "step_secs": round(alone, 3),
+                "step_secs_during_save": round(beside, 3),
+                "blocked_secs": round(blocked, 3),
+                "save_secs": round(whole, 2),
+                "blocked_of_100_steps": round(blocked / (blocked + 100 * alone), 5),
+                "state_bytes": size,
+                "written_bytes": written,
+                "extra_memory_in_states": round((most[0] - before) / size, 2),
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            }
+        )
+    )
 
 
 def memory() -> int:
     """Return the bytes of memory that this process holds."""
-    return int(pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
+    return (
+        int(pathlib.Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        * resource.getpagesize()
+    )
 
 
 def watch(most: list[int], done: threading.Event) -> None:

@@ -1,4 +1,5 @@
-"""The tables of docs/scaling.md: bytes of state under fsdp, and traffic beside its least on a TPU topology.
+"""The tables of docs/scaling.md: bytes of state under fsdp, and traffic beside its least on a TPU
+topology.
 
 python benchmarks/scaling.py state
 python benchmarks/scaling.py traffic --mesh=1x16x1 --fsdp --accumulation=4
@@ -12,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 from tinylm.config import load_config
 from tinylm.core.mesh import AXES, make_mesh
 from tinylm.plan import topology_devices
-from tinylm.train.planning import held_bytes, make_plan
+from tinylm.tools.plan import held_bytes, make_plan
 from tinylm.train.state import make_blueprint
 
 WIDTH = ["model.embed_dim=1024", "model.num_heads=16", "model.mlp_dim=4096", "optimizer.name=adamw"]
@@ -26,22 +27,39 @@ def state() -> None:
         mesh = AbstractMesh((1, devices, 1), AXES, axis_types=(AxisType.Auto,) * 3)
         abstract = make_blueprint(config.model, config.optimizer, config.mesh, 10, mesh).abstract
         whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-        print(f"| {devices:,} | {held_bytes(abstract):,} | {held_bytes(abstract) * devices / whole:.8f} |")
+        print(
+            f"| {devices:,} | {held_bytes(abstract):,} | "
+            f"{held_bytes(abstract) * devices / whole:.8f} |"
+        )
 
 
 def traffic(arguments: argparse.Namespace) -> None:
     """Compile one step and print what it sends and what the formula asks for."""
     replica, data, model = arguments.mesh.split("x")
-    config = load_config("llama:110m", [
-        *WIDTH, "model.num_layers=4", "data.batch_size=64", f"mesh.replica={replica}", f"mesh.data={data}",
-        f"mesh.model={model}", f"mesh.fsdp={arguments.fsdp}", f"train.accumulation_steps={arguments.accumulation}",
-    ])  # fmt: skip
+    config = load_config(
+        "llama:110m",
+        [
+            *WIDTH,
+            "model.num_layers=4",
+            "data.batch_size=64",
+            f"mesh.replica={replica}",
+            f"mesh.data={data}",
+            f"mesh.model={model}",
+            f"mesh.fsdp={arguments.fsdp}",
+            f"train.accumulation_steps={arguments.accumulation}",
+        ],
+    )
     config = config.resolve(0)
-    rows = make_plan(config, make_mesh(config.mesh, topology_devices(arguments.topology, 1)))["collectives"]
-    sent, least = (sum(row[name] for row in rows) / 1e6 for name in ("bytes_per_step", "minimum_bytes"))
+    rows = make_plan(config, make_mesh(config.mesh, topology_devices(arguments.topology, 1)))[
+        "collectives"
+    ]
+    sent, least = (
+        sum(row[name] for row in rows) / 1e6 for name in ("bytes_per_step", "minimum_bytes")
+    )
     for row in rows:
         print(
-            f"  {row['kind']:<20}{row['axis']:<12}{row['bytes_per_step'] / 1e6:10.1f}{row['minimum_bytes'] / 1e6:10.1f}"
+            f"  {row['kind']:<20}{row['axis']:<12}"
+            f"{row['bytes_per_step'] / 1e6:10.1f}{row['minimum_bytes'] / 1e6:10.1f}"
         )
     print(f"sent {sent:.1f} MB, least {least:.1f} MB, {sent / least:.2f} times")
 

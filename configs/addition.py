@@ -1,4 +1,5 @@
-"""Learn to add two numbers below 100 from 9 in 10 of all sums, loss on the answer alone; the rest is held out.
+"""Learn to add two numbers below 100 from 9 in 10 of all sums, loss on the answer alone; the rest
+is held out.
 
 python -m tinylm.main --config=configs/addition.py
 
@@ -29,7 +30,9 @@ def get_config() -> Config:
             packing="single",
             loss_on="answer",
         ),
-        model=ModelConfig(embed_dim=96, num_layers=3, num_heads=4, qk_norm=True, mlp="relu2", unroll=0),
+        model=ModelConfig(
+            embed_dim=96, num_layers=3, num_heads=4, qk_norm=True, mlp="relu2", unroll=0
+        ),
         optimizer=OptimizerConfig(
             name="muon",
             learning_rate=0.02,

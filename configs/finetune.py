@@ -1,9 +1,12 @@
-"""Fine-tune a model: what it is, and its tokenizer, are taken from the run or the folder that it is in.
+"""Fine-tune a model: what it is, and its tokenizer, are taken from the run or the folder that it is
+in.
 
-python -m tinylm.main --config=configs/finetune.py --config.train.init_from=RUN --config.data.source=text:PATH/input.txt
+python -m tinylm.main --config=configs/finetune.py --config.train.init_from=RUN
+--config.data.source=text:PATH/input.txt
 
-RUN is the folder of a run, an imported one too, or hf:DIR, a model of Hugging Face in a local folder. A small learning
-rate over few steps, with an evaluation every 25, the best of which is kept: generate and evaluate read that one.
+RUN is the folder of a run, an imported one too, or hf:DIR, a model of Hugging Face in a local
+folder. A small learning rate over few steps, with an evaluation every 25, the best of which is
+kept: generate and evaluate read that one.
 """
 
 from tinylm.config import Config, DataConfig, EvalConfig, OptimizerConfig, SampleConfig, TrainConfig

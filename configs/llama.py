@@ -64,7 +64,9 @@ def get_config(size: str = "15m") -> Config:
             mlp="swiglu",
             compute_dtype="bfloat16",
         ),
-        optimizer=OptimizerConfig(learning_rate=5e-4, min_ratio=0.0, warmup_steps=1000, beta2=0.95, weight_decay=0.1),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-4, min_ratio=0.0, warmup_steps=1000, beta2=0.95, weight_decay=0.1
+        ),
         train=TrainConfig(num_steps=100_000, accumulation_steps=shape.accumulation_steps),
         eval=EvalConfig(every_steps=2000, max_batches=20),
         sample=SampleConfig(prompts=("Once upon a time",), max_tokens=200),

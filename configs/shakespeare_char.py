@@ -1,8 +1,10 @@
-"""A character model of Shakespeare at nanoGPT's GPU setting: 10.7 M parameters, 5,000 steps of 16,384 tokens.
+"""A character model of Shakespeare at nanoGPT's GPU setting: 10.7 M parameters, 5,000 steps of
+16,384 tokens.
 
 python -m tinylm.main --config=configs/shakespeare_char.py --config.data.source=text:PATH/input.txt
 
-Meant for one GPU, in bfloat16; nanoGPT's best validation loss at this setting is 1.4697 nats a character.
+Meant for one GPU, in bfloat16; nanoGPT's best validation loss at this setting is 1.4697 nats a
+character.
 """
 
 from tinylm.config import (

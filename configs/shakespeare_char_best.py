@@ -1,10 +1,13 @@
-"""A character model of Shakespeare as good as nanoGPT's small CPU budget gives: 0.81 M parameters, 2,000 steps of 768.
+"""A character model of Shakespeare as good as nanoGPT's small CPU budget gives: 0.81 M parameters,
+2,000 steps of 768.
 
-python -m tinylm.main --config=configs/shakespeare_char_best.py --config.data.source=text:PATH/input.txt
+python -m tinylm.main --config=configs/shakespeare_char_best.py
+--config.data.source=text:PATH/input.txt
 
-Two CPU cores: 2 to 4 minutes, loss over the whole validation tenth 1.50 nats a character (nanoGPT's own setting:
-1.8857; `shakespeare_char_cpu.py`, which keeps its shape and AdamW: 1.667). Muon for the matrices, four times the
-context with a quarter of the rows, short convolutions, half of the heads looking at the last 8 characters only.
+Two CPU cores: 2 to 4 minutes, loss over the whole validation tenth 1.50 nats a character (nanoGPT's
+own setting: 1.8857; `shakespeare_char_cpu.py`, which keeps its shape and AdamW: 1.667). Muon for
+the matrices, four times the context with a quarter of the rows, short convolutions, half of the
+heads looking at the last 8 characters only.
 """
 
 from tinylm.config import (
@@ -25,15 +28,28 @@ def get_config() -> Config:
         seed=1337,
         data=DataConfig(source="text:data/input.txt", tokenizer="char", seq_len=256, batch_size=3),
         model=ModelConfig(
-            embed_dim=128, num_layers=4, num_heads=4, qk_norm=True, mlp="relu2", attention_window=(8,), local_heads=2,
-            conv_taps=4, tie_embeddings=False, unroll=0,
+            embed_dim=128,
+            num_layers=4,
+            num_heads=4,
+            qk_norm=True,
+            mlp="relu2",
+            attention_window=(8,),
+            local_heads=2,
+            conv_taps=4,
+            tie_embeddings=False,
+            unroll=0,
         ),
         optimizer=OptimizerConfig(
-            name="muon", learning_rate=0.008, muon_momentum=0.9, adam_learning_rate=0.004, schedule="linear",
-            min_ratio=0.0, warmup_steps=50,
+            name="muon",
+            learning_rate=0.008,
+            muon_momentum=0.9,
+            adam_learning_rate=0.004,
+            schedule="linear",
+            min_ratio=0.0,
+            warmup_steps=50,
         ),
         train=TrainConfig(num_steps=2000, steps_per_dispatch=10, log_every_steps=10),
         eval=EvalConfig(every_steps=500),
         checkpoint=CheckpointConfig(every_steps=500),
         sample=SampleConfig(prompts=("",), max_tokens=500),
-    )  # fmt: skip
+    )

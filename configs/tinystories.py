@@ -35,7 +35,9 @@ def get_config(size: str = "33m") -> Config:
         raise ValueError(f"tinystories:{size} must end in one of {', '.join(SIZES)}.")
     num_layers, embed_dim = SIZES[size]
     return Config(
-        data=DataConfig(source="text:data/TinyStories-train.txt", tokenizer="gpt2", seq_len=512, batch_size=64),
+        data=DataConfig(
+            source="text:data/TinyStories-train.txt", tokenizer="gpt2", seq_len=512, batch_size=64
+        ),
         model=ModelConfig(
             vocab_size=50_257,
             context=2048,
@@ -49,7 +51,9 @@ def get_config(size: str = "33m") -> Config:
             attention_scale=1.0,
             compute_dtype="bfloat16",
         ),
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=1000, beta2=0.95, weight_decay=0.1),
+        optimizer=OptimizerConfig(
+            learning_rate=5e-4, warmup_steps=1000, beta2=0.95, weight_decay=0.1
+        ),
         train=TrainConfig(num_steps=20_000),
         eval=EvalConfig(every_steps=1000, max_batches=20),
         sample=SampleConfig(prompts=("Once upon a time",), max_tokens=200),

@@ -1,4 +1,4 @@
-"""Print docs/config.md, the reference of every setting, from the dataclasses: python docs/make_config_md.py"""
+"""Print docs/config.md, the reference of every setting, from the dataclasses."""
 
 import dataclasses
 import inspect
@@ -7,9 +7,10 @@ from tinylm.config import Config
 
 HEAD = """# Every setting
 
-Written by `python docs/make_config_md.py > docs/config.md` from the dataclasses; a test holds it to them. Any setting
-can be overridden: `--config.model.embed_dim=256`. A run is refused when you resume it with another value of a setting
-that *decides its numbers*; the others may change at any time.
+Written by `python docs/make_config_md.py > docs/config.md` from the dataclasses; a test
+holds it to them. Any setting can be overridden: `--config.model.embed_dim=256`. A run is refused
+when you resume it with another value of a setting that *decides its numbers*; the others may change
+at any time.
 """
 
 
@@ -18,7 +19,11 @@ def table(section: object, prefix: str) -> str:
     rows = ["| setting | default | values | decides numbers | meaning |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(section):  # type: ignore[arg-type]
         if field.metadata:
-            texts = repr(getattr(section, field.name)), str(field.metadata["bounds"]), field.metadata["doc"]
+            texts = (
+                repr(getattr(section, field.name)),
+                str(field.metadata["bounds"]),
+                field.metadata["doc"],
+            )
             default, bounds, doc = (text.replace("|", "\\|") for text in texts)
             decides = "" if field.metadata["free"] else "yes"
             rows.append(f"| `{prefix}{field.name}` | `{default}` | {bounds} | {decides} | {doc} |")

@@ -1,12 +1,14 @@
 """Try a pod on one machine: several processes with simulated devices each, joined into one job.
 
-python launch/local.py --processes=2 --devices=4 -- --config=tales --workdir=runs/pod --config.mesh.fsdp=true
+python launch/local.py --processes=2 --devices=4 -- --config=tales --workdir=runs/pod
+--config.mesh.fsdp=true
 
-What follows `--` goes to tinylm.main (another command: --module=tinylm.evaluate). Ctrl-C and SIGTERM reach every
-process as SIGTERM, as do SIGHUP and what else announces the end: the run saves and ends; a second Ctrl-C ends it at
-once. When a process dies, the others have --grace_secs to end by themselves. After an exit code that can be resumed
-(tinylm/core/errors.py) the job starts again, at most --restarts times, after 1, 2, 4, ... seconds; not after a second
-abort (134) before the first step, for that is a crash. No process outlives this one.
+What follows `--` goes to tinylm.main (another command: --module=tinylm.evaluate). Ctrl-C and
+SIGTERM reach every process as SIGTERM, as do SIGHUP and what else announces the end: the run saves
+and ends; a second Ctrl-C ends it at once. When a process dies, the others have --grace_secs to end
+by themselves. After an exit code that can be resumed (tinylm/core/errors.py) the job starts again,
+at most --restarts times, after 1, 2, 4, ... seconds; not after a second abort (134) before the
+first step, for that is a crash. No process outlives this one.
 """
 
 import argparse
@@ -28,16 +30,18 @@ sys.path.insert(0, str(ROOT))
 from tinylm.core.errors import RESUMABLE, PeerLost, Preempted  # noqa: E402
 from tinylm.core.signals import SIGNALS, is_ignored  # noqa: E402
 
-# How a process ends that was killed, or that JAX aborted because a peer was; and one that was stopped before it could
-# save, which loses nothing that an earlier checkpoint hasn't.
+# How a process ends that was killed, or that JAX aborted because a peer was; and one that was
+# stopped before it could save, which loses nothing that an earlier checkpoint hasn't.
 ABORTED = (-signal.SIGABRT, 128 + signal.SIGABRT)
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL, *ABORTED)
 STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 GIVE_UP = (
-    "aborted twice before the first step (exit code 134): this is no lost peer but a crash, of the compiler perhaps; "
-    "its last lines above say where. Change model.unroll, model.attention or the mesh, and report it."
+    "aborted twice before the first step (exit code 134): this is no lost peer but a "
+    "crash, of the compiler perhaps; "
+    "its last lines above say where. Change model.unroll, model.attention or the mesh, and "
+    "report it."
 )
 
 
@@ -76,12 +80,21 @@ def die_with_parent() -> None:
 
 def commands(options: argparse.Namespace) -> list[list[str]]:
     """Return the command of each process."""
-    base = [sys.executable, "-m", options.module, *options.arguments, f"--cpu_devices={options.devices}"]
+    base = [
+        sys.executable,
+        "-m",
+        options.module,
+        *options.arguments,
+        f"--cpu_devices={options.devices}",
+    ]
     if options.processes == 1:
         return [base]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        job = [f"--coordinator=127.0.0.1:{free.getsockname()[1]}", f"--num_processes={options.processes}"]
+        job = [
+            f"--coordinator=127.0.0.1:{free.getsockname()[1]}",
+            f"--num_processes={options.processes}",
+        ]
     return [[*base, *job, f"--process_id={i}"] for i in range(options.processes)]
 
 
@@ -91,11 +104,18 @@ def run_job(options: argparse.Namespace, stop: Stop, first_step: pathlib.Path) -
     They make the file `first_step` when they have begun to train.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "TINYLM_FIRST_STEP_FILE": str(first_step)}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": path,
+        "TINYLM_FIRST_STEP_FILE": str(first_step),
+    }
     try:
         for command in commands(options):
             stop.processes.append(
-                subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_parent)
+                subprocess.Popen(
+                    command, env=environment, start_new_session=True, preexec_fn=die_with_parent
+                )
             )
         if stop.asked.is_set():  # a signal that came while they were being started
             end(stop.processes, signal.SIGTERM)
@@ -108,7 +128,9 @@ def run_job(options: argparse.Namespace, stop: Stop, first_step: pathlib.Path) -
 
 
 def wait_for(processes: list[subprocess.Popen], grace_secs: float) -> list[int]:
-    """Wait until all have ended, or `grace_secs` after the first that failed; return the exit codes there are."""
+    """Wait until all have ended, or `grace_secs` after the first that failed; return the exit codes
+    there are.
+    """
     failed_at = None
     while True:
         codes = [process.poll() for process in processes]
@@ -125,14 +147,20 @@ def wait_for(processes: list[subprocess.Popen], grace_secs: float) -> list[int]:
 
 
 def _fate(code: int | None) -> str:
-    return "did not end after a peer had failed" if code is None else f"was killed or aborted (exit code {code})"
+    return (
+        "did not end after a peer had failed"
+        if code is None
+        else f"was killed or aborted (exit code {code})"
+    )
 
 
 def verdict(codes: list[int]) -> int:
-    """Return the exit code that tells most about the job: what a process said, before that a peer was lost.
+    """Return the exit code that tells most about the job: what a process said, before that a peer
+    was lost.
 
-    The order: a mistake of the user (2), numbers (3), storage (5), a bug (1) or any other, a hang (4), a lost peer,
-    and only where nothing else was said, that the run stopped and can be resumed (75).
+    The order: a mistake of the user (2), numbers (3), storage (5), a bug (1) or any other, a hang
+    (4), a lost peer, and only where nothing else was said, that the run stopped and can be resumed
+    (75).
     """
     if not any(codes):
         return 0
@@ -170,8 +198,13 @@ def run(options: argparse.Namespace) -> int:
             print(f"launch: peer lost (exit code {code})", file=sys.stderr)
         if attempt < options.restarts:
             seconds = 2**attempt
-            print(f"launch: exit code {code}; again in {seconds} s ({attempt + 1} of {options.restarts})",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                (
+                    f"launch: exit code {code}; again in {seconds} s ({attempt + 1} of "
+                    f"{options.restarts})"
+                ),
+                file=sys.stderr,
+            )
             if stop.asked.wait(seconds):
                 return code
     return code
@@ -179,12 +212,20 @@ def run(options: argparse.Namespace) -> int:
 
 def main() -> int:
     """Parse the flags and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=2, help="processes of the job")
-    parser.add_argument("--devices", type=int, default=4, help="simulated CPU devices of each process")
+    parser.add_argument(
+        "--devices", type=int, default=4, help="simulated CPU devices of each process"
+    )
     parser.add_argument("--module", default="tinylm.main", help="the command to run")
-    parser.add_argument("--restarts", type=int, default=3, help="most times to start again (0: never)")
-    parser.add_argument("--grace_secs", type=float, default=20, help="time to end by themselves after a peer failed")
+    parser.add_argument(
+        "--restarts", type=int, default=3, help="most times to start again (0: never)"
+    )
+    parser.add_argument(
+        "--grace_secs", type=float, default=20, help="time to end by themselves after a peer failed"
+    )
     parser.add_argument("arguments", nargs="*", help="after --: the flags of the command")
     options = parser.parse_args()
     if options.processes < 1 or options.devices < 1 or options.restarts < 0:

@@ -1,18 +1,21 @@
-"""Every test sees eight simulated CPU devices; tests that need another number start their own process."""
+"""Every test sees eight simulated CPU devices; tests that need another number start their own
+process.
+"""
 
 import importlib.metadata
 import os
 import pathlib
 
-# Test programs are compiled once and run for a moment, so they are compiled fast rather than well, with one thread
-# a worker, as there are as many workers as cores.
+# Test programs are compiled once and run for a moment, so they are compiled fast rather than well,
+# with one thread a worker, as there are as many workers as cores.
 FLAGS = [
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_multi_thread_eigen=false",
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # The older emitter of fused loops compiles a train step in half the time. Later versions don't have it.
+    # The older emitter of fused loops compiles a train step in half the time. Later versions don't
+    # have it.
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 for library in "OMP", "OPENBLAS", "MKL":
@@ -33,10 +36,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 def compiled_once(tmp_path_factory):
     """Let all workers and all processes that they start share compiled programs.
 
-    They are in a folder of the session, empty at first, or in the one that JAX_COMPILATION_CACHE_DIR names, which
-    stays for the next session.
+    They are in a folder of the session, empty at first, or in the one that
+    JAX_COMPILATION_CACHE_DIR names, which stays for the next session.
     """
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(session_folder(tmp_path_factory) / "xla")
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
+        session_folder(tmp_path_factory) / "xla"
+    )
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -58,11 +58,17 @@ def tiny_model(**changes) -> ModelConfig:
     return config
 
 
-def random_batch(seed: int, rows: int = 8, length: int = 16, micro: int = 1) -> dict[str, np.ndarray]:
-    """Return a host batch [micro, rows / micro, length] with a different number of targets in each row."""
+def random_batch(
+    seed: int, rows: int = 8, length: int = 16, micro: int = 1
+) -> dict[str, np.ndarray]:
+    """Return a host batch [micro, rows / micro, length] with a different number of targets in each
+    row.
+    """
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 65, (micro, rows // micro, length + 1)).astype(np.int32)
-    weights = (np.arange(length) >= rng.integers(0, length // 2, (*ids.shape[:2], 1))).astype(np.float32)
+    weights = (np.arange(length) >= rng.integers(0, length // 2, (*ids.shape[:2], 1))).astype(
+        np.float32
+    )
     return {"tokens": ids[..., :-1], "targets": ids[..., 1:], "weights": weights}
 
 
@@ -75,7 +81,9 @@ def train(
     compiler_options: dict[str, bool] | None = None,
     **kwargs,
 ):
-    """Train on host batches, `group` a dispatch; return (losses, gradient norms, final state) on the host."""
+    """Train on host batches, `group` a dispatch; return (losses, gradient norms, final state) on
+    the host.
+    """
     optimizer = OptimizerConfig(**{"learning_rate": 1e-3, "warmup_steps": 2, **kwargs})
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
@@ -112,13 +120,19 @@ def small_state(step: int) -> SmallState:
     return SmallState(jnp.int32(step), params, opt_state, {"best": jnp.float32(0)})
 
 
-def run_command(module: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = 300):
+def run_command(
+    module: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = 300
+):
     """Run `python -m module` from the root of the tree; return the finished process."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})}
     return subprocess.run(
         [sys.executable, "-m", module, *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 def lines(workdir, split="train"):
@@ -141,7 +155,9 @@ def session_folder(tmp_path_factory) -> pathlib.Path:
 
 
 def made_once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """Let one worker of a session make a folder while the others that need it wait; no test may change it."""
+    """Let one worker of a session make a folder while the others that need it wait; no test may
+    change it.
+    """
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         whole = folder.with_name(f"{folder.name}.whole")
@@ -152,7 +168,9 @@ def made_once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pat
 
 
 def columns_of(picture: str | pathlib.Path, color: str) -> int:
-    """Return how many columns of pixels of a PNG have a pixel of nearly this color (as in "#0072B2")."""
+    """Return how many columns of pixels of a PNG have a pixel of nearly this color (as in
+    "#0072B2").
+    """
     from matplotlib import colors, image
 
     pixels = image.imread(picture)[..., :3]
@@ -163,11 +181,15 @@ def columns_of(picture: str | pathlib.Path, color: str) -> int:
 def finished(workdir, step: int) -> bool:
     """Say whether the checkpoint of a step is written to its end."""
     folder = pathlib.Path(workdir) / "checkpoints"
-    return (folder / str(step) / "checksums").exists() and not (folder / f"{step}.unfinished").exists()
+    return (folder / str(step) / "checksums").exists() and not (
+        folder / f"{step}.unfinished"
+    ).exists()
 
 
 def state_digest(workdir, step: int) -> str:
-    """Return a hash of every array of a checkpoint and of its path, whatever the mesh that wrote it."""
+    """Return a hash of every array of a checkpoint and of its path, whatever the mesh that wrote
+    it.
+    """
     import orbax.checkpoint as ocp
 
     digest = hashlib.sha256()
@@ -175,9 +197,14 @@ def state_digest(workdir, step: int) -> str:
         folder = (pathlib.Path(workdir) / "checkpoints" / str(step) / item).absolute()
         reader = ocp.PyTreeCheckpointer()
         as_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(folder).item_metadata.tree
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            reader.metadata(folder).item_metadata.tree,
         )
         tree = reader.restore(folder, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            digest.update(jax.tree_util.keystr(path).encode() + str((leaf.dtype, leaf.shape)).encode() + leaf.tobytes())
+            digest.update(
+                jax.tree_util.keystr(path).encode()
+                + str((leaf.dtype, leaf.shape)).encode()
+                + leaf.tobytes()
+            )
     return digest.hexdigest()

@@ -1,7 +1,9 @@
-"""README and docs are true: commands run as written, flags and settings exist, named tests and links are there.
+"""README and docs are true: commands run as written, flags and settings exist, named tests and
+links are there.
 
-Commands stand in blocks of ```sh; those of a file run in order in one folder. A comment above a block says `slow` (run
-with -m slow) or `elsewhere` (needs a cluster, a package index or an extra: not run, but its flags are still checked).
+Commands stand in blocks of ```sh; those of a file run in order in one folder. A comment above a
+block says `slow` (run with -m slow) or `elsewhere` (needs a cluster, a package index or an extra:
+not run, but its flags are still checked).
 """
 
 import json
@@ -18,7 +20,12 @@ from helpers import ROOT
 from tinylm import cli, config
 from tinylm.config import load_config
 
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "BUILD.md", ROOT / "CONTRIBUTING.md"]
+FILES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "BUILD.md",
+    ROOT / "CONTRIBUTING.md",
+]
 BLOCK = re.compile(r"(?:<!-- (\w+) -->\n)?```sh\n(.*?)```", re.S)
 
 
@@ -52,7 +59,9 @@ def test_every_flag_and_setting_in_the_docs_exists(words):
     for word in arguments:
         if word.startswith("--") and not word.startswith("--config."):
             assert word[2:].partition("=")[0] in known_flags(module), word
-    settings = [word.removeprefix("--config.") for word in arguments if word.startswith("--config.")]
+    settings = [
+        word.removeprefix("--config.") for word in arguments if word.startswith("--config.")
+    ]
     config = [word.removeprefix("--config=") for word in arguments if word.startswith("--config=")]
     for name in config:
         load_config(str(ROOT / name) if "/" in name else name, settings)
@@ -60,7 +69,9 @@ def test_every_flag_and_setting_in_the_docs_exists(words):
 
 @pytest.fixture
 def reader(tmp_path):
-    """Give the folder of a reader: the checkout's files, and texts of their own where the docs say PATH."""
+    """Give the folder of a reader: the checkout's files, and texts of their own where the docs say
+    PATH.
+    """
     for name in ("launch", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     own = tmp_path / "PATH"
@@ -84,7 +95,9 @@ def run_blocks(path, marks, folder):
         if mark not in marks:
             continue
         for line in text.splitlines():
-            done = subprocess.run(["bash", "-euc", line], cwd=folder, env=environment, capture_output=True, text=True)
+            done = subprocess.run(
+                ["bash", "-euc", line], cwd=folder, env=environment, capture_output=True, text=True
+            )
             assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
             assert "Traceback" not in done.stderr, line
 
@@ -103,7 +116,9 @@ def test_dry_runs_run(reader):
 
 def test_the_reference_of_settings_is_complete_and_current():
     reference = runpy.run_path(str(ROOT / "docs" / "make_config_md.py"))["reference"]()
-    assert (ROOT / "docs" / "config.md").read_text() == reference, "run python docs/make_config_md.py > docs/config.md"
+    assert (ROOT / "docs" / "config.md").read_text() == reference, (
+        "run python docs/make_config_md.py > docs/config.md"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -119,7 +134,9 @@ def test_readme_is_short_and_has_one_test_command():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) < 150
     assert len([line for line in lines if re.search(r"pip install .*\[test\].*pytest", line)]) == 1
-    tools = {path.stem for path in (ROOT / "tinylm").glob("*.py") if "cli.run(" in path.read_text()} - {"cli"}
+    tools = {
+        path.stem for path in (ROOT / "tinylm").glob("*.py") if "cli.run(" in path.read_text()
+    } - {"cli"}
     assert tools == set(re.findall(r"^\| `(\w+)` \|", "\n".join(lines), re.M))
 
 
@@ -133,7 +150,9 @@ def test_the_tour_shows_what_it_ran_and_no_path_of_a_machine():
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = json.dumps([cell["outputs"] for cell in code])
     assert outputs.count('"image/png": "') == 2
-    assert not re.search(r"/(tmp|home|root|work|usr)/|stderr|Traceback", re.sub(r'"image/png": "[^"]*"', "", outputs))
+    assert not re.search(
+        r"/(tmp|home|root|work|usr)/|stderr|Traceback", re.sub(r'"image/png": "[^"]*"', "", outputs)
+    )
 
 
 @pytest.mark.slow
@@ -141,4 +160,6 @@ def test_the_tour_runs_from_start_to_end(monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     tour = nbformat.read(ROOT / "docs" / "tour.ipynb", as_version=4)
-    nbclient.NotebookClient(tour, timeout=600, kernel_name="python3").execute()  # raises where a cell does
+    nbclient.NotebookClient(
+        tour, timeout=600, kernel_name="python3"
+    ).execute()  # raises where a cell does

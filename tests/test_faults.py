@@ -19,17 +19,29 @@ import time
 import pytest
 from helpers import ROOT, SMALL, finished, lines, state_digest
 
-LONG = ["--config.train.num_steps=200", "--config.checkpoint.every_steps=5", "--config.eval.every_steps=50",
-        "--config.train.steps_per_dispatch=2", "--config.sample.max_tokens=0"]  # fmt: skip
+LONG = [
+    "--config.train.num_steps=200",
+    "--config.checkpoint.every_steps=5",
+    "--config.eval.every_steps=50",
+    "--config.train.steps_per_dispatch=2",
+    "--config.sample.max_tokens=0",
+]
 FEW = "--config.train.stop_step=40"
 CANARY = "canary-5f2d9c"
 
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
-    """A private cache, so that only the first run of all compiles; and a secret that must show up nowhere."""
+    """A private cache, so that only the first run of all compiles; and a secret that must show up
+    nowhere.
+    """
     cache = tmp_path_factory.getbasetemp() / "cache"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "SECRET_TOKEN": CANARY}
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XDG_CACHE_HOME": str(cache),
+        "SECRET_TOKEN": CANARY,
+    }
 
 
 @pytest.fixture
@@ -38,8 +50,20 @@ def start(environment):
     started = []
 
     def begin(workdir, *extra, command=None, env=None, **kwargs):
-        command = command or [sys.executable, "-m", "tinylm.main", *SMALL, f"--workdir={workdir}", *extra]
-        options = {"cwd": ROOT, "env": env or environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        command = command or [
+            sys.executable,
+            "-m",
+            "tinylm.main",
+            *SMALL,
+            f"--workdir={workdir}",
+            *extra,
+        ]
+        options = {
+            "cwd": ROOT,
+            "env": env or environment,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
         started.append(subprocess.Popen(command, text=True, **{**options, **kwargs}))
         return started[-1]
 
@@ -64,16 +88,29 @@ def until(condition, process=None):
 
 
 def logged(workdir):
-    return max(lines(workdir), default=0) if (pathlib.Path(workdir) / "metrics.jsonl").exists() else 0
+    return (
+        max(lines(workdir), default=0) if (pathlib.Path(workdir) / "metrics.jsonl").exists() else 0
+    )
 
 
 @pytest.fixture
 def job(environment, start):
-    """A function that starts the training command in several processes of a device each; they end with their start."""
+    """A function that starts the training command in several processes of a device each; they end
+    with their start.
+    """
 
     def begin(workdir, *extra, processes=2):
         options = [f"--processes={processes}", "--devices=1", "--restarts=0"]
-        command = [sys.executable, "launch/local.py", *options, "--", *SMALL, *LONG, f"--workdir={workdir}", *extra]
+        command = [
+            sys.executable,
+            "launch/local.py",
+            *options,
+            "--",
+            *SMALL,
+            *LONG,
+            f"--workdir={workdir}",
+            *extra,
+        ]
         return start(None, command=command)
 
     return begin
@@ -99,7 +136,14 @@ def same(workdir, whole):
 @pytest.mark.slow
 def test_fault_1_nothing_twice_on_four_devices(start, tmp_path):
     for name in "one", "two":
-        ends(start(tmp_path / name, "--cpu_devices=4", "--config.mesh.fsdp=true", "--config.train.stop_step=20"))
+        ends(
+            start(
+                tmp_path / name,
+                "--cpu_devices=4",
+                "--config.mesh.fsdp=true",
+                "--config.train.stop_step=20",
+            )
+        )
     assert lines(tmp_path / "one") == lines(tmp_path / "two")
     assert state_digest(tmp_path / "one", 20) == state_digest(tmp_path / "two", 20)
 
@@ -123,7 +167,12 @@ def test_fault_4_killed_during_saves(start, whole, tmp_path):
     for number in range(10):
         process = start(workdir, *LONG)
         folder = workdir / "checkpoints"
-        until(lambda n=number: [p for p in folder.glob("*.unfinished") if int(p.stem) >= 15 * (n + 1)], process)
+        until(
+            lambda n=number: [
+                p for p in folder.glob("*.unfinished") if int(p.stem) >= 15 * (n + 1)
+            ],
+            process,
+        )
         time.sleep(rng.uniform(0, 0.08))
         process.kill()
         process.communicate()
@@ -158,8 +207,23 @@ def test_fault_5_sigterm(start, whole, tmp_path, when):
 def pair(tmp_path_factory, environment):
     """40 steps of two processes that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("pair") / "run"
-    command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--", *SMALL, *LONG, FEW]
-    subprocess.run([*command, f"--workdir={workdir}"], cwd=ROOT, env=environment, check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "launch/local.py",
+        "--processes=2",
+        "--devices=1",
+        "--",
+        *SMALL,
+        *LONG,
+        FEW,
+    ]
+    subprocess.run(
+        [*command, f"--workdir={workdir}"],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
     return workdir
 
 
@@ -172,7 +236,10 @@ def test_fault_5_sigterm_to_one_of_two_processes(job, pair, tmp_path):
     said = ends(process, 75)
     assert time.monotonic() - asked < 30
     for number in 0, 1:
-        assert re.search(rf"error: process {number} of 2 .* asked to stop; step {logged(tmp_path)} is saved", said)
+        assert re.search(
+            rf"error: process {number} of 2 .* asked to stop; step {logged(tmp_path)} is saved",
+            said,
+        )
     ends(job(tmp_path, FEW))
     assert lines(tmp_path) == lines(pair)
     assert state_digest(tmp_path, 40) == state_digest(pair, 40)
@@ -207,7 +274,9 @@ def pid_of(*arguments):
 
 @pytest.mark.slow
 def test_fault_10_files_may_not_grow(start, tmp_path):
-    """No file over 40 kB: the metrics fit, a checkpoint doesn't. Then the limit goes, and so does the run."""
+    """No file over 40 kB: the metrics fit, a checkpoint doesn't. Then the limit goes, and so does
+    the run.
+    """
     ends(start(tmp_path / "first", "--config.train.stop_step=1"))  # prepares the data
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
     said = ends(start(tmp_path / "run", preexec_fn=limit), 5)
@@ -277,13 +346,32 @@ runpy.run_module("tinylm.main", run_name="__main__")
 
 @pytest.mark.slow
 def test_fault_10_one_process_of_two_cannot_write(environment, start, tmp_path):
-    """Its files may not grow until a save has failed; the other waits for it no longer than it must."""
+    """Its files may not grow until a save has failed; the other waits for it no longer than it
+    must.
+    """
     (tmp_path / "limited.py").write_text(LIMITED)
-    command = [sys.executable, "launch/local.py", "--processes=2", "--devices=1", "--restarts=0", "--module=limited"]
+    command = [
+        sys.executable,
+        "launch/local.py",
+        "--processes=2",
+        "--devices=1",
+        "--restarts=0",
+        "--module=limited",
+    ]
     flags = [*SMALL, *LONG, FEW, "--config.mesh.fsdp=true", f"--workdir={tmp_path}/run"]
-    said = ends(start(None, command=[*command, "--", *flags], env={**environment, "PYTHONPATH": str(tmp_path)}))
-    assert re.search("process 1 of 2 .*: a checkpoint could not be written to .*: File too large; the next save", said)
-    assert re.search("process 0 of 2 .*: a checkpoint could not be written to .*; the next save tries again", said)
+    said = ends(
+        start(
+            None, command=[*command, "--", *flags], env={**environment, "PYTHONPATH": str(tmp_path)}
+        )
+    )
+    assert re.search(
+        "process 1 of 2 .*: a checkpoint could not be written to .*: File too large; the next save",
+        said,
+    )
+    assert re.search(
+        "process 0 of 2 .*: a checkpoint could not be written to .*; the next save tries again",
+        said,
+    )
     assert "Traceback" not in said
     assert finished(tmp_path / "run", 40)
     assert sorted(lines(tmp_path / "run")) == list(range(1, 41))
@@ -291,7 +379,9 @@ def test_fault_10_one_process_of_two_cannot_write(environment, start, tmp_path):
 
 @pytest.mark.slow
 def test_fault_11_another_number_of_processes(job, whole, tmp_path):
-    """From 2 to 1 to 4 processes, a device each: the state that was saved, and the losses of one process."""
+    """From 2 to 1 to 4 processes, a device each: the state that was saved, and the losses of one
+    process.
+    """
     for processes, stop in (2, 10), (1, 20), (4, 30):
         said = ends(job(tmp_path / "run", f"--config.train.stop_step={stop}", processes=processes))
         assert stop == 10 or f"resuming from step {stop - 10}" in said
@@ -319,14 +409,19 @@ def test_fault_17_two_runs_in_one_workdir(start, tmp_path):
 
 @pytest.mark.slow
 def test_fault_18_pipes_home_and_package(start, environment, tmp_path):
-    """stdout breaks, nobody reads stderr (a pipe that is full), no HOME, the package can't be written."""
+    """stdout breaks, nobody reads stderr (a pipe that is full), no HOME, the package can't be
+    written.
+    """
     package = tmp_path / "package"
     for name in "tinylm", "configs":
         shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run(["chmod", "-R", "a-w", package])
     env = {name: value for name, value in environment.items() if name not in ("HOME", "PYTHONPATH")}
     process = start(
-        tmp_path / "run", cwd=package, env={**env, "PYTHONDONTWRITEBYTECODE": "1"}, stdin=subprocess.DEVNULL
+        tmp_path / "run",
+        cwd=package,
+        env={**env, "PYTHONDONTWRITEBYTECODE": "1"},
+        stdin=subprocess.DEVNULL,
     )
     process.stdout.close()
     until(lambda: logged(tmp_path / "run") >= 1, process)
@@ -346,7 +441,9 @@ def test_fault_18_nobody_reads_what_is_said(environment, tmp_path):
     except BlockingIOError:
         os.set_blocking(writer, True)
     command = [sys.executable, "-m", "tinylm.main", *SMALL, f"--workdir={tmp_path}/run"]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=writer)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=writer
+    )
     until(lambda: finished(tmp_path / "run", 40), process)
     process.kill()
     process.wait()
@@ -365,11 +462,15 @@ runpy.run_module("tinylm.main", run_name="__main__")
 
 @pytest.mark.slow
 def test_fault_18_the_clock_jumps_by_days(environment, whole, tmp_path):
-    """Forth, back, and forth again; a save that is under way just then may be given up, the next is made."""
+    """Forth, back, and forth again; a save that is under way just then may be given up, the next is
+    made.
+    """
     command = [sys.executable, "-c", JUMPING, *SMALL, *LONG, f"--workdir={tmp_path}/run"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     same(tmp_path / "run", whole)
     for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
-        assert line["split"] != "time" or all(value >= 0 for name, value in line.items() if name.endswith("_secs"))
+        assert line["split"] != "time" or all(
+            value >= 0 for name, value in line.items() if name.endswith("_secs")
+        )

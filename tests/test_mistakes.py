@@ -15,13 +15,34 @@ from tinylm.core.settings import to_dict
 from tinylm.run.folder import RunFolder
 
 MISTAKES = {
-    "store in a bucket": (["data.store_dir=gs://b/x"], "data.store_dir=gs://b/x must be a file or folder on a disk"),
-    "bucket that lost a slash": (["data.store_dir=gs:/b/x"], "data.store_dir=gs:/b/x must be a file or folder on a"),
-    "tfds in a bucket": (["data.tfds_data_dir=s3://b"], "data.tfds_data_dir=s3://b must be a file or folder on a disk"),
-    "files of tfds in a bucket": (["data.tfds_manual_dir=gs://b"], "data.tfds_manual_dir=gs://b must be a file or"),
-    "text in a bucket": (["data.source=text:gs://b/*.txt"], "data.source=gs://b/*.txt must be a file or folder on a"),
-    "tokenizer in a bucket": (["data.tokenizer=hf:gs://b/t.json"], "data.tokenizer=gs://b/t.json must be a file or"),
-    "checkpoints": (["checkpoint.dir=gs:/b/x"], "checkpoint.dir=gs:/b/x must be gs://b/x for a bucket, or a folder"),
+    "store in a bucket": (
+        ["data.store_dir=gs://b/x"],
+        "data.store_dir=gs://b/x must be a file or folder on a disk",
+    ),
+    "bucket that lost a slash": (
+        ["data.store_dir=gs:/b/x"],
+        "data.store_dir=gs:/b/x must be a file or folder on a",
+    ),
+    "tfds in a bucket": (
+        ["data.tfds_data_dir=s3://b"],
+        "data.tfds_data_dir=s3://b must be a file or folder on a disk",
+    ),
+    "files of tfds in a bucket": (
+        ["data.tfds_manual_dir=gs://b"],
+        "data.tfds_manual_dir=gs://b must be a file or",
+    ),
+    "text in a bucket": (
+        ["data.source=text:gs://b/*.txt"],
+        "data.source=gs://b/*.txt must be a file or folder on a",
+    ),
+    "tokenizer in a bucket": (
+        ["data.tokenizer=hf:gs://b/t.json"],
+        "data.tokenizer=gs://b/t.json must be a file or",
+    ),
+    "checkpoints": (
+        ["checkpoint.dir=gs:/b/x"],
+        "checkpoint.dir=gs:/b/x must be gs://b/x for a bucket, or a folder",
+    ),
     "unknown key": (["model.embd_dim=3"], "did you mean 'model.embed_dim'"),
     "unknown section": (["modl.embed_dim=3"], "did you mean 'model.embed_dim'"),
     "wrong type": (["model.embed_dim=wide"], "--config.model.embed_dim=wide"),
@@ -29,30 +50,54 @@ MISTAKES = {
     "kv heads": (["model.num_kv_heads=3"], "model.num_kv_heads=3"),
     "choice": (["model.norm=batchnorm"], "must be one of layernorm, rmsnorm"),
     "warm-up": (["optimizer.warmup_steps=5000"], "optimizer.warmup_steps=5000 must be at most"),
-    "accumulation": (["train.accumulation_steps=7"], "must be divisible by train.accumulation_steps=7"),
+    "accumulation": (
+        ["train.accumulation_steps=7"],
+        "must be divisible by train.accumulation_steps=7",
+    ),
     "context": (["model.context=8"], "must be at most model.context=8"),
     "dropout": (["model.dropout=1.5"], "model.dropout=1.5"),
     "temperature": (["sample.temperature=-1"], "sample.temperature=-1.0 must be at least 1e-06"),
     "prompts": (["sample.prompts=(1,)"], "sample.prompts=1 must be a text"),
     "top_p": (["sample.top_p=0"], "sample.top_p=0.0 must be above 0"),
     "mesh": (["mesh.data=-1", "mesh.model=-1"], "only one axis"),
-    "window": (["model.num_layers=3", "model.attention_window=(0, 4)"], "model.num_layers=3 must be divisible"),
+    "window": (
+        ["model.num_layers=3", "model.attention_window=(0, 4)"],
+        "model.num_layers=3 must be divisible",
+    ),
     "no number": (["train.hang_secs=inf"], "train.hang_secs=inf must be a finite number"),
     "below 0": (["model.norm_epsilon=-1"], "model.norm_epsilon=-1.0 must be at least 0"),
-    "too long": (["train.num_steps=3000000000"], "train.num_steps=3000000000 must be at least 1 and below 2^31"),
+    "too long": (
+        ["train.num_steps=3000000000"],
+        "train.num_steps=3000000000 must be at least 1 and below 2^31",
+    ),
     "schedule": (["optimizer.schedule=cosin"], "must be one of cosine"),
     "nearest choice": (["optimizer.schedule=cosin"], "wsd; did you mean 'cosine'?"),
     "one tap": (["model.conv_taps=1"], "model.conv_taps=1 must be at least 2, or 0"),
     "epsilon": (["optimizer.epsilon=0"], "optimizer.epsilon=0.0 must be at least 1e-30"),
     "tiny epsilon": (["optimizer.epsilon=1e-50"], "optimizer.epsilon=1e-50 must be at least 1e-30"),
-    "decay that float32 rounds to 1": (["optimizer.beta1=0.99999999999"], "must be at least 0 and at most 0.999999"),
-    "nearly all dropped": (["model.dropout=0.9999999"], "model.dropout=0.9999999 must be at least 0 and at most 0.99"),
-    "soft limit that float32 rounds to 0": (["model.logit_softcap=1e-50"], "must be at least 1e-06, or 0"),
+    "decay that float32 rounds to 1": (
+        ["optimizer.beta1=0.99999999999"],
+        "must be at least 0 and at most 0.999999",
+    ),
+    "nearly all dropped": (
+        ["model.dropout=0.9999999"],
+        "model.dropout=0.9999999 must be at least 0 and at most 0.99",
+    ),
+    "soft limit that float32 rounds to 0": (
+        ["model.logit_softcap=1e-50"],
+        "must be at least 1e-06, or 0",
+    ),
     "no rotation": (["model.rotary_fraction=0.01"], "must be even and at least 2"),
-    "cudnn in float32": (["model.attention=cudnn"], "model.attention=cudnn needs model.compute_dtype=bfloat16 (here f"),
+    "cudnn in float32": (
+        ["model.attention=cudnn"],
+        "model.attention=cudnn needs model.compute_dtype=bfloat16 (here f",
+    ),
     "cudnn with large heads": (
         ["model.attention=cudnn", "model.compute_dtype=bfloat16", "model.embed_dim=1024"],
-        "model.attention=cudnn needs a head size of at most 128 that 8 divides (model.head_dim, here 256)",
+        (
+            "model.attention=cudnn needs a head size of at most 128 that 8 divides "
+            "(model.head_dim, here 256)"
+        ),
     ),
     "cudnn with dropout": (
         ["model.attention=cudnn", "model.compute_dtype=bfloat16", "model.dropout=0.1"],
@@ -63,10 +108,18 @@ MISTAKES = {
         "model.attention=splash needs a data.seq_len that 128 divides",
     ),
     "splash with local heads": (
-        ["model.attention=splash", "data.seq_len=128", "model.local_heads=2", "model.attention_window=8"],
+        [
+            "model.attention=splash",
+            "data.seq_len=128",
+            "model.local_heads=2",
+            "model.attention_window=8",
+        ],
         "model.attention=splash needs model.local_heads=0 (here 2)",
     ),
-    "another program's name": (["block_size=64"], "--config.block_size is not a setting; did you mean 'data.seq_len'?"),
+    "another program's name": (
+        ["block_size=64"],
+        "--config.block_size is not a setting; did you mean 'data.seq_len'?",
+    ),
 }
 
 
@@ -80,7 +133,9 @@ def test_a_mistake_in_the_config_is_one_line(name):
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__"])
+@pytest.mark.parametrize(
+    "name", [path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__"]
+)
 def test_every_config_that_ships_is_sound_and_opens_with_its_command(name):
     load_config(name)
     assert f"--config=configs/{name}.py" in (ROOT / "configs" / f"{name}.py").read_text()
@@ -91,11 +146,15 @@ def test_a_config_of_several_sizes_names_them(name):
     with pytest.raises(UserError, match=f"{name}:7b must end in one of .*m") as caught:
         load_config(f"{name}:7b")
     assert "\n" not in str(caught.value)
-    assert load_config(f"{name}.py:{'1m' if name == 'tinystories' else '42m'}").model.num_layers == 8
+    assert (
+        load_config(f"{name}.py:{'1m' if name == 'tinystories' else '42m'}").model.num_layers == 8
+    )
 
 
 def test_a_missing_config_names_those_that_ship():
-    with pytest.raises(UserError, match=r"not a file, nor one that ships .*tales.*did you mean 'tales'"):
+    with pytest.raises(
+        UserError, match=r"not a file, nor one that ships .*tales.*did you mean 'tales'"
+    ):
         load_config("talse")
 
 
@@ -123,7 +182,9 @@ BODIES = {
 @pytest.mark.parametrize("body", BODIES)
 def test_a_config_file_that_returns_no_config_is_one_line(tmp_path, body, overrides):
     path = tmp_path / "own.py"
-    path.write_text(f"import tinylm.config\nc = tinylm.config.Config()\ndef get_config():\n    {body}\n")
+    path.write_text(
+        f"import tinylm.config\nc = tinylm.config.Config()\ndef get_config():\n    {body}\n"
+    )
     with pytest.raises(UserError, match=BODIES[body]) as caught:
         load_config(str(path), overrides)
     assert "\n" not in str(caught.value)
@@ -144,8 +205,14 @@ def test_the_config_of_a_run_is_a_config(tmp_path):
 
 
 def test_a_tuple_and_a_bool_can_be_overridden():
-    config = load_config("tales", ["model.attention_window=(0, 4, 4)", "mesh.fsdp=true", "sample.prompts=('a b',)"])
-    assert (config.model.attention_window, config.mesh.fsdp, config.sample.prompts) == ((0, 4, 4), True, ("a b",))
+    config = load_config(
+        "tales", ["model.attention_window=(0, 4, 4)", "mesh.fsdp=true", "sample.prompts=('a b',)"]
+    )
+    assert (config.model.attention_window, config.mesh.fsdp, config.sample.prompts) == (
+        (0, 4, 4),
+        True,
+        ("a b",),
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +230,9 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, wanted):
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     config = load_config("tales", ["data.batch_size=30"])
-    with pytest.raises(UserError, match=r"data.batch_size=30 must be divisible by the data axis \(8\)"):
+    with pytest.raises(
+        UserError, match=r"data.batch_size=30 must be divisible by the data axis \(8\)"
+    ):
         config.check_mesh(batch_shards(make_mesh(MeshConfig())))
 
 
@@ -172,16 +241,27 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     [
         (["--config=tales", "--config.model.embed_dim=wide"], "embed_dim=wide"),
         (["--config=talse"], "did you mean 'tales'"),
-        (["--config=tales", "--wrokdir=x"], "--wrokdir is not a flag of this command; did you mean '--workdir'?"),
-        (["--config=tales", "--n_layer=3", "--wrokdir=x"], "; did you mean '--config.model.num_layers'?"),
-        (["--config=tales", "--cpu_devices=2", "--config.mesh.data=4"], "larger than the 2 devices"),
+        (
+            ["--config=tales", "--wrokdir=x"],
+            "--wrokdir is not a flag of this command; did you mean '--workdir'?",
+        ),
+        (
+            ["--config=tales", "--n_layer=3", "--wrokdir=x"],
+            "; did you mean '--config.model.num_layers'?",
+        ),
+        (
+            ["--config=tales", "--cpu_devices=2", "--config.mesh.data=4"],
+            "larger than the 2 devices",
+        ),
         (["--config=tales", "--cpu_devices=-1"], "--cpu_devices=-1"),
         ([], "holds no run to go on with; give --config for a new one"),
     ],
 )
 def test_the_command_exits_with_2_and_one_line(arguments, wanted, tmp_path):
     done = run_command(
-        "tinylm.main", *arguments, *([] if "--wrokdir=x" in arguments else [f"--workdir={tmp_path}/run"])
+        "tinylm.main",
+        *arguments,
+        *([] if "--wrokdir=x" in arguments else [f"--workdir={tmp_path}/run"]),
     )
     assert done.returncode == 2
     assert wanted in done.stderr
@@ -213,13 +293,22 @@ def test_a_flag_of_another_program_leads_to_ours(unknown, defined, wanted):
 
 
 def test_a_workdir_alone_gives_the_config_of_its_run(tmp_path):
-    RunFolder(str(tmp_path)).write_config({"config": to_dict(Config().resolve(257)), "versions": {"mesh": {}}})
+    RunFolder(str(tmp_path)).write_config(
+        {"config": to_dict(Config().resolve(257)), "versions": {"mesh": {}}}
+    )
     file = f"--config={tmp_path}/config.json"
     for given in ([f"--workdir={tmp_path}"], ["--workdir", str(tmp_path)]):
         assert prepare_arguments(["main", *given], resumes=True) == ["main", file, *given]
     longer = "--config.train.stop_step=9"
-    assert prepare_arguments(["main", longer, *given], resumes=True) == ["main", file, longer, *given]
-    assert prepare_arguments(["main", "--config=tales", *given], resumes=True)[1].endswith("tales.py")
+    assert prepare_arguments(["main", longer, *given], resumes=True) == [
+        "main",
+        file,
+        longer,
+        *given,
+    ]
+    assert prepare_arguments(["main", "--config=tales", *given], resumes=True)[1].endswith(
+        "tales.py"
+    )
 
 
 def test_help_names_every_flag():
@@ -231,5 +320,7 @@ def test_help_names_every_flag():
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match=r"needs the package sentencepiece: pip install 'tinylm\[tokens\]'"):
+    with pytest.raises(
+        UserError, match=r"needs the package sentencepiece: pip install 'tinylm\[tokens\]'"
+    ):
         optional_module("sentencepiece", "tokens")

@@ -9,19 +9,32 @@ import jax
 import pytest
 from helpers import ROOT, run_command
 
-from tinylm.analysis.report import describe, describe_search
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.plan import topology_devices
-from tinylm.train.planning import make_plan
-from tinylm.train.search import search
+from tinylm.tools.plan import make_plan
+from tinylm.tools.plan_text import describe, describe_search
+from tinylm.tools.search import search
 
-TINY = ["--config=tales", "--config.model.vocab_size=256", "--config.model.embed_dim=64", "--config.model.unroll=1",
-        "--config.model.num_layers=2"]  # fmt: skip
-KEYS = {"per_device_bytes", "chip_bytes", "flops_per_step", "collectives", "step_secs_estimate", "fits"}
+TINY = [
+    "--config=tales",
+    "--config.model.vocab_size=256",
+    "--config.model.embed_dim=64",
+    "--config.model.unroll=1",
+    "--config.model.num_layers=2",
+]
+KEYS = {
+    "per_device_bytes",
+    "chip_bytes",
+    "flops_per_step",
+    "collectives",
+    "step_secs_estimate",
+    "fits",
+}
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler isn't installed (pip install libtpu)"
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler isn't installed (pip install libtpu)",
 )
 
 
@@ -34,7 +47,9 @@ def plan(*arguments):
 def small(mesh, *changes):
     """Return a resolved config of two layers, and a mesh of four devices here."""
     settings = [flag.removeprefix("--config.") for flag in TINY[1:]]
-    config = load_config("tales", [*settings, *(f"mesh.{key}={value}" for key, value in mesh.items()), *changes])
+    config = load_config(
+        "tales", [*settings, *(f"mesh.{key}={value}" for key, value in mesh.items()), *changes]
+    )
     config = config.resolve(256)
     return config, make_mesh(config.mesh, jax.devices()[:4])
 
@@ -46,9 +61,14 @@ def test_a_plan_for_simulated_devices_has_every_key_and_the_memory_of_fsdp():
     assert set(four) >= KEYS
     assert one["collectives"] == []
     for kind in "params", "optimizer":
-        assert four["per_device_bytes"][kind] == pytest.approx(one["per_device_bytes"][kind] / 4, rel=0.05)
+        assert four["per_device_bytes"][kind] == pytest.approx(
+            one["per_device_bytes"][kind] / 4, rel=0.05
+        )
     assert {row["axis"] for row in four["collectives"]} == {"data"}
-    assert all(row.keys() == {"kind", "axis", "bytes_per_step", "minimum_bytes"} for row in four["collectives"])
+    assert all(
+        row.keys() == {"kind", "axis", "bytes_per_step", "minimum_bytes"}
+        for row in four["collectives"]
+    )
     assert four["flops_per_step"] == one["flops_per_step"]
     assert four["fits"] is True
 
@@ -56,9 +76,13 @@ def test_a_plan_for_simulated_devices_has_every_key_and_the_memory_of_fsdp():
 @pytest.mark.parametrize(
     ("mesh", "axis"), [({"data": 4}, "data"), ({"replica": 2, "data": 2, "fsdp": True}, "replica")]
 )
-def test_gradients_cross_the_data_axis_or_the_slices_once_a_step_whatever_the_micro_batches(mesh, axis):
+def test_gradients_cross_the_data_axis_or_the_slices_once_a_step_whatever_the_micro_batches(
+    mesh, axis
+):
     plan = make_plan(*small(mesh, "train.accumulation_steps=4"))
-    (row,) = (row for row in plan["collectives"] if row["axis"] == axis and row["kind"] == "all-reduce")
+    (row,) = (
+        row for row in plan["collectives"] if row["axis"] == axis and row["kind"] == "all-reduce"
+    )
     assert plan["traffic_from"] == "compiled program"
     assert row["bytes_per_step"] == pytest.approx(row["minimum_bytes"], rel=0.01)
 
@@ -77,8 +101,12 @@ def test_a_search_ranks_what_fits_and_its_formula_is_near_the_compiler():
     config = config.resolve(256)
     rows = search(config, jax.devices()[:4], compiled=1)
     assert {(row["mesh"]["data"], row["mesh"]["model"], row["fsdp"]) for row in rows} == {
-        (4, 1, True), (4, 1, False), (2, 2, True), (2, 2, False), (1, 4, False)
-    }  # fmt: skip
+        (4, 1, True),
+        (4, 1, False),
+        (2, 2, True),
+        (2, 2, False),
+        (1, 4, False),
+    }
     assert {row["remat"] for row in rows} == {"none", "dots", "full"}
     best = rows[0]
     assert best["fits"] is True
@@ -86,8 +114,14 @@ def test_a_search_ranks_what_fits_and_its_formula_is_near_the_compiler():
     assert best["batch_size"] % best["mesh"]["data"] == 0
     assert f"--config.mesh.data={best['mesh']['data']} " in describe_search(rows)
     for mesh in (1, 4), (2, 2), (4, 1):
-        batches = [next(row["batch_size"] for row in rows[1:] if (row["mesh"]["data"], row["mesh"]["model"]) == mesh
-                        and row["remat"] == remat) for remat in ("none", "full")]  # fmt: skip
+        batches = [
+            next(
+                row["batch_size"]
+                for row in rows[1:]
+                if (row["mesh"]["data"], row["mesh"]["model"]) == mesh and row["remat"] == remat
+            )
+            for remat in ("none", "full")
+        ]
         assert batches[0] <= batches[1], "recomputing leaves room for more rows"
 
 
@@ -101,10 +135,17 @@ def test_a_search_in_which_nothing_fits_says_so():
 @pytest.mark.slow
 @needs_libtpu
 def test_fsdp_on_a_topology_sends_what_the_formula_says():
-    wide = ["--config.model.embed_dim=1024", "--config.model.num_heads=16", "--config.data.seq_len=256"]
-    plain = "--config.optimizer.name=adamw"  # Muon gathers whole matrices, which the formula doesn't have
+    wide = [
+        "--config.model.embed_dim=1024",
+        "--config.model.num_heads=16",
+        "--config.data.seq_len=256",
+    ]
+    # Muon gathers whole matrices, which the formula doesn't have.
+    plain = "--config.optimizer.name=adamw"
     found = plan("--topology=v5e:4x4", "--config.mesh.fsdp=true", plain, *wide)
-    sent, least = (sum(row[key] for row in found["collectives"]) for key in ("bytes_per_step", "minimum_bytes"))
+    sent, least = (
+        sum(row[key] for row in found["collectives"]) for key in ("bytes_per_step", "minimum_bytes")
+    )
     assert 0.5 * least < sent < 1.15 * least
     assert found["chip_bytes"] == 16 * 2**30
 
@@ -113,7 +154,9 @@ def test_fsdp_on_a_topology_sends_what_the_formula_says():
 @needs_libtpu
 @pytest.mark.parametrize("fsdp", ["false", "true"])
 def test_one_all_reduce_crosses_slices(fsdp):
-    found = plan("--topology=v5e:2x2", "--slices=2", "--config.mesh.replica=2", f"--config.mesh.fsdp={fsdp}")
+    found = plan(
+        "--topology=v5e:2x2", "--slices=2", "--config.mesh.replica=2", f"--config.mesh.fsdp={fsdp}"
+    )
     across = [row for row in found["collectives"] if "replica" in row["axis"]]
     assert {row["kind"] for row in across} == {"all-reduce"}
     assert found["mesh"] == {"replica": 2, "data": 4, "model": 1}
@@ -128,7 +171,7 @@ jax.config.update("jax_platforms", "cpu")
 from tinylm.config import load_config
 from tinylm.core.mesh import make_mesh
 from tinylm.plan import topology_devices
-from tinylm.train.planning import make_plan
+from tinylm.tools.plan import make_plan
 devices = topology_devices("v5e:2x2", 1)
 for unroll, kernel, micro in [(0, "xla", 1), (1, "splash", 2), (2, "splash", 1), (0, "splash", 2)]:
     case = [f"model.unroll={unroll}", f"model.attention={kernel}", f"train.accumulation_steps={micro}"]
@@ -155,11 +198,21 @@ print("all compiled")
 )
 def test_a_tpu_program_compiles_for_each_way_to_unroll_attend_and_accumulate(mesh):
     """The compiler aborts its process where it fails: what was printed last names the case."""
-    small = ["model.vocab_size=256", "model.embed_dim=64", "model.num_layers=2", "data.seq_len=128", *mesh]
-    done = subprocess.run([sys.executable, "-c", MATRIX, *small], capture_output=True, text=True, cwd=ROOT)
+    small = [
+        "model.vocab_size=256",
+        "model.embed_dim=64",
+        "model.num_layers=2",
+        "data.seq_len=128",
+        *mesh,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", MATRIX, *small], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.stdout.endswith("all compiled\n"), done.stdout.splitlines()[-1] + done.stderr[:2000]
     if mesh[0] == "mesh.replica=2" or mesh == ["mesh.model=2"]:
-        assert "model.unroll=0 counts as 1" in done.stderr, "rows are summed by hand around the kernel"
+        assert "model.unroll=0 counts as 1" in done.stderr, (
+            "rows are summed by hand around the kernel"
+        )
 
 
 @pytest.mark.slow

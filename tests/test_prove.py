@@ -5,7 +5,7 @@ import pytest
 from helpers import SMALL, run_command
 
 from tinylm.config import load_config
-from tinylm.train import proofs
+from tinylm.tools import prove as proofs
 
 SMALLER = [*SMALL, "--config.model.num_layers=1"]
 
@@ -22,7 +22,9 @@ def test_hosts_give_the_same_batches():
 
 def test_batches_that_differ_are_told(monkeypatch):
     hashes = proofs._hashes
-    monkeypatch.setattr(proofs, "_hashes", lambda config, data, n: ["x"] * 3 if n == 4 else hashes(config, data, n))
+    monkeypatch.setattr(
+        proofs, "_hashes", lambda config, data, n: ["x"] * 3 if n == 4 else hashes(config, data, n)
+    )
     assert not proofs.prove_hosts(load_config("tales", overrides())).holds
 
 
@@ -32,7 +34,8 @@ def test_losses_that_are_no_numbers_prove_nothing(monkeypatch):
 
 
 def test_gradient_norms_that_differ_are_told(monkeypatch):
-    # As where a sum over eight devices is taken for a mean: the loss is right, the gradient eight-fold.
+    # As where a sum over eight devices is taken for a mean: the loss is right, the gradient
+    # eight-fold.
     def one_step(config, mesh, batch):
         return 1.0, 8.0 if mesh.fsdp else 1.0, [np.zeros(1)]
 
@@ -49,6 +52,8 @@ def test_a_proof_must_be_named():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mesh", "resume", "hosts"])
 def test_each_proof_as_a_command(name):
-    done = run_command("tinylm.prove", name, *SMALLER, *(["--cpu_devices=4"] if name == "mesh" else []))
+    done = run_command(
+        "tinylm.prove", name, *SMALLER, *(["--cpu_devices=4"] if name == "mesh" else [])
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\nproved: " in done.stdout

@@ -1,4 +1,6 @@
-"""The proof of the compiler: silent on what is right, loud on a known fault and on a planted one."""
+"""The proof of the compiler: silent on what is right, loud on a known fault and on a planted
+one.
+"""
 
 import dataclasses
 import os
@@ -12,18 +14,23 @@ import numpy as np
 import pytest
 from helpers import ROOT, run_command
 
-from tinylm.analysis.op_by_op import operations_of
 from tinylm.config import load_config, shipped_configs
 from tinylm.core import platform
 from tinylm.core.mesh import MeshConfig
 from tinylm.model import layers
-from tinylm.train import compiler_proof
+from tinylm.tools import compiler_proof
+from tinylm.tools.op_by_op import operations_of
 
 FAULTS = [fault for fault in platform.faults_of(jaxlib.__version__) if fault.flag]
 TINY = [
-    "model.vocab_size=65", "model.embed_dim=16", "model.num_layers=1", "model.num_heads=2", "data.seq_len=16",
-    "data.batch_size=8", "train.steps_per_dispatch=1",
-]  # fmt: skip
+    "model.vocab_size=65",
+    "model.embed_dim=16",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "data.seq_len=16",
+    "data.batch_size=8",
+    "train.steps_per_dispatch=1",
+]
 SHIPPED = sorted(path.stem for path in shipped_configs().glob("*.py") if path.stem != "__init__")
 MESHES = {
     "1x1": MeshConfig(data=1),
@@ -44,7 +51,10 @@ def test_operations_one_by_one_are_the_function():
         total = jax.lax.fori_loop(0, 3, lambda i, sum: sum + jnp.sum(rows * i), 0.0)
         return {"sum": total, "grad": jax.grad(lambda x: jnp.sum(jnp.tanh(x[ids] @ x.T) ** 2))(x)}
 
-    x, ids = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32), np.array([0, 3, 3])
+    x, ids = (
+        np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32),
+        np.array([0, 3, 3]),
+    )
     expected = jax.jit(function)(x, ids)
     operations = operations_of(function, x, ids)
     single, exact = operations.run(x, ids), operations.run(x, ids, wide=True)
@@ -60,7 +70,14 @@ def test_a_right_step_is_proved(mesh):
     proof = compiler_proof.prove_compiler(tiny_config("model.dropout=0.1", mesh=mesh))
     assert proof.holds, proof.rows
     kinds = {row[0] for row in proof.rows[1:]}
-    assert kinds >= {"known fault", "loss", "gradient norm", "gradients", "second moments", "parameters"}
+    assert kinds >= {
+        "known fault",
+        "loss",
+        "gradient norm",
+        "gradients",
+        "second moments",
+        "parameters",
+    }
 
 
 def test_a_fault_in_the_compiled_step_is_found(monkeypatch):
@@ -82,16 +99,22 @@ def test_a_fault_of_single_operations_is_not_taken_for_rounding():
     before = {"w": np.zeros(3)}
     exact = ({"mu": np.ones(3)}, {"loss": np.ones(1)})
     wrong = ({"mu": np.float32([1, 1, 1.1])}, {"loss": np.float32([1])})
-    assert not all(one.holds for one in compiler_proof.compare(before, wrong, wrong, exact, "float32"))
+    assert not all(
+        one.holds for one in compiler_proof.compare(before, wrong, wrong, exact, "float32")
+    )
 
 
 def test_rounding_where_a_gradient_is_zero_is_no_fault():
-    # The bias of keys has no gradient but rounding: its square differs many times over, and is nothing to its kind.
+    # The bias of keys has no gradient but rounding: its square differs many times over, and is
+    # nothing to its kind.
     exact, single, compiled = (
-        ({"nu": {"bias": np.full(3, bias), "kernel": np.ones(3)}}, {}) for bias in (0.0, 1e-12, 1e-11)
+        ({"nu": {"bias": np.full(3, bias), "kernel": np.ones(3)}}, {})
+        for bias in (0.0, 1e-12, 1e-11)
     )
     before = {"nu": {"bias": np.zeros(3), "kernel": np.zeros(3)}}
-    assert all(one.holds for one in compiler_proof.compare(before, compiled, single, exact, "float32"))
+    assert all(
+        one.holds for one in compiler_proof.compare(before, compiled, single, exact, "float32")
+    )
 
 
 @pytest.mark.skipif(not FAULTS, reason="this jaxlib has no known fault")
@@ -104,7 +127,9 @@ def test_the_known_fault_is_found_where_its_remedy_is_off():
     }
     command = [sys.executable, "-m", "tinylm.prove", "compiler", "--config=tales"]
     settings = [f"--config.{line}" for line in TINY]
-    done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [*command, *settings], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "known fault" in done.stdout
     assert "NOT proved" in done.stdout
@@ -135,6 +160,8 @@ def test_no_shipped_config_gives_a_false_alarm(name, mesh):
 
 @pytest.mark.slow
 def test_the_command_takes_its_vocabulary_from_the_config():
-    done = run_command("tinylm.prove", "compiler", "--config=tales", *[f"--config.{line}" for line in TINY])
+    done = run_command(
+        "tinylm.prove", "compiler", "--config=tales", *[f"--config.{line}" for line in TINY]
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "proved: the compiled step of this config (at its own size)" in done.stdout

@@ -10,10 +10,20 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, SMALL, columns_of, finished, lines, made_once, run_command, session_folder, state_digest
+from helpers import (
+    ROOT,
+    SMALL,
+    columns_of,
+    finished,
+    lines,
+    made_once,
+    run_command,
+    session_folder,
+    state_digest,
+)
 
 from tinylm.inference.writing import numbered
-from tinylm.run.plot import COLORS
+from tinylm.view.plot import COLORS
 
 
 def command(workdir, *extra):
@@ -43,7 +53,9 @@ def test_a_run_leaves_what_it_promises(whole):
     assert sorted(lines(workdir)) == list(range(1, 41))
     assert sorted(lines(workdir, "valid")) == [20, 40]
     assert lines(workdir)[40] < lines(workdir)[1]
-    assert columns_of(workdir / "loss.png", COLORS[0]) > 300, "no line over the width of the picture"
+    assert columns_of(workdir / "loss.png", COLORS[0]) > 300, (
+        "no line over the width of the picture"
+    )
     assert (workdir / "samples.txt").read_text().startswith("--- step 40 ---\na")
     record = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
     assert {"grad_norm", "learning_rate", "tokens_per_sec", "mfu"} <= set(record)
@@ -56,11 +68,16 @@ def test_a_run_leaves_what_it_promises(whole):
 
 @pytest.mark.parametrize(
     ("saved", "flags"),
-    [pytest.param(10, [], id="the workdir alone"), pytest.param(30, SMALL, id="the same", marks=pytest.mark.slow)],
+    [
+        pytest.param(10, [], id="the workdir alone"),
+        pytest.param(30, SMALL, id="the same", marks=pytest.mark.slow),
+    ],
 )
 def test_kill_and_resume_is_bitwise_equal(whole, tmp_path, saved, flags):
     workdir = tmp_path / "killed"
-    process = subprocess.Popen(command(workdir), cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    process = subprocess.Popen(
+        command(workdir), cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
     while not finished(workdir, saved):
         assert process.poll() is None, "the run ended before it was killed"
         time.sleep(0.001)
@@ -77,7 +94,11 @@ def test_kill_and_resume_is_bitwise_equal(whole, tmp_path, saved, flags):
 def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path):
     workdir = tmp_path / "preempted"
     process = subprocess.Popen(
-        command(workdir), cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, stderr=subprocess.PIPE, text=True
+        command(workdir),
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not (workdir / "metrics.jsonl").exists():
         time.sleep(0.001)
@@ -92,10 +113,17 @@ def test_sigterm_saves_and_the_same_command_goes_on(whole, tmp_path):
 
 
 def test_stop_and_go_on_on_another_mesh(whole, tmp_path):
-    """Stopped at step 12 on one device, gone on with on 2 x 4: the same batches, so the same losses but rounding."""
+    """Stopped at step 12 on one device, gone on with on 2 x 4: the same batches, so the same losses
+    but rounding.
+    """
     assert train(tmp_path / "run", "--config.train.stop_step=12").returncode == 0
-    done = train(tmp_path / "run", "--cpu_devices=8", "--config.mesh.model=4", "--config.mesh.fsdp=true",
-                 "--config.train.stop_step=22")  # fmt: skip
+    done = train(
+        tmp_path / "run",
+        "--cpu_devices=8",
+        "--config.mesh.model=4",
+        "--config.mesh.fsdp=true",
+        "--config.train.stop_step=22",
+    )
     assert done.returncode == 0, done.stderr
     ours, theirs = lines(tmp_path / "run"), lines(whole[0])
     assert sorted(ours) == list(range(1, 23))
@@ -104,12 +132,31 @@ def test_stop_and_go_on_on_another_mesh(whole, tmp_path):
 
 
 def test_two_processes_give_what_one_gives(whole, tmp_path):
-    """By the launcher for one machine, which gives each process its number and the address of the first."""
-    flags = [*SMALL, "--config.mesh.model=2", "--config.train.stop_step=12", f"--workdir={tmp_path}/run"]
+    """By the launcher for one machine, which gives each process its number and the address of the
+    first.
+    """
+    flags = [
+        *SMALL,
+        "--config.mesh.model=2",
+        "--config.train.stop_step=12",
+        f"--workdir={tmp_path}/run",
+    ]
     done = subprocess.run(
-        [sys.executable, "launch/local.py", "--processes=2", "--devices=2", "--restarts=0", "--", *flags],
-        cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "launch/local.py",
+            "--processes=2",
+            "--devices=2",
+            "--restarts=0",
+            "--",
+            *flags,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     ours, theirs = lines(tmp_path / "run"), lines(whole[0])
     assert sorted(ours) == list(range(1, 13))
@@ -118,11 +165,15 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
 
 
 def test_patience_ends_a_run_that_no_longer_learns(tmp_path):
-    """At a learning rate that float32 can't see, the second and third evaluation are not better than the first."""
+    """At a learning rate that float32 can't see, the second and third evaluation are not better
+    than the first.
+    """
     done = train(
-        tmp_path / "run", "--config.optimizer.learning_rate=1e-30", "--config.eval.every_steps=4",
+        tmp_path / "run",
+        "--config.optimizer.learning_rate=1e-30",
+        "--config.eval.every_steps=4",
         "--config.eval.patience=2",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert sorted(lines(tmp_path / "run", "valid")) == [4, 8, 12]
     assert "no better validation loss in 2 evaluations" in done.stdout
@@ -136,19 +187,32 @@ def test_another_config_in_the_same_workdir_is_refused(whole):
 
 
 def test_generate_writes_text_alone_and_the_same_for_a_seed(whole):
-    arguments = [f"--workdir={whole[0]}", "--prompt=Once", "--num_samples=2", "--max_tokens=40", "--seed=5"]
+    arguments = [
+        f"--workdir={whole[0]}",
+        "--prompt=Once",
+        "--num_samples=2",
+        "--max_tokens=40",
+        "--seed=5",
+    ]
     first = run_command("tinylm.generate", *arguments)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("--- sample 1 of 2 ---\nOnce")
     again = json.loads(run_command("tinylm.generate", *arguments, "--json").stdout)
-    assert (numbered(again["texts"]) + "\n").splitlines() == first.stdout.splitlines()  # \r was read as \n
+    assert (
+        numbered(again["texts"]) + "\n"
+    ).splitlines() == first.stdout.splitlines()  # \r was read as \n
     assert again["step"] in (20, 40)
 
 
 def test_a_prompt_is_read_from_a_file(whole, tmp_path):
     """Its byte order mark and its last line break are no part of it."""
     (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfTwo lines,\r\nend.\r\n")
-    arguments = [f"--workdir={whole[0]}", f"--prompt_file={tmp_path}/prompt.txt", "--max_tokens=3", "--json"]
+    arguments = [
+        f"--workdir={whole[0]}",
+        f"--prompt_file={tmp_path}/prompt.txt",
+        "--max_tokens=3",
+        "--json",
+    ]
     done = run_command("tinylm.generate", *arguments)
     assert done.returncode == 0, done.stderr
     from_file = json.loads(done.stdout)
@@ -157,7 +221,9 @@ def test_a_prompt_is_read_from_a_file(whole, tmp_path):
 
 
 def test_evaluate_gives_the_loss_that_training_logged(whole):
-    done = run_command("tinylm.evaluate", f"--workdir={whole[0]}", "--json", "--max_batches=4", "--step=latest")
+    done = run_command(
+        "tinylm.evaluate", f"--workdir={whole[0]}", "--json", "--max_batches=4", "--step=latest"
+    )
     result = json.loads(done.stdout)
     assert result["loss"] == pytest.approx(lines(whole[0], "valid")[40], rel=1e-6)
     assert result["perplexity"] > 1
@@ -170,7 +236,9 @@ def test_evaluate_scores_any_text(whole, tmp_path):
 
     text = "A fox that nobody has ever seen"
     (tmp_path / "a.txt").write_text(text)
-    done = run_command("tinylm.evaluate", f"--workdir={whole[0]}", "--json", f"--source=text:{tmp_path}/a.txt")
+    done = run_command(
+        "tinylm.evaluate", f"--workdir={whole[0]}", "--json", f"--source=text:{tmp_path}/a.txt"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     run = tinylm.open_run(str(whole[0]))
@@ -186,8 +254,15 @@ def test_evaluate_scores_any_text(whole, tmp_path):
 def test_pairs_of_a_text_are_answered_after_training(whole, tmp_path):
     pairs = [{"q": f"{i}", "a": "so #### 5"} for i in range(3)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    flags = [f"--workdir={whole[0]}", "--json", f"--source=jsonl:{tmp_path}/a.jsonl", "--exact_match",
-             "--data=prompt_field=q", "--data=completion_field=a", "--data=loss_on=answer"]  # fmt: skip
+    flags = [
+        f"--workdir={whole[0]}",
+        "--json",
+        f"--source=jsonl:{tmp_path}/a.jsonl",
+        "--exact_match",
+        "--data=prompt_field=q",
+        "--data=completion_field=a",
+        "--data=loss_on=answer",
+    ]
     done = run_command("tinylm.evaluate", *flags, "--answer_pattern=#### ([0-9]+)")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -201,7 +276,9 @@ def test_pairs_of_a_text_are_answered_after_training(whole, tmp_path):
 def test_an_imported_model_is_not_scored_on_a_text_that_nobody_named(whole, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     record = json.loads((tmp_path / "run" / "config.json").read_text())
-    (tmp_path / "run" / "config.json").write_text(json.dumps({**record, "imported_from": "elsewhere"}))
+    (tmp_path / "run" / "config.json").write_text(
+        json.dumps({**record, "imported_from": "elsewhere"})
+    )
     done = run_command("tinylm.evaluate", f"--workdir={tmp_path}/run")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "no text of its own to be scored on; give one: --source=text:FILE" in done.stderr

@@ -1,4 +1,6 @@
-"""The table of a model's parameters, and the true size of every config that states its vocabulary."""
+"""The table of a model's parameters, and the true size of every config that states its
+vocabulary.
+"""
 
 import json
 import math
@@ -55,7 +57,9 @@ def test_smallm_is_sixty_million_by_name_alone():
 
 
 def test_the_published_shapes():
-    """Sizes by hand: a TinyStories layer is 12 D^2 + 10 D, beside two embeddings and a last norm."""
+    """Sizes by hand: a TinyStories layer is 12 D^2 + 10 D, beside two embeddings and a last
+    norm.
+    """
     D, L = 64, 8
     assert PARAMETERS["tinystories:1m"] == (50_257 + 2048) * D + L * (12 * D * D + 10 * D) + 2 * D
     D, L = 768, 12
@@ -80,27 +84,62 @@ def test_bytes_are_those_of_the_shards():
 @pytest.mark.parametrize(
     ("axes", "shape", "split_by", "note"),
     [
-        (("embed", "heads", "head_dim"), (64, 3, 16), ("data", "", ""),
-         "model (2) does not divide heads (3), leaves it whole on every device"),
-        (("heads", "head_dim", "embed"), (4, 6, 30), ("model", "", ""),
-         "data (4) does not divide embed (30), leaves it whole on every device"),
-        (("vocab", "embed"), (128, 30), ("model", ""),
-         "data (4) does not divide embed (30), leaves it whole on every device"),
-        (("mlp", "embed"), (9, 30), ("", ""), "model (2) does not divide mlp (9), leaves it whole on every device"),
-        (("heads", "head_dim", "embed"), (3, 8, 30), ("", "data", ""),
-         "data (4) does not divide embed (30), splits head_dim instead"),
+        (
+            ("embed", "heads", "head_dim"),
+            (64, 3, 16),
+            ("data", "", ""),
+            "model (2) does not divide heads (3), leaves it whole on every device",
+        ),
+        (
+            ("heads", "head_dim", "embed"),
+            (4, 6, 30),
+            ("model", "", ""),
+            "data (4) does not divide embed (30), leaves it whole on every device",
+        ),
+        (
+            ("vocab", "embed"),
+            (128, 30),
+            ("model", ""),
+            "data (4) does not divide embed (30), leaves it whole on every device",
+        ),
+        (
+            ("mlp", "embed"),
+            (9, 30),
+            ("", ""),
+            "model (2) does not divide mlp (9), leaves it whole on every device",
+        ),
+        (
+            ("heads", "head_dim", "embed"),
+            (3, 8, 30),
+            ("", "data", ""),
+            "data (4) does not divide embed (30), splits head_dim instead",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_dimension_that_does_not_divide_is_told(axes, shape, split_by, note):
-    layout = describe_parameter(make_mesh(MeshConfig(data=4, model=2, fsdp=True)), True, axes, shape)
+    layout = describe_parameter(
+        make_mesh(MeshConfig(data=4, model=2, fsdp=True)), True, axes, shape
+    )
     assert layout.split_by == split_by
     assert note in layout.notes
 
 
 def test_the_command_needs_no_data():
-    done = run_command("tinylm.show", "--config=tinystories:33m", "--cpu_devices=4", "--config.mesh.model=3", "--json")
+    done = run_command(
+        "tinylm.show",
+        "--config=tinystories:33m",
+        "--cpu_devices=4",
+        "--config.mesh.model=3",
+        "--json",
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    done = run_command("tinylm.show", "--config=tinystories:33m", "--cpu_devices=4", "--config.mesh.model=4", "--json")
+    done = run_command(
+        "tinylm.show",
+        "--config=tinystories:33m",
+        "--cpu_devices=4",
+        "--config.mesh.model=4",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert shown["num_parameters"] == PARAMETERS["tinystories:33m"]
@@ -112,10 +151,14 @@ def test_a_run_is_shown_as_it_ran(tmp_path):
     """On its own mesh, of four devices here, with no device but the one of this machine."""
     config = load_config("tales", ["model.embed_dim=64", "model.num_layers=2"]).resolve(1024)
     folder = RunFolder(str(tmp_path))
-    folder.write_config({"config": to_dict(config), "versions": {"mesh": {"replica": 1, "data": 2, "model": 2}}})
+    folder.write_config(
+        {"config": to_dict(config), "versions": {"mesh": {"replica": 1, "data": 2, "model": 2}}}
+    )
     done = run_command("tinylm.show", f"--workdir={tmp_path}", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads(json.dumps(describe(config, make_mesh(MeshConfig(data=2, model=2)))))
+    assert json.loads(done.stdout) == json.loads(
+        json.dumps(describe(config, make_mesh(MeshConfig(data=2, model=2))))
+    )
 
 
 @pytest.mark.parametrize("flags", [[], ["--config=tales", "--workdir=x"]])

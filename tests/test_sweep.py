@@ -1,4 +1,6 @@
-"""Sweeps: every point is trained once, what failed or was killed again, and the table is in order."""
+"""Sweeps: every point is trained once, what failed or was killed again, and the table is in
+order.
+"""
 
 import json
 import os
@@ -14,14 +16,16 @@ from helpers import ROOT, columns_of
 
 from tinylm import sweep as module
 from tinylm.core.errors import UserError
-from tinylm.run.plot import COLORS
+from tinylm.view.plot import COLORS
 
 GRID = ["optimizer.learning_rate=1e-2,2e-2", "model.attention_window=(0,),(8,)"]
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Stand in for training: note each command, log a loss, and exit with what `codes` say of a learning rate."""
+    """Stand in for training: note each command, log a loss, and exit with what `codes` say of a
+    learning rate.
+    """
     commands, codes = [], {}
 
     def run(command, stdout, **_):
@@ -30,7 +34,9 @@ def trained(monkeypatch):
         folder, rate = pathlib.Path(given["--workdir"]), given["--config.optimizer.learning_rate"]
         losses = [5.0, float(rate), 3.0]
         records = [{"step": i, "split": "valid", "loss": loss} for i, loss in enumerate(losses, 1)]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
         stdout.write("error: loss is not finite\n" if codes.get(rate) else "done\n")
         stdout.flush()
         return types.SimpleNamespace(returncode=codes.get(rate, 0), poll=lambda: True)
@@ -65,14 +71,20 @@ def test_a_picture_that_fails_takes_no_table_away(tmp_path, trained, monkeypatch
     said = []
     monkeypatch.setattr(module, "say", said.append)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 / 0)
-    rows = module.sweep(["--config=tales"], ["seed=0,1", "optimizer.learning_rate=1e-2"], str(tmp_path), jobs=1)
+    rows = module.sweep(
+        ["--config=tales"], ["seed=0,1", "optimizer.learning_rate=1e-2"], str(tmp_path), jobs=1
+    )
     assert [row["loss"] for row in rows] == [0.01, 0.01]
     assert said[-1] == f"warning: {tmp_path}/sweep.png cannot be written: division by zero"
 
 
 def test_the_table_is_best_first_and_the_best_validation_loss_counts(tmp_path, trained):
-    rows = module.sweep(["--config=tales"], ["optimizer.learning_rate=3e-1,1e-1", "model.attention_window=(0,)"],
-                        str(tmp_path), jobs=1)  # fmt: skip
+    rows = module.sweep(
+        ["--config=tales"],
+        ["optimizer.learning_rate=3e-1,1e-1", "model.attention_window=(0,)"],
+        str(tmp_path),
+        jobs=1,
+    )
     lines = module.text_of(rows).splitlines()
     assert lines[0].split() == ["optimizer.learning_rate", "model.attention_window", "result"]
     assert [line.split()[0] for line in lines[1:]] == ["1e-1", "3e-1"]
@@ -84,12 +96,16 @@ def test_a_run_without_validation_is_judged_by_the_end_of_its_training(tmp_path)
     """A step that was passed over as bad, and logged after it, doesn't count."""
     lines = [("train", 1, 3.0), ("train", 2, 4.0), ("bad", 3, 99.0), ("time", 3, None)]
     records = [{"split": split, "step": step, "loss": loss} for split, step, loss in lines]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
     assert module.best_loss(str(tmp_path)) == ("last training", 4.0, 2)
 
 
 def test_the_name_of_a_run_is_one_folder_and_no_pattern():
-    assert module.name_of({"data.source": "0.7*text:a/[b]?.txt"}) == "data.source=0.7_text:a__b]_.txt"
+    assert (
+        module.name_of({"data.source": "0.7*text:a/[b]?.txt"}) == "data.source=0.7_text:a__b]_.txt"
+    )
     long = [module.name_of({"data.source": f"text:{'é' * 200}{end}"}) for end in "ab"]
     assert max(len(name.encode()) for name in long) <= 255
     assert len(set(long)) == 2
@@ -117,14 +133,29 @@ def test_mistakes_come_before_the_first_run(tmp_path, trained, grid, said):
 
 def test_what_is_asked_to_stop_leaves_no_process_and_starts_none(tmp_path):
     note, fake = tmp_path / "note", tmp_path / "python"
-    fake.write_text(f'#!/bin/bash\necho "$$ $*" >> {note}\ntrap "exit 75" TERM\nwhile :; do sleep 0.05; done\n')
+    fake.write_text(
+        f'#!/bin/bash\necho "$$ $*" >> {note}\ntrap "exit 75" TERM\nwhile :; do sleep 0.05; done\n'
+    )
     fake.chmod(0o755)
-    code = f"import runpy, sys; sys.executable = {str(fake)!r}; runpy.run_module('tinylm.sweep', run_name='__main__')"
+    code = (
+        f"import runpy, sys; sys.executable = {str(fake)!r}; runpy.run_module('tinylm.sweep', "
+        "run_name='__main__')"
+    )
     job = subprocess.Popen(
-        [sys.executable, "-c", code, "--config=tales", "--cpu_devices", "2", "--grid=seed=0,1",
-         f"--workdir={tmp_path}/w"],
-        stderr=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            code,
+            "--config=tales",
+            "--cpu_devices",
+            "2",
+            "--grid=seed=0,1",
+            f"--workdir={tmp_path}/w",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     while not (note.exists() and note.read_text()):
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)

@@ -6,8 +6,9 @@ import time
 from typing import Any
 
 if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # `python -m tinylm...`: until its flags are read, a command has nothing to clean up. Ctrl-C then ends it without a
-    # traceback out of some import; `tinylm.cli.run` puts Python's handler back.
+    # `python -m tinylm...`: until its flags are read, a command has nothing to clean up. Ctrl-C
+    # then ends it without a traceback out of some import; `tinylm.cli.run` puts Python's handler
+    # back.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from tinylm.core.platform import set_flags
@@ -16,7 +17,8 @@ STARTED = time.monotonic()  # for the account of a run's time
 __version__ = "0.1.0"
 __all__ = ["open_run"]  # noqa: F822  made when it is asked for, below
 
-# Before JAX makes a backend: what its compiler needs for right numbers, here and in every process started from here.
+# Before JAX makes a backend: what its compiler needs for right numbers, here and in every process
+# started from here.
 set_flags()
 
 

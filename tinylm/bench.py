@@ -3,8 +3,9 @@
 python -m tinylm.bench --config=tales
 python -m tinylm.bench --config=gpt2_124m --json --profile=traces
 
-Prints tokens per second, step time, MFU against the chip's peak (a matmul's rate on CPU), time to the first step with
-an empty and a filled compile cache, what the host does, memory, and where the time goes by kind of operation.
+Prints tokens per second, step time, MFU against the chip's peak (a matmul's rate on CPU), time to
+the first step with an empty and a filled compile cache, what the host does, memory, and where the
+time goes by kind of operation.
 """
 
 import json
@@ -23,7 +24,7 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Measure as the flags say."""
     from tinylm.core.mesh import batch_shards, make_mesh
-    from tinylm.train.benchmark import measure
+    from tinylm.tools.bench import measure
 
     config = cli.resolved_config()
     mesh = make_mesh(config.mesh)
@@ -32,7 +33,9 @@ def main() -> None:
         try:
             os.makedirs(FLAGS.profile, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"--profile={FLAGS.profile} can't be made: {error.strerror}.") from error
+            raise StorageError(
+                f"--profile={FLAGS.profile} can't be made: {error.strerror}."
+            ) from error
     found = measure(config, mesh, FLAGS.dispatches, FLAGS.profile)
     if is_main():
         print(json.dumps(found) if FLAGS.json else text_of(found))
@@ -43,25 +46,39 @@ def text_of(found: dict[str, Any]) -> str:
     f = {name: value for name, value in found.items() if value is not None}
     f["axes"] = " x ".join(f"{name} {size}" for name, size in f["mesh"].items())
     known = (
-        "{mfu:.1%} of {peak_flops:.3g} FLOP/s" if "mfu" in f else "unknown: add the chip to tinylm/analysis/chips.py"
+        "{mfu:.1%} of {peak_flops:.3g} FLOP/s"
+        if "mfu" in f
+        else "unknown: add the chip to tinylm/core/chips.py"
     )
     lines = {
         "device": "{device}, mesh {axes}",
         "tokens per second": "{tokens_per_sec:,.0f}",
         "step": "{step_ms:.2f} ms, eight of ten from {step_ms_p10:.2f} to {step_ms_p90:.2f}",
         "MFU": known,
-        "first step": "{first_step_secs:.1f} s cold, {first_step_warm_secs:.1f} s with a filled compile cache",
+        "first step": (
+            "{first_step_secs:.1f} s cold, {first_step_warm_secs:.1f} s with a filled compile cache"
+        ),
         "host": "{host_ms:.2f} ms a step, {input_wait_ms:.2f} of it for input",
         "peak memory, bytes": "{peak_memory_bytes:,}",
     }
     text = [f"{name:<24}{line.format(**f)}" for name, line in lines.items()]
-    text += [f"  {kind:<22}{part:.1%} of the operations' time" for kind, part in f["time_by_kind"].items()]
+    text += [
+        f"  {kind:<22}{part:.1%} of the operations' time"
+        for kind, part in f["time_by_kind"].items()
+    ]
     return "\n".join(text + ["The machine was too noisy for small differences."] * f["noisy"])
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("profile", "", "folder to keep a trace in, for TensorBoard, XProf or Perfetto")
-    flags.DEFINE_integer("dispatches", 20, "calls of the step to time, each of train.steps_per_dispatch", lower_bound=2)
+    flags.DEFINE_string(
+        "profile", "", "folder to keep a trace in, for TensorBoard, XProf or Perfetto"
+    )
+    flags.DEFINE_integer(
+        "dispatches",
+        20,
+        "calls of the step to time, each of train.steps_per_dispatch",
+        lower_bound=2,
+    )
     cli.define_config()
     cli.define_json()
     cli.run(main, __doc__)

@@ -1,8 +1,9 @@
 """What all commands share: their common flags, and how they start and end.
 
-A command defines its own flags, and calls `run(main, __doc__)`. A UserError becomes one line on stderr and its exit
-code; any other exception is a bug of ours and keeps its traceback. In a job of several processes the line names the
-process, and none begins before all were found to run the same command, config and code.
+A command defines its own flags, and calls `run(main, __doc__)`. A UserError becomes one line on
+stderr and its exit code; any other exception is a bug of ours and keeps its traceback. In a job of
+several processes the line names the process, and none begins before all were found to run the same
+command, config and code.
 """
 
 import faulthandler
@@ -25,13 +26,22 @@ from tinylm.core.settings import settings_of
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_integer("cpu_devices", 0, "simulated CPU devices of this process (0: those that are here)", lower_bound=0)
+flags.DEFINE_integer(
+    "cpu_devices",
+    0,
+    "simulated CPU devices of this process (0: those that are here)",
+    lower_bound=0,
+)
 flags.DEFINE_string(
-    "coordinator", "", "host:port of process 0, or auto: as the cluster says, which tinylm.main asks by itself"
+    "coordinator",
+    "",
+    "host:port of process 0, or auto: as the cluster says, which tinylm.main asks by itself",
 )
 flags.DEFINE_integer("num_processes", 0, "processes of the job, with --coordinator")
 flags.DEFINE_integer("process_id", -1, "number of this process, with --coordinator")
-flags.DEFINE_float("start_secs", distributed.START_SECS, "how long to wait for the job's other processes to start")
+flags.DEFINE_float(
+    "start_secs", distributed.START_SECS, "how long to wait for the job's other processes to start"
+)
 _SHARED = ["cpu_devices", "coordinator", "num_processes", "process_id", "start_secs"]
 
 
@@ -48,9 +58,11 @@ def require_config() -> None:
 
 
 def config(takes_over: bool = True) -> config_lib.Config:
-    """Return the checked config of --config, with the model of the run that `train.init_model` takes it from.
+    """Return the checked config of --config, with the model of the run that `train.init_model`
+    takes it from.
 
-    Where a run may be there already, which has all in its own folder, the taking is left to the caller (`takes_over`).
+    Where a run may be there already, which has all in its own folder, the taking is left to the
+    caller (`takes_over`).
     """
     from tinylm.train.init_from import take_over
 
@@ -60,7 +72,9 @@ def config(takes_over: bool = True) -> config_lib.Config:
 
 
 def resolved_config() -> config_lib.Config:
-    """Return the resolved config of --config for a command that reads no text; say how large a vocabulary it takes."""
+    """Return the resolved config of --config for a command that reads no text; say how large a
+    vocabulary it takes.
+    """
     from tinylm.data import known_vocab_size
 
     chosen = config()
@@ -81,7 +95,9 @@ def define_workdir(required: bool = True) -> None:
 
 def require(name: str, example: str) -> None:
     """Refuse a command line without a flag, in words that show how it is given."""
-    flags.register_validator(name, lambda value: value is not None, f"it is required, for example {example}.")
+    flags.register_validator(
+        name, lambda value: value is not None, f"it is required, for example {example}."
+    )
 
 
 def define_json() -> None:
@@ -90,16 +106,19 @@ def define_json() -> None:
     _SHARED.append("json")
 
 
-def run(main: Callable[[], None], doc: str | None, joins_cluster: bool = False, resumes: bool = False) -> None:
+def run(
+    main: Callable[[], None], doc: str | None, joins_cluster: bool = False, resumes: bool = False
+) -> None:
     """Parse flags, start JAX, call `main`, and exit with the code that tells how it went.
 
-    A command that `joins_cluster` takes part in the job that its cluster describes; others do where --coordinator says
-    so, for a tool that is called in a shell of a cluster's node is alone there. With `resumes`, --workdir alone stands
-    for the config of the run that is there.
+    A command that `joins_cluster` takes part in the job that its cluster describes; others do where
+    --coordinator says so, for a tool that is called in a shell of a cluster's node is alone there.
+    With `resumes`, --workdir alone stands for the config of the run that is there.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # where its encoding lacks a character of a text
-    faulthandler.enable()  # what kills the process, as a file of weights that shrinks while it is mapped, is said where
+    # What kills the process, as a file of weights that shrinks while it is mapped, is said where.
+    faulthandler.enable()
     try:
         _parse(doc or "", resumes)
         distributed.start(
@@ -115,11 +134,14 @@ def run(main: Callable[[], None], doc: str | None, joins_cluster: bool = False, 
         log.start(distributed.is_main())
         if joins_cluster and distributed.is_shell_of_slurm():
             log.say(
-                f"this Slurm job has {os.environ['SLURM_NTASKS']} tasks, but this command was not started by srun and "
+                f"this Slurm job has {os.environ['SLURM_NTASKS']} tasks, but this command "
+                "was not started by srun and "
                 "runs alone here; start it with srun to run on all of them."
             )
         use_compile_cache()
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # it was nothing but this until here: see tinylm
+        if (
+            signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        ):  # it was nothing but this until here: see tinylm
             signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
         log.flush()
@@ -134,10 +156,16 @@ def run(main: Callable[[], None], doc: str | None, joins_cluster: bool = False, 
     except Exception as error:
         if distributed.lost_peer(error):
             line = str(error).splitlines()[0]
-            print(f"error: {distributed.speaker()}a peer was lost: {line}", file=sys.stderr, flush=True)
+            print(
+                f"error: {distributed.speaker()}a peer was lost: {line}",
+                file=sys.stderr,
+                flush=True,
+            )
             distributed.leave(PeerLost.exit_code)
         # A bug of ours: the peers of this process must not wait for it.
-        print(f"{distributed.speaker()}{traceback.format_exc()}", end="", file=sys.stderr, flush=True)
+        print(
+            f"{distributed.speaker()}{traceback.format_exc()}", end="", file=sys.stderr, flush=True
+        )
         distributed.leave(1)
 
 
@@ -157,14 +185,25 @@ def _forget_output() -> None:
 def _facts() -> dict[str, Any]:
     """Return what must be the same in every process of a job: flags, config, code."""
     own = {"process_id", "cpu_devices", "config"}
-    given = {name: FLAGS[name].value for name in FLAGS if FLAGS[name].present and name.split(".")[0] not in own}
+    given = {
+        name: FLAGS[name].value
+        for name in FLAGS
+        if FLAGS[name].present and name.split(".")[0] not in own
+    }
     settings = settings_of(FLAGS.config) if "config" in FLAGS and FLAGS.config is not None else []
     config = {f"config.{key}": value for key, _, value in settings}
-    return {**config, **{f"--{name}": value for name, value in given.items()}, **distributed.code_versions()}
+    return {
+        **config,
+        **{f"--{name}": value for name, value in given.items()},
+        **distributed.code_versions(),
+    }
 
 
 def _parse(doc: str, resumes: bool) -> None:
-    if any(argument in ("--help", "-help", "-h", "--helpfull", "--helpshort") for argument in sys.argv[1:]):
+    if any(
+        argument in ("--help", "-help", "-h", "--helpfull", "--helpshort")
+        for argument in sys.argv[1:]
+    ):
         print(f"{doc.strip()}\n\nFlags:\n{_help()}")
         sys.exit(0)
     sys.argv[:] = config_lib.prepare_arguments(sys.argv, resumes)
@@ -189,10 +228,12 @@ def _help() -> str:
 
 
 def use_compile_cache() -> None:
-    """Keep compiled programs in a folder private to the user, where there is a home that can hold it.
+    """Keep compiled programs in a folder private to the user, where there is a home that can hold
+    it.
 
-    A folder that the user has named (JAX_COMPILATION_CACHE_DIR) stays. No program is handed on to where it would be
-    wrong: JAX's key of a program holds the version of jaxlib, XLA_FLAGS and what the processor can do.
+    A folder that the user has named (JAX_COMPILATION_CACHE_DIR) stays. No program is handed on to
+    where it would be wrong: JAX's key of a program holds the version of jaxlib, XLA_FLAGS and what
+    the processor can do.
     """
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

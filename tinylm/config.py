@@ -1,8 +1,9 @@
-"""The config of a run as users meet it: files that return one, overrides on the command line, resolved numbers.
+"""The config of a run as users meet it: files that return one, overrides on the command line,
+resolved numbers.
 
 A config is a Python file whose `get_config()` returns a `Config`, or the config.json of a run;
-ml_collections' config_flags turns `--config.model.embed_dim=256` into an override. Everything a config file
-needs is imported from here.
+ml_collections' config_flags turns `--config.model.embed_dim=256` into an override. Everything a
+config file needs is imported from here.
 """
 
 import ast
@@ -61,14 +62,18 @@ FLAG_ALIASES = {
 
 
 def shipped_configs() -> pathlib.Path:
-    """Return the folder of the configs that ship: beside the package in a checkout, inside it in a wheel."""
+    """Return the folder of the configs that ship: beside the package in a checkout, inside it in a
+    wheel.
+    """
     here = pathlib.Path(__file__).resolve().parent
     inside, beside = here / "configs", here.parent / "configs"
     return inside if inside.is_dir() else beside
 
 
 def find_config(name: str) -> str:
-    """Return the path of a config file given by path or by the bare name of one that ships; else raise UserError."""
+    """Return the path of a config file given by path or by the bare name of one that ships; else
+    raise UserError.
+    """
     if name.endswith(RUN_CONFIG):
         return name
     path, _, argument = name.partition(":")
@@ -84,9 +89,11 @@ def find_config(name: str) -> str:
 
 
 def prepare_arguments(argv: Sequence[str], resumes: bool = False) -> list[str]:
-    """Return `argv` with --config as a path, its overrides behind it; raise UserError for keys that don't exist.
+    """Return `argv` with --config as a path, its overrides behind it; raise UserError for keys that
+    don't exist.
 
-    With `resumes`, a command that is given --workdir alone takes the config of the run that is there.
+    With `resumes`, a command that is given --workdir alone takes the config of the run that is
+    there.
     """
     known = {key: field.type for key, field, _ in settings_of(Config())}
     rest, chosen, overrides = [], [], []
@@ -123,13 +130,17 @@ def _config_of_workdir(arguments: Sequence[str]) -> list[str]:
             workdir = value if equals else "".join(arguments[place + 1 : place + 2])
             folder = RunFolder(workdir)
             if not folder.exists():
-                raise UserError(f"--workdir={workdir} holds no run to go on with; give --config for a new one.")
+                raise UserError(
+                    f"--workdir={workdir} holds no run to go on with; give --config for a new one."
+                )
             return [f"--config={folder.path}{RUN_CONFIG}"]
     return []
 
 
 def _is_text_literal(value: str) -> bool:
-    """Say whether a value is written as Python writes a text or several; if not, it is a text as it stands."""
+    """Say whether a value is written as Python writes a text or several; if not, it is a text as it
+    stands.
+    """
     try:
         return isinstance(ast.literal_eval(value), str | tuple | list)
     except (ValueError, SyntaxError):
@@ -149,21 +160,29 @@ class _ConfigFiles(flags.ArgumentParser):
 
 
 def define_config(values: flags.FlagValues, argv: Sequence[str] | None = None) -> Any:
-    """Define --config and its overrides among the flags of `values`; `argv` is where overrides are looked for.
+    """Define --config and its overrides among the flags of `values`; `argv` is where overrides are
+    looked for.
 
-    config_flags makes a flag of each override; reading the file itself is ours, so that what is wrong in it is said
-    in one line.
+    config_flags makes a flag of each override; reading the file itself is ours, so that what is
+    wrong in it is said in one line.
     """
     from ml_collections import config_flags
 
-    help_line = "a config file, the name of one that ships, or a run's config.json; --config.KEY=VALUE overrides"
-    holder = config_flags.DEFINE_config_file("config", None, help_line, flag_values=values, sys_argv=argv)
+    help_line = (
+        "a config file, the name of one that ships, or a run's config.json; --config.KEY=VALUE "
+        "overrides"
+    )
+    holder = config_flags.DEFINE_config_file(
+        "config", None, help_line, flag_values=values, sys_argv=argv
+    )
     values["config"].parser = _ConfigFiles()
     return holder
 
 
 def read_config_file(name: str) -> Config:
-    """Return what `get_config()` of a Python file returns, or the config of a run; raise UserError where it fails."""
+    """Return what `get_config()` of a Python file returns, or the config of a run; raise UserError
+    where it fails.
+    """
     if name.endswith(RUN_CONFIG):
         record = RunFolder(name.removesuffix(RUN_CONFIG)).read_config()
         return from_dict(Config, record["config"])
@@ -197,8 +216,12 @@ def _failure(error: Exception, path: str) -> str:
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Return the checked config of a file or shipped name with overrides like "model.embed_dim=256"."""
-    argv = prepare_arguments(["tinylm", f"--config={name}", *[f"--config.{line}" for line in overrides]])
+    """Return the checked config of a file or shipped name with overrides like
+    "model.embed_dim=256".
+    """
+    argv = prepare_arguments(
+        ["tinylm", f"--config={name}", *[f"--config.{line}" for line in overrides]]
+    )
     values = flags.FlagValues()
     holder = define_config(values, argv)
     parse_flags(values, argv)
@@ -211,7 +234,9 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
         return values(list(argv))
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
-        raise UserError(f"--{name} is not a flag of this command{_flag_meant(name, values) or '.'}") from error
+        raise UserError(
+            f"--{name} is not a flag of this command{_flag_meant(name, values) or '.'}"
+        ) from error
     except flags.Error as error:
         # absl wraps what a parser raises.
         if isinstance(error.__context__, UserError):
@@ -220,7 +245,9 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
 
 
 def _flag_meant(name: str, values: flags.FlagValues) -> str:
-    """Return "; did you mean --X?" for the flag or setting that an unknown flag means, or nothing."""
+    """Return "; did you mean --X?" for the flag or setting that an unknown flag means, or
+    nothing.
+    """
     alias = FLAG_ALIASES.get(name, "")
     if alias in values:
         return f"; did you mean '--{alias}'?"
@@ -234,7 +261,9 @@ def checked_type(config: Any) -> Config:
     """Return `config` if it is a Config; raise UserError for another type."""
     if not isinstance(config, Config):
         hint = " (is its return statement missing?)" if config is None else ""
-        raise UserError(f"get_config() must return a tinylm.config.Config, not {type(config).__name__}{hint}.")
+        raise UserError(
+            f"get_config() must return a tinylm.config.Config, not {type(config).__name__}{hint}."
+        )
     return config
 
 

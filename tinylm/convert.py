@@ -1,11 +1,11 @@
 """Bring a model in or out: Hugging Face folders both ways, and llama2.c's files.
 
-python -m tinylm.convert --from_hf=DIR --workdir=runs/x
-python -m tinylm.convert --workdir=runs/x --to_hf=DIR
-python -m tinylm.convert --from_llama2c=stories15M.bin --tokenizer=tokenizer.bin --workdir=runs/stories
+python -m tinylm.convert --from_hf=DIR --workdir=runs/x python -m tinylm.convert --workdir=runs/x
+--to_hf=DIR python -m tinylm.convert --from_llama2c=stories15M.bin --tokenizer=tokenizer.bin
+--workdir=runs/stories
 
-An imported model is a run: generate and evaluate read it, and --config=finetune --config.train.init_from=runs/x
-trains on from it.
+An imported model is a run: generate and evaluate read it, and --config=finetune
+--config.train.init_from=runs/x trains on from it.
 """
 
 import json
@@ -58,7 +58,10 @@ def bring_in(folder: Any) -> dict[str, Any]:
     imported = (import_hf if FLAGS.from_hf else import_llama2c)(source, FLAGS.tokenizer)
     model = imported.model
     tokenizer = data_tokenizer(imported.tokenizer, folder.tokenizer)
-    config = Config(data=DataConfig(tokenizer=tokenizer, seq_len=min(model.context, 512), batch_size=8), model=model)
+    config = Config(
+        data=DataConfig(tokenizer=tokenizer, seq_len=min(model.context, 512), batch_size=8),
+        model=model,
+    )
     record = {
         "config": to_dict(config),
         "versions": versions(imported.mesh),
@@ -78,10 +81,16 @@ def bring_in(folder: Any) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("from_hf", "", "local folder of a Hugging Face model (config.json, safetensors, tokenizer)")
-    flags.DEFINE_string("to_hf", "", "new folder to write the run's model into, for Hugging Face's transformers")
+    flags.DEFINE_string(
+        "from_hf", "", "local folder of a Hugging Face model (config.json, safetensors, tokenizer)"
+    )
+    flags.DEFINE_string(
+        "to_hf", "", "new folder to write the run's model into, for Hugging Face's transformers"
+    )
     flags.DEFINE_string("from_llama2c", "", "a legacy .bin of llama2.c")
-    flags.DEFINE_string("tokenizer", "", "tokenizer file of the imported model: .json, .model or .bin")
+    flags.DEFINE_string(
+        "tokenizer", "", "tokenizer file of the imported model: .json, .model or .bin"
+    )
     flags.DEFINE_string("step", "best", "checkpoint to export: best, latest or a step")
     cli.define_workdir()
     cli.define_json()

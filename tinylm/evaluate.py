@@ -1,10 +1,10 @@
-"""Score a run: loss, perplexity and bits per byte on its validation split or on any text, answers, stories.
+"""Score a run: loss, perplexity and bits per byte on its validation split or on any text, answers,
+stories.
 
-python -m tinylm.evaluate --workdir=runs/tales --step=best
-python -m tinylm.evaluate --workdir=runs/tales --source="text:PATH/*.txt"
-python -m tinylm.evaluate --workdir=runs/gpt2 --source=jsonl:PATH/x.jsonl --data=text_field=story --data=seq_len=1024
-python -m tinylm.evaluate --workdir=runs/addition --exact_match
-python -m tinylm.evaluate --workdir=runs/tales --stories
+python -m tinylm.evaluate --workdir=runs/tales --step=best python -m tinylm.evaluate
+--workdir=runs/tales --source="text:PATH/*.txt" python -m tinylm.evaluate --workdir=runs/gpt2
+--source=jsonl:PATH/x.jsonl --data=text_field=story --data=seq_len=1024 python -m tinylm.evaluate
+--workdir=runs/addition --exact_match python -m tinylm.evaluate --workdir=runs/tales --stories
 
 Scores are those of the whole split, which a training with eval.max_batches doesn't read.
 """
@@ -52,7 +52,9 @@ def main() -> None:
 
 
 def score_text(run: Any) -> dict[str, Any]:
-    """Return the loss over the text that the flags name and, if they ask for it, the share of exact answers."""
+    """Return the loss over the text that the flags name and, if they ask for it, the share of exact
+    answers.
+    """
     from tinylm.core.settings import from_dict
     from tinylm.inference.evaluation import evaluate, make_eval_step
     from tinylm.train.config import Config
@@ -69,9 +71,15 @@ def score_text(run: Any) -> dict[str, Any]:
         max_batches=FLAGS.max_batches,
     )
     if not tokens and FLAGS.max_batches:
-        raise UserError(f"the first {FLAGS.max_batches} batches hold no target token; set --max_batches higher, or 0.")
+        raise UserError(
+            f"the first {FLAGS.max_batches} batches hold no target token; set "
+            "--max_batches higher, or 0."
+        )
     if not tokens:
-        raise UserError("nothing that is scored is a target token; check --source, data.valid_source and data.loss_on.")
+        raise UserError(
+            "nothing that is scored is a target token; check --source, data.valid_source "
+            "and data.loss_on."
+        )
     loss = nats / tokens
     bytes_per_token = data.valid_bytes_per_token(FLAGS.max_batches * config.data.batch_size)
     result: dict[str, Any] = {
@@ -92,7 +100,9 @@ def score_text(run: Any) -> dict[str, Any]:
 
 
 def score_answers(run: Any, data: Any) -> dict[str, Any]:
-    """Return the share of validation pairs that the model answers exactly, and how many there are."""
+    """Return the share of validation pairs that the model answers exactly, and how many there
+    are.
+    """
     from tinylm.inference.decode import Decoder
     from tinylm.inference.evaluation import check_pairs, exact_match, final_answers
 
@@ -111,16 +121,21 @@ def score_answers(run: Any, data: Any) -> dict[str, Any]:
         rows=batch_size,
         is_right=final_answers(tokenizer, pattern) if pattern else None,
     )
-    return {"exact_match": share, "pairs": len(pairs), **({"answer_pattern": pattern} if pattern else {})}
+    return {
+        "exact_match": share,
+        "pairs": len(pairs),
+        **({"answer_pattern": pattern} if pattern else {}),
+    }
 
 
 def score_stories(run: Any, data: Any, source: str, max_tokens: int = 250) -> dict[str, Any]:
-    """Return measures of how the model goes on with beginnings, and of how the texts that have them go on.
+    """Return measures of how the model goes on with beginnings, and of how the texts that have them
+    go on.
 
     Args:
         run: An opened run.
-        data: The text whose beginnings are the prompts, as `open_text` returns it. None, as for an imported model:
-            eight of TinyStories, eight times each.
+        data: The text with the beginnings that are the prompts, as `open_text` returns it. None,
+            as for an imported model: eight of TinyStories, eight times each.
         source: Its name.
         max_tokens: How much is written and compared.
     """
@@ -139,13 +154,20 @@ def score_stories(run: Any, data: Any, source: str, max_tokens: int = 250) -> di
         origin = f"{len(found)} beginnings of {source}"
         if len(found) < _FEWEST_STORIES:
             raise UserError(
-                f"--stories needs {_FEWEST_STORIES} texts of a few sentences, the first of them shorter than half the "
-                f"context, to take beginnings from; {source} has {len(found)}; give others with --source."
+                f"--stories needs {_FEWEST_STORIES} texts of a few sentences, the first of "
+                "them shorter than half the "
+                f"context, to take beginnings from; {source} has {len(found)}; give others "
+                "with --source."
             )
     names = [one.names for one in found]
-    texts = write_texts(run, [one.prompt for one in found], max_tokens=max_tokens, sampler=Sampler(0.8))
+    texts = write_texts(
+        run, [one.prompt for one in found], max_tokens=max_tokens, sampler=Sampler(0.8)
+    )
     ended = [len(text.ids) < max_tokens for text in texts]
-    result: dict[str, Any] = {"prompts": origin, **measure([text.completion for text in texts], names, ended)}
+    result: dict[str, Any] = {
+        "prompts": origin,
+        **measure([text.completion for text in texts], names, ended),
+    }
     if data is not None:
         # The texts themselves, as far as the model may write.
         rests = [tokenizer.encode(one.rest) for one in found]
@@ -162,28 +184,39 @@ def open_text(run: Any) -> tuple[Any, str]:
 
     config = with_settings(from_dict(DataConfig, run.config["data"]), FLAGS.data or [])
     if config.seq_len > run.model_config.context:
-        raise UserError(f"--data=seq_len={config.seq_len} must be at most the context ({run.model_config.context}).")
+        raise UserError(
+            f"--data=seq_len={config.seq_len} must be at most the context "
+            f"({run.model_config.context})."
+        )
     if FLAGS.source:
         data = open_validation(config, FLAGS.source, run.tokenizer, is_writer=is_main())
         return data, FLAGS.source
     if is_imported(run):
         raise UserError(
-            f"--workdir={FLAGS.workdir} holds an imported model, which has no text of its own to be scored on; "
+            f"--workdir={FLAGS.workdir} holds an imported model, which has no text of its "
+            "own to be scored on; "
             "give one: --source=text:FILE (or any data.source)."
         )
     try:
-        # The tokenizer of a run that took it over is in its own folder, and may be nowhere else now.
+        # The tokenizer of a run that took it over is in its own folder, and may be nowhere else
+        # now.
         took_over = run.config["train"].get("init_model", False)
         own = open_data(
-            config, seed=run.config["seed"], is_writer=is_main(), tokenizer=run.tokenizer if took_over else None
+            config,
+            seed=run.config["seed"],
+            is_writer=is_main(),
+            tokenizer=run.tokenizer if took_over else None,
         )
     except UserError as error:
-        raise UserError(f"the run's own text can't be read: {error} Another one is scored with --source.") from error
+        raise UserError(
+            f"the run's own text can't be read: {error} Another one is scored with --source."
+        ) from error
     if own.valid is None:
         raise UserError("the run has no validation split; give a text with --source=text:FILE.")
     if own.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise UserError(
-            "the run's text now makes another tokenizer than the run learned with, so it has changed; restore it, or "
+            "the run's text now makes another tokenizer than the run learned with, so it "
+            "has changed; restore it, or "
             "give a text with --source."
         )
     return own, f"{config.valid_source or config.source} (validation)"
@@ -203,7 +236,9 @@ def with_settings(config: DataConfig, lines: Sequence[str]) -> DataConfig:
             try:
                 value = ast.literal_eval(text)
             except (ValueError, SyntaxError) as error:
-                raise UserError(f"--data={line}: {text!r} is not a value that data.{key} can have.") from error
+                raise UserError(
+                    f"--data={line}: {text!r} is not a value that data.{key} can have."
+                ) from error
         setattr(changed, key, value)
     return changed
 
@@ -236,16 +271,33 @@ def shown(value: Any) -> str:
 
 if __name__ == "__main__":
     flags.DEFINE_string("step", "best", "checkpoint: best, latest or a step")
-    flags.DEFINE_string("source", "", "text to score instead of the run's own: any data.source, such as text:FILE")
+    flags.DEFINE_string(
+        "source", "", "text to score instead of the run's own: any data.source, such as text:FILE"
+    )
     flags.DEFINE_multi_string(
         "data",
         None,
-        "KEY=VALUE: another value of a setting of the run's data, such as text_field=story or seq_len=1024",
+        (
+            "KEY=VALUE: another value of a setting of the run's data, such as text_field=story "
+            "or seq_len=1024"
+        ),
     )
-    flags.DEFINE_integer("max_batches", 0, "batches to score, as in training (0: the whole split)", lower_bound=0)
-    flags.DEFINE_bool("exact_match", False, "answer validation pairs greedily, and count those that are met exactly")
-    flags.DEFINE_string("answer_pattern", None, "regular expression of the final answer (default: eval.answer_pattern)")
-    flags.DEFINE_bool("stories", False, "measure repetition, variety, names and ends of what the model makes up")
+    flags.DEFINE_integer(
+        "max_batches", 0, "batches to score, as in training (0: the whole split)", lower_bound=0
+    )
+    flags.DEFINE_bool(
+        "exact_match",
+        False,
+        "answer validation pairs greedily, and count those that are met exactly",
+    )
+    flags.DEFINE_string(
+        "answer_pattern",
+        None,
+        "regular expression of the final answer (default: eval.answer_pattern)",
+    )
+    flags.DEFINE_bool(
+        "stories", False, "measure repetition, variety, names and ends of what the model makes up"
+    )
     cli.define_workdir()
     cli.define_json()
     cli.run(main, __doc__)

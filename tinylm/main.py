@@ -1,8 +1,8 @@
 """Train a language model, or go on with a run: the same command does both.
 
-python -m tinylm.main --config=configs/tales.py --workdir=runs/tales
-python -m tinylm.main --config=tales --config.model.embed_dim=256 --cpu_devices=8 --config.mesh.model=2
-python -m tinylm.main --workdir=runs/tales
+python -m tinylm.main --config=configs/tales.py --workdir=runs/tales python -m tinylm.main
+--config=tales --config.model.embed_dim=256 --cpu_devices=8 --config.mesh.model=2 python -m
+tinylm.main --workdir=runs/tales
 """
 
 import pathlib
@@ -11,7 +11,7 @@ from absl import flags
 
 from tinylm import cli
 from tinylm.core.distributed import is_main
-from tinylm.core.stop import StopRequest
+from tinylm.core.preemption import StopRequest
 
 FLAGS = flags.FLAGS
 

@@ -34,11 +34,15 @@ def main() -> None:
         folder = str(write_tfds(config.data, FLAGS.to_tfds, FLAGS.tfds_name))
         print(json.dumps({"folder": folder}) if FLAGS.json else folder)
         return
-    data = open_data(config.data, seed=config.seed, is_writer=is_main(), tokenizer=take_over(config)[1])
+    data = open_data(
+        config.data, seed=config.seed, is_writer=is_main(), tokenizer=take_over(config)[1]
+    )
     if FLAGS.verify:
         for one in data.every_store:
             one.verify()
-    result = summary(data) | {"batches": batch_hashes(data, config.data.batch_size, FLAGS.print_batches)}
+    result = summary(data) | {
+        "batches": batch_hashes(data, config.data.batch_size, FLAGS.print_batches)
+    }
     if is_main():
         print(json.dumps(result) if FLAGS.json else text_of(result))
 
@@ -82,9 +86,15 @@ def clean() -> None:
         return
     for row in kept:
         users = ", ".join(row["runs"]) or "a process that makes it"
-        print(f"kept     {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: used by {users}")
+        print(
+            f"kept     {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: "
+            f"used by {users}"
+        )
     for row in removed:
-        print(f"removed  {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: no run refers to it")
+        print(
+            f"removed  {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: no "
+            "run refers to it"
+        )
     print(f"{freed / 1e6:,.1f} MB freed in {folder}")
 
 
@@ -99,7 +109,9 @@ def summary(data: Any) -> dict[str, Any]:
         "documents": sum(manifest["documents"] for manifest in manifests),
         "skipped": sum(manifest["skipped"]["count"] for manifest in manifests),
         "unknown_tokens": sum(manifest["unknown"] for manifest in manifests),
-        "skipped_lists": [str(store.folder / SKIPPED) for store in stores if store.manifest["skipped"]["count"]],
+        "skipped_lists": [
+            str(store.folder / SKIPPED) for store in stores if store.manifest["skipped"]["count"]
+        ],
         "held_out": [manifest["held_out"] for manifest in manifests if manifest.get("held_out")],
         "vocab_size": data.vocab_size,
         "end_of_text": data.tokenizer.describe_end(),
@@ -112,7 +124,9 @@ def summary(data: Any) -> dict[str, Any]:
 
 
 def batch_hashes(data: Any, batch_size: int, count: int) -> list[str]:
-    """Return the hash of each of the first global batches; it is the same on any number of hosts."""
+    """Return the hash of each of the first global batches; it is the same on any number of
+    hosts.
+    """
     import numpy as np
 
     hashes = []
@@ -129,16 +143,26 @@ def text_of(result: dict[str, Any]) -> str:
     """Return a line for each key, and for each batch and store."""
     lines = []
     for name, value in result.items():
-        values = value if isinstance(value, list) else [f"{value:,}" if isinstance(value, int) else value]
+        values = (
+            value
+            if isinstance(value, list)
+            else [f"{value:,}" if isinstance(value, int) else value]
+        )
         lines += [f"{name if i == 0 else '':<16}{one}" for i, one in enumerate(values)]
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_integer("print_batches", 0, "print the hash of this many global batches", lower_bound=0)
-    flags.DEFINE_bool("clean", False, "show all token stores and remove those that no run refers to")
+    flags.DEFINE_integer(
+        "print_batches", 0, "print the hash of this many global batches", lower_bound=0
+    )
+    flags.DEFINE_bool(
+        "clean", False, "show all token stores and remove those that no run refers to"
+    )
     flags.DEFINE_bool("verify", False, "compare every shard with its checksum")
-    flags.DEFINE_string("to_tfds", "", "write the source as a TFDS data set below this folder instead")
+    flags.DEFINE_string(
+        "to_tfds", "", "write the source as a TFDS data set below this folder instead"
+    )
     flags.DEFINE_string("tfds_name", "tinylm_text", "its name")
     cli.define_config()
     cli.define_json()

@@ -1,12 +1,16 @@
 """Prove on this machine what tinylm promises, for your own config; prints a table, exits 0 or 1.
 
-python -m tinylm.prove compiler --config=tales                 the compiled step against its operations one by one
-python -m tinylm.prove mesh --config=tales --cpu_devices=8     one step on every mesh shape: loss, gradient, parameters
-python -m tinylm.prove resume --config=tales                   train, kill, resume twice, here and on another mesh
-python -m tinylm.prove hosts --config=tales --cpu_devices=8    the same batches for 1, 2, 4, ... processes
+python -m tinylm.prove compiler --config=tales
+        the compiled step against its operations one by one
+python -m tinylm.prove mesh --config=tales --cpu_devices=8
+        one step on every mesh shape: loss, gradient, parameters
+python -m tinylm.prove resume --config=tales
+        train, kill, resume twice, here and on another mesh
+python -m tinylm.prove hosts --config=tales --cpu_devices=8
+        the same batches for 1, 2, 4, ... processes
 
-`compiler` reads no data where model.vocab_size is set; a config too large to be run in float64 within seconds is
-scaled down, and it says how. The others read the config's data.
+`compiler` reads no data where model.vocab_size is set; a config too large to be run in float64
+within seconds is scaled down, and it says how. The others read the config's data.
 """
 
 import sys
@@ -19,8 +23,8 @@ PROOFS = ("compiler", "mesh", "resume", "hosts")
 def main(name: str, arguments: list[str]) -> None:
     """Run the proof `name` and print its table; `arguments` are the flags as they were given."""
     from tinylm.data import open_data
-    from tinylm.train import proofs
-    from tinylm.train.compiler_proof import prove_compiler
+    from tinylm.tools import prove as proofs
+    from tinylm.tools.compiler_proof import prove_compiler
 
     config = cli.config()
     if name == "compiler":
@@ -32,7 +36,9 @@ def main(name: str, arguments: list[str]) -> None:
         proof = (proofs.prove_mesh if name == "mesh" else proofs.prove_hosts)(config)
     widths = [max(map(len, column)) for column in zip(*proof.rows, strict=True)]
     for row in proof.rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
     print(f"{'proved' if proof.holds else 'NOT proved'}: {proof.claim}.")
     sys.exit(0 if proof.holds else 1)
 

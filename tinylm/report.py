@@ -1,11 +1,11 @@
 """Look at runs: one HTML page that opens from disk, and PNGs beside it.
 
-python -m tinylm.report --workdir=runs/tales
-python -m tinylm.report --workdir runs/a runs/b --out=compare.html
-python -m tinylm.report --workdir=runs/sweep
-python -m tinylm.report --workdir=runs/tales --attention_text="Once upon a time, a puppy." --attention_heads=0.0,2.3
+python -m tinylm.report --workdir=runs/tales python -m tinylm.report --workdir runs/a runs/b
+--out=compare.html python -m tinylm.report --workdir=runs/sweep python -m tinylm.report
+--workdir=runs/tales --attention_text="Once upon a time, a puppy." --attention_heads=0.0,2.3
 
-Curves against steps, tokens or wall time; where the time went; samples; the model's parameters; what differs.
+Curves against steps, tokens or wall time; where the time went; samples; the model's parameters;
+what differs.
 """
 
 import sys
@@ -25,10 +25,10 @@ FLAGS = flags.FLAGS
 def main() -> None:
     """Write the report that the flags ask for."""
     from tinylm.run.folder import RunFolder
-    from tinylm.run.gather import gather
-    from tinylm.run.plot import draw_curves
     from tinylm.show import describe_run
     from tinylm.view import page
+    from tinylm.view.history import gather
+    from tinylm.view.plot import draw_curves
 
     workdirs = [run for workdir in FLAGS.workdir for run in runs_in(workdir)]
     runs = [gather(workdir) for workdir in workdirs]
@@ -53,7 +53,8 @@ def main() -> None:
                         raise
                     say(f"warning: no attention of {run['name']}: {error}")
         content = page.page(", ".join(run["name"] for run in runs), runs)
-        # Under a locale that is not UTF-8, names of files hold their bytes in escapes, which become those bytes again.
+        # Under a locale that is not UTF-8, names of files hold their bytes in escapes, which become
+        # those bytes again.
         out.write_bytes(content.encode("utf-8", "surrogateescape"))
     except failures() as error:
         raise StorageError(f"--out={out} cannot be written: {one_line(error)}.") from error
@@ -105,22 +106,39 @@ def attention(workdir: str, picture: epath.Path) -> dict[str, Any]:
 
 
 def chosen_heads(names: list[str], num_layers: int, num_heads: int) -> list[tuple[int, int]]:
-    """Return (layer, head) pairs from names like "0.3"; without names, all of the first and the last layer."""
+    """Return (layer, head) pairs from names like "0.3"; without names, all of the first and the
+    last layer.
+    """
     if not names:
         return [(layer, head) for layer in sorted({0, num_layers - 1}) for head in range(num_heads)]
-    known = {f"{layer}.{head}": (layer, head) for layer in range(num_layers) for head in range(num_heads)}
+    known = {
+        f"{layer}.{head}": (layer, head) for layer in range(num_layers) for head in range(num_heads)
+    }
     for name in names:
         if name not in known:
-            raise UserError(f"--attention_heads={name} must be LAYER.HEAD, up to {num_layers - 1}.{num_heads - 1}.")
+            raise UserError(
+                f"--attention_heads={name} must be LAYER.HEAD, up to "
+                f"{num_layers - 1}.{num_heads - 1}."
+            )
     return [known[name] for name in names]
 
 
 if __name__ == "__main__":
-    flags.DEFINE_multi_string("workdir", None, "folder of a run, or of several (--workdir A B C), or of a sweep")
-    flags.DEFINE_string("out", "", "the page to write (default: report.html in the first run's folder)")
+    flags.DEFINE_multi_string(
+        "workdir", None, "folder of a run, or of several (--workdir A B C), or of a sweep"
+    )
+    flags.DEFINE_string(
+        "out", "", "the page to write (default: report.html in the first run's folder)"
+    )
     flags.DEFINE_string("attention_text", "", "draw attention over this text")
-    flags.DEFINE_list("attention_heads", [], "heads to draw, as LAYER.HEAD (default: all of the first and last layer)")
-    flags.DEFINE_string("step", "best", "checkpoint whose attention to draw: best, latest or a step")
+    flags.DEFINE_list(
+        "attention_heads",
+        [],
+        "heads to draw, as LAYER.HEAD (default: all of the first and last layer)",
+    )
+    flags.DEFINE_string(
+        "step", "best", "checkpoint whose attention to draw: best, latest or a step"
+    )
     cli.require("workdir", "--workdir=runs/tales")
     sys.argv[1:] = spread(sys.argv[1:])
     cli.run(main, __doc__)

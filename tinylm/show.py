@@ -1,8 +1,8 @@
 """Print what is in a model: each parameter's axes, shape, type, place on the mesh, and bytes.
 
-python -m tinylm.show --config=configs/gpt2_124m.py
-python -m tinylm.show --workdir=runs/tales
-python -m tinylm.show --config=tinystories:33m --cpu_devices=8 --config.mesh.model=2 --config.mesh.fsdp=true --json
+python -m tinylm.show --config=configs/gpt2_124m.py python -m tinylm.show --workdir=runs/tales
+python -m tinylm.show --config=tinystories:33m --cpu_devices=8 --config.mesh.model=2
+--config.mesh.fsdp=true --json
 
 Makes no array and reads no text. A run is shown on the mesh that it ran on.
 """
@@ -40,7 +40,9 @@ def main() -> None:
 
 
 def describe_run(workdir: str) -> dict[str, Any]:
-    """Return the table of the model in a run's folder, on the mesh that it ran on, whatever there is here."""
+    """Return the table of the model in a run's folder, on the mesh that it ran on, whatever there
+    is here.
+    """
     from jax.sharding import AbstractMesh
 
     from tinylm.core.mesh import AXES, MeshConfig
@@ -59,22 +61,31 @@ def describe(config: Config, mesh: Any) -> dict[str, Any]:
     """Return a row for each parameter of a resolved config on a mesh, and totals."""
     from flax import traverse_util
 
-    from tinylm.analysis.flops import count_parameters
     from tinylm.core.layout import describe_parameter
+    from tinylm.model.flops import count_parameters
     from tinylm.model.transformer import abstract_transformer
 
     _, shapes, axes = abstract_transformer(config.model)
     rows = []
     for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
         place = describe_parameter(mesh, config.mesh.fsdp, axes[path], leaf.shape)
-        rows.append({
-            "parameter": path, "axes": list(axes[path]), "shape": list(leaf.shape), "dtype": str(leaf.dtype),
-            "split_by": list(place.split_by), "bytes": math.prod(leaf.shape) * leaf.dtype.itemsize,
-            "bytes_per_device": place.elements_per_device * leaf.dtype.itemsize, "notes": list(place.notes),
-        })  # fmt: skip
+        rows.append(
+            {
+                "parameter": path,
+                "axes": list(axes[path]),
+                "shape": list(leaf.shape),
+                "dtype": str(leaf.dtype),
+                "split_by": list(place.split_by),
+                "bytes": math.prod(leaf.shape) * leaf.dtype.itemsize,
+                "bytes_per_device": place.elements_per_device * leaf.dtype.itemsize,
+                "notes": list(place.notes),
+            }
+        )
     return {
         "parameters": rows,
-        "num_parameters": count_parameters({row["parameter"]: tuple(row["shape"]) for row in rows}, config.model),
+        "num_parameters": count_parameters(
+            {row["parameter"]: tuple(row["shape"]) for row in rows}, config.model
+        ),
         "padding_rows": config.model.padded_vocab - config.model.vocab_size,
         "bytes": sum(row["bytes"] for row in rows),
         "bytes_per_device": sum(row["bytes_per_device"] for row in rows),
@@ -92,13 +103,20 @@ def text_of(table: dict[str, Any]) -> str:
         sizes = f"{row['bytes']:,}", f"{row['bytes_per_device']:,}"
         lines.append((row["parameter"], " ".join(row["axes"]), shape, row["dtype"], split, *sizes))
     widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-    text = ["  ".join(pad(cell, w) for pad, cell, w in zip(_PADS, line, widths, strict=True)) for line in lines]
+    text = [
+        "  ".join(pad(cell, w) for pad, cell, w in zip(_PADS, line, widths, strict=True))
+        for line in lines
+    ]
     notes = collections.Counter(note for row in table["parameters"] for note in row["notes"])
-    text += [f"note: {note} ({count} parameter{'s' * (count > 1)})" for note, count in notes.items()]
+    text += [
+        f"note: {note} ({count} parameter{'s' * (count > 1)})" for note, count in notes.items()
+    ]
     mesh = " x ".join(f"{name} {size}" for name, size in table["mesh"].items())
     padding = f" and {table['padding_rows']} padding rows" if table["padding_rows"] else ""
-    text.append(f"{table['num_parameters']:,} parameters{padding}; {table['bytes']:,} bytes in all, "
-                f"{table['bytes_per_device']:,} per device on {mesh}")  # fmt: skip
+    text.append(
+        f"{table['num_parameters']:,} parameters{padding}; {table['bytes']:,} bytes in all, "
+        f"{table['bytes_per_device']:,} per device on {mesh}"
+    )
     return "\n".join(text)
 
 

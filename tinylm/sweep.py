@@ -1,9 +1,12 @@
-"""Train one run for each point of a grid; the same command again skips runs that are done and goes on with the others.
+"""Train one run for each point of a grid; the same command again skips runs that are done and goes
+on with the others.
 
-python -m tinylm.sweep --config=tales --grid=optimizer.learning_rate=1e-2,2e-2 --grid=seed=0,1 --workdir=runs/sweep
-python -m tinylm.sweep --config=tales --config.train.num_steps=200 --grid=model.mlp=gelu,relu2 --workdir=runs/mlp
+python -m tinylm.sweep --config=tales --grid=optimizer.learning_rate=1e-2,2e-2 --grid=seed=0,1
+--workdir=runs/sweep python -m tinylm.sweep --config=tales --config.train.num_steps=200
+--grid=model.mlp=gelu,relu2 --workdir=runs/mlp
 
-Each run is a folder below --workdir, with its log.txt. Ends in a table, best first, and sweep.png beside it.
+Each run is a folder below --workdir, with its log.txt. Ends in a table, best first, and sweep.png
+beside it.
 """
 
 import collections
@@ -53,18 +56,28 @@ def asked_to_stop(*_: Any) -> None:
     raise Preempted("asked to stop; the same command goes on.")
 
 
-def sweep(base: Sequence[str], grid: Sequence[str], workdir: str, jobs: int) -> list[dict[str, Any]]:
-    """Train with the flags `base` at each point of `grid`, `jobs` at a time; return a row for each, best first."""
+def sweep(
+    base: Sequence[str], grid: Sequence[str], workdir: str, jobs: int
+) -> list[dict[str, Any]]:
+    """Train with the flags `base` at each point of `grid`, `jobs` at a time; return a row for each,
+    best first.
+    """
     from tinylm.run.folder import RunFolder
 
     workdir, axes = str(RunFolder(workdir).path), dict(map(parse_axis, grid))
     if "://" in workdir:
-        raise UserError(f"--workdir={workdir} must be a folder on a disk: processes write their logs there.")
+        raise UserError(
+            f"--workdir={workdir} must be a folder on a disk: processes write their logs there."
+        )
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     refuse_twice(parse_axis(text)[0] for text in grid)
     refuse_twice(map(name_of, points))
-    config = next(argument.removeprefix("--config=") for argument in base if argument.startswith("--config="))
-    settings = [argument.removeprefix("--config.") for argument in base if argument.startswith("--config.")]
+    config = next(
+        argument.removeprefix("--config=") for argument in base if argument.startswith("--config=")
+    )
+    settings = [
+        argument.removeprefix("--config.") for argument in base if argument.startswith("--config.")
+    ]
     for point in points:  # every mistake comes before the first run
         load_config(config, [*settings, *(f"{key}={value}" for key, value in point.items())])
     stop = threading.Event()
@@ -72,7 +85,10 @@ def sweep(base: Sequence[str], grid: Sequence[str], workdir: str, jobs: int) -> 
         futures = [pool.submit(train, base, point, workdir, jobs, stop) for point in points]
         try:
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                say(f"[{done}/{len(points)}] {name_of(future.result()['point'])}: {future.result()['result']}")
+                say(
+                    f"[{done}/{len(points)}] {name_of(future.result()['point'])}: "
+                    f"{future.result()['result']}"
+                )
         except (KeyboardInterrupt, Preempted):
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -83,14 +99,19 @@ def sweep(base: Sequence[str], grid: Sequence[str], workdir: str, jobs: int) -> 
     except Exception as error:
         # Whatever fails in drawing, the table is what the runs were for.
         say(f"warning: {picture} cannot be written: {one_line(error)}")
-    return sorted((future.result() for future in futures), key=lambda row: (row["loss"] is None, row["loss"]))
+    return sorted(
+        (future.result() for future in futures), key=lambda row: (row["loss"] is None, row["loss"])
+    )
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
     """Return (key, values) of "key=a,b"; commas inside brackets separate nothing."""
     key, _, values = text.partition("=")
     if not values:
-        raise UserError(f"--grid={text} must be KEY=VALUE,VALUE,..., for example optimizer.learning_rate=1e-3,3e-3.")
+        raise UserError(
+            f"--grid={text} must be KEY=VALUE,VALUE,..., for example "
+            "optimizer.learning_rate=1e-3,3e-3."
+        )
     return key, re.split(r",(?![^(]*\))", values)
 
 
@@ -98,34 +119,61 @@ def refuse_twice(names: Iterable[str]) -> None:
     """Raise UserError where a key, or the folder of a point, is there twice."""
     name, count = collections.Counter(names).most_common(1)[0]
     if count > 1:
-        raise UserError(f"--grid has {name} twice; give each key once, with all its values, and each value once.")
+        raise UserError(
+            f"--grid has {name} twice; give each key once, with all its values, and each "
+            "value once."
+        )
 
 
 def name_of(point: dict[str, str]) -> str:
-    """Return the name of the folder of a run; where a file system would refuse it, its beginning and a hash."""
+    """Return the name of the folder of a run; where a file system would refuse it, its beginning
+    and a hash.
+    """
     name = re.sub(r"[/*?\[]", "_", ",".join(f"{key}={value}" for key, value in point.items()))
     whole = os.fsencode(name)
-    return name if len(whole) <= 255 else whole[:220].decode(errors="ignore") + hashlib.sha256(whole).hexdigest()[:32]
+    return (
+        name
+        if len(whole) <= 255
+        else whole[:220].decode(errors="ignore") + hashlib.sha256(whole).hexdigest()[:32]
+    )
 
 
-def train(base: Sequence[str], point: dict[str, str], workdir: str, jobs: int, stop: threading.Event) -> dict[str, Any]:
-    """Train one run unless it is done; return its point, best loss (None where it failed) and what to say of it."""
+def train(
+    base: Sequence[str], point: dict[str, str], workdir: str, jobs: int, stop: threading.Event
+) -> dict[str, Any]:
+    """Train one run unless it is done; return its point, best loss (None where it failed) and what
+    to say of it.
+    """
     folder = pathlib.Path(workdir, name_of(point))
     folder.mkdir(parents=True, exist_ok=True)
     settings = [*base, *(f"--config.{key}={value}" for key, value in point.items())]
     done, log = folder / "sweep_done", folder / "log.txt"
     if not done.exists() or done.read_text(encoding="utf-8") != json.dumps(settings):
-        share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"}  # of a GPU that the jobs share
+        share = {
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"
+        }  # of a GPU that the jobs share
         with log.open("a", encoding="utf-8") as file:
             command = [sys.executable, "-m", "tinylm.main", *settings, f"--workdir={folder}"]
-            process = subprocess.Popen(command, stdout=file, stderr=file, env={**share, **os.environ})
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, env={**share, **os.environ}
+            )
             code = wait_for(process, stop)
         if code:
             last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
-            return {"point": point, "loss": None, "step": None, "result": f"exit code {code}: {last}"}
+            return {
+                "point": point,
+                "loss": None,
+                "step": None,
+                "result": f"exit code {code}: {last}",
+            }
         done.write_text(json.dumps(settings), encoding="utf-8")
     kind, loss, step = best_loss(str(folder))
-    return {"point": point, "loss": loss, "step": step, "result": f"{kind} loss {loss:.4f} at step {step}"}
+    return {
+        "point": point,
+        "loss": loss,
+        "step": step,
+        "result": f"{kind} loss {loss:.4f} at step {step}",
+    }
 
 
 def wait_for(process: subprocess.Popen, stop: threading.Event) -> int:
@@ -154,14 +202,19 @@ def best_loss(workdir: str) -> tuple[str, float, int]:
 
 def text_of(rows: Sequence[dict[str, Any]]) -> str:
     """Return the table."""
-    table = [(*rows[0]["point"], "result"), *((*row["point"].values(), row["result"]) for row in rows)]
+    table = [
+        (*rows[0]["point"], "result"),
+        *((*row["point"].values(), row["result"]) for row in rows),
+    ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
 
 
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Draw the best loss against the first key of the grid, a line for each setting of the others."""
-    from tinylm.run.plot import line_style, new_grid, save
+    """Draw the best loss against the first key of the grid, a line for each setting of the
+    others.
+    """
+    from tinylm.view.plot import line_style, new_grid, save
 
     figure, [axes] = new_grid(1, 1, (7, 4.5))
     lines: dict[str, list] = {}
@@ -178,7 +231,9 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # the runs need the devices, not this process
-    flags.DEFINE_multi_string("grid", None, "KEY=VALUE,VALUE,...: one axis of the grid; may be given several times")
+    flags.DEFINE_multi_string(
+        "grid", None, "KEY=VALUE,VALUE,...: one axis of the grid; may be given several times"
+    )
     flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
     cli.require("grid", "--grid=seed=0,1")
     cli.define_config()

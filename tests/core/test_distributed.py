@@ -1,4 +1,6 @@
-"""A launch that doesn't fit is refused on every host, in one line that says what to do, with exit code 2."""
+"""A launch that doesn't fit is refused on every host, in one line that says what to do, with exit
+code 2.
+"""
 
 import os
 import shutil
@@ -22,14 +24,21 @@ class Pair:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.folder = folder
-        self.job = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--start_secs={secs}", "--cpu_devices=2"]
+        self.job = [
+            f"--coordinator=127.0.0.1:{port}",
+            "--num_processes=2",
+            f"--start_secs={secs}",
+            "--cpu_devices=2",
+        ]
         self.started = time.monotonic()
         self.processes = []
 
     def start(self, process: int, *arguments: str, root=ROOT, command=("-m", "tinylm.main")):
         line = [sys.executable, *command, *self.job, f"--process_id={process}", *arguments]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-        process = subprocess.Popen(line, cwd=self.folder, env=environment, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            line, cwd=self.folder, env=environment, stderr=subprocess.PIPE, text=True
+        )
         self.processes.append(process)
 
     def ends(self) -> list[tuple[int, str]]:
@@ -42,7 +51,9 @@ class Pair:
         return list(zip([process.returncode for process in self.processes], errors, strict=True))
 
     def refused(self) -> list[str]:
-        """Return what each wrote after checking that it is one line, in time, and that nothing was written."""
+        """Return what each wrote after checking that it is one line, in time, and that nothing was
+        written.
+        """
         ends = self.ends()
         assert [code for code, _ in ends] == [2] * len(ends), ends
         assert all(error.count("\n") == 1 for _, error in ends), ends
@@ -69,7 +80,9 @@ def test_another_config_on_one_host_is_refused_on_both(tmp_path):
 
 def test_another_code_version_on_one_host_is_refused_on_both(tmp_path):
     for folder in "tinylm", "configs":
-        shutil.copytree(ROOT / folder, tmp_path / "other" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / folder, tmp_path / "other" / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
     with (tmp_path / "other" / "tinylm" / "model" / "losses.py").open("a") as file:
         file.write("# a change that only one host has\n")
     pair = Pair(tmp_path)
@@ -78,7 +91,9 @@ def test_another_code_version_on_one_host_is_refused_on_both(tmp_path):
     assert all("tinylm code=" in error for error in pair.refused())
 
 
-@pytest.mark.parametrize(("alone", "wanted"), [(0, "not all 2 processes came"), (1, "is process 0 running there?")])
+@pytest.mark.parametrize(
+    ("alone", "wanted"), [(0, "not all 2 processes came"), (1, "is process 0 running there?")]
+)
 def test_one_host_alone_gives_up_in_time(tmp_path, alone, wanted):
     pair = Pair(tmp_path, secs=1)
     pair.start(alone, *TALES)
@@ -105,7 +120,9 @@ def test_a_mesh_that_is_smaller_than_the_job_is_refused_on_both(tmp_path):
     ],
 )
 def test_a_job_that_is_not_whole_is_refused(job):
-    with pytest.raises(UserError, match=r"found --coordinator={} --num_processes={} --process_id={}\.".format(*job)):
+    with pytest.raises(
+        UserError, match=r"found --coordinator={} --num_processes={} --process_id={}\.".format(*job)
+    ):
         distributed.start(coordinator=job[0], num_processes=job[1], process_id=job[2])
 
 
@@ -115,7 +132,9 @@ def test_a_coordinators_port_that_another_program_has_is_named():
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=rf"--coordinator=localhost:{port}: port {port} of .* another port"):
+        with pytest.raises(
+            UserError, match=rf"--coordinator=localhost:{port}: port {port} of .* another port"
+        ):
             distributed.start(coordinator=f"localhost:{port}", num_processes=2, process_id=0)
 
 
@@ -130,7 +149,9 @@ def test_a_tool_in_a_shell_of_a_cluster_runs_alone_and_a_training_says_so(monkey
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     assert not distributed.is_shell_of_slurm()
     joined = []
-    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda **kwargs: joined.append(kwargs))
+    monkeypatch.setattr(
+        distributed.jax.distributed, "initialize", lambda **kwargs: joined.append(kwargs)
+    )
     distributed.start(joins_cluster=False)
     assert joined == []
     distributed.start(joins_cluster=True)

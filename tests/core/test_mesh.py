@@ -11,7 +11,9 @@ from tinylm.core.mesh import MeshConfig, make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a mesh asks of a device: GPU hosts number their own `slice_index`, as XLA has it since jaxlib 0.8."""
+    """What a mesh asks of a device: GPU hosts number their own `slice_index`, as XLA has it since
+    jaxlib 0.8.
+    """
 
     id: int
     process_index: int
@@ -43,7 +45,9 @@ def hosts(number, **kwargs):
 def test_any_axis_may_span_hosts_of_gpus(config, shape):
     mesh = make_mesh(config, hosts(2))
     assert mesh.devices.shape == shape
-    assert [device.id for device in mesh.devices.flat] == list(range(8)), "a host's devices are neighbours"
+    assert [device.id for device in mesh.devices.flat] == list(range(8)), (
+        "a host's devices are neighbours"
+    )
 
 
 def test_a_mesh_may_leave_out_gpus_of_the_last_host():

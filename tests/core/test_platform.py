@@ -1,4 +1,6 @@
-"""Known faults of jaxlib are avoided wherever tinylm runs, and a fault that nothing avoids is refused."""
+"""Known faults of jaxlib are avoided wherever tinylm runs, and a fault that nothing avoids is
+refused.
+"""
 
 import os
 import re
@@ -13,7 +15,8 @@ from tinylm.core import platform
 from tinylm.core.errors import UserError
 
 FLAG = "--xla_cpu_experimental_ynn_fusion_type"
-# The product's right side is the same in all its columns; sums over the columns are wrong where XLA fuses the two.
+# The product's right side is the same in all its columns; sums over the columns are wrong where XLA
+# fuses the two.
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 {before}
@@ -32,12 +35,18 @@ needs_remedy = pytest.mark.skipif(not FAULTY, reason="this jaxlib has no known f
 
 
 def run_program(before="", flags=None, cache=""):
-    """Run PROGRAM in a process of its own; return (whether it is right, what it wrote to stderr)."""
+    """Run PROGRAM in a process of its own; return (whether it is right, what it wrote to
+    stderr).
+    """
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | ({} if flags is None else {"XLA_FLAGS": flags})
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | (
+        {} if flags is None else {"XLA_FLAGS": flags}
+    )
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     program = PROGRAM.format(before=before, cache=str(cache))
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout == "True\n", done.stderr
 
@@ -93,7 +102,9 @@ def test_versions_without_the_fault_get_no_flag():
 
 
 def test_a_version_that_nothing_helps_is_refused_and_excluded():
-    with pytest.raises(UserError, match=re.escape("jaxlib 0.11.1 computes wrong numbers on GPU (jax#40633")):
+    with pytest.raises(
+        UserError, match=re.escape("jaxlib 0.11.1 computes wrong numbers on GPU (jax#40633")
+    ):
         platform.refuse_faulty("gpu", "0.11.1")
     platform.refuse_faulty("cpu", "0.11.1")
     platform.refuse_faulty("gpu", "0.11.2")

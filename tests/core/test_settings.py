@@ -1,4 +1,6 @@
-"""One check of types for every way a value gets into a config, bounds in one place, and a frozen result."""
+"""One check of types for every way a value gets into a config, bounds in one place, and a frozen
+result.
+"""
 
 import copy
 import dataclasses
@@ -7,21 +9,59 @@ import math
 import numpy as np
 import pytest
 
-from tinylm.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, SampleConfig, load_config
+from tinylm.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SampleConfig,
+    load_config,
+)
 from tinylm.core.errors import UserError
 from tinylm.core.settings import Bounds, from_dict, nearest_setting, settings_of, to_dict
 
 WRONG = {
-    "float for int": ("train", "num_steps", 4e1, r"train.num_steps=40.0 must be a whole number.*; write 40"),
-    "part of a number": ("train", "num_steps", 4.5, r"train.num_steps=4.5 must be a whole number \(int\), not float"),
+    "float for int": (
+        "train",
+        "num_steps",
+        4e1,
+        r"train.num_steps=40.0 must be a whole number.*; write 40",
+    ),
+    "part of a number": (
+        "train",
+        "num_steps",
+        4.5,
+        r"train.num_steps=4.5 must be a whole number \(int\), not float",
+    ),
     "bool for int": ("train", "num_steps", True, "train.num_steps=True must be a whole number"),
     "text for int": ("data", "batch_size", "8", "data.batch_size='8' must be a whole number"),
-    "text for number": ("optimizer", "learning_rate", "1e-3", "optimizer.learning_rate='1e-3' must be a number"),
-    "no number": ("optimizer", "learning_rate", None, "optimizer.learning_rate=None must be a number"),
-    "a number beyond floats": ("optimizer", "learning_rate", 10**400, "optimizer.learning_rate=10+ must be a number"),
+    "text for number": (
+        "optimizer",
+        "learning_rate",
+        "1e-3",
+        "optimizer.learning_rate='1e-3' must be a number",
+    ),
+    "no number": (
+        "optimizer",
+        "learning_rate",
+        None,
+        "optimizer.learning_rate=None must be a number",
+    ),
+    "a number beyond floats": (
+        "optimizer",
+        "learning_rate",
+        10**400,
+        "optimizer.learning_rate=10+ must be a number",
+    ),
     "int for bool": ("mesh", "fsdp", 1, "mesh.fsdp=1 must be True or False"),
     "number for text": ("data", "source", 3, "data.source=3 must be a text"),
-    "entry of a tuple": ("model", "attention_window", (0, 4.0), "model.attention_window=4.0 must be a whole number"),
+    "entry of a tuple": (
+        "model",
+        "attention_window",
+        (0, 4.0),
+        "model.attention_window=4.0 must be a whole number",
+    ),
     "nested tuple": ("sample", "prompts", [["a"]], r"sample.prompts=\['a'\] must be a text"),
 }
 
@@ -55,7 +95,12 @@ def test_what_loses_nothing_is_converted_to_one_form():
     config.optimizer.learning_rate = 1
     config.data.batch_size = np.int64(8)
     config.optimizer.beta1 = np.float32(0.5)
-    values = (config.sample.prompts, config.optimizer.learning_rate, config.data.batch_size, config.optimizer.beta1)
+    values = (
+        config.sample.prompts,
+        config.optimizer.learning_rate,
+        config.data.batch_size,
+        config.optimizer.beta1,
+    )
     assert values == (("a", "b"), 1.0, 8, 0.5)
     assert [type(value) for value in values] == [tuple, float, int, float]
     assert from_dict(Config, to_dict(config)) == config
@@ -117,13 +162,19 @@ def test_an_unknown_name_leads_to_the_setting_that_is_meant(key, meant):
 
 def test_an_unknown_attribute_is_refused_and_names_the_nearest():
     config = Config()
-    with pytest.raises(UserError, match=r"train.max_steps is not a setting; did you mean 'train.num_steps'"):
+    with pytest.raises(
+        UserError, match=r"train.max_steps is not a setting; did you mean 'train.num_steps'"
+    ):
         config.train.max_steps = 5
-    with pytest.raises(UserError, match=r"train.max_steps is not a setting; did you mean 'train.num_steps'"):
+    with pytest.raises(
+        UserError, match=r"train.max_steps is not a setting; did you mean 'train.num_steps'"
+    ):
         type(config.train)(max_steps=5)
     with pytest.raises(UserError, match="evla is not a setting; did you mean 'eval'"):
         config.evla = 5
-    with pytest.raises(AttributeError, match=r"train.nmu_steps is not a setting; did you mean 'train.num_steps'"):
+    with pytest.raises(
+        AttributeError, match=r"train.nmu_steps is not a setting; did you mean 'train.num_steps'"
+    ):
         _ = config.train.nmu_steps
     with pytest.raises(UserError, match=r"config.json: train.max_steps is not a setting"):
         from_dict(Config, {"train": {"max_steps": 5}})
@@ -191,7 +242,11 @@ def test_a_resolved_config_is_frozen_and_the_one_it_came_from_is_as_it_was():
     before = copy.deepcopy(config)
     resolved = config.resolve(100)
     assert config == before
-    assert (resolved.model.vocab_size, resolved.model.context, resolved.model.mlp_dim) == (100, 32, 512)
+    assert (resolved.model.vocab_size, resolved.model.context, resolved.model.mlp_dim) == (
+        100,
+        32,
+        512,
+    )
     for section in (
         resolved,
         resolved.model,
@@ -199,7 +254,9 @@ def test_a_resolved_config_is_frozen_and_the_one_it_came_from_is_as_it_was():
         copy.deepcopy(resolved),
     ):
         name = dataclasses.fields(section)[0].name
-        with pytest.raises(dataclasses.FrozenInstanceError, match="can't change: this config is resolved"):
+        with pytest.raises(
+            dataclasses.FrozenInstanceError, match="can't change: this config is resolved"
+        ):
             setattr(section, name, getattr(section, name))
     config.train.num_steps = 7
     assert resolved.train.num_steps == 1000
@@ -219,5 +276,7 @@ def test_a_model_that_was_not_resolved_is_refused_where_it_is_built():
 
 
 def test_micro_batch_rows_and_tokens_of_a_step_follow_from_the_config():
-    config = load_config("tales", ["data.batch_size=24", "data.seq_len=16", "train.accumulation_steps=3"])
+    config = load_config(
+        "tales", ["data.batch_size=24", "data.seq_len=16", "train.accumulation_steps=3"]
+    )
     assert (config.micro_batch_rows, config.data.tokens_per_step) == (8, 384)

@@ -1,4 +1,6 @@
-"""Whatever announces the end is obeyed, at once while nothing is trained; Ctrl-C at any moment is no traceback."""
+"""Whatever announces the end is obeyed, at once while nothing is trained; Ctrl-C at any moment is
+no traceback.
+"""
 
 import os
 import pathlib
@@ -11,8 +13,8 @@ import pytest
 from helpers import ROOT
 
 from tinylm.core.errors import Preempted
+from tinylm.core.preemption import StopRequest
 from tinylm.core.signals import SIGNALS
-from tinylm.core.stop import StopRequest
 
 ANNOUNCING = [number for number in SIGNALS if number != signal.SIGINT]
 
@@ -56,7 +58,7 @@ def test_what_the_caller_ignores_stays_ignored_as_under_nohup(stop):
 
 WAITS = """
 import pathlib, sys, time
-from tinylm.core.stop import StopRequest
+from tinylm.core.preemption import StopRequest
 from tinylm.data.preparing import wait_for
 StopRequest()
 print("ready", flush=True)
@@ -66,7 +68,9 @@ wait_for(pathlib.Path("a store that nobody makes"), 1800)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_waiting_for_the_store_of_another_process_ends_at_once(number):
-    process = subprocess.Popen([sys.executable, "-c", WAITS], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITS], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert process.stdout.readline() == b"ready\n"
     process.send_signal(number)
     _, error = process.communicate(timeout=20)
@@ -74,12 +78,13 @@ def test_waiting_for_the_store_of_another_process_ends_at_once(number):
     assert error == b"error: asked to stop before anything was trained; nothing is lost.\n"
 
 
-# Signals of a process of two before anything was trained, and after: JAX's own handler then carries it to the other.
+# Signals of a process of two before anything was trained, and after: JAX's own handler then carries
+# it to the other.
 JOB = """
 import os, signal, socket, sys, time
 import jax
 from tinylm.core import distributed
-from tinylm.core.stop import StopRequest
+from tinylm.core.preemption import StopRequest
 number, trained = int(sys.argv[2]), sys.argv[3] == "trained"
 distributed.start(cpu_devices=1, coordinator=sys.argv[1], num_processes=2, process_id=number)
 stop = StopRequest()
@@ -108,10 +113,16 @@ def test_a_signal_to_one_process_of_a_job(trained, tmp_path):
     command = [sys.executable, "-c", JOB, address]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     pair = [
-        subprocess.Popen([*command, str(number), trained], cwd=ROOT, env=environment, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [*command, str(number), trained],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         for number in (0, 1)
-    ]  # fmt: skip
+    ]
     try:
         said = pair[1].communicate(timeout=60)
         assert pair[1].returncode == 75, said[1]
@@ -130,7 +141,9 @@ def test_a_signal_to_one_process_of_a_job(trained, tmp_path):
 def python_catches_ctrl_c(process):
     """Say whether a process has a handler for SIGINT, by what Linux knows of it."""
     status = pathlib.Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-    caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+    caught = int(
+        next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16
+    )
     return bool(caught >> (signal.SIGINT - 1) & 1)
 
 
@@ -153,9 +166,17 @@ def test_ctrl_c_in_the_first_seconds_is_no_traceback(secs, tmp_path):
 
 def test_ctrl_c_while_a_command_is_imported_is_no_traceback(tmp_path):
     """Its first import of all sends the signal."""
-    (tmp_path / "jax.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n")
+    (tmp_path / "jax.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(20)\n"
+    )
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    done = subprocess.run([sys.executable, "-m", "tinylm.main"], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, timeout=60)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tinylm.main"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == -signal.SIGINT
     assert done.stderr == ""

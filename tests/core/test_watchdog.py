@@ -33,7 +33,11 @@ PLAYER = """
 
 def play(folder, limit, sleep):
     """Start two processes that take steps; the second sleeps `sleep(step)` seconds at each."""
-    script = textwrap.dedent(PLAYER).replace("LIMIT", str(limit)).replace("SLEEP", f"(lambda step: {sleep})")
+    script = (
+        textwrap.dedent(PLAYER)
+        .replace("LIMIT", str(limit))
+        .replace("SLEEP", f"(lambda step: {sleep})")
+    )
     (folder / "player.py").write_text(script)
     pair = Pair(folder)
     for process in 0, 1:
@@ -42,13 +46,19 @@ def play(folder, limit, sleep):
 
 
 def test_the_stuck_process_is_named_by_both_with_the_stacks_of_all_threads(tmp_path):
-    """The second sleeps before step 3; the first goes on, so it names the other only because that one gives up."""
-    (first, first_error), (second, second_error) = play(tmp_path, 3, "1000 if step == 3 else 0.05").ends()
+    """The second sleeps before step 3; the first goes on, so it names the other only because that
+    one gives up.
+    """
+    (first, first_error), (second, second_error) = play(
+        tmp_path, 3, "1000 if step == 3 else 0.05"
+    ).ends()
     assert (first, second) == (4, 4), (first_error, second_error)
     assert "error: process 1 of 2 (host" in second_error
     assert "after step 2 (train.hang_secs)" in second_error
     assert "furthest behind is process 1 (host" in second_error
-    assert "player.py" in second_error and "in main" in second_error, "the stack of the thread that sleeps"
+    assert "player.py" in second_error and "in main" in second_error, (
+        "the stack of the thread that sleeps"
+    )
     assert "following a peer: no step for" in first_error
 
 
@@ -97,9 +107,13 @@ def test_a_process_alone_gives_up_but_not_while_it_is_patient(tmp_path):
         time.sleep(100)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    )
     assert done.returncode == 4, done.stderr
     assert done.stdout == "patient\n"
     assert "error: no step for 1 s after step 1 (train.hang_secs)" in done.stderr

@@ -1,4 +1,6 @@
-"""The inverse of the tales' grammar: all derivations, log p of a text that is given, and the entropy, exactly."""
+"""The inverse of the tales' grammar: all derivations, log p of a text that is given, and the
+entropy, exactly.
+"""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +22,10 @@ class ParsedGrammar(Grammar):
                 continue
             part, rest = todo[0], todo[1:]
             if isinstance(part, Slot) and part.symbol not in env:
-                stack += [(ahead, drawn, said, log_prob + step) for step, ahead, drawn in self._ways(part, rest, env)]
+                stack += [
+                    (ahead, drawn, said, log_prob + step)
+                    for step, ahead, drawn in self._ways(part, rest, env)
+                ]
                 continue
             said += part if isinstance(part, str) else env[part.symbol][part.fact]
             if text is None or text.startswith(said):
@@ -40,13 +45,19 @@ class ParsedGrammar(Grammar):
         return self._outlook(self._start, {}, {})
 
     def _outlook(self, todo: Parts, env: Env, memo: dict) -> tuple[float, int]:
-        """Entropy and number of what can follow; of `env` only the symbols drawn and the facts of keys matter."""
+        """Entropy and number of what can follow; of `env` only the symbols drawn and the facts of
+        keys matter.
+        """
         if not todo:
             return 0.0, 1
         part, rest = todo[0], todo[1:]
         if isinstance(part, str) or part.symbol in env:
             return self._outlook(rest, env, memo)
-        state = (todo, frozenset(env), tuple(env[key.symbol][key.fact] for key in self._keys if key.symbol in env))
+        state = (
+            todo,
+            frozenset(env),
+            tuple(env[key.symbol][key.fact] for key in self._keys if key.symbol in env),
+        )
         if state not in memo:
             entropy, number = 0.0, 0
             for log_prob, ahead, drawn in self._ways(part, rest, env):
@@ -57,7 +68,9 @@ class ParsedGrammar(Grammar):
         return memo[state]
 
     def _ways(self, slot: Slot, rest: Parts, env: Env) -> Iterator[tuple[float, Parts, Env]]:
-        """Yield for each form that the slot may draw: log p, what is then to say, what is then drawn."""
+        """Yield for each form that the slot may draw: log p, what is then to say, what is then
+        drawn.
+        """
         for form in self._choice(slot, env).forms:
             yield form.log_prob, form.say(slot) + rest, {**env, slot.symbol: form.facts}
 

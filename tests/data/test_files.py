@@ -1,4 +1,6 @@
-"""Files as users have them: folders, pipes, compression, Windows' texts, separators; and what is no text is named."""
+"""Files as users have them: folders, pipes, compression, Windows' texts, separators; and what is no
+text is named.
+"""
 
 import bz2
 import gzip
@@ -29,7 +31,10 @@ def texts_of(spec, **settings):
 
 
 def config_of(tmp_path, source, **settings):
-    return DataConfig(**{"seq_len": 8, "batch_size": 1, "store_dir": str(tmp_path / "s"), "source": source} | settings)
+    return DataConfig(
+        **{"seq_len": 8, "batch_size": 1, "store_dir": str(tmp_path / "s"), "source": source}
+        | settings
+    )
 
 
 def zstd_with_a_long_window(content):
@@ -60,7 +65,9 @@ def test_compressed_files_are_read_whatever_they_are_called(tmp_path, name):
 @pytest.mark.parametrize("name", PACKERS)
 def test_a_compressed_file_that_is_cut_is_one_line(tmp_path, name):
     (tmp_path / f"a.{name}").write_bytes(PACKERS[name](os.urandom(9999))[:-99])
-    with pytest.raises(UserError, match=rf"a\.{name} can't be read after byte \d+ of its content: .*\."):
+    with pytest.raises(
+        UserError, match=rf"a\.{name} can't be read after byte \d+ of its content: .*\."
+    ):
         texts_of(f"text:{tmp_path}/a.{name}")
 
 
@@ -79,15 +86,24 @@ def zipped(folder):
         ("a tar archive", b"a.txt".ljust(257, b"\0") + b"ustar  \0".ljust(255, b"\0")),
         ("UTF-16 text", STORY.encode("utf-16")),
         ("UTF-32 text", STORY.encode("utf-32")),
-        ("a tar archive", gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar  \0".ljust(255, b"\0"))),
+        (
+            "a tar archive",
+            gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar  \0".ljust(255, b"\0")),
+        ),
     ],
 )
 @pytest.mark.parametrize("policy", ["error", "skip"])
-def test_files_of_another_kind_are_named_and_not_skipped_as_one_document(tmp_path, kind, content, policy):
+def test_files_of_another_kind_are_named_and_not_skipped_as_one_document(
+    tmp_path, kind, content, policy
+):
     (tmp_path / "a.txt").write_bytes(content(tmp_path) if callable(content) else content)
     (tmp_path / "b.txt").write_text(STORY, encoding="utf-8")
     with pytest.raises(UserError, match=rf"a\.txt is {kind}, not text in UTF-8; .*\."):
-        open_data(config_of(tmp_path, f"text:{tmp_path}/*.txt", on_bad_text=policy), seed=0, progress=False)
+        open_data(
+            config_of(tmp_path, f"text:{tmp_path}/*.txt", on_bad_text=policy),
+            seed=0,
+            progress=False,
+        )
 
 
 def test_a_folder_stands_for_its_files(tmp_path):
@@ -108,9 +124,15 @@ def test_a_folder_stands_for_its_files(tmp_path):
     for part in range(2):
         table = pa.table({"text": [f"part {part}"]})
         parquet.write_table(table, spark / f"part-0000{part}.snappy.parquet")
-    assert texts_of(f"parquet:{spark}") == texts_of(f"parquet:{tmp_path}/*.parquet") == ["part 0", "part 1"]
+    assert (
+        texts_of(f"parquet:{spark}")
+        == texts_of(f"parquet:{tmp_path}/*.parquet")
+        == ["part 0", "part 1"]
+    )
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"matches no file; set data\.source to a file, folder or glob that exists"):
+    with pytest.raises(
+        UserError, match=r"matches no file; set data\.source to a file, folder or glob that exists"
+    ):
         texts_of(f"text:{tmp_path}/empty")
 
 
@@ -126,7 +148,9 @@ def test_a_text_from_a_pipe_is_read_as_often_as_it_is_needed(tmp_path, tokenizer
     os.mkfifo(pipe)
     writer = threading.Thread(target=lambda: pipe.write_text(STORY * 20, encoding="utf-8"))
     writer.start()
-    data = open_data(config_of(tmp_path, f"text:{pipe}", tokenizer=tokenizer), seed=0, progress=False)
+    data = open_data(
+        config_of(tmp_path, f"text:{pipe}", tokenizer=tokenizer), seed=0, progress=False
+    )
     writer.join()
     split = data.stores[0].manifest["splits"]
     assert split["train"]["bytes"] + split["valid"]["bytes"] == len((STORY * 20).encode())
@@ -136,7 +160,10 @@ def test_a_text_from_a_pipe_is_read_as_often_as_it_is_needed(tmp_path, tokenizer
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ('[{"text": "a"}, {"text": "b"}]', r"holds a JSON array .*jq -c '\.\[\]' .*a\.json > lines\.jsonl"),
+        (
+            '[{"text": "a"}, {"text": "b"}]',
+            r"holds a JSON array .*jq -c '\.\[\]' .*a\.json > lines\.jsonl",
+        ),
         ('[\n {"text": "a"},\n {"text": "b"}\n]\n', r"holds a JSON array .*jq -c '\.\[\]'"),
         ('\n{\n "text": "a"\n}\n', r"holds JSON over several lines .*jq -c \. "),
     ],
@@ -145,7 +172,11 @@ def test_a_text_from_a_pipe_is_read_as_often_as_it_is_needed(tmp_path, tokenizer
 def test_json_that_is_not_a_record_a_line_gets_a_hint(tmp_path, content, match, policy):
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=match) as error:
-        open_data(config_of(tmp_path, f"jsonl:{tmp_path}/a.json", on_bad_text=policy), seed=0, progress=False)
+        open_data(
+            config_of(tmp_path, f"jsonl:{tmp_path}/a.json", on_bad_text=policy),
+            seed=0,
+            progress=False,
+        )
     assert "on_bad_text" not in str(error.value)
 
 
@@ -156,7 +187,9 @@ def test_lines_that_are_arrays_are_not_objects(tmp_path):
 
 
 def test_a_long_number_in_an_unwanted_field_does_not_matter(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a", "key": %s}\n' % ("7" * 5_000), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "a", "key": %s}\n' % ("7" * 5_000), encoding="utf-8"
+    )
     assert texts_of(f"jsonl:{tmp_path}/a.jsonl") == ["a"]
 
 
@@ -177,7 +210,11 @@ def test_windows_line_ends_are_kept_or_turned_to_unix(tmp_path, monkeypatch, chu
     path.write_bytes(b"one\r\ntwo\r\n\r\n\r\nthree\r\n\r\nfour\rfive\r\n")
     paragraphs = {"separator": r"\n\n"}
     assert texts_of(f"text:{path}", **paragraphs) == [path.read_bytes().decode()]
-    assert texts_of(f"text:{path}", line_ends="unix", **paragraphs) == ["one\ntwo", "three", "four\nfive"]
+    assert texts_of(f"text:{path}", line_ends="unix", **paragraphs) == [
+        "one\ntwo",
+        "three",
+        "four\nfive",
+    ]
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a\r\nb"}), encoding="utf-8")
     assert texts_of(f"jsonl:{tmp_path}/a.jsonl", line_ends="unix") == ["a\nb"]
 
@@ -196,7 +233,15 @@ def test_whitespace_around_the_separator_belongs_to_it_unless_it_is_kept(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"), [(r"\n", "\n"), (r"\n\n", "\n\n"), (r"\t", "\t"), (r"\\n", r"\n"), ("\n", "\n"), (r"\d", r"\d")]
+    ("typed", "meant"),
+    [
+        (r"\n", "\n"),
+        (r"\n\n", "\n\n"),
+        (r"\t", "\t"),
+        (r"\\n", r"\n"),
+        ("\n", "\n"),
+        (r"\d", r"\d"),
+    ],
 )
 def test_a_separator_from_a_shell_may_be_a_line_break(tmp_path, typed, meant):
     (tmp_path / "a.txt").write_text(f"one{meant}two", encoding="utf-8")
@@ -230,11 +275,16 @@ def test_a_separator_that_never_occurs_and_kept_line_ends_are_said(tmp_path, tol
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_bytes(b"a line\r\n\r\nand another\r\n" * 9)
     open_data(config_of(tmp_path, f"text:{tmp_path}/*.txt", separator=r"\n\n"), seed=0)
-    assert any(r"data.separator='\n\n' does not occur in it: each of its 2 files is one document" in t for t in told)
+    assert any(
+        r"data.separator='\n\n' does not occur in it: each of its 2 files is one document" in t
+        for t in told
+    )
     assert any("matches Windows' line ends only with data.line_ends=unix" in line for line in told)
     assert any(r"it has Windows' line ends (\r\n), which are kept" in line for line in told)
     told.clear()
-    open_data(config_of(tmp_path, f"text:{tmp_path}/*.txt", separator=r"\n\n", line_ends="unix"), seed=0)
+    open_data(
+        config_of(tmp_path, f"text:{tmp_path}/*.txt", separator=r"\n\n", line_ends="unix"), seed=0
+    )
     assert not any("data.separator" in line or "Windows'" in line for line in told)
 
 

@@ -47,8 +47,14 @@ def padded_with_minus_one(ids):
         (IDS.astype(np.float64).tobytes(), "holds floats .float64"),
         (npy_of(IDS.astype(np.uint16)), r"is a NumPy \.npy file"),
         (npz_of(IDS.astype(np.uint16)), "is a zip archive, as np.savez"),
-        (llmc_of(IDS), r"has the header of llm\.c's files before its uint16 ids; cut it off: tail -c \+1025"),
-        (b"Once upon a time there was a cat, and a dog." * 200, "holds text, not ids; read it with data.source=text:"),
+        (
+            llmc_of(IDS),
+            r"has the header of llm\.c's files before its uint16 ids; cut it off: tail -c \+1025",
+        ),
+        (
+            b"Once upon a time there was a cat, and a dog." * 200,
+            "holds text, not ids; read it with data.source=text:",
+        ),
         ("Жила-была кошка, и была собака.".encode() * 200, "holds text, not ids"),
     ],
 )
@@ -79,8 +85,13 @@ def test_an_id_out_of_range_does_not_turn_uint32_into_uint16(tmp_path):
 
 def test_big_endian_ids_are_named(tmp_path):
     (IDS % 256).astype(">u2").tofile(tmp_path / "ids.bin")
-    config = DataConfig(source=f"tokens:{tmp_path}/ids.bin", seq_len=8, batch_size=1, store_dir=str(tmp_path / "s"))
-    with pytest.raises(UserError, match=r"has id \d+ at byte \d+ \(its bytes are in big-endian order\), but data\.tok"):
+    config = DataConfig(
+        source=f"tokens:{tmp_path}/ids.bin", seq_len=8, batch_size=1, store_dir=str(tmp_path / "s")
+    )
+    with pytest.raises(
+        UserError,
+        match=r"has id \d+ at byte \d+ \(its bytes are in big-endian order\), but data\.tok",
+    ):
         open_data(config, seed=0, progress=False)
 
 

@@ -1,4 +1,6 @@
-"""Rows: each target once an epoch, packing that crosses no document, exact mixtures, batches alike on any hosts."""
+"""Rows: each target once an epoch, packing that crosses no document, exact mixtures, batches alike
+on any hosts.
+"""
 
 import hashlib
 import socket
@@ -21,7 +23,12 @@ def opened(tmp_path, seed=0, texts=TEXTS, **settings):
     if not (tmp_path / "text.txt").exists():
         (tmp_path / "text.txt").write_text("<|endoftext|>".join(texts))
     config = DataConfig(
-        **{"source": f"text:{tmp_path}/text.txt", "seq_len": 16, "batch_size": 4, "store_dir": str(tmp_path / "stores")}
+        **{
+            "source": f"text:{tmp_path}/text.txt",
+            "seq_len": 16,
+            "batch_size": 4,
+            "store_dir": str(tmp_path / "stores"),
+        }
         | settings
     )
     return open_data(config, seed=seed, progress=False)
@@ -42,7 +49,9 @@ def stream(data, split="train"):
 def scored(examples):
     """Return the sorted (input, target) pairs that carry loss."""
     chosen = examples["weights"] > 0
-    return sorted(zip(examples["tokens"][chosen].tolist(), examples["targets"][chosen].tolist(), strict=True))
+    return sorted(
+        zip(examples["tokens"][chosen].tolist(), examples["targets"][chosen].tolist(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("packing", ["stream", "packed", "single"])
@@ -56,9 +65,13 @@ def test_every_target_is_scored_once_in_every_epoch_in_another_order(tmp_path, p
 
 
 def test_each_window_comes_once_and_the_grid_moves_each_epoch(tmp_path):
-    data = opened(tmp_path, texts=[chr(0x4E00 + i) for i in range(200)], tokenizer="char", valid_fraction=0)
+    data = opened(
+        tmp_path, texts=[chr(0x4E00 + i) for i in range(200)], tokenizer="char", valid_fraction=0
+    )
     ids = stream(data)
-    place = {tuple(ids[i : i + 2]): i for i in range(len(ids) - 1)} | {(ids[-1], ids[0]): len(ids) - 1}
+    place = {tuple(ids[i : i + 2]): i for i in range(len(ids) - 1)} | {
+        (ids[-1], ids[0]): len(ids) - 1
+    }
     offsets = set()
     for number in range(6):
         starts = [place[tuple(row[:2])] for row in epoch(data.train, number)["targets"]]
@@ -78,7 +91,11 @@ def test_evaluation_scores_the_whole_split_once_in_order(tmp_path, packing):
     found = np.concatenate(targets)
     expected = stream(data, "valid")
     assert len(found) == data.valid_tokens
-    assert np.array_equal(found, expected) if packing == "stream" else sorted(found) == sorted(expected)
+    assert (
+        np.array_equal(found, expected)
+        if packing == "stream"
+        else sorted(found) == sorted(expected)
+    )
 
 
 def test_packed_rows_hold_whole_documents_with_places_of_their_own(tmp_path):
@@ -98,12 +115,16 @@ def test_packed_rows_hold_whole_documents_with_places_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("packing", ["stream", "packed", "single"])
 @pytest.mark.parametrize("ends", [[], [300], [20, 300], [99]])
-def test_ready_ids_without_an_end_of_text_are_cut_inside_and_no_split_reads_the_other(tmp_path, packing, ends):
+def test_ready_ids_without_an_end_of_text_are_cut_inside_and_no_split_reads_the_other(
+    tmp_path, packing, ends
+):
     ids = np.arange(400, dtype=np.uint16) % 100
     ids[360:] += 100
     ids[ends] = 256
     ids.tofile(tmp_path / "ids.bin")
-    data = opened(tmp_path, source=f"tokens:{tmp_path}/ids.bin", packing=packing, valid_fraction=0.1)
+    data = opened(
+        tmp_path, source=f"tokens:{tmp_path}/ids.bin", packing=packing, valid_fraction=0.1
+    )
     cut = len(stream(data))
     assert ends or cut == 360
     targets = {}
@@ -135,7 +156,9 @@ def test_first_fit_is_the_first_row_with_room(lengths):
 def test_packing_is_planned_once_for_store_and_context(tmp_path, monkeypatch):
     first = opened(tmp_path, packing="packed")
     monkeypatch.setattr(plans, "write_plan", lambda *args, **kwargs: pytest.fail("planned again"))
-    assert np.array_equal(epoch(opened(tmp_path, packing="packed").train)["targets"], epoch(first.train)["targets"])
+    assert np.array_equal(
+        epoch(opened(tmp_path, packing="packed").train)["targets"], epoch(first.train)["targets"]
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "header"])
@@ -160,7 +183,11 @@ def test_a_plan_that_is_not_whole_is_made_again_and_dead_ones_go(tmp_path, monke
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=7))
 def test_a_mixture_is_exact_to_one_example_over_any_prefix(parts):
-    spec = ", ".join(f"{part / 100}*text:{i}" for i, part in enumerate(parts)) if len(parts) > 1 else "tales"
+    spec = (
+        ", ".join(f"{part / 100}*text:{i}" for i, part in enumerate(parts))
+        if len(parts) > 1
+        else "tales"
+    )
     weights = [weight for weight, _ in parse_mixture(spec)]
     sources, ranks, counts = schedule(tuple(weights))
     for source, weight in enumerate(weights):
@@ -177,8 +204,12 @@ def test_a_mixture_reads_each_source_in_epochs_of_its_own(tmp_path):
     rows = data.train.read(np.arange(200))
     upper = [data.tokenizer.decode(row[:1]).isupper() for row in rows["targets"]]
     assert sum(upper) == 50
-    alone = opened(tmp_path, source=f"text:{tmp_path}/b.txt", packing="single", seq_len=48, batch_size=1)
-    texts = [data.tokenizer.decode(row) for row, up in zip(rows["targets"], upper, strict=True) if up]
+    alone = opened(
+        tmp_path, source=f"text:{tmp_path}/b.txt", packing="single", seq_len=48, batch_size=1
+    )
+    texts = [
+        data.tokenizer.decode(row) for row, up in zip(rows["targets"], upper, strict=True) if up
+    ]
     for start in range(0, 40, len(alone.train)):
         assert len(set(texts[start : start + len(alone.train)])) == len(alone.train)
     assert len(data.valid) > len(alone.valid)
@@ -191,7 +222,12 @@ def test_batches_are_alike_on_any_number_of_processes_and_threads(tmp_path, pack
     def digest(processes, threads, start=0, count=6):
         parts = [
             train_batches(
-                data.train, batch_shape=(2, 8), owned_rows=owned, start=start, num_threads=threads, prefetch=3
+                data.train,
+                batch_shape=(2, 8),
+                owned_rows=owned,
+                start=start,
+                num_threads=threads,
+                prefetch=3,
             )
             for owned in np.split(np.arange(8), processes)
         ]
@@ -199,9 +235,16 @@ def test_batches_are_alike_on_any_number_of_processes_and_threads(tmp_path, pack
         for number in range(start, start + count):
             pieces = [next(part) for part in parts]
             assert all(index == number for index, _ in pieces)
-            whole = {name: np.concatenate([piece[name] for _, piece in pieces], axis=1) for name in pieces[0][1]}
+            whole = {
+                name: np.concatenate([piece[name] for _, piece in pieces], axis=1)
+                for name in pieces[0][1]
+            }
             assert whole["targets"].shape == (2, 8, 16)
-            hashes.append(hashlib.sha256(b"".join(whole[name].tobytes() for name in sorted(whole))).hexdigest())
+            hashes.append(
+                hashlib.sha256(
+                    b"".join(whole[name].tobytes() for name in sorted(whole))
+                ).hexdigest()
+            )
         for part in parts:
             part.close()
         return hashes
@@ -213,7 +256,11 @@ def test_batches_are_alike_on_any_number_of_processes_and_threads(tmp_path, pack
             assert digest(processes, threads) == wanted
     assert digest(2, 2, start=4, count=2) == wanted[4:]
     plain = data.train.read(16 + np.arange(16))
-    batch = next(train_batches(data.train, batch_shape=(2, 8), owned_rows=np.arange(8), start=1, num_threads=0))[1]
+    batch = next(
+        train_batches(
+            data.train, batch_shape=(2, 8), owned_rows=np.arange(8), start=1, num_threads=0
+        )
+    )[1]
     assert np.array_equal(batch["targets"].reshape(16, 16), plain["targets"])
 
 
@@ -221,10 +268,12 @@ def test_seeking_far_is_as_good_as_counting_there(tmp_path):
     data = opened(tmp_path)
     far = 10**12 + 17
     assert np.array_equal(
-        data.train.read(np.array([far]))["targets"], data.train.read(np.array([far - 1, far]))["targets"][1:]
+        data.train.read(np.array([far]))["targets"],
+        data.train.read(np.array([far - 1, far]))["targets"][1:],
     )
     assert not np.array_equal(
-        opened(tmp_path, seed=1).train.read(np.arange(9))["targets"], data.train.read(np.arange(9))["targets"]
+        opened(tmp_path, seed=1).train.read(np.arange(9))["targets"],
+        data.train.read(np.arange(9))["targets"],
     )
 
 
@@ -238,13 +287,17 @@ def test_what_a_thread_raises_is_raised_and_closing_ends_the_threads(tmp_path):
                 raise OSError("the disk went away")
             return {"tokens": np.zeros((len(indices), 2), np.int32)}
 
-    batches = train_batches(Broken(), batch_shape=(1, 8), owned_rows=np.arange(8), num_threads=2, prefetch=4)
+    batches = train_batches(
+        Broken(), batch_shape=(1, 8), owned_rows=np.arange(8), num_threads=2, prefetch=4
+    )
     assert [next(batches)[0] for _ in range(24)] == [*range(24)]
     with pytest.raises(OSError, match="went away"):
         next(batches)
     import threading
 
-    batches = train_batches(Broken(), batch_shape=(1, 8), owned_rows=np.arange(8), num_threads=2, prefetch=2)
+    batches = train_batches(
+        Broken(), batch_shape=(1, 8), owned_rows=np.arange(8), num_threads=2, prefetch=2
+    )
     next(batches)
     batches.close()
     for thread in threading.enumerate():
@@ -254,7 +307,9 @@ def test_what_a_thread_raises_is_raised_and_closing_ends_the_threads(tmp_path):
 
 
 def test_prompts_carry_no_loss_and_answers_come_back(tmp_path):
-    data = opened(tmp_path, source="addition:12", tokenizer="char", packing="single", loss_on="answer")
+    data = opened(
+        tmp_path, source="addition:12", tokenizer="char", packing="single", loss_on="answer"
+    )
     rows = epoch(data.train)
     for targets, weights in zip(rows["targets"], rows["weights"], strict=True):
         prompt, _, answer = data.tokenizer.decode(targets).partition("=")
@@ -263,7 +318,9 @@ def test_prompts_carry_no_loss_and_answers_come_back(tmp_path):
         assert data.tokenizer.decode(targets[weights > 0]) == answer
         assert weights.sum() == len(answer) + 1
     held_out = {data.tokenizer.decode(prompt) for prompt, _ in data.answers()}
-    assert held_out and not held_out & {data.tokenizer.decode(row).partition("=")[0] + "=" for row in rows["targets"]}
+    assert held_out and not held_out & {
+        data.tokenizer.decode(row).partition("=")[0] + "=" for row in rows["targets"]
+    }
     every = opened(tmp_path, source="addition:12", tokenizer="char", packing="single")
     assert epoch(every.train)["weights"].sum() > 2 * rows["weights"].sum()
 
@@ -273,4 +330,7 @@ def test_weights_of_a_mixture_add_up_to_one():
         (Fraction(7, 10), "tales"),
         (Fraction(3, 10), "text:a,b.txt"),
     ]
-    assert parse_mixture("2*tales, 1*addition") == [(Fraction(2, 3), "tales"), (Fraction(1, 3), "addition")]
+    assert parse_mixture("2*tales, 1*addition") == [
+        (Fraction(2, 3), "tales"),
+        (Fraction(1, 3), "addition"),
+    ]

@@ -1,4 +1,6 @@
-"""Sources: each gives its documents, on real files where they are; and every mistake is one clear line."""
+"""Sources: each gives its documents, on real files where they are; and every mistake is one clear
+line.
+"""
 
 import gzip
 import json
@@ -22,12 +24,15 @@ STORIES = ["One day a cat sat.", "Two dogs ran\nfar away.", "Drei Mäuse — 日
 
 
 def config_of(tmp_path, **settings):
-    return DataConfig(**{"seq_len": 8, "batch_size": 1, "store_dir": str(tmp_path / "stores")} | settings)
+    return DataConfig(
+        **{"seq_len": 8, "batch_size": 1, "store_dir": str(tmp_path / "stores")} | settings
+    )
 
 
 def texts_of(spec, split="all", **settings):
     return [
-        (d.prompt, d.text) if d.prompt else d.text for d in make_source(spec, DataConfig(**settings)).documents(split)
+        (d.prompt, d.text) if d.prompt else d.text
+        for d in make_source(spec, DataConfig(**settings)).documents(split)
     ]
 
 
@@ -50,7 +55,9 @@ def refused(tmp_path, match, **settings):
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("chunk", [1, 5, 1 << 20])
-def test_text_files_split_at_the_separator_wherever_chunks_end(tmp_path, monkeypatch, ending, chunk):
+def test_text_files_split_at_the_separator_wherever_chunks_end(
+    tmp_path, monkeypatch, ending, chunk
+):
     monkeypatch.setattr(files, "_CHUNK_BYTES", chunk)
     packers = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
     content = "<|endoftext|>".join(STORIES).encode() + b"<|endoftext|>\n"
@@ -87,7 +94,12 @@ def test_jsonl_and_parquet_give_texts_and_pairs(tmp_path):
             r"has no field text, only story, n; set data\.text_field",
             source=f"{kind}:{tmp_path}/plain.{kind}",
         )
-        refused(tmp_path, "holds int instead of text", source=f"{kind}:{tmp_path}/plain.{kind}", text_field="n")
+        refused(
+            tmp_path,
+            "holds int instead of text",
+            source=f"{kind}:{tmp_path}/plain.{kind}",
+            text_field="n",
+        )
 
 
 def test_pairs_after_plain_texts_are_masked_from_their_own_begin(tmp_path, monkeypatch):
@@ -96,18 +108,25 @@ def test_pairs_after_plain_texts_are_masked_from_their_own_begin(tmp_path, monke
     rows = [{"text": "abc"}, {"prompt": "de", "completion": "f"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = config_of(
-        tmp_path, source=f"jsonl:{tmp_path}/a.jsonl", loss_on="answer", packing="single", valid_fraction=0
+        tmp_path,
+        source=f"jsonl:{tmp_path}/a.jsonl",
+        loss_on="answer",
+        packing="single",
+        valid_fraction=0,
     )
     data = open_data(config, seed=0, progress=False)
     examples = data.train.read(np.arange(2))
     scored = sorted(
-        data.tokenizer.decode(t[w > 0]) for t, w in zip(examples["targets"], examples["weights"], strict=True)
+        data.tokenizer.decode(t[w > 0])
+        for t, w in zip(examples["targets"], examples["weights"], strict=True)
     )
     assert scored == ["abc", "f"]
 
 
 def test_the_cut_of_one_text_is_nanogpts(tmp_path):
-    config = config_of(tmp_path, source=f"text:{real('tinyshakespeare/input.txt')}", tokenizer="char")
+    config = config_of(
+        tmp_path, source=f"text:{real('tinyshakespeare/input.txt')}", tokenizer="char"
+    )
     data = open_data(config, seed=0, progress=False)
     assert data.vocab_size == 66
     assert manifest(data)["splits"]["train"]["tokens"] == [0, 1_003_854]
@@ -116,17 +135,33 @@ def test_the_cut_of_one_text_is_nanogpts(tmp_path):
 
 def test_the_cut_of_several_texts_falls_between_two(tmp_path):
     (tmp_path / "a.txt").write_text("<|endoftext|>".join("x" * n for n in (50, 30, 15, 5)))
-    data = open_data(config_of(tmp_path, source=f"text:{tmp_path}/a.txt", valid_fraction=0.2), seed=0, progress=False)
-    assert manifest(data)["splits"]["train"] == {"documents": [0, 2], "tokens": [0, 82], "bytes": 80}
-    assert manifest(data)["splits"]["valid"] == {"documents": [2, 4], "tokens": [82, 104], "bytes": 20}
+    data = open_data(
+        config_of(tmp_path, source=f"text:{tmp_path}/a.txt", valid_fraction=0.2),
+        seed=0,
+        progress=False,
+    )
+    assert manifest(data)["splits"]["train"] == {
+        "documents": [0, 2],
+        "tokens": [0, 82],
+        "bytes": 80,
+    }
+    assert manifest(data)["splits"]["valid"] == {
+        "documents": [2, 4],
+        "tokens": [82, 104],
+        "bytes": 20,
+    }
 
 
 def test_a_validation_source_of_its_own_takes_no_text_from_training(tmp_path):
     for name, story in zip("ab", STORIES, strict=False):
         (tmp_path / name).write_text(story)
-    config = config_of(tmp_path, source=f"text:{tmp_path}/a", valid_source=f"text:{tmp_path}/b", tokenizer="char")
+    config = config_of(
+        tmp_path, source=f"text:{tmp_path}/a", valid_source=f"text:{tmp_path}/b", tokenizer="char"
+    )
     data = open_data(config, seed=0, progress=False)
-    assert manifest(data)["tokens"] == len(STORIES[0]) + 1 and data.valid_tokens == len(STORIES[1]) + 1
+    assert (
+        manifest(data)["tokens"] == len(STORIES[0]) + 1 and data.valid_tokens == len(STORIES[1]) + 1
+    )
 
 
 def test_tales_have_a_floor_and_keep_their_splits_apart(tmp_path, monkeypatch):
@@ -140,11 +175,17 @@ def test_tales_have_a_floor_and_keep_their_splits_apart(tmp_path, monkeypatch):
     assert not {d.text for d in documents} & set(texts_of("tales:300", "train"))
 
 
-@pytest.mark.parametrize(("kind", "vocab"), [(np.uint16, 300), (np.uint32, 300), (np.uint16, 65536)])
+@pytest.mark.parametrize(
+    ("kind", "vocab"), [(np.uint16, 300), (np.uint32, 300), (np.uint16, 65536)]
+)
 def test_ready_ids_are_read_in_place_in_the_type_they_have(tmp_path, kind, vocab):
     bpe = "bpe:300"
     (tmp_path / "text.txt").write_text("<|endoftext|>".join(STORIES * 40))
-    made = open_data(config_of(tmp_path, source=f"text:{tmp_path}/text.txt", tokenizer=bpe), seed=0, progress=False)
+    made = open_data(
+        config_of(tmp_path, source=f"text:{tmp_path}/text.txt", tokenizer=bpe),
+        seed=0,
+        progress=False,
+    )
     made.tokenizer.save(tmp_path / "tok")
     ids = np.concatenate([[*made.tokenizer.encode(s), made.tokenizer.eot_id] for s in STORIES * 40])
     for name, part in zip("ab", np.split(ids, [332]), strict=True):
@@ -156,12 +197,21 @@ def test_ready_ids_are_read_in_place_in_the_type_they_have(tmp_path, kind, vocab
     opened.tokens.read(out, 0)
     assert np.array_equal(out, ids)
     assert not list(opened.folder.glob("tokens-*")) and manifest(data)["documents"] == 120
-    assert manifest(data)["splits"]["train"]["tokens"][1] in np.flatnonzero(ids == made.tokenizer.eot_id) + 1
-    assert sum(s["bytes"] for s in manifest(data)["splits"].values()) == 40 * sum(len(s.encode()) for s in STORIES)
+    assert (
+        manifest(data)["splits"]["train"]["tokens"][1]
+        in np.flatnonzero(ids == made.tokenizer.eot_id) + 1
+    )
+    assert sum(s["bytes"] for s in manifest(data)["splits"].values()) == 40 * sum(
+        len(s.encode()) for s in STORIES
+    )
     ids[70] = vocab - 1
     ids.astype(np.uint32).tofile(tmp_path / "c.bin")
     if vocab > 300:
-        refused(tmp_path, r"id 65535 at byte 280.*data\.tokenizer", **spec | {"source": f"tokens:{tmp_path}/c.bin"})
+        refused(
+            tmp_path,
+            r"id 65535 at byte 280.*data\.tokenizer",
+            **spec | {"source": f"tokens:{tmp_path}/c.bin"},
+        )
 
 
 @pytest.mark.parametrize(
@@ -192,8 +242,11 @@ def test_a_record_without_its_field_is_skipped_and_counted(tmp_path):
     assert manifest(data)["skipped"]["count"] == 2 and "line 2, has no field text, only txt" in str(
         manifest(data)["skipped"]
     )
-    refused(tmp_path, "holds no text .skipped 3, first: .*has no field story, only text; set data.text_field",
-            **spec | {"text_field": "story"})  # fmt: skip
+    refused(
+        tmp_path,
+        "holds no text .skipped 3, first: .*has no field story, only text; set data.text_field",
+        **spec | {"text_field": "story"},
+    )
 
 
 def test_bad_lines_of_jsonl_are_named_or_skipped(tmp_path):
@@ -227,8 +280,14 @@ def test_bad_strings_of_parquet_are_named_or_skipped(tmp_path, kind):
         ({"source": "txt:a"}, "did you mean 'text'"),
         ({"source": "text:"}, "must say more"),
         ({"valid_source": "txt:a"}, "data.valid_source=txt:a must begin with"),
-        ({"valid_source": "text:{}/absent*"}, r"data.valid_source=.*matches no file; set data\.valid_source"),
-        ({"source": "addition", "valid_source": "tales", "loss_on": "answer"}, "which data.valid_source=tales"),
+        (
+            {"valid_source": "text:{}/absent*"},
+            r"data.valid_source=.*matches no file; set data\.valid_source",
+        ),
+        (
+            {"source": "addition", "valid_source": "tales", "loss_on": "answer"},
+            "which data.valid_source=tales",
+        ),
         ({"source": "0*tales, 1*addition"}, "above 0"),
         ({"source": "0.7*tales, 0.3*"}, r"must be WEIGHT\*SOURCE"),
         ({"source": "0.7.1*tales, 0.3*addition"}, r"must be WEIGHT\*SOURCE"),
@@ -241,12 +300,24 @@ def test_bad_strings_of_parquet_are_named_or_skipped(tmp_path, kind):
         ({"batch_size": 0}, "at least 1"),
         ({"valid_fraction": 1.0}, "below 1"),
         ({"loss_on": "answer"}, "needs prompt and completion"),
-        ({"source": "jsonl:{}/texts.jsonl", "loss_on": "answer"}, "loss_on=answer needs prompts, and .* has none"),
+        (
+            {"source": "jsonl:{}/texts.jsonl", "loss_on": "answer"},
+            "loss_on=answer needs prompts, and .* has none",
+        ),
         ({"source": "tokens:x", "vocab_top_k": 9}, "can't cut"),
         ({"source": "tokens:x", "tokenizer": "char"}, "must be the one that made the ids"),
-        ({"source": "text:{}/short.txt", "seq_len": 99}, r"data\.seq_len=99 must be at most the 18 training tokens"),
-        ({"source": "text:{}/short.txt", "seq_len": 10**13, "packing": "packed"}, "at most the 18 training tokens"),
-        ({"source": "text:{}/short.txt", "seq_len": 10**13, "packing": "single"}, "at most the 18 training tokens"),
+        (
+            {"source": "text:{}/short.txt", "seq_len": 99},
+            r"data\.seq_len=99 must be at most the 18 training tokens",
+        ),
+        (
+            {"source": "text:{}/short.txt", "seq_len": 10**13, "packing": "packed"},
+            "at most the 18 training tokens",
+        ),
+        (
+            {"source": "text:{}/short.txt", "seq_len": 10**13, "packing": "single"},
+            "at most the 18 training tokens",
+        ),
         (
             {"source": "text:{}/short.txt", "seq_len": 9, "batch_size": 7},
             r"data\.batch_size=7 must be at most the 2 rows",
@@ -299,12 +370,18 @@ def test_the_hub_is_read_from_its_parquet_files_with_their_splits(tmp_path, monk
     for name, stories in (("train-0", STORIES[:2]), ("validation-0", STORIES[2:])):
         (tmp_path / "hub/data").mkdir(parents=True, exist_ok=True)
         parquet.write_table(pa.table({"text": stories}), tmp_path / f"hub/data/{name}.parquet")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path / "hub"))
-    data = open_data(config_of(tmp_path, source="hf:org/name", valid_fraction=0.5), seed=0, progress=False)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(tmp_path / "hub")
+    )
+    data = open_data(
+        config_of(tmp_path, source="hf:org/name", valid_fraction=0.5), seed=0, progress=False
+    )
     assert data.valid_tokens == len(STORIES[2].encode()) + 1
 
 
-def test_only_the_writer_fetches_and_a_store_is_opened_without_fetching_again(tmp_path, monkeypatch):
+def test_only_the_writer_fetches_and_a_store_is_opened_without_fetching_again(
+    tmp_path, monkeypatch
+):
     import huggingface_hub
     import pyarrow as pa
     from pyarrow import parquet
@@ -312,7 +389,9 @@ def test_only_the_writer_fetches_and_a_store_is_opened_without_fetching_again(tm
     (tmp_path / "hub").mkdir()
     parquet.write_table(pa.table({"text": STORIES}), tmp_path / "hub/0.parquet")
     fetches = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: fetches.append(k) or tmp_path / "hub")
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: fetches.append(k) or tmp_path / "hub"
+    )
     config = config_of(tmp_path, source="hf:org/name@v2", tokenizer="char")
     with pytest.raises(UserError, match="process 0 has not prepared"):
         open_data(config, seed=0, is_writer=False, wait_secs=0, progress=False)
@@ -350,7 +429,9 @@ def test_pairs_after_plain_texts_keep_their_prompts_in_tfds(tmp_path):
 
     rows = [{"text": "abc"}, {"prompt": "de", "completion": "f"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    folder = write_tfds(config_of(tmp_path, source=f"jsonl:{tmp_path}/a.jsonl"), str(tmp_path / "t"), "my_pairs")
+    folder = write_tfds(
+        config_of(tmp_path, source=f"jsonl:{tmp_path}/a.jsonl"), str(tmp_path / "t"), "my_pairs"
+    )
     assert texts_of(f"tfds:{folder}", "train") == ["abc", ("de", "f")]
 
 
@@ -403,28 +484,39 @@ def test_the_hub_without_a_network_says_how_to_use_a_local_copy(tmp_path, monkey
 
 
 @pytest.mark.parametrize("source", ["tales:40", "addition:5", "text"])
-def test_a_written_tfds_data_set_gives_the_tokens_of_its_source(tmp_path, monkeypatch, capsys, source):
+def test_a_written_tfds_data_set_gives_the_tokens_of_its_source(
+    tmp_path, monkeypatch, capsys, source
+):
     monkeypatch.setattr(sources, "VALID_TALES", 30)
     from tinylm.data.tfds_builder import write_tfds
 
     if source == "text":
-        (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"{i} {story}" for i, story in enumerate(STORIES * 9)))
+        (tmp_path / "a.txt").write_text(
+            "<|endoftext|>".join(f"{i} {story}" for i, story in enumerate(STORIES * 9))
+        )
         source = f"text:{tmp_path}/a.txt"
     config = config_of(tmp_path, source=source)
     folder = write_tfds(config, str(tmp_path / "tfds"), "my_text", "1.2.3")
     assert folder.name == "1.2.3" and list(folder.glob("*.array_record*"))
     assert capsys.readouterr().out == ""
     with pytest.raises(UserError, match=r"1\.2\.3 is there already; remove it"):
-        write_tfds(config_of(tmp_path, source="addition:4"), str(tmp_path / "tfds"), "my_text", "1.2.3")
+        write_tfds(
+            config_of(tmp_path, source="addition:4"), str(tmp_path / "tfds"), "my_text", "1.2.3"
+        )
     again = open_data(config_of(tmp_path, source=f"tfds:{folder}"), seed=0, progress=False)
     direct = open_data(config, seed=0, progress=False)
     by_name = config_of(tmp_path, source="tfds:my_text", tfds_data_dir=str(tmp_path / "tfds"))
-    assert texts_of(f"tfds:{folder}", "train") == texts_of("tfds:my_text", "train", tfds_data_dir=by_name.tfds_data_dir)
+    assert texts_of(f"tfds:{folder}", "train") == texts_of(
+        "tfds:my_text", "train", tfds_data_dir=by_name.tfds_data_dir
+    )
     for data in (again, direct):
         data.ids = np.empty(manifest(data)["tokens"], np.int32)
         data.stores[0].tokens.read(data.ids, 0)
     assert np.array_equal(again.ids, direct.ids)
-    assert manifest(again)["splits"]["train"]["tokens"] == manifest(direct)["splits"]["train"]["tokens"]
+    assert (
+        manifest(again)["splits"]["train"]["tokens"]
+        == manifest(direct)["splits"]["train"]["tokens"]
+    )
     assert "tensorflow" not in sys.modules
 
 
@@ -433,7 +525,8 @@ def test_the_stock_tiny_shakespeare_builder_works_offline(tmp_path):
     pytest.importorskip("tensorflow", reason="preparing a stock TFDS data set needs the tfds extra")
     program = (
         "import sys; from tinylm.data import open_data; from tinylm.data.config import DataConfig\n"
-        "d = open_data(DataConfig(source='tfds:tiny_shakespeare', tokenizer='char', store_dir=sys.argv[1] + '/s',"
+        "d = open_data(DataConfig(source='tfds:tiny_shakespeare', tokenizer='char', "
+        "store_dir=sys.argv[1] + '/s',"
         " tfds_data_dir=sys.argv[1] + '/t', tfds_manual_dir=sys.argv[2]), seed=0, progress=False)\n"
         "print(d.vocab_size, [s['tokens'] for s in d.stores[0].manifest['splits'].values()])"
     )
@@ -445,11 +538,14 @@ def test_the_stock_tiny_shakespeare_builder_works_offline(tmp_path):
 def test_the_data_room_needs_neither_jax_nor_its_heavy_libraries_to_open(tmp_path):
     program = (
         "import sys; from tinylm.data import open_data; from tinylm.data.config import DataConfig\n"
-        "open_data(DataConfig(source='tales:50', tokenizer='char', store_dir=sys.argv[1]), seed=0, progress=False)\n"
+        "open_data(DataConfig(source='tales:50', tokenizer='char', store_dir=sys.argv[1]), "
+        "seed=0, progress=False)\n"
         "heavy = ('jax', 'grain', 'tensorflow_datasets', 'pyarrow', 'tiktoken', 'tokenizers')\n"
         "print([m for m in heavy if m in sys.modules])"
     )
-    output = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
+    )
     assert output.stdout.strip() == "[]"
 
 
@@ -470,7 +566,9 @@ def test_records_name_splits_as_data_sets_do(path, split):
 
 
 def test_an_edited_tokenizer_file_makes_another_store(tmp_path):
-    """The same spec, another content: the store that the old file made is not taken for the new one."""
+    """The same spec, another content: the store that the old file made is not taken for the new
+    one.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     (tmp_path / "a.txt").write_text("once upon a time " * 9)
@@ -481,9 +579,12 @@ def test_an_edited_tokenizer_file_makes_another_store(tmp_path):
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
         tokenizer.save(str(tmp_path / "tokenizer.json"))
         config = DataConfig(
-            source=f"text:{tmp_path}/a.txt", tokenizer=f"hf:{tmp_path}/tokenizer.json", seq_len=8, batch_size=1,
+            source=f"text:{tmp_path}/a.txt",
+            tokenizer=f"hf:{tmp_path}/tokenizer.json",
+            seq_len=8,
+            batch_size=1,
             store_dir=str(tmp_path / "stores"),
-        )  # fmt: skip
+        )
         sizes.append(open_data(config, seed=0, progress=False).vocab_size)
     assert sizes[0] < sizes[1]
 

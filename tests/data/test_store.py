@@ -1,4 +1,6 @@
-"""Token stores: whole or absent after any kill, one for many at once, one clear line when the disk is full."""
+"""Token stores: whole or absent after any kill, one for many at once, one clear line when the disk
+is full.
+"""
 
 import json
 import os
@@ -31,7 +33,9 @@ print(data.stores[0].folder)
 
 def start(source, folder, before="", **kwargs):
     command = [sys.executable, "-c", before + PREPARE, source, str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
 
 
 def write_text(path, documents=20_000):
@@ -42,7 +46,9 @@ def write_text(path, documents=20_000):
 
 
 def config_of(path, folder, **settings):
-    return DataConfig(source=f"text:{path}", store_dir=str(folder), **{"seq_len": 8, "batch_size": 2} | settings)
+    return DataConfig(
+        source=f"text:{path}", store_dir=str(folder), **{"seq_len": 8, "batch_size": 2} | settings
+    )
 
 
 def manifest(data):
@@ -96,13 +102,17 @@ def test_a_store_is_whole_or_absent_after_kill_9_at_any_point(tmp_path, points):
 def test_any_number_of_processes_encodes_to_the_same_store(tmp_path, monkeypatch):
     path = write_text(tmp_path / "a.txt", 3_000)
     path.write_text(path.read_text() + "<|endoftext|>café\r\n— 日本 🙂\n")
-    alone = open_data(config_of(path, tmp_path / "alone", tokenizer="bpe:300"), seed=0, progress=False)
+    alone = open_data(
+        config_of(path, tmp_path / "alone", tokenizer="bpe:300"), seed=0, progress=False
+    )
     monkeypatch.setattr(encoding, "ALONE_SECS", 0)
     monkeypatch.setattr(encoding, "_BATCH_CHARS", 1 << 14)
     monkeypatch.setattr(encoding.os, "cpu_count", lambda: 3)
     here = []
     monkeypatch.setattr(encoding, "encode_texts", lambda *args: here.append(args))
-    many = open_data(config_of(path, tmp_path / "many", tokenizer="bpe:300"), seed=0, progress=False)
+    many = open_data(
+        config_of(path, tmp_path / "many", tokenizer="bpe:300"), seed=0, progress=False
+    )
     assert not here and len(manifest(many)["shards"]) == 1
     assert manifest(many)["shards"] == manifest(alone)["shards"]
     assert manifest(many)["document_shards"] == manifest(alone)["document_shards"]
@@ -115,7 +125,11 @@ def test_where_processes_cannot_encode_this_one_does_and_says_what_is_wrong(tmp_
     data = open_data(config_of(path, tmp_path / "s", tokenizer="bpe:257"), seed=0, progress=False)
     assert len(data.stores[0].tokens) == 50 * 41 + 90
     with pytest.raises(UserError, match="no Unicode"):
-        list(encoding.encode([sources.Document("\ud800")], data.tokenizer, data.stores[0].folder / "tokenizer"))
+        list(
+            encoding.encode(
+                [sources.Document("\ud800")], data.tokenizer, data.stores[0].folder / "tokenizer"
+            )
+        )
 
 
 def test_a_process_that_encodes_ends_with_the_one_that_asked(tmp_path):
@@ -133,15 +147,22 @@ def test_a_process_that_encodes_ends_with_the_one_that_asked(tmp_path):
 
 def test_a_store_that_was_not_renamed_is_none(tmp_path):
     source = f"text:{write_text(tmp_path / 'a.txt', 100)}"
-    assert start(source, tmp_path / "s", "import os; os.rename = lambda *a: os._exit(9)\n").wait() == 9
+    assert (
+        start(source, tmp_path / "s", "import os; os.rename = lambda *a: os._exit(9)\n").wait() == 9
+    )
     assert not finished(tmp_path / "s") and len(list((tmp_path / "s").glob("*.tmp"))) == 1
 
 
 def test_many_that_prepare_at_once_make_one_store(tmp_path):
     source = f"text:{write_text(tmp_path / 'a.txt')}"
     # The last two have no lock, like hosts that share a file system without locks.
-    no_lock = "import fcntl; fcntl.flock = lambda *a: None; import socket; socket.gethostname = lambda: 'host%d'\n"
-    processes = [start(source, tmp_path / "s", before) for before in ("", "", no_lock % 1, no_lock % 2)]
+    no_lock = (
+        "import fcntl; fcntl.flock = lambda *a: None; import socket; socket.gethostname = "
+        "lambda: 'host%d'\n"
+    )
+    processes = [
+        start(source, tmp_path / "s", before) for before in ("", "", no_lock % 1, no_lock % 2)
+    ]
     outputs = {process.communicate()[0] for process in processes}
     assert [process.returncode for process in processes] == [0] * 4 and len(outputs) == 1
     store.Store(finished(tmp_path / "s")[0]).verify()
@@ -168,7 +189,11 @@ def test_a_full_disk_is_one_line_with_its_own_exit_code_and_leaves_nothing(tmp_p
             open_data(config, seed=0, progress=False)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert error.value.exit_code == 5 and "\n" not in str(error.value) and "data.store_dir" in str(error.value)
+    assert (
+        error.value.exit_code == 5
+        and "\n" not in str(error.value)
+        and "data.store_dir" in str(error.value)
+    )
     assert not finished(tmp_path / "s") and not list((tmp_path / "s").glob("*.tmp"))
     assert manifest(open_data(config, seed=0, progress=False))["tokens"] > 100_000
 
@@ -188,14 +213,20 @@ def test_a_store_is_made_once_and_again_when_its_text_changes(tmp_path, monkeypa
 def test_a_text_that_was_moved_or_touched_finds_its_store(tmp_path, monkeypatch, tokenizer):
     path = write_text(tmp_path / "a.txt", 500)
     stores = tmp_path / "s"
-    first = open_data(config_of(path, stores, tokenizer=tokenizer), seed=0, progress=False).stores[0]
+    first = open_data(config_of(path, stores, tokenizer=tokenizer), seed=0, progress=False).stores[
+        0
+    ]
     monkeypatch.setattr(preparing, "Preparer", lambda *args: pytest.fail("prepared again"))
     os.utime(path, ns=(1, 1))
-    touched = open_data(config_of(path, stores, tokenizer=tokenizer), seed=0, progress=False).stores[0]
+    touched = open_data(
+        config_of(path, stores, tokenizer=tokenizer), seed=0, progress=False
+    ).stores[0]
     assert touched.folder == first.folder
     (tmp_path / "elsewhere").mkdir()
     moved = path.rename(tmp_path / "elsewhere" / "b.txt")
-    again = open_data(config_of(moved, stores, tokenizer=tokenizer), seed=0, progress=False).stores[0]
+    again = open_data(config_of(moved, stores, tokenizer=tokenizer), seed=0, progress=False).stores[
+        0
+    ]
     assert (again.folder, again.digest) == (first.folder, first.digest)
     assert len(list(stores.glob("*/manifest.json"))) == 1
 
@@ -210,7 +241,9 @@ def test_another_content_under_the_old_size_and_time_is_another_text(tmp_path):
     assert open_data(config, seed=0, progress=False).stores[0].digest != first.digest
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"%s": 5}', b'{"%s": [1, 2, 3, 4]}', b'{"%s": ["a"]}'])
+@pytest.mark.parametrize(
+    "damage", [b"", b"{", b"[]", b'{"%s": 5}', b'{"%s": [1, 2, 3, 4]}', b'{"%s": ["a"]}']
+)
 def test_damaged_notes_of_checksums_only_cost_another_reading(tmp_path, damage):
     path = write_text(tmp_path / "a.txt", 50)
     config = config_of(path, tmp_path / "s")
@@ -248,7 +281,9 @@ def test_ready_ids_that_were_moved_or_touched_are_the_same(tmp_path):
     first = open_data(config, seed=0, progress=False)
     before = first.train.read(np.arange(9))["tokens"]
     os.utime(tmp_path / "ids.bin", ns=(1, 1))
-    assert np.array_equal(first.train.read(np.arange(9))["tokens"], before), "also under a run that has it open"
+    assert np.array_equal(first.train.read(np.arange(9))["tokens"], before), (
+        "also under a run that has it open"
+    )
     (tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "ids.bin", tmp_path / "elsewhere" / "other.bin")
     config.source = f"tokens:{tmp_path}/elsewhere/other.bin"
@@ -285,7 +320,9 @@ def test_damage_is_found(tmp_path):
 @pytest.mark.parametrize("how", ["cut", "altered"])
 def test_a_file_that_changes_under_a_reader_is_one_line(tmp_path, packing, how):
     """A cut one must not kill the process, as a memory map that shrinks would."""
-    data = open_data(config_of(write_text(tmp_path / "a.txt", 500), tmp_path / "s", packing=packing), seed=0)
+    data = open_data(
+        config_of(write_text(tmp_path / "a.txt", 500), tmp_path / "s", packing=packing), seed=0
+    )
     data.train.read(np.arange(9))
     name = "tokens-*.bin" if packing == "stream" else "plan-*/pieces-*.bin"
     for path in data.stores[0].folder.glob(name):
@@ -320,7 +357,8 @@ def test_a_store_of_another_tokenizer_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("vocab_size", "dtype"), [(256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.uint32)]
+    ("vocab_size", "dtype"),
+    [(256, np.uint8), (257, np.uint16), (65536, np.uint16), (65537, np.uint32)],
 )
 def test_ids_take_the_smallest_type_and_shards_read_as_one(tmp_path, vocab_size, dtype):
     assert store.smallest_dtype(vocab_size) == dtype
@@ -346,8 +384,12 @@ def test_without_a_home_stores_go_to_a_private_temporary_folder(tmp_path, monkey
     assert all(os.stat(path).st_mode & 0o077 == 0 for path in (folder, folder.parent))
     other = os.stat_result([*os.lstat(folder)[:4], os.getuid() + 1, *os.lstat(folder)[5:]])
     real = os.lstat
-    monkeypatch.setattr(os, "lstat", lambda path, **_: other if path == folder.parent else real(path))
-    with pytest.raises(StorageError, match=r"set data\.store_dir"):  # who owns the parent could rename what is in it
+    monkeypatch.setattr(
+        os, "lstat", lambda path, **_: other if path == folder.parent else real(path)
+    )
+    with pytest.raises(
+        StorageError, match=r"set data\.store_dir"
+    ):  # who owns the parent could rename what is in it
         preparing.store_folder(DataConfig())
 
 
@@ -371,7 +413,9 @@ def test_a_trillion_tokens_open_at_once_and_read_like_few(tmp_path):
         rates[name] = time.perf_counter() - begun
         assert len(array) == items * count
     shutil.rmtree(tmp_path / "large")
-    assert rates["large"] < 20 * rates["small"] + 0.5  # each touches a page of its own; the benchmark has figures
+    assert (
+        rates["large"] < 20 * rates["small"] + 0.5
+    )  # each touches a page of its own; the benchmark has figures
 
 
 def test_more_files_open_than_the_soft_limit_allows(tmp_path):
@@ -383,7 +427,9 @@ def test_more_files_open_than_the_soft_limit_allows(tmp_path):
         config = config_of("", tmp_path / "s", seq_len=4)
         config.source = f"tokens:{tmp_path}/*.bin"
         data = open_data(config, seed=0, progress=False)
-        assert manifest(data)["documents"] == 200 and ids_of(data.stores[0])[::2].tolist() == list(range(200))
+        assert manifest(data)["documents"] == 200 and ids_of(data.stores[0])[::2].tolist() == list(
+            range(200)
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
@@ -394,8 +440,14 @@ def test_private_plans_of_a_read_only_store_stay_in_memory(tmp_path, monkeypatch
     wanted = open_data(config, seed=0, progress=False)
     for plan in wanted.stores[0].folder.glob("plan-*-80"):
         shutil.rmtree(plan)
-    monkeypatch.setattr(pathlib.Path, "mkdir", lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "no")))
+    monkeypatch.setattr(
+        pathlib.Path,
+        "mkdir",
+        lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "no")),
+    )
     config.store_dir = ""
     monkeypatch.setattr(preparing, "store_folder", lambda config: tmp_path / "s")
     found = open_data(config, seed=0, progress=False)
-    assert np.array_equal(found.train.read(np.arange(9))["targets"], wanted.train.read(np.arange(9))["targets"])
+    assert np.array_equal(
+        found.train.read(np.arange(9))["targets"], wanted.train.read(np.arange(9))["targets"]
+    )

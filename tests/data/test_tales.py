@@ -1,4 +1,6 @@
-"""The embedded corpus: log p is exact, every text has one derivation, tales agree with themselves, splits are apart."""
+"""The embedded corpus: log p is exact, every text has one derivation, tales agree with themselves,
+splits are apart.
+"""
 
 import collections
 import itertools
@@ -19,7 +21,10 @@ SMALL = {
         {toy.size}{end} | 2* So {name}, {he} {verb} it{end}""",
     "name": "Al; who=he | 2* Bo; who=she",
     "verb": "3* sees | wants",
-    "toy by name.who": "he: red top; size=small | 2* red bus; size=big / she: red top; size=small | kite; size=wide",
+    "toy by name.who": (
+        "he: red top; size=small | 2* red bus; size=big / she: red top; size=small | kite; "
+        "size=wide"
+    ),
     "he by name.who": "he: he / she: she | 2* her",
     "end": "! | 2* , says {name}.",
 }
@@ -29,11 +34,17 @@ AMBIGUOUS = [
     {"start": "{x} | {y}", "x": "a | b", "y": "b | c"},
     {"start": "{x}{z}", "x": "a", "z": "b | bb"},
     {"start": "{x}{z} | {y}c", "x": "a | b", "y": "ac | d", "z": "c | d"},
-    {"start": "{x}{y}{x.of}g | b{x}{x.of}h", "x": "b; of=e | c; of=eg", "y": "b | c"},  # bce-g begins bc-eg-h
+    {
+        "start": "{x}{y}{x.of}g | b{x}{x.of}h",
+        "x": "b; of=e | c; of=eg",
+        "y": "b | c",
+    },  # bce-g begins bc-eg-h
 ]
 FIRST_TALE = (
-    "In a quiet valley lived a kind rabbit named Ben. More than anything, Ben wanted to cook. But when he tried, he "
-    'spilled the soup. "I will teach you," said a wise hen. After five days, Ben could cook! Everyone in the valley '
+    "In a quiet valley lived a kind rabbit named Ben. More than anything, Ben wanted to "
+    "cook. But when he tried, he "
+    'spilled the soup. "I will teach you," said a wise hen. After five days, Ben could '
+    "cook! Everyone in the valley "
     "said that Ben was the kindest rabbit of all."
 )
 SUPERLATIVES = {
@@ -60,13 +71,17 @@ def forms(*pieces: str) -> st.SearchStrategy[str]:
 
 @st.composite
 def grammars(draw) -> dict[str, str]:
-    """Draw a grammar of few letters: `y` depends on `x`, `z` is made of both; often two forms begin alike."""
+    """Draw a grammar of few letters: `y` depends on `x`, `z` is made of both; often two forms begin
+    alike.
+    """
     facts = st.sampled_from(["a", "b", "ab", "ba"])
     table = st.dictionaries(st.sampled_from("abc"), facts, min_size=1, max_size=2).map(
         lambda values: " | ".join(f"{text}; of={fact}" for text, fact in values.items())
     )
     return {
-        "start": draw(forms("a", "b", "{x}", "{y}", "{z}", "{x.of}", "{y.of}").map(lambda ways: "{x}" + ways)),
+        "start": draw(
+            forms("a", "b", "{x}", "{y}", "{z}", "{x.of}", "{y.of}").map(lambda ways: "{x}" + ways)
+        ),
         "x": draw(table),
         "y by x.of": " / ".join(f"{fact}: {draw(table)}" for fact in ["a", "b", "ab", "ba"]),
         "z": draw(forms("a", "c", "{x}", "{y}")),
@@ -78,7 +93,9 @@ def test_derivations_parse_back(many):
         assert TALES.log_prob(text) == log_prob
 
 
-@pytest.mark.parametrize("change", [(" wise hen", " wise pony"), (" he ", " she "), ("kindest", "bravest"), (".", "")])
+@pytest.mark.parametrize(
+    "change", [(" wise hen", " wise pony"), (" he ", " she "), ("kindest", "bravest"), (".", "")]
+)
 def test_text_outside_the_grammar_is_refused(change):
     assert FIRST_TALE.replace(*change) != FIRST_TALE
     for text in (FIRST_TALE.replace(*change), FIRST_TALE + " ", FIRST_TALE[:-1], ""):
@@ -93,17 +110,23 @@ def test_small_grammar_is_a_distribution():
     entropy, number = grammar.outlook()
     assert number == len(texts) == len(derivations)
     assert sum(math.exp(log_prob) for log_prob in texts.values()) == pytest.approx(1, abs=1e-12)
-    assert entropy == pytest.approx(-sum(math.exp(log_prob) * log_prob for log_prob in texts.values()), abs=1e-12)
+    assert entropy == pytest.approx(
+        -sum(math.exp(log_prob) * log_prob for log_prob in texts.values()), abs=1e-12
+    )
     assert all(grammar.log_prob(text) == log_prob for text, log_prob in derivations)
     assert {"Al sees red bus. Red bus is big!", "So Bo, her wants it, says Bo."} < set(texts)
 
 
 def test_samples_follow_log_prob():
     grammar = ParsedGrammar(SMALL, "start")
-    numbers = 648  # a multiple of the product of total weights along every derivation: each has its exact share
+    # A multiple of the product of total weights along every derivation: each has its exact share.
+    numbers = 648
     counts = collections.Counter(grammar.sample(number) for number in range(numbers))
     assert set(counts) == set(grammar.derivations())
-    assert all(log_prob == pytest.approx(math.log(count / numbers)) for (_, log_prob), count in counts.items())
+    assert all(
+        log_prob == pytest.approx(math.log(count / numbers))
+        for (_, log_prob), count in counts.items()
+    )
 
 
 @pytest.mark.parametrize("symbols", AMBIGUOUS)
@@ -151,11 +174,15 @@ def test_no_valid_tale_is_in_train(many):
 
 
 def test_golden_first_tale():
-    """Update it when a word or the sampler changes: every loss measured on the corpus changes with them."""
+    """Update it when a word or the sampler changes: every loss measured on the corpus changes with
+    them.
+    """
     text, log_prob = tales.tale(0)
     assert text == FIRST_TALE
     assert log_prob == pytest.approx(-21.525058754908976, rel=1e-12)
-    assert tales.tale(0, seed=1)[0].startswith("Once upon a time, a kind rabbit named Otto lived on a green hill. One")
+    assert tales.tale(0, seed=1)[0].startswith(
+        "Once upon a time, a kind rabbit named Otto lived on a green hill. One"
+    )
 
 
 def test_tales_are_short_and_plain(many):
@@ -170,13 +197,26 @@ def test_pronouns_and_facts_agree(many):
     colors = "red|blue|green|yellow|golden|pink|silver|purple|brown|white"
     for text, _ in many:
         kind, name = re.search(r"(\w+) named (\w+)", text).groups()
-        told = text.replace("so happy that she gave", "")  # the mother of what was lost, not the hero
+        told = text.replace(
+            "so happy that she gave", ""
+        )  # the mother of what was lost, not the hero
         pronouns = set(re.findall(r"\b(?:she|her|he|his|him)\b", told.lower()))
-        assert pronouns <= ({"she", "her"} if kind in ("girl", "mouse", "kitten", "fox") else {"he", "his", "him"})
+        assert pronouns <= (
+            {"she", "her"} if kind in ("girl", "mouse", "kitten", "fox") else {"he", "his", "him"}
+        )
         friend = re.search(r"friend (?:named )?(\w+)", text.replace("best friends", ""))
         said = set(re.findall(r"(?:said|asked) ([A-Z]\w+)", text))
         assert said <= {name, friend and friend[1]}
-        assert len(set(re.findall(rf"\b(?:{colors}) (?:kite|flag|hat|scarf|ball|drum|top|bell)\b", text))) <= 1
+        assert (
+            len(
+                set(
+                    re.findall(
+                        rf"\b(?:{colors}) (?:kite|flag|hat|scarf|ball|drum|top|bell)\b", text
+                    )
+                )
+            )
+            <= 1
+        )
         best = re.search(r"was the (\w+) (\w+) of all", text)
         if best:
             trait = re.search(rf"\b(?:{'|'.join(SUPERLATIVES)})\b", text)[0]

@@ -1,4 +1,6 @@
-"""Tokenizers: exact round trips on hostile text, ids of the libraries they stand for, saving, cutting."""
+"""Tokenizers: exact round trips on hostile text, ids of the libraries they stand for, saving,
+cutting.
+"""
 
 import base64
 import io
@@ -22,7 +24,21 @@ from tinylm.data.tokenizers import ByteTokenizer, CharTokenizer, build_tokenizer
 
 TEXT = "Once upon a time there was a cat.\nShe said: “café!”\n\n  Two  spaces, 日本 and 🙂.\n" * 20
 HOSTILE = st.text(max_size=60) | st.lists(
-    st.sampled_from(["<|endoftext|>", "</s>", "\n\n", "  ", "\u200d", "e\u0301", "🙂", "\r\n", "\x1f", " a", "'ll"]),
+    st.sampled_from(
+        [
+            "<|endoftext|>",
+            "</s>",
+            "\n\n",
+            "  ",
+            "\u200d",
+            "e\u0301",
+            "🙂",
+            "\r\n",
+            "\x1f",
+            " a",
+            "'ll",
+        ]
+    ),
     max_size=8,
 ).map("".join)
 
@@ -39,16 +55,28 @@ def sentencepiece_model():
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.splitlines()), model_writer=model, vocab_size=330, model_type="bpe", num_threads=1,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_writer=model,
+        vocab_size=330,
+        model_type="bpe",
+        num_threads=1,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
         allow_whitespace_only_pieces=True,
-    )  # fmt: skip
+    )
     return model.getvalue()
 
 
 def hf_json(bpe):
     content = json.loads(bpe.files["tokenizer.json"])
-    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     return json.dumps(content).encode()
 
 
@@ -135,14 +163,18 @@ def test_a_saved_tokenizer_is_the_same_and_an_altered_one_is_refused(makers, nam
 
 
 def test_training_bpe_twice_gives_the_same_merges():
-    assert BpeTokenizer.train([TEXT], 320).fingerprint == BpeTokenizer.train(iter([TEXT]), 320).fingerprint
+    assert (
+        BpeTokenizer.train([TEXT], 320).fingerprint
+        == BpeTokenizer.train(iter([TEXT]), 320).fingerprint
+    )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
-    st.lists(st.sampled_from(["a", " b", "\n", "\n\n", "\r\n", "  ", "1", ",", "é", "it's", "\t"]), max_size=40).map(
-        "".join
-    )
+    st.lists(
+        st.sampled_from(["a", " b", "\n", "\n\n", "\r\n", "  ", "1", ",", "é", "it's", "\t"]),
+        max_size=40,
+    ).map("".join)
 )
 def test_pieces_of_a_long_text_give_the_ids_of_the_whole(text):
     cut, whole = pieces._PIECE_CHARS, BPE._encode_pieces([text])[0]
@@ -159,10 +191,14 @@ BPE = BpeTokenizer.train([TEXT + "a b\n\nit's 1,\r\n  é\t" * 9], 330)
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
-    st.text(alphabet=st.characters(max_codepoint=127), max_size=40) | st.text(alphabet="a' 1,\n\tse\x1c_", max_size=20)
+    st.text(alphabet=st.characters(max_codepoint=127), max_size=40)
+    | st.text(alphabet="a' 1,\n\tse\x1c_", max_size=20)
 )
 def test_ids_by_words_are_those_of_the_library(text):
-    assert BPE._encode_words([text, "", text])[0].tolist() == BPE._inner.encode(text, add_special_tokens=False).ids
+    assert (
+        BPE._encode_words([text, "", text])[0].tolist()
+        == BPE._inner.encode(text, add_special_tokens=False).ids
+    )
 
 
 def test_gpt2_ids_are_those_of_tiktoken_and_of_both_tinystories_files():
@@ -175,9 +211,13 @@ def test_gpt2_ids_are_those_of_tiktoken_and_of_both_tinystories_files():
     ]
     ids = tokenizer.encode_batch(texts)
     assert sum(map(len, ids)) + len(ids) == 1_231_914
-    assert [one.tolist() for one in ids[:300]] == tokenizer._inner.encode_ordinary_batch(texts[:300])
+    assert [one.tolist() for one in ids[:300]] == tokenizer._inner.encode_ordinary_batch(
+        texts[:300]
+    )
     odd = ["plain", "has <|endoftext|> inside", ""]
-    assert [one.tolist() for one in tokenizer.encode_batch(odd)] == [tokenizer._inner.encode_ordinary(t) for t in odd]
+    assert [one.tolist() for one in tokenizer.encode_batch(odd)] == [
+        tokenizer._inner.encode_ordinary(t) for t in odd
+    ]
 
 
 def test_hf_and_sentencepiece_ids_are_those_of_their_libraries(makers):
@@ -242,7 +282,9 @@ def test_a_cut_of_a_byte_level_vocabulary_spells_what_it_drops(makers):
 
 
 def tokenizer_json(bpe, *added, **changes):
-    """Return the file of `bpe` without its end of text, with added words and other settings of its model."""
+    """Return the file of `bpe` without its end of text, with added words and other settings of its
+    model.
+    """
     from tokenizers import Tokenizer
 
     content = {**json.loads(bpe.files["tokenizer.json"]), "added_tokens": []}
@@ -255,10 +297,14 @@ def tokenizer_json(bpe, *added, **changes):
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])
 def test_a_text_that_spells_the_end_does_not_end(makers, special, end):
-    """Whatever the file says of the token: by the library's own doing, one that isn't special ends the text."""
+    """Whatever the file says of the token: by the library's own doing, one that isn't special ends
+    the text.
+    """
     from tokenizers import AddedToken
 
-    content = tokenizer_json(makers["bpe"](), AddedToken(end, special=special), AddedToken("café", special=special))
+    content = tokenizer_json(
+        makers["bpe"](), AddedToken(end, special=special), AddedToken("café", special=special)
+    )
     tokenizer = vocabularies.HfTokenizer(content, end)
     text = f"a {end}{end} café\n{end}"
     ids = tokenizer.encode(text)
@@ -279,26 +325,37 @@ def test_a_tokenizer_learns_from_the_training_split_alone(tmp_path, where, token
     if where == "random":
         train = sides([f"once upon {i}" for i in range(60)], "train")
         valid = sides([f"QZQZQZ {i}" for i in range(60)], "valid")
-    (tmp_path / "train.txt").write_text("<|endoftext|>".join(train if where == "source" else [*train, *valid]))
+    (tmp_path / "train.txt").write_text(
+        "<|endoftext|>".join(train if where == "source" else [*train, *valid])
+    )
     (tmp_path / "valid.txt").write_text("<|endoftext|>".join(valid))
     config = DataConfig(
-        source=f"text:{tmp_path}/train.txt", valid_fraction=0.3, seq_len=8, batch_size=1,
-        tokenizer="char" if tokenizer == "cut" else tokenizer, vocab_top_k=9 if tokenizer == "cut" else 0,
+        source=f"text:{tmp_path}/train.txt",
+        valid_fraction=0.3,
+        seq_len=8,
+        batch_size=1,
+        tokenizer="char" if tokenizer == "cut" else tokenizer,
+        vocab_top_k=9 if tokenizer == "cut" else 0,
         valid_split="random" if where == "random" else "tail",
-        valid_source=f"text:{tmp_path}/valid.txt" if where == "source" else "", store_dir=str(tmp_path / "stores"),
-    )  # fmt: skip
+        valid_source=f"text:{tmp_path}/valid.txt" if where == "source" else "",
+        store_dir=str(tmp_path / "stores"),
+    )
     learned = open_data(config, seed=0, progress=False).tokenizer
     written = [learned.decode([i]) for i in range(learned.vocab_size)]
     if tokenizer == "char":
         assert {"Q", "Z"} <= set(written)
     else:
-        assert not any("QZ" in token or token == "Z" * (tokenizer == "cut") for token in written if token)
+        assert not any(
+            "QZ" in token or token == "Z" * (tokenizer == "cut") for token in written if token
+        )
 
 
 def word_level(vocab, unknown="[UNK]"):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocab)}, unk_token=unknown))
+    inner = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocab)}, unk_token=unknown)
+    )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return inner.to_str().encode()
 
@@ -312,14 +369,20 @@ def test_a_vocabulary_whose_words_have_the_end_among_them_gives_another_id_or_sa
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(UserError, match=r"a text holds '</s>', for which .* set data\.eot_token"):
         vocabularies.HfTokenizer(inner.to_str().encode()).encode("a </s>")
-    with pytest.raises(UserError, match="one token, '</s>', for the end of text and for what it can't spell"):
+    with pytest.raises(
+        UserError, match="one token, '</s>', for the end of text and for what it can't spell"
+    ):
         vocabularies.HfTokenizer(word_level(["a", "</s>"], "</s>"))
 
 
-def test_the_end_of_text_is_the_one_that_is_named_or_declared_or_a_new_one_that_is_said(makers, tmp_path, said):
+def test_the_end_of_text_is_the_one_that_is_named_or_declared_or_a_new_one_that_is_said(
+    makers, tmp_path, said
+):
     vocab = json.loads(makers["bpe"]().files["tokenizer.json"])["model"]["vocab"]
     vocab = {"<|pad|>" if token == "<|endoftext|>" else token: i for token, i in vocab.items()}
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(makers["bpe"](), "<|im_end|>", vocab=vocab))
+    (tmp_path / "tokenizer.json").write_bytes(
+        tokenizer_json(makers["bpe"](), "<|im_end|>", vocab=vocab)
+    )
     spec = f"hf:{tmp_path}/tokenizer.json"
     with_new = build_tokenizer(spec, 0, list)
     assert with_new.eot_id == with_new.vocab_size - 1 == 301
@@ -327,7 +390,9 @@ def test_the_end_of_text_is_the_one_that_is_named_or_declared_or_a_new_one_that_
     named = build_tokenizer(spec, 0, list, "<|im_end|>")
     assert (named.eot_id, named.vocab_size) == (300, 301)
     assert "ends a text with <|im_end|> (id 300)" in said()
-    with pytest.raises(UserError, match=r"data\.eot_token=<\|imend\|> isn't a token.*did you mean '<\|im_end\|>'"):
+    with pytest.raises(
+        UserError, match=r"data\.eot_token=<\|imend\|> isn't a token.*did you mean '<\|im_end\|>'"
+    ):
         build_tokenizer(spec, 0, list, "<|imend|>")
     hashes = vocabularies.tokenizer_file_hashes(spec)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
@@ -335,7 +400,9 @@ def test_the_end_of_text_is_the_one_that_is_named_or_declared_or_a_new_one_that_
     assert vocabularies.tokenizer_file_hashes(spec) != hashes
     named.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").eot_id == 300
-    with pytest.raises(UserError, match=r"data\.eot_token=a is for data\.tokenizer=hf: and sentencepiece:"):
+    with pytest.raises(
+        UserError, match=r"data\.eot_token=a is for data\.tokenizer=hf: and sentencepiece:"
+    ):
         DataConfig(eot_token="a").check()
 
 
@@ -364,18 +431,25 @@ def test_added_words_of_a_byte_level_vocabulary_come_back(makers, word, tmp_path
 def test_an_added_word_that_does_not_come_back_is_said(makers, tmp_path, said):
     from tokenizers import AddedToken
 
-    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(makers["bpe"](), AddedToken("<x>", lstrip=True)))
+    (tmp_path / "tokenizer.json").write_bytes(
+        tokenizer_json(makers["bpe"](), AddedToken("<x>", lstrip=True))
+    )
     build_tokenizer(f"hf:{tmp_path}/tokenizer.json", 0, list)
     assert "doesn't write its added words back exactly: 'a <x> b' becomes 'a<x> b'" in said()
 
 
 def test_what_a_tokenizer_cannot_spell_is_counted_and_said(tmp_path, said):
     (tmp_path / "tokenizer.json").write_bytes(word_level(["[UNK]", "</s>", "once", "upon"]))
-    (tmp_path / "a.txt").write_text("once upon 日本<|endoftext|>once nothing upon<|endoftext|>once upon once")
+    (tmp_path / "a.txt").write_text(
+        "once upon 日本<|endoftext|>once nothing upon<|endoftext|>once upon once"
+    )
     config = DataConfig(
-        source=f"text:{tmp_path}/a.txt", tokenizer=f"hf:{tmp_path}/tokenizer.json", seq_len=2, batch_size=1,
+        source=f"text:{tmp_path}/a.txt",
+        tokenizer=f"hf:{tmp_path}/tokenizer.json",
+        seq_len=2,
+        batch_size=1,
         store_dir=str(tmp_path / "stores"),
-    )  # fmt: skip
+    )
     data = open_data(config, seed=0, progress=False)
     assert data.stores[0].manifest["unknown"] == 2
     assert "2 of 12 tokens of text:" in (line := said())
@@ -391,9 +465,14 @@ def test_unknown_ids_of_sentencepiece_and_of_a_cut_are_known(size):
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a cat sat"] * 9), model_writer=model, vocab_size=12, model_type="char",
-        num_threads=1, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=iter(["a cat sat"] * 9),
+        model_writer=model,
+        vocab_size=12,
+        model_type="char",
+        num_threads=1,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     tokenizer = vocabularies.SentencePieceTokenizer(model.getvalue())
     if size:
         tokenizer = CutTokenizer.of(tokenizer, ["a cat"], 6)
@@ -401,7 +480,9 @@ def test_unknown_ids_of_sentencepiece_and_of_a_cut_are_known(size):
     assert tokenizer.count_unknown(np.array(tokenizer.encode("a 日 cat"))) == 1
 
 
-@pytest.mark.parametrize("name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"])
+@pytest.mark.parametrize(
+    "name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"]
+)
 def test_bytes_of_ids_are_those_of_the_texts(makers, name):
     """So that bits per byte of ready ids are those of the text they were made from."""
     tokenizer = makers[name]()
@@ -410,7 +491,9 @@ def test_bytes_of_ids_are_those_of_the_texts(makers, name):
     assert tokenizer.count_bytes(np.array(ids)) == sum(len(text.encode()) for text in texts)
 
 
-@pytest.mark.parametrize("name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"])
+@pytest.mark.parametrize(
+    "name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"]
+)
 def test_what_follows_other_ids_keeps_its_space(makers, name):
     tokenizer, text = makers[name](), "Once upon a time there was a cat."
     ids = tokenizer.encode(text)
@@ -423,10 +506,14 @@ def test_a_cut_keeps_the_spaces_around_what_it_does_not_know(makers, name):
     base = makers[name]()
     cut = CutTokenizer.of(base, ["there was a cat"], 99)
     strange = "\ufffd" * len(base.encode("Two"))
-    assert cut.decode(cut.encode("Two was Two Two a cat")) == f"{strange} was{strange}{strange} a cat"
+    assert (
+        cut.decode(cut.encode("Two was Two Two a cat")) == f"{strange} was{strange}{strange} a cat"
+    )
 
 
-@pytest.mark.parametrize("damage", [b"{", b'{"name": "char"}', b"[]", b'{"name": "no:kind"}', b'{"chars": "ab"}'])
+@pytest.mark.parametrize(
+    "damage", [b"{", b'{"name": "char"}', b"[]", b'{"name": "no:kind"}', b'{"chars": "ab"}']
+)
 def test_a_damaged_header_is_one_clear_line(tmp_path, damage):
     CharTokenizer("ab").save(tmp_path)
     (tmp_path / tokenizers.HEADER_FILE).write_bytes(damage)
@@ -438,7 +525,9 @@ def test_a_damaged_header_is_one_clear_line(tmp_path, damage):
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\n\xff", b"", b'{"a": 0}'])
 def test_a_damaged_gpt2_vocabulary_is_one_clear_line(tmp_path, name, content):
     for file in ("encoder.json", "vocab.bpe"):
-        (tmp_path / file).write_bytes(content if file == name else real(f"gpt2_bpe/{file}").read_bytes())
+        (tmp_path / file).write_bytes(
+            content if file == name else real(f"gpt2_bpe/{file}").read_bytes()
+        )
     with pytest.raises(UserError, match="belong together"):
         build_tokenizer(f"gpt2:{tmp_path}", 0, list)
 
@@ -446,7 +535,9 @@ def test_a_damaged_gpt2_vocabulary_is_one_clear_line(tmp_path, name, content):
 BYTE_RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
 
 
-@pytest.mark.parametrize("content", [b"", b"YQ== 0\nYg== 0\n", BYTE_RANKS[7:], BYTE_RANKS + b"YWI= 9\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"YQ== 0\nYg== 0\n", BYTE_RANKS[7:], BYTE_RANKS + b"YWI= 9\n"]
+)
 def test_ranks_that_are_no_vocabulary_are_one_clear_line(tmp_path, content):
     vocabularies.Gpt2Tokenizer.restore(BYTE_RANKS).save(tmp_path)
     (tmp_path / "gpt2.tiktoken").write_bytes(content)
@@ -472,8 +563,11 @@ def test_a_vocabulary_without_unknown_token_says_what_it_cannot_spell():
 def test_ids_that_no_memory_holds_are_refused():
     from tokenizers import Tokenizer, models
 
-    # The library writes a vocabulary in the order of its ids and tries each one: so the large id is put in afterwards.
-    content = Tokenizer(models.BPE({"a": 0, "b": 7}, [])).to_str().replace('"b":7', '"b":4000000000')
+    # The library writes a vocabulary in the order of its ids and tries each one: so the large id is
+    # put in afterwards.
+    content = (
+        Tokenizer(models.BPE({"a": 0, "b": 7}, [])).to_str().replace('"b":7', '"b":4000000000')
+    )
     with pytest.raises(UserError, match=r"no tokenizer\.json: its ids reach 4000000001"):
         vocabularies.HfTokenizer(content.encode())
 

@@ -1,4 +1,6 @@
-"""The size of a vocabulary is known from the tokenizer, or from a store, before any text is read."""
+"""The size of a vocabulary is known from the tokenizer, or from a store, before any text is
+read.
+"""
 
 import pytest
 
@@ -37,8 +39,12 @@ def test_a_file_says_it(tmp_path):
 
 def test_characters_are_counted_in_the_store_alone(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
-    config = DataConfig(source=f"text:{tmp_path}/a.txt", tokenizer="char", seq_len=8, store_dir=str(tmp_path / "s"))
-    with pytest.raises(UserError, match=r"tinylm\.prepare .* or set --config\.model\.vocab_size \(typically 66"):
+    config = DataConfig(
+        source=f"text:{tmp_path}/a.txt", tokenizer="char", seq_len=8, store_dir=str(tmp_path / "s")
+    )
+    with pytest.raises(
+        UserError, match=r"tinylm\.prepare .* or set --config\.model\.vocab_size \(typically 66"
+    ):
         known_vocab_size(config)
     with pytest.raises(UserError, match="typically 66"):
         known_vocab_size(DataConfig(source="text:/no/such/text", tokenizer="char"))

@@ -1,4 +1,6 @@
-"""Writing: prompts of unequal length, the end of a text, the edge of the context, ids that no tokenizer knows."""
+"""Writing: prompts of unequal length, the end of a text, the edge of the context, ids that no
+tokenizer knows.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,9 @@ def test_greedy_text_is_the_argmax_of_the_full_forward(model):
     graph, params, decoder = model
     prompts = [[5, 9, 3], [7]]
     forward = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens))
-    for prompt, got in zip(prompts, decoder.write(params, prompts, max_tokens=8, sampler=GREEDY), strict=True):
+    for prompt, got in zip(
+        prompts, decoder.write(params, prompts, max_tokens=8, sampler=GREEDY), strict=True
+    ):
         ids = list(prompt)
         for _ in range(8):
             padded = jnp.asarray([ids + [1] * (16 - len(ids))])
@@ -37,7 +41,9 @@ def test_greedy_text_is_the_argmax_of_the_full_forward(model):
 
 
 def test_a_text_goes_on_past_the_context(model):
-    """Where the context is full, its last half is read again: each token is the argmax of a full forward over that."""
+    """Where the context is full, its last half is read again: each token is the argmax of a full
+    forward over that.
+    """
     graph, params, decoder = model
     prompts = [[5 + i, 9, 3] for i in range(4)]
     stream = decoder.stream(params, prompts, max_tokens=40, sampler=GREEDY)
@@ -58,7 +64,9 @@ def test_a_text_goes_on_past_the_context(model):
 
 def test_only_known_ids_are_drawn_and_the_end_stays(model):
     _, params, decoder = model
-    stream = decoder.stream(params, [[i + 1] for i in range(32)], max_tokens=13, sampler=Sampler(50.0), seed=3)
+    stream = decoder.stream(
+        params, [[i + 1] for i in range(32)], max_tokens=13, sampler=Sampler(50.0), seed=3
+    )
     rows = np.concatenate([ids for ids, _ in stream], axis=1)
     assert rows.max() < 60
     assert len(np.unique(rows)) > 40
@@ -83,17 +91,26 @@ def test_any_of_several_ends_ends_a_text(model):
 
 def test_a_seed_decides_the_text(model):
     _, params, decoder = model
-    texts = [decoder.write(params, [[4]], max_tokens=10, sampler=Sampler(1.0), seed=seed) for seed in (1, 1, 2)]
+    texts = [
+        decoder.write(params, [[4]], max_tokens=10, sampler=Sampler(1.0), seed=seed)
+        for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_scores_are_the_models_log_probabilities(model):
     graph, params, decoder = model
     sampler = Sampler(0.7, top_k=5, repetition_penalty=1.5)
-    [(ids, scores)] = decoder.stream(params, [[5, 9, 3]], max_tokens=6, sampler=sampler, scored=True)
+    [(ids, scores)] = decoder.stream(
+        params, [[5, 9, 3]], max_tokens=6, sampler=sampler, scored=True
+    )
     text = [5, 9, 3, *ids[0]]
-    logits = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens))(jnp.asarray([text]))[0, 2:8, :60]
-    np.testing.assert_allclose(scores[0], jax.nn.log_softmax(logits)[np.arange(6), ids[0]], atol=1e-4)
+    logits = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens))(jnp.asarray([text]))[
+        0, 2:8, :60
+    ]
+    np.testing.assert_allclose(
+        scores[0], jax.nn.log_softmax(logits)[np.arange(6), ids[0]], atol=1e-4
+    )
 
 
 def test_a_repetition_penalty_keeps_tokens_of_the_text_away(model):
@@ -102,8 +119,12 @@ def test_a_repetition_penalty_keeps_tokens_of_the_text_away(model):
     prompts = [[7, 8], [9], [10, 11, 12], [13]]
     sampler = Sampler(0.0, repetition_penalty=1e9)
     plain = decoder.write(params, prompts, max_tokens=12, sampler=GREEDY)
-    assert any(len(set(text)) < len(text) for text in plain), "no text repeats by itself; take other prompts"
-    for prompt, ids in zip(prompts, decoder.write(params, prompts, max_tokens=12, sampler=sampler), strict=True):
+    assert any(len(set(text)) < len(text) for text in plain), (
+        "no text repeats by itself; take other prompts"
+    )
+    for prompt, ids in zip(
+        prompts, decoder.write(params, prompts, max_tokens=12, sampler=sampler), strict=True
+    ):
         assert len({*prompt, *ids}) == len(prompt) + len(ids)
 
 
@@ -115,7 +136,9 @@ def test_a_row_that_its_caller_ends_holds_the_end_and_others_go_on(model):
         asked.append((row, len(ids)))
         return row == 1 and len(ids) >= 4
 
-    stream = decoder.stream(params, [[4], [5]], max_tokens=9, sampler=Sampler(1.0), chunk_tokens=2, ends=ends, seed=1)
+    stream = decoder.stream(
+        params, [[4], [5]], max_tokens=9, sampler=Sampler(1.0), chunk_tokens=2, ends=ends, seed=1
+    )
     rows = np.concatenate([ids for ids, _ in stream], axis=1)
     free = decoder.write(params, [[4], [5]], max_tokens=9, sampler=Sampler(1.0), seed=1)
     assert rows[1, 4:].tolist() == [END] * (rows.shape[1] - 4)

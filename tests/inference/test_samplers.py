@@ -13,7 +13,9 @@ LOGITS = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))[None]
 
 
 def expected(temperature, top_k, top_p, min_p):
-    """The definition with sorted lists: temperature, top-k, the smallest set with top_p, then at least min_p of it."""
+    """The definition with sorted lists: temperature, top-k, the smallest set with top_p, then at
+    least min_p of it.
+    """
     p = PROBABILITIES ** (1 / temperature)
     p = p / p.sum()
     order = sorted(range(len(p)), key=lambda i: -p[i])[: top_k or len(p)]
@@ -30,9 +32,17 @@ def expected(temperature, top_k, top_p, min_p):
 
 
 CASES = [
-    (1.0, 0, 1.0, 0.0), (0.5, 0, 1.0, 0.0), (2.0, 3, 1.0, 0.0), (1.0, 0, 0.5, 0.0), (1.0, 0, 0.75, 0.0),
-    (1.3, 4, 0.9, 0.0), (1.0, 1, 1.0, 0.0), (1.0, 0, 1.0, 0.3), (1.5, 5, 0.9, 0.3), (0.7, 0, 0.97, 0.05),
-]  # fmt: skip
+    (1.0, 0, 1.0, 0.0),
+    (0.5, 0, 1.0, 0.0),
+    (2.0, 3, 1.0, 0.0),
+    (1.0, 0, 0.5, 0.0),
+    (1.0, 0, 0.75, 0.0),
+    (1.3, 4, 0.9, 0.0),
+    (1.0, 1, 1.0, 0.0),
+    (1.0, 0, 1.0, 0.3),
+    (1.5, 5, 0.9, 0.3),
+    (0.7, 0, 0.97, 0.05),
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -68,16 +78,22 @@ def test_the_lowest_and_the_highest_number_draw_tokens_that_can_be_drawn():
 
 def test_sums_are_those_of_a_scan():
     x = np.random.default_rng(1).random((3, 1000)).astype(np.float32)
-    np.testing.assert_allclose(cumulate(jnp.asarray(x)), np.cumsum(x.astype(np.float64), axis=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        cumulate(jnp.asarray(x)), np.cumsum(x.astype(np.float64), axis=1), rtol=1e-5
+    )
 
 
 def test_the_penalty_pushes_seen_tokens_down_on_both_sides_of_0():
-    got = penalize(jnp.array([[2.0, -2.0, 2.0, -2.0]]), jnp.array([[True, True, False, False]]), 4.0)
+    got = penalize(
+        jnp.array([[2.0, -2.0, 2.0, -2.0]]), jnp.array([[True, True, False, False]]), 4.0
+    )
     assert got.tolist() == [[0.5, -8.0, 2.0, -2.0]]
 
 
-@pytest.mark.parametrize(("extreme", "drawn"), [({"top_p": 1e-60}, {1}), ({"top_k": 2**40}, {0, 1, 2, 3, 4, 5}),
-                                                ({"temperature": 1e-6}, {1})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("extreme", "drawn"),
+    [({"top_p": 1e-60}, {1}), ({"top_k": 2**40}, {0, 1, 2, 3, 4, 5}), ({"temperature": 1e-6}, {1})],
+)
 def test_values_at_the_ends_of_their_ranges_mean_what_they_say(extreme, drawn):
     sampler, uniform = Sampler(**extreme), jnp.linspace(0, 1, 200, endpoint=False)
     sampler.check(prefix="--")
@@ -86,9 +102,21 @@ def test_values_at_the_ends_of_their_ranges_mean_what_they_say(extreme, drawn):
     assert set(ids.tolist()) == drawn
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"min_p": 1}, {"top_k": -1},
-                                   {"repetition_penalty": 0}, {"repetition_penalty": 1e-40}, {"temperature": 1e-40},
-                                   {"temperature": 1e30}, {"temperature": float("nan")}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"min_p": 1},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": 1e-40},
+        {"temperature": 1e-40},
+        {"temperature": 1e30},
+        {"temperature": float("nan")},
+    ],
+)
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))}=.* must be"):
         Sampler(**wrong).check(prefix="--")

@@ -18,7 +18,9 @@ from tinylm.run.open_run import Run
 
 
 def test_measures_by_hand():
-    found = measure(["Lily ran. Lily ran. Lily ran.", "Tom, sat!"], [("Lily",), ("Tom", "Anna")], [True, False])
+    found = measure(
+        ["Lily ran. Lily ran. Lily ran.", "Tom, sat!"], [("Lily",), ("Tom", "Anna")], [True, False]
+    )
     assert found == {
         "stories": 2,
         "words": 4.0,
@@ -50,15 +52,24 @@ def test_the_prompts_hold_the_names_to_keep():
 
 def test_a_beginning_is_whole_sentences_and_keeps_its_names():
     rest = " The cat ran away."
-    assert beginnings([f"One day, Tom met Al. {rest}"]) == [], "too few words, and then no end before the last"
+    assert beginnings([f"One day, Tom met Al. {rest}"]) == [], (
+        "too few words, and then no end before the last"
+    )
     assert beginnings([f"One day, Tom met a dog and Ann Lee.{rest}"]) == [
         Beginning("One day, Tom met a dog and Ann Lee.", ("Tom", "Ann", "Lee"), rest)
     ]
     assert beginnings([f'Tom was sad. "What is it?" asked a big Fox!{rest}'])[0][:2] == (
-        'Tom was sad. "What is it?" asked a big Fox!', ("Fox",)
-    )  # fmt: skip
+        'Tom was sad. "What is it?" asked a big Fox!',
+        ("Fox",),
+    )
     assert (
-        beginnings(["no end of a sentence in all of these words", "Only one sentence of more than eight words."]) == []
+        beginnings(
+            [
+                "no end of a sentence in all of these words",
+                "Only one sentence of more than eight words.",
+            ]
+        )
+        == []
     )
 
 
@@ -68,7 +79,17 @@ def test_the_stories_of_a_run_begin_as_its_own_texts_and_are_compared_with_them(
     mesh = make_mesh(MeshConfig(data=1))
     params = jax.jit(lambda: init_parameters(config, 1))()
     tokenizer = ByteTokenizer()
-    run = Run(None, {}, 7, mesh, config, abstract_transformer(config)[0], params, tokenizer, tokenizer.eot_id)
+    run = Run(
+        None,
+        {},
+        7,
+        mesh,
+        config,
+        abstract_transformer(config)[0],
+        params,
+        tokenizer,
+        tokenizer.eot_id,
+    )
     settings = DataConfig(tokenizer="byte", seq_len=16, store_dir=str(tmp_path))
     data = open_validation(settings, "tales:10", tokenizer)
     found = score_stories(run, data, "tales", max_tokens=200)
@@ -77,7 +98,11 @@ def test_the_stories_of_a_run_begin_as_its_own_texts_and_are_compared_with_them(
     assert found["corpus"]["names_kept"] > 0.8 > found["names_kept"]
     assert found["corpus"]["repetition"] < 0.1
     few = tmp_path / "few.txt"
-    few.write_text("<|endoftext|>".join(f"Number {i} was a very small number indeed. It slept." for i in range(7)))
+    few.write_text(
+        "<|endoftext|>".join(
+            f"Number {i} was a very small number indeed. It slept." for i in range(7)
+        )
+    )
     with pytest.raises(UserError, match=r"--stories needs 8 texts .* text:.*few\.txt has 7"):
         source = f"text:{few}"
         score_stories(run, open_validation(settings, source, tokenizer), source)

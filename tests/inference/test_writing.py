@@ -1,4 +1,6 @@
-"""Writing for people: a stop string ends text, ids and log-probabilities; what is shown is what is returned."""
+"""Writing for people: a stop string ends text, ids and log-probabilities; what is shown is what is
+returned.
+"""
 
 import jax
 import pytest
@@ -17,7 +19,9 @@ SAMPLER = Sampler(1.0)
 @pytest.fixture(scope="module")
 def run():
     """A random model whose tokens are bytes and pieces of words."""
-    tokenizer = BpeTokenizer.train(["the cat and the other cat sat there, and then the hat"] * 9, 280)
+    tokenizer = BpeTokenizer.train(
+        ["the cat and the other cat sat there, and then the hat"] * 9, 280
+    )
     config = tiny_model(vocab_size=tokenizer.vocab_size, init_std=0.3)
     params = jax.jit(lambda: init_parameters(config, 1))()
     mesh = make_mesh(MeshConfig(data=1))
@@ -27,9 +31,15 @@ def run():
 
 def write(run, *stop, shown=None, seed=5):
     (text,) = write_texts(
-        run, ["the "], max_tokens=40, sampler=SAMPLER, seed=seed, stop=stop, logprobs=True,
+        run,
+        ["the "],
+        max_tokens=40,
+        sampler=SAMPLER,
+        seed=seed,
+        stop=stop,
+        logprobs=True,
         show=None if shown is None else shown.append,
-    )  # fmt: skip
+    )
     return text
 
 
@@ -79,7 +89,9 @@ def test_only_what_may_change_is_held_back(text, stop, ready):
 
 def test_several_texts_are_numbered_and_apart():
     assert numbered(["one\n\ntwo"]) == "one\n\ntwo"
-    assert numbered(["one\n\ntwo", "three"]) == ("--- sample 1 of 2 ---\none\n\ntwo\n\n--- sample 2 of 2 ---\nthree")
+    assert numbered(["one\n\ntwo", "three"]) == (
+        "--- sample 1 of 2 ---\none\n\ntwo\n\n--- sample 2 of 2 ---\nthree"
+    )
 
 
 def test_stop_at_the_first_character_leaves_nothing(run):

@@ -19,20 +19,55 @@ VOCAB = 259  # the byte tokenizer's 257 and two ids that nothing uses
 _GPT = {"position": "learned", "norm": "layernorm", "bias": True}
 SETTINGS = {
     "gpt2": {**_GPT, "qkv_bias": True},
-    "gpt2_untied": {**_GPT, "qkv_bias": True, "tie_embeddings": False, "mlp": "gelu_exact", "mlp_dim": 24},
+    "gpt2_untied": {
+        **_GPT,
+        "qkv_bias": True,
+        "tie_embeddings": False,
+        "mlp": "gelu_exact",
+        "mlp_dim": 24,
+    },
     "gpt_neo": {**_GPT, "attention_scale": 1.0, "attention_window": (0, 5)},
-    "gpt_neo_all_local": {**_GPT, "attention_scale": 1.0, "attention_window": (5,), "norm_epsilon": 1e-6},
-    "gpt_neox": {"norm": "layernorm", "bias": True, "qkv_bias": True, "rotary_fraction": 0.25, "mlp": "gelu_exact",
-                 "parallel_residual": True, "tie_embeddings": False},
+    "gpt_neo_all_local": {
+        **_GPT,
+        "attention_scale": 1.0,
+        "attention_window": (5,),
+        "norm_epsilon": 1e-6,
+    },
+    "gpt_neox": {
+        "norm": "layernorm",
+        "bias": True,
+        "qkv_bias": True,
+        "rotary_fraction": 0.25,
+        "mlp": "gelu_exact",
+        "parallel_residual": True,
+        "tie_embeddings": False,
+    },
     "gpt_neox_serial": {"norm": "layernorm", "bias": True, "qkv_bias": True, "rotary_base": 500.0},
     "llama": {"mlp": "swiglu", "mlp_dim": 40, "num_kv_heads": 2, "tie_embeddings": False},
     "mistral": {"mlp": "swiglu", "mlp_dim": 40, "num_kv_heads": 2, "attention_window": (5,)},
-    "qwen2": {"mlp": "swiglu", "mlp_dim": 40, "qkv_bias": True, "attention_window": (0, 5), "rotary_base": 500.0},
+    "qwen2": {
+        "mlp": "swiglu",
+        "mlp_dim": 40,
+        "qkv_bias": True,
+        "attention_window": (0, 5),
+        "rotary_base": 500.0,
+    },
     "llama_attention_bias": {"mlp": "swiglu", "bias": True, "qkv_bias": True, "mlp_bias": False},
     "llama_mlp_bias": {"mlp": "swiglu", "bias": True, "out_bias": False, "tie_embeddings": False},
-    "gpt_neox_without_attention_bias": {"norm": "layernorm", "bias": True, "out_bias": False, "mlp": "gelu_exact"},
-    "llama_tied": {"mlp": "geglu", "bias": True, "qkv_bias": True, "head_dim": 16, "norm_epsilon": 1e-6},
-}  # fmt: skip
+    "gpt_neox_without_attention_bias": {
+        "norm": "layernorm",
+        "bias": True,
+        "out_bias": False,
+        "mlp": "gelu_exact",
+    },
+    "llama_tied": {
+        "mlp": "geglu",
+        "bias": True,
+        "qkv_bias": True,
+        "head_dim": 16,
+        "norm_epsilon": 1e-6,
+    },
+}
 
 
 def small_model(name: str, **changes) -> ModelConfig:
@@ -60,7 +95,17 @@ def small_run(config: ModelConfig, mesh: Mesh | None = None) -> Run:
         return jax.device_put(values.astype(np.float32), jax.devices()[0])
 
     params = jax.tree_util.tree_map_with_path(draw, shapes)
-    return Run(None, {}, 0, mesh or single_device(), config, graph, params, ByteTokenizer(), ByteTokenizer.eot_id)
+    return Run(
+        None,
+        {},
+        0,
+        mesh or single_device(),
+        config,
+        graph,
+        params,
+        ByteTokenizer(),
+        ByteTokenizer.eot_id,
+    )
 
 
 def data_folder() -> pathlib.Path:

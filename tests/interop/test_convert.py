@@ -36,15 +36,24 @@ def test_a_model_goes_in_writes_and_comes_out_the_same(tmp_path, monkeypatch):
     (tmp_path / "first" / "config.json").write_text(json.dumps(config | {"eos_token_id": [256, 9]}))
     (tmp_path / "first" / "old.safetensors").write_bytes(b"")
     run = f"--workdir={tmp_path / 'run'}"
-    done = run_command("tinylm.convert", f"--from_hf={tmp_path / 'first'}", run, "--cpu_devices=4", "--json")
+    done = run_command(
+        "tinylm.convert", f"--from_hf={tmp_path / 'first'}", run, "--cpu_devices=4", "--json"
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["context"], result["left_out"]) == (24, ["old.safetensors: a file that transformers does not read"])
+    assert (result["context"], result["left_out"]) == (
+        24,
+        ["old.safetensors: a file that transformers does not read"],
+    )
     assert open_run(str(tmp_path / "run")).end_ids == (9,)
-    done = run_command("tinylm.generate", run, "--prompt=ab", "--max_tokens=12", "--cpu_devices=2", "--json")
+    done = run_command(
+        "tinylm.generate", run, "--prompt=ab", "--max_tokens=12", "--cpu_devices=2", "--json"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["texts"][0].startswith("ab")
-    done = run_command("tinylm.convert", run, f"--to_hf={tmp_path / 'second'}", "--cpu_devices=2", "--json")
+    done = run_command(
+        "tinylm.convert", run, f"--to_hf={tmp_path / 'second'}", "--cpu_devices=2", "--json"
+    )
     assert json.loads(done.stdout)["logits"] == "equal after reading back"
     first, second = (open_folder(tmp_path / name) for name in ("first", "second"))
     assert first.keys() == second.keys()

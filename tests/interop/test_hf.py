@@ -1,4 +1,6 @@
-"""Hugging Face folders without Hugging Face: layouts, round trips, meshes, and every file that must be refused."""
+"""Hugging Face folders without Hugging Face: layouts, round trips, meshes, and every file that must
+be refused.
+"""
 
 import dataclasses
 import json
@@ -104,13 +106,17 @@ def test_layouts_by_their_definition(exported):
     """Where each family puts feature h of head n of layer 1, written out."""
     D, N, H, n, h = 32, 4, 8, 2, 5
     for name, read in {
-        "gpt2": lambda t: (t["transformer.h.1.attn.c_attn.weight"][:, D + n * H + h],
-                           t["transformer.h.1.attn.c_attn.bias"][2 * D + n * H + h],
-                           t["transformer.h.1.attn.c_proj.weight"][n * H + h, :]),
-        "gpt_neox": lambda t: (t["gpt_neox.layers.1.attention.query_key_value.weight"][(n * 3 + 1) * H + h, :],
-                               t["gpt_neox.layers.1.attention.query_key_value.bias"][(n * 3 + 2) * H + h],
-                               t["gpt_neox.layers.1.attention.dense.weight"][:, n * H + h]),
-    }.items():  # fmt: skip
+        "gpt2": lambda t: (
+            t["transformer.h.1.attn.c_attn.weight"][:, D + n * H + h],
+            t["transformer.h.1.attn.c_attn.bias"][2 * D + n * H + h],
+            t["transformer.h.1.attn.c_proj.weight"][n * H + h, :],
+        ),
+        "gpt_neox": lambda t: (
+            t["gpt_neox.layers.1.attention.query_key_value.weight"][(n * 3 + 1) * H + h, :],
+            t["gpt_neox.layers.1.attention.query_key_value.bias"][(n * 3 + 2) * H + h],
+            t["gpt_neox.layers.1.attention.dense.weight"][:, n * H + h],
+        ),
+    }.items():
         run, folder = exported(name)
         attention = run.params["blocks"]["attention"]
         key, value_bias, out = read(tensor_files.open_folder(folder))
@@ -120,9 +126,12 @@ def test_layouts_by_their_definition(exported):
     run, folder = exported("llama")
     tensors, blocks = tensor_files.open_folder(folder), run.params["blocks"]
     np.testing.assert_array_equal(
-        tensors["model.layers.1.self_attn.v_proj.weight"][H + h], blocks["attention"]["value"]["kernel"][1, :, 1, h]
+        tensors["model.layers.1.self_attn.v_proj.weight"][H + h],
+        blocks["attention"]["value"]["kernel"][1, :, 1, h],
     )
-    np.testing.assert_array_equal(tensors["model.layers.0.mlp.up_proj.weight"].T, blocks["mlp"]["up"]["kernel"][0])
+    np.testing.assert_array_equal(
+        tensors["model.layers.0.mlp.up_proj.weight"].T, blocks["mlp"]["up"]["kernel"][0]
+    )
     np.testing.assert_array_equal(tensors["lm_head.weight"].T, run.params["head"][:, :VOCAB])
     assert N * H == D
 
@@ -160,13 +169,19 @@ def copy(exported, tmp_path):
 
 
 def rewrite(folder: pathlib.Path, change, dtype="F32", file="model.safetensors"):
-    """Write the tensors of a folder again after `change(tensors)`, with the header that the format asks for."""
+    """Write the tensors of a folder again after `change(tensors)`, with the header that the format
+    asks for.
+    """
     tensors = {name: np.array(tensor) for name, tensor in tensor_files.open_folder(folder).items()}
     tensors = change(tensors) or tensors
     header, body = {}, b""
     for name, tensor in tensors.items():
         content = tensor.tobytes()
-        header[name] = {"dtype": dtype, "shape": tensor.shape, "data_offsets": [len(body), len(body) + len(content)]}
+        header[name] = {
+            "dtype": dtype,
+            "shape": tensor.shape,
+            "data_offsets": [len(body), len(body) + len(content)],
+        }
         body += content
     text = json.dumps(header).encode()
     (folder / file).write_bytes(struct.pack("<Q", len(text)) + text + body)
@@ -178,26 +193,39 @@ def edit_config(folder, **changes):
 
 
 def test_names_without_prefix_and_buffers_are_read(copy, exported):
-    """As OpenAI's gpt2 is published: no "transformer.", the causal mask as a tensor, the tied matrix written twice."""
+    """As OpenAI's gpt2 is published: no "transformer.", the causal mask as a tensor, the tied
+    matrix written twice.
+    """
     folder = copy()
 
     def bare(tensors):
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-        return tensors | {"h.0.attn.bias": np.ones((1, 1, 2, 2), np.float32), "lm_head.weight": tensors["wte.weight"]}
+        return tensors | {
+            "h.0.attn.bias": np.ones((1, 1, 2, 2), np.float32),
+            "lm_head.weight": tensors["wte.weight"],
+        }
 
     rewrite(folder, bare)
     run = exported("gpt2")[0]
-    assert_same_weights(run.params, models.import_hf(str(folder), mesh_config=ONE).params, run.model_config)
+    assert_same_weights(
+        run.params, models.import_hf(str(folder), mesh_config=ONE).params, run.model_config
+    )
 
 
 def test_half_precision_is_read(copy, exported):
     folder, run = copy(), exported("gpt2")[0]
-    rewrite(folder, lambda tensors: {name: x.astype(np.float16) for name, x in tensors.items()}, dtype="F16")
+    rewrite(
+        folder,
+        lambda tensors: {name: x.astype(np.float16) for name, x in tensors.items()},
+        dtype="F16",
+    )
     again = flat(models.import_hf(str(folder), mesh_config=ONE).params)
     for path, wanted in flat(run.params).items():
         assert again[path].dtype == np.float32
         if path != "embedding":
-            np.testing.assert_array_equal(again[path], np.asarray(wanted).astype(np.float16).astype(np.float32))
+            np.testing.assert_array_equal(
+                again[path], np.asarray(wanted).astype(np.float16).astype(np.float32)
+            )
 
 
 def split_in_two(folder):
@@ -222,7 +250,9 @@ def test_a_sharded_folder_is_read(copy, exported, monkeypatch):
     assert_same_weights(run.params, params, run.model_config)
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b"]
+)
 def test_an_index_names_files_beside_it_alone(copy, name):
     folder = copy()
     (folder / "model.safetensors").unlink()
@@ -247,11 +277,15 @@ def drop(name):
 
 SPOILT = {
     "missing": (drop("transformer.h.1.ln_1.bias"), r"lack transformer.h.1.ln_1.bias"),
-    "extra": (lambda t: t | {"transformer.h.2.ln_1.bias": t["transformer.h.1.ln_1.bias"]},
-              r"have transformer.h.2.ln_1.bias, which config.json doesn't ask for"),
-    "shape": (lambda t: t | {"transformer.h.0.mlp.c_fc.weight": np.zeros((32, 64), np.float32)},
-              r"transformer.h.0.mlp.c_fc.weight has shape \(32, 64\); config.json asks for \(32, 128\)"),
-}  # fmt: skip
+    "extra": (
+        lambda t: t | {"transformer.h.2.ln_1.bias": t["transformer.h.1.ln_1.bias"]},
+        r"have transformer.h.2.ln_1.bias, which config.json doesn't ask for",
+    ),
+    "shape": (
+        lambda t: t | {"transformer.h.0.mlp.c_fc.weight": np.zeros((32, 64), np.float32)},
+        r"transformer.h.0.mlp.c_fc.weight has shape \(32, 64\); config.json asks for \(32, 128\)",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", SPOILT)
@@ -277,11 +311,27 @@ CONFIGS = {
         r"model_type='t5'; tinylm reads gpt2, gpt_neo, gpt_neox, llama, mistral, qwen2",
     ),
     "activation": ("gpt2", {"activation_function": "mish"}, "activation_function='mish'.*gelu_new"),
-    "scaling": ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-    "rope": ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3'"),
+    "scaling": (
+        "gpt2",
+        {"scale_attn_by_inverse_layer_idx": True},
+        "scale_attn_by_inverse_layer_idx=True",
+    ),
+    "rope": (
+        "llama",
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_type='llama3'",
+    ),
     "size": ("gpt2", {"n_embd": None}, "lacks n_embd"),
-    "vocabulary": ("gpt2", {"vocab_size": 100}, "the tokenizer has 257 ids and the model's vocabulary 100"),
-    "kind": ("gpt_neo", {"attention_layers": ["global", "sparse"]}, "sparse.*reads lists of global and local"),
+    "vocabulary": (
+        "gpt2",
+        {"vocab_size": 100},
+        "the tokenizer has 257 ids and the model's vocabulary 100",
+    ),
+    "kind": (
+        "gpt_neo",
+        {"attention_layers": ["global", "sparse"]},
+        "sparse.*reads lists of global and local",
+    ),
 }
 
 
@@ -292,8 +342,17 @@ WRONG = ["12", "x", None, True, 1.5, 0, -1, 10**30, float("nan"), [], {}, [[1]]]
 def test_values_of_any_kind_in_a_config_are_read_or_refused(copy, name):
     folder = copy(name)
     config = json.loads((folder / "config.json").read_text())
-    more = ["rope_parameters", "rope_scaling", "num_key_value_heads", "attention_layers", "partial_rotary_factor",
-            "attention_bias", "sliding_window", "layer_types", "eos_token_id"]  # fmt: skip
+    more = [
+        "rope_parameters",
+        "rope_scaling",
+        "num_key_value_heads",
+        "attention_layers",
+        "partial_rotary_factor",
+        "attention_bias",
+        "sliding_window",
+        "layer_types",
+        "eos_token_id",
+    ]
     for key in [*config, *more]:
         for value in WRONG:
             (folder / "config.json").write_text(json.dumps({**config, key: value}))
@@ -302,28 +361,70 @@ def test_values_of_any_kind_in_a_config_are_read_or_refused(copy, name):
             except UserError as error:
                 assert "\n" not in str(error)
             else:
-                sizes = [getattr(model, size) for size in ("vocab_size", "context", "embed_dim", "head_dim", "mlp_dim")]
+                sizes = [
+                    getattr(model, size)
+                    for size in ("vocab_size", "context", "embed_dim", "head_dim", "mlp_dim")
+                ]
                 assert all(type(size) is int and 0 < size < 1 << 31 for size in sizes), (key, value)
 
 
 HUGE = 100_000_000
-# More than the weights hold, in a config.json of a few hundred bytes. Building any of these takes minutes or more.
+# More than the weights hold, in a config.json of a few hundred bytes. Building any of these takes
+# minutes or more.
 HOSTILE = {
-    "layers of gpt2": ("gpt2", {"n_layer": HUGE}, r"n_layer=100000000, and the weights hold 2 layers"),
-    "layers of gpt_neo": ("gpt_neo", {"num_layers": HUGE}, r"num_layers=100000000, and the weights hold 2 layers"),
-    "layers by another name": ("gpt2", {"n_layer": None, "num_hidden_layers": HUGE}, r"the weights hold 2 layers"),
-    "layers of llama": ("llama", {"num_hidden_layers": HUGE}, r"num_hidden_layers=100000000, and the weights hold 2"),
-    "pattern": ("gpt_neo", {"attention_layers": None, "attention_types": [[["global", "local"], HUGE]]},
-                r"attention_types of 200000000 layers and num_layers=2"),
-    "both": ("gpt_neo", {"attention_layers": None, "attention_types": [[["global"], HUGE]], "num_layers": HUGE},
-             r"the weights hold 2 layers"),
-    "long pattern": ("qwen2", {"layer_types": ["full_attention"] * 3}, r"layer_types of 3 layers; there are 2"),
-    "width": ("llama", {"hidden_size": 2**31 - 4}, r"hidden_size=2147483644, and no dimension.*is above 259"),
-    "mlp": ("llama", {"intermediate_size": 2**31 - 1}, r"intermediate_size=2147483647, and no dimension"),
-    "heads": ("llama", {"num_attention_heads": 2**30, "head_dim": 2**30}, r"num_attention_heads x head_dim=\d+, and"),
+    "layers of gpt2": (
+        "gpt2",
+        {"n_layer": HUGE},
+        r"n_layer=100000000, and the weights hold 2 layers",
+    ),
+    "layers of gpt_neo": (
+        "gpt_neo",
+        {"num_layers": HUGE},
+        r"num_layers=100000000, and the weights hold 2 layers",
+    ),
+    "layers by another name": (
+        "gpt2",
+        {"n_layer": None, "num_hidden_layers": HUGE},
+        r"the weights hold 2 layers",
+    ),
+    "layers of llama": (
+        "llama",
+        {"num_hidden_layers": HUGE},
+        r"num_hidden_layers=100000000, and the weights hold 2",
+    ),
+    "pattern": (
+        "gpt_neo",
+        {"attention_layers": None, "attention_types": [[["global", "local"], HUGE]]},
+        r"attention_types of 200000000 layers and num_layers=2",
+    ),
+    "both": (
+        "gpt_neo",
+        {"attention_layers": None, "attention_types": [[["global"], HUGE]], "num_layers": HUGE},
+        r"the weights hold 2 layers",
+    ),
+    "long pattern": (
+        "qwen2",
+        {"layer_types": ["full_attention"] * 3},
+        r"layer_types of 3 layers; there are 2",
+    ),
+    "width": (
+        "llama",
+        {"hidden_size": 2**31 - 4},
+        r"hidden_size=2147483644, and no dimension.*is above 259",
+    ),
+    "mlp": (
+        "llama",
+        {"intermediate_size": 2**31 - 1},
+        r"intermediate_size=2147483647, and no dimension",
+    ),
+    "heads": (
+        "llama",
+        {"num_attention_heads": 2**30, "head_dim": 2**30},
+        r"num_attention_heads x head_dim=\d+, and",
+    ),
     "vocabulary": ("gpt2", {"vocab_size": 2**31 - 1}, r"vocab_size=2147483647, and no dimension"),
     "positions": ("gpt2", {"n_positions": 2**31 - 1}, r"n_positions=2147483647, and no dimension"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -339,22 +440,55 @@ def test_sizes_are_checked_against_the_weights_before_anything_is_built(copy, ca
     assert not built
 
 
-# What a family has that no setting of ours expresses, or that can't be, in the words of its own config.json.
+# What a family has that no setting of ours expresses, or that can't be, in the words of its own
+# config.json.
 OWN_WORDS = {
-    "heads": ("llama", {"num_attention_heads": 5, "head_dim": None}, r"hidden_size=32 must be divisible by num_atte"),
-    "grouped": ("mistral", {"num_key_value_heads": 3}, r"num_attention_heads=4 must be divisible by num_key_"),
-    "default": ("mistral", {"num_key_value_heads": ...}, r"heads=4 must be divisible by num_key_value_heads=8"),
+    "heads": (
+        "llama",
+        {"num_attention_heads": 5, "head_dim": None},
+        r"hidden_size=32 must be divisible by num_atte",
+    ),
+    "grouped": (
+        "mistral",
+        {"num_key_value_heads": 3},
+        r"num_attention_heads=4 must be divisible by num_key_",
+    ),
+    "default": (
+        "mistral",
+        {"num_key_value_heads": ...},
+        r"heads=4 must be divisible by num_key_value_heads=8",
+    ),
     "number": ("llama", {"rms_norm_eps": "small"}, r"rms_norm_eps='small'"),
     "size": ("gpt2", {"n_embd": 1.5}, r"n_embd=1.5; gpt2 needs a whole number"),
-    "flag": ("llama", {"attention_bias": "yes"}, r"attention_bias='yes'; llama needs true or false"),
+    "flag": (
+        "llama",
+        {"attention_bias": "yes"},
+        r"attention_bias='yes'; llama needs true or false",
+    ),
     "window": ("mistral", {"sliding_window": 0}, r"sliding_window=0; mistral needs a whole number"),
-    "no window": ("qwen2", {"use_sliding_window": False}, r"sliding_window=None; qwen2 needs a whole number"),
-    "yarn": ("qwen2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, r"rope_scaling with rope_type='yarn'"),
-    "by layer": ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, r"for each kind of layer"),
-    "relative": ("llama", {"model_type": "qwen3"}, r"model_type='qwen3'.*reads gpt2,.*q_norm and k_norm"),
+    "no window": (
+        "qwen2",
+        {"use_sliding_window": False},
+        r"sliding_window=None; qwen2 needs a whole number",
+    ),
+    "yarn": (
+        "qwen2",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        r"rope_scaling with rope_type='yarn'",
+    ),
+    "by layer": (
+        "qwen2",
+        {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+        r"for each kind of layer",
+    ),
+    "relative": (
+        "llama",
+        {"model_type": "qwen3"},
+        r"model_type='qwen3'.*reads gpt2,.*q_norm and k_norm",
+    ),
     "base": ("llama", {"rope_theta": -1.0}, r"rope_theta=-1.0; llama needs a number above 0"),
     "part": ("gpt_neox", {"rotary_pct": 1.5}, r"rotary_pct=1.5 must be above 0 and at most 1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", OWN_WORDS)
@@ -363,7 +497,9 @@ def test_refusals_are_in_the_words_of_the_family(copy, case):
     folder = copy(name)
     gone = [key for key, value in changes.items() if value is ...]
     config = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({key: x for key, x in config.items() if key not in gone}))
+    (folder / "config.json").write_text(
+        json.dumps({key: x for key, x in config.items() if key not in gone})
+    )
     with pytest.raises(UserError, match=wanted) as caught:
         models.import_hf(str(folder), mesh_config=ONE)
     assert "\n" not in str(caught.value)
@@ -374,7 +510,9 @@ def test_what_is_left_out_is_named_with_its_reason(copy):
     folder = copy()
 
     def add(tensors):
-        masks = {f"transformer.h.{i}.attn.bias": np.ones((1, 1, 2, 2), np.float32) for i in range(2)}
+        masks = {
+            f"transformer.h.{i}.attn.bias": np.ones((1, 1, 2, 2), np.float32) for i in range(2)
+        }
         return tensors | masks | {"lm_head.weight": tensors["transformer.wte.weight"]}
 
     rewrite(folder, add)
@@ -399,7 +537,9 @@ def test_the_output_matrix_of_gpt_neox_has_two_names(copy, exported):
     folder = copy("gpt_neox")
     rewrite(folder, lambda t: {name.replace("embed_out", "lm_head"): x for name, x in t.items()})
     run = exported("gpt_neox")[0]
-    assert_same_weights(run.params, models.import_hf(str(folder), mesh_config=ONE).params, run.model_config)
+    assert_same_weights(
+        run.params, models.import_hf(str(folder), mesh_config=ONE).params, run.model_config
+    )
 
 
 def test_a_folder_of_an_adapter_is_refused(copy):
@@ -421,12 +561,18 @@ def test_all_ends_of_text_are_read_and_kept(copy, tmp_path):
     """Ends that the tokenizer has no id for are none."""
     folder = copy("llama")
     edit_config(folder, eos_token_id=[256, 9])
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [11, 256, 258, "x", -1]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [11, 256, 258, "x", -1]})
+    )
     imported = models.import_hf(str(folder), mesh_config=ONE)
     assert (imported.tokenizer.eot_id, imported.end_ids) == (256, (9, 11))
     run = dataclasses.replace(small_run(small_model("llama")), end_ids=imported.end_ids)
     models.export_hf(run, str(tmp_path / "again"))
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == [256, 9, 11]
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"] == [
+        256,
+        9,
+        11,
+    ]
 
 
 @pytest.mark.parametrize("case", CONFIGS)
@@ -442,7 +588,9 @@ def test_configs_that_we_cannot_follow_are_refused(copy, case):
 def test_pickled_weights_are_refused_with_the_reason(copy):
     folder = copy()
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pickled weights alone \(pytorch_model.bin\).*can run any code"):
+    with pytest.raises(
+        UserError, match=r"pickled weights alone \(pytorch_model.bin\).*can run any code"
+    ):
         models.import_hf(str(folder))
 
 
@@ -473,7 +621,9 @@ def test_a_tensor_must_lie_inside_its_file(tmp_path, offsets):
 
 
 @pytest.mark.parametrize("kind", ["F32", "I64"])
-@pytest.mark.parametrize("shape", [["a"], [-1], [True], [2**62] * 2, [0, 2**63], [1] * 70, [1.0], 5, "1", None])
+@pytest.mark.parametrize(
+    "shape", [["a"], [-1], [True], [2**62] * 2, [0, 2**63], [1] * 70, [1.0], 5, "1", None]
+)
 def test_a_shape_that_no_tensor_has_is_refused(tmp_path, kind, shape):
     text = json.dumps({"w": {"dtype": kind, "shape": shape, "data_offsets": [0, 4]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(64))
@@ -519,7 +669,9 @@ def test_nothing_is_exported_that_does_not_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(
         weights,
         "export_tensors",
-        lambda *args: ((name, x + 1e-3 * (name.endswith("wpe.weight"))) for name, x in honest(*args)),
+        lambda *args: (
+            (name, x + 1e-3 * (name.endswith("wpe.weight"))) for name, x in honest(*args)
+        ),
     )
     with pytest.raises(UserError, match="nothing was exported: logits of what was written differ"):
         models.export_hf(run, str(tmp_path / "hf"))
@@ -527,7 +679,9 @@ def test_nothing_is_exported_that_does_not_read_back(tmp_path, monkeypatch):
 
 
 def test_transformers_must_agree_where_it_is_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "transformers_logits", lambda folder, tokens: np.zeros((*tokens.shape, VOCAB)))
+    monkeypatch.setattr(
+        models, "transformers_logits", lambda folder, tokens: np.zeros((*tokens.shape, VOCAB))
+    )
     with pytest.raises(UserError, match="nothing was exported: transformers' logits differ"):
         models.export_hf(small_run(small_model("gpt2")), str(tmp_path / "hf"))
     assert list(tmp_path.iterdir()) == []
@@ -536,7 +690,9 @@ def test_transformers_must_agree_where_it_is_installed(tmp_path, monkeypatch):
 def test_an_export_into_the_empty_folder_that_one_is_in(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models.export_hf(small_run(small_model("gpt2")), ".")
-    assert sorted(map(str, pathlib.Path().iterdir())) == sorted(path.name for path in tmp_path.iterdir())
+    assert sorted(map(str, pathlib.Path().iterdir())) == sorted(
+        path.name for path in tmp_path.iterdir()
+    )
     assert read_model(pathlib.Path())[0].model_type == "gpt2"
 
 
@@ -562,10 +718,22 @@ def test_an_export_overwrites_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "wanted"),
     [
-        ("llama", {"qk_norm": True}, r"the nearest, llama, would need model.qk_norm=False \(here True\)"),
-        ("gpt2", {"mlp": "swiglu"}, r"the nearest, gpt2, would need model.mlp='gelu' \(here 'swiglu'\)"),
+        (
+            "llama",
+            {"qk_norm": True},
+            r"the nearest, llama, would need model.qk_norm=False \(here True\)",
+        ),
+        (
+            "gpt2",
+            {"mlp": "swiglu"},
+            r"the nearest, gpt2, would need model.mlp='gelu' \(here 'swiglu'\)",
+        ),
         ("gpt2", {"head_dim": 4}, r"model.head_dim=8 \(here 4\)"),
-        ("llama", {"local_heads": 2, "attention_window": (4,)}, r"mistral, would need model.local_heads=0 \(here 2\)"),
+        (
+            "llama",
+            {"local_heads": 2, "attention_window": (4,)},
+            r"mistral, would need model.local_heads=0 \(here 2\)",
+        ),
     ],
 )
 def test_a_model_of_no_family_is_told_what_stands_in_the_way(name, changes, wanted):
@@ -583,9 +751,14 @@ def test_the_end_of_text_is_the_one_that_the_config_names(copy, tmp_path, named)
     found = models.import_hf(str(folder)).tokenizer
     assert (found.eot_id, found.vocab_size) == (256, 257)
     found.save(tmp_path / "saved")
-    again = [load_tokenizer(tmp_path / "saved"), build_tokenizer(f"hf:{tmp_path}/saved/tokenizer.json", 0, list)]
+    again = [
+        load_tokenizer(tmp_path / "saved"),
+        build_tokenizer(f"hf:{tmp_path}/saved/tokenizer.json", 0, list),
+    ]
     assert {one.fingerprint for one in again} == {found.fingerprint}
-    assert tokenizer_file_hashes(f"hf:{file}") != tokenizer_file_hashes(f"hf:{tmp_path}/saved/tokenizer.json")
+    assert tokenizer_file_hashes(f"hf:{file}") != tokenizer_file_hashes(
+        f"hf:{tmp_path}/saved/tokenizer.json"
+    )
     edit_config(folder, eos_token_id="none", bos_token_id=True)
     assert models.import_hf(str(folder)).start_id == 257
 
@@ -599,7 +772,9 @@ def test_an_imported_run_is_scored_with_its_own_tokenizer_wherever_it_is(tmp_pat
     spec = data_tokenizer(imported.tokenizer, first.tokenizer)
     data = DataConfig(source="tales:50", tokenizer=spec, seq_len=16, batch_size=8)
     config = to_dict(Config(data=data, model=imported.model))
-    models.write_run(first, {"config": config, "versions": {"mesh": {}}, "imported_from": "there"}, imported)
+    models.write_run(
+        first, {"config": config, "versions": {"mesh": {}}, "imported_from": "there"}, imported
+    )
     (tmp_path / "first").rename(tmp_path / "moved")
     flags = ["--source=tales:50", "--json", "--max_batches=1"]
     done = run_command("tinylm.evaluate", f"--workdir={tmp_path / 'moved'}", *flags)
@@ -610,7 +785,9 @@ def test_an_imported_run_is_scored_with_its_own_tokenizer_wherever_it_is(tmp_pat
 def test_stories_begin_as_the_texts_of_the_run_do(monkeypatch):
     run, seen = small_run(small_model("llama")), []
     run.start_id = 7
-    monkeypatch.setattr(Decoder, "stream", lambda self, params, prompts, **_: seen.extend(prompts) or [])
+    monkeypatch.setattr(
+        Decoder, "stream", lambda self, params, prompts, **_: seen.extend(prompts) or []
+    )
     assert score_stories(run, None, "")["ended"] == 1
     assert {prompt[0] for prompt in seen} == {7}
     others = dataclasses.replace(run, start_id=8)
@@ -625,7 +802,11 @@ def test_what_logits_do_not_depend_on_stands_in_no_way(changes):
 def test_an_imported_run_opens(copy, tmp_path):
     imported = models.import_hf(str(copy()))
     folder = RunFolder(str(tmp_path / "run"))
-    record = {"config": to_dict(Config(model=imported.model)), "versions": {"mesh": {}}, "imported_from": "there"}
+    record = {
+        "config": to_dict(Config(model=imported.model)),
+        "versions": {"mesh": {}},
+        "imported_from": "there",
+    }
     models.write_run(folder, record | {"end_ids": [9]}, imported)
     run = open_run(str(tmp_path / "run"))
     assert run.end_ids == (9,)

@@ -1,4 +1,6 @@
-"""llama2.c's files: a small one against the definition of its model, and stories260K byte for byte."""
+"""llama2.c's files: a small one against the definition of its model, and stories260K byte for
+byte.
+"""
 
 import functools
 import json
@@ -25,23 +27,34 @@ from tinylm.interop.llama2c import open_llama2c
 from tinylm.interop.tokenizer_files import tokenizer_json
 from tinylm.model.transformer import abstract_transformer
 from tinylm.run.open_run import Run
-from tinylm.train.looks import Looks
+from tinylm.train.evaluator import Looks
 
 DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, VOCAB, SEQ = 16, 24, 2, 4, 2, 300, 12
 HEAD, KV_DIM = DIM // HEADS, DIM // HEADS * KV_HEADS
 PARTS = {
-    "tok": (VOCAB, DIM), "att_norm": (LAYERS, DIM), "wq": (LAYERS, DIM, DIM), "wk": (LAYERS, KV_DIM, DIM),
-    "wv": (LAYERS, KV_DIM, DIM), "wo": (LAYERS, DIM, DIM), "ffn_norm": (LAYERS, DIM), "w1": (LAYERS, HIDDEN, DIM),
-    "w2": (LAYERS, DIM, HIDDEN), "w3": (LAYERS, HIDDEN, DIM), "norm": (DIM,), "freq": (2, SEQ, HEAD // 2),
+    "tok": (VOCAB, DIM),
+    "att_norm": (LAYERS, DIM),
+    "wq": (LAYERS, DIM, DIM),
+    "wk": (LAYERS, KV_DIM, DIM),
+    "wv": (LAYERS, KV_DIM, DIM),
+    "wo": (LAYERS, DIM, DIM),
+    "ffn_norm": (LAYERS, DIM),
+    "w1": (LAYERS, HIDDEN, DIM),
+    "w2": (LAYERS, DIM, HIDDEN),
+    "w3": (LAYERS, HIDDEN, DIM),
+    "norm": (DIM,),
+    "freq": (2, SEQ, HEAD // 2),
     "wcls": (VOCAB, DIM),
-}  # fmt: skip
+}
 
 
 def write_model(path, vocab=VOCAB):
     """Write random weights; a negative vocab says that the output matrix is its own."""
     rng = np.random.default_rng(0)
     parts = {
-        name: rng.normal(0, 0.4, shape).astype("<f4") for name, shape in PARTS.items() if name != "wcls" or vocab < 0
+        name: rng.normal(0, 0.4, shape).astype("<f4")
+        for name, shape in PARTS.items()
+        if name != "wcls" or vocab < 0
     }
     header = struct.pack("<7i", DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, vocab, SEQ)
     path.write_bytes(header + b"".join(part.tobytes() for part in parts.values()))
@@ -53,12 +66,16 @@ def write_tokenizer(path):
     pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *[f"<0x{byte:02X}>" for byte in range(256)]]
     pieces += [*" abcdet", "at", " a", "the", " the", "cat", " cat", "ed", "th", "he", "h"]
     pieces += [f"unused{i}" for i in range(VOCAB - len(pieces))]
-    body = b"".join(struct.pack("<fi", -float(i), len(p.encode())) + p.encode() for i, p in enumerate(pieces))
+    body = b"".join(
+        struct.pack("<fi", -float(i), len(p.encode())) + p.encode() for i, p in enumerate(pieces)
+    )
     path.write_bytes(struct.pack("<i", 16) + body)
 
 
 def reference_logits(p, tokens):
-    """The model as run.c computes it: neighbouring features rotate, matrices are [outputs, inputs]."""
+    """The model as run.c computes it: neighbouring features rotate, matrices are [outputs,
+    inputs].
+    """
 
     def norm(x, w):
         return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-5) * w
@@ -117,7 +134,11 @@ def test_its_tokenizer_as_tokenizer_json_gives_the_same_ids(small):
 def test_the_command_makes_a_run(small, tmp_path):
     path, tokenizer = small
     write_model(path)
-    arguments = [f"--from_llama2c={path}", f"--tokenizer={tokenizer}", f"--workdir={tmp_path / 'run'}"]
+    arguments = [
+        f"--from_llama2c={path}",
+        f"--tokenizer={tokenizer}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
     done = run_command("tinylm.convert", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["vocab_size"] == VOCAB
@@ -135,7 +156,10 @@ def test_the_command_makes_a_run(small, tmp_path):
         (b"abc", "is too short"),
         (struct.pack("<7i", 0x616B3432, 1, 2, 3, 4, 5, 6), "newer format"),
         (struct.pack("<7i", 16, 24, 2, 3, 2, 300, 12), "its sizes would be"),
-        (struct.pack("<7i", 16, 24, 2, 4, 2, 300, 12) + bytes(8), "has 36 bytes; its sizes ask for"),
+        (
+            struct.pack("<7i", 16, 24, 2, 4, 2, 300, 12) + bytes(8),
+            "has 36 bytes; its sizes ask for",
+        ),
     ],
 )
 def test_files_that_are_no_such_model_are_refused(tmp_path, content, wanted):
@@ -159,11 +183,15 @@ def test_files_and_tokenizers_that_are_missing_are_named(small, tmp_path):
 
 @pytest.mark.parametrize("vocab", [VOCAB + 5, VOCAB - 5])
 def test_a_tokenizer_of_another_size_is_refused(small, vocab):
-    """Each model of llama2.c has a tokenizer of just its size; a smaller one would write other words."""
+    """Each model of llama2.c has a tokenizer of just its size; a smaller one would write other
+    words.
+    """
     path, tokenizer = small
     numbers = struct.pack("<7i", 4, 4, 1, 1, 1, vocab, 2)
     path.write_bytes(numbers + bytes(4 * (vocab * 4 + 4 + 4 * 16 + 4 + 3 * 16 + 4 + 2 * 2 * 2)))
-    with pytest.raises(UserError, match=rf"has {VOCAB} ids and the model {vocab}; name the one that"):
+    with pytest.raises(
+        UserError, match=rf"has {VOCAB} ids and the model {vocab}; name the one that"
+    ):
         models.import_llama2c(str(path), tokenizer)
 
 
@@ -175,7 +203,9 @@ def stories():
     @functools.cache
     def on(data, model):
         mesh_config = MeshConfig(data=data, model=model, fsdp=True)
-        return models.import_llama2c(str(folder / "stories260K.bin"), str(folder / "tok512.bin"), mesh_config)
+        return models.import_llama2c(
+            str(folder / "stories260K.bin"), str(folder / "tok512.bin"), mesh_config
+        )
 
     return on, (folder / "expected_greedy_200.txt").read_text()
 
@@ -195,9 +225,13 @@ def test_stories260k_goes_on_after_a_prompt_with_its_space(stories):
     on, expected = stories
     imported, shown = on(1, 1), []
     graph = abstract_transformer(imported.model)[0]
-    run = Run(None, {}, 0, imported.mesh, imported.model, graph, imported.params, imported.tokenizer, 1)
+    run = Run(
+        None, {}, 0, imported.mesh, imported.model, graph, imported.params, imported.tokenizer, 1
+    )
     for stop in ([], ["time"]):
-        text = write_texts(run, ["Once upon"], max_tokens=20, sampler=Sampler(0.0), stop=stop, show=shown.append)[0]
+        text = write_texts(
+            run, ["Once upon"], max_tokens=20, sampler=Sampler(0.0), stop=stop, show=shown.append
+        )[0]
         assert expected.startswith(text.prompt + text.completion)
         assert text.completion.startswith(" a time" if not stop else " a ")
     assert "".join(shown).endswith(text.completion)
@@ -208,7 +242,10 @@ def test_samples_keep_the_space_after_their_prompt(small):
     write_model(path)
     read = models.import_llama2c(str(path), tokenizer, MeshConfig(data=1)).tokenizer
     looks = object.__new__(Looks)
-    looks.config, looks.data = Config(sample=SampleConfig(prompts=("the",))), types.SimpleNamespace(tokenizer=read)
+    looks.config, looks.data = (
+        Config(sample=SampleConfig(prompts=("the",))),
+        types.SimpleNamespace(tokenizer=read),
+    )
     looks.prompts = [[read.eot_id, *read.encode("the")]]
     looks.decoder = types.SimpleNamespace(write=lambda *_, **__: [read.encode("cat")])
     assert looks.samples({}) == ["the cat"]
@@ -220,9 +257,12 @@ def test_stories260k_writes_the_same_without_a_cache(stories, data, model):
     imported = on(data, model)
     graph = abstract_transformer(imported.model)[0]
 
-    # The text that greedy writing gives is the one of which each token is the argmax after those before it.
+    # The text that greedy writing gives is the one of which each token is the argmax after those
+    # before it.
     ids = [1, *imported.tokenizer.encode(expected)]
     assert len(ids) == 201 and imported.tokenizer.decode(ids[1:]) == expected
     with jax.set_mesh(imported.mesh):
-        logits_BTV = jax.jit(lambda params: nnx.merge(graph, params)(jnp.asarray([ids[:-1]])))(imported.params)
+        logits_BTV = jax.jit(lambda params: nnx.merge(graph, params)(jnp.asarray([ids[:-1]])))(
+            imported.params
+        )
     assert np.argmax(logits_BTV[0], axis=-1).tolist() == ids[1:]

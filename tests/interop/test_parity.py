@@ -1,4 +1,5 @@
-"""The same numbers as `transformers` in torch: logits, padding, five optimizer steps, and what we export loads there.
+"""The same numbers as `transformers` in torch: logits, padding, five optimizer steps, and what we
+export loads there.
 
 Needs torch and transformers (the `parity` extra); without them these tests are skipped.
 """
@@ -28,37 +29,73 @@ from tinylm.model.transformer import abstract_transformer
 from tinylm.train import state as train_state
 
 torch = pytest.importorskip("torch", reason="torch is not installed (the parity extra)")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (the parity extra)")
-safetensors_numpy = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed (the hf extra)")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed (the parity extra)"
+)
+safetensors_numpy = pytest.importorskip(
+    "safetensors.numpy", reason="safetensors is not installed (the hf extra)"
+)
 
 ONE = MeshConfig(data=1)
 VOCAB, CONTEXT = 259, 24
 SHARED = {"vocab_size": VOCAB, "bos_token_id": 256, "eos_token_id": 256, "initializer_range": 0.2}
-MODERN = {**SHARED, "max_position_embeddings": CONTEXT, "hidden_size": 32, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "intermediate_size": 40}  # fmt: skip
-NEO = {**SHARED, "max_position_embeddings": CONTEXT, "hidden_size": 32, "num_heads": 4, "window_size": 5}
+MODERN = {
+    **SHARED,
+    "max_position_embeddings": CONTEXT,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+}
+NEO = {
+    **SHARED,
+    "max_position_embeddings": CONTEXT,
+    "hidden_size": 32,
+    "num_heads": 4,
+    "window_size": 5,
+}
 GPT2 = {**SHARED, "n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 4}
 REFERENCES = {
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
-    "gpt2_untied": lambda: transformers.GPT2Config(**GPT2, tie_word_embeddings=False, activation_function="gelu"),
-    "gpt_neo": lambda: transformers.GPTNeoConfig(**NEO, num_layers=4, attention_types=[[["global", "local"], 2]]),
+    "gpt2_untied": lambda: transformers.GPT2Config(
+        **GPT2, tie_word_embeddings=False, activation_function="gelu"
+    ),
+    "gpt_neo": lambda: transformers.GPTNeoConfig(
+        **NEO, num_layers=4, attention_types=[[["global", "local"], 2]]
+    ),
     # Heads of 16, a quarter of which has two frequencies: one alone would be 1 whatever the base.
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**{**MODERN, "num_attention_heads": 2}),
     "gpt_neox_serial": lambda: transformers.GPTNeoXConfig(
-        **MODERN, use_parallel_residual=False, rope_parameters={"rope_type": "default", "rope_theta": 500.0,
-                                                                "partial_rotary_factor": 1.0}),
-    "gpt_neox_without_attention_bias": lambda: transformers.GPTNeoXConfig(**MODERN, attention_bias=False),
+        **MODERN,
+        use_parallel_residual=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 1.0},
+    ),
+    "gpt_neox_without_attention_bias": lambda: transformers.GPTNeoXConfig(
+        **MODERN, attention_bias=False
+    ),
     "llama": lambda: transformers.LlamaConfig(**MODERN, num_key_value_heads=2),
     "llama_attention_bias": lambda: transformers.LlamaConfig(**MODERN, attention_bias=True),
     "llama_mlp_bias": lambda: transformers.LlamaConfig(**MODERN, mlp_bias=True),
-    "mistral": lambda: transformers.MistralConfig(**MODERN, num_key_value_heads=2, sliding_window=None),
-    "mistral_window": lambda: transformers.MistralConfig(**MODERN, num_key_value_heads=2, sliding_window=5),
-    "qwen2": lambda: transformers.Qwen2Config(**MODERN, num_key_value_heads=2, tie_word_embeddings=True),
-    "qwen2_window": lambda: transformers.Qwen2Config(**MODERN, num_key_value_heads=4, use_sliding_window=True,
-                                                     sliding_window=5, max_window_layers=1),
-    "llama_biased": lambda: transformers.LlamaConfig(**MODERN, attention_bias=True, mlp_bias=True, head_dim=16,
-                                                     tie_word_embeddings=True),
-}  # fmt: skip
+    "mistral": lambda: transformers.MistralConfig(
+        **MODERN, num_key_value_heads=2, sliding_window=None
+    ),
+    "mistral_window": lambda: transformers.MistralConfig(
+        **MODERN, num_key_value_heads=2, sliding_window=5
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **MODERN, num_key_value_heads=2, tie_word_embeddings=True
+    ),
+    "qwen2_window": lambda: transformers.Qwen2Config(
+        **MODERN,
+        num_key_value_heads=4,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=1,
+    ),
+    "llama_biased": lambda: transformers.LlamaConfig(
+        **MODERN, attention_bias=True, mlp_bias=True, head_dim=16, tie_word_embeddings=True
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +110,9 @@ def pairs(tmp_path_factory):
             for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
                 if hasattr(config, key):
                     setattr(config, key, 0.0)
-            theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+            theirs = transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager"
+            ).eval()
             with torch.no_grad():
                 for parameter in theirs.parameters():
                     parameter += 0.05 * torch.randn_like(parameter)
@@ -100,7 +139,9 @@ def test_logits_agree_at_odd_lengths_and_beyond_the_window(name, pairs):
         tokens = random_tokens(2, length)
         reference = logits_of(theirs, tokens)
         assert np.abs(reference).max() > 1
-        np.testing.assert_allclose(models._logits(ours.model, ours.params, tokens), reference, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(
+            models._logits(ours.model, ours.params, tokens), reference, atol=1e-4, rtol=0
+        )
 
 
 # Rotary settings as old and new versions of transformers write them, alone and against each other.
@@ -112,7 +153,12 @@ ROPES = [
     {"rotary_emb_base": 500, "rope_theta": 7.0, "partial_rotary_factor": 0.75},
     {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
     {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
-    {"rope_parameters": {"rope_theta": 500.0}, "rope_theta": 7.0, "rotary_emb_base": 7, "rotary_pct": 0.75},
+    {
+        "rope_parameters": {"rope_theta": 500.0},
+        "rope_theta": 7.0,
+        "rotary_emb_base": 7,
+        "rotary_pct": 0.75,
+    },
     {"rope_scaling": {"type": "default"}, "rope_theta": 500.0},
     {"rope_scaling": {"rope_theta": 9.0}, "rope_parameters": {"rope_theta": 500.0}},
     {"rope_scaling": {}, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
@@ -130,7 +176,9 @@ def edited(source, target, **changes):
 
 
 def loaded(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "llama", "mistral", "qwen2"])
@@ -139,7 +187,9 @@ def test_rotary_settings_are_read_from_where_transformers_reads_them(name, pairs
     pairs(name)
     for i, rope in enumerate(ROPES):
         folder = edited(pairs.folders[name], tmp_path / str(i), **{"rope_parameters": None, **rope})
-        wanted = getattr(loaded(folder), "gpt_neox" if name == "gpt_neox" else "model").rotary_emb.inv_freq.numpy()
+        wanted = getattr(
+            loaded(folder), "gpt_neox" if name == "gpt_neox" else "model"
+        ).rotary_emb.inv_freq.numpy()
         model = read_model(folder)[1]
         size = int(model.head_dim * model.rotary_fraction)
         ours = model.rotary_base ** (-np.arange(0, size, 2) / size)
@@ -159,7 +209,10 @@ def assert_same_logits(folder):
     theirs, ours = loaded(folder), models.import_hf(str(folder), mesh_config=ONE)
     tokens = random_tokens(2, 23)
     np.testing.assert_allclose(
-        models._logits(ours.model, ours.params, tokens), logits_of(theirs, tokens), atol=1e-4, rtol=0
+        models._logits(ours.model, ours.params, tokens),
+        logits_of(theirs, tokens),
+        atol=1e-4,
+        rtol=0,
     )
     return ours
 
@@ -167,7 +220,9 @@ def assert_same_logits(folder):
 @pytest.mark.parametrize("name", ["gpt2_untied", "gpt_neox", "llama"])
 def test_two_matrices_that_differ_are_not_tied(name, pairs, tmp_path):
     pairs(name)
-    ours = assert_same_logits(edited(pairs.folders[name], tmp_path / "hf", tie_word_embeddings=True))
+    ours = assert_same_logits(
+        edited(pairs.folders[name], tmp_path / "hf", tie_word_embeddings=True)
+    )
     assert not ours.model.tie_embeddings
 
 
@@ -185,7 +240,9 @@ def test_of_several_files_the_one_is_read_that_transformers_reads(pairs, tmp_pat
     pairs("llama")
     folder = edited(pairs.folders["llama"], tmp_path / "hf")
     tensors = {name: np.zeros_like(tensor) for name, tensor in open_folder(folder).items()}
-    safetensors_numpy.save_file(tensors, folder / "consolidated.safetensors", metadata={"format": "pt"})
+    safetensors_numpy.save_file(
+        tensors, folder / "consolidated.safetensors", metadata={"format": "pt"}
+    )
     index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "consolidated.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     ours = assert_same_logits(folder)
@@ -197,7 +254,9 @@ def test_any_of_several_ends_of_text_stops_both(file, pairs, tmp_path):
     """The third token that greedy decoding writes becomes an end of text."""
     theirs, _ = pairs("llama")
     prompt = torch.arange(5)[None]
-    written = theirs.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=256)[0, 5:].tolist()
+    written = theirs.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=256)[
+        0, 5:
+    ].tolist()
     third = next(i for i in range(2, 8) if written[i] not in (*written[:i], 256))
     folder = edited(pairs.folders["llama"], tmp_path / "hf")
     ends = {"eos_token_id": [256, written[third]]}
@@ -211,7 +270,9 @@ def test_any_of_several_ends_of_text_stops_both(file, pairs, tmp_path):
     assert ours.end_ids == (written[third],)
     decoder = Decoder(abstract_transformer(ours.model)[0], CONTEXT, 256, 257, ours.end_ids)
     with jax.set_mesh(ours.mesh):
-        ids = decoder.write(ours.params, [prompt[0].tolist()], max_tokens=8, sampler=Sampler(0.0))[0]
+        ids = decoder.write(ours.params, [prompt[0].tolist()], max_tokens=8, sampler=Sampler(0.0))[
+            0
+        ]
     assert ids == written[:third]
 
 
@@ -243,14 +304,27 @@ def test_five_optimizer_steps_agree(name, pairs, monkeypatch):
     theirs, ours = pairs(name)
     rows = [random_tokens(4, CONTEXT, seed) for seed in range(5)]
     batches = [
-        {"tokens": ids[None, :, :-1], "targets": ids[None, :, 1:], "weights": np.ones((1, 4, CONTEXT - 1), np.float32)}
+        {
+            "tokens": ids[None, :, :-1],
+            "targets": ids[None, :, 1:],
+            "weights": np.ones((1, 4, CONTEXT - 1), np.float32),
+        }
         for ids in rows
     ]
     monkeypatch.setattr(train_state, "init_parameters", lambda config, seed: ours.params)
-    settings = {"learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0, "beta2": 0.95, "weight_decay": 0.1}
+    settings = {
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "beta2": 0.95,
+        "weight_decay": 0.1,
+    }
     losses, _, _ = train(ONE, ours.model, batches, name="adamw", clip_norm=1.0, **settings)
 
-    reference, model = [], transformers.AutoModelForCausalLM.from_config(theirs.config, attn_implementation="eager")
+    reference, model = (
+        [],
+        transformers.AutoModelForCausalLM.from_config(theirs.config, attn_implementation="eager"),
+    )
     model.load_state_dict(theirs.state_dict())
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
@@ -284,16 +358,23 @@ def test_five_optimizer_steps_agree(name, pairs, monkeypatch):
     ],
 )
 def test_what_we_export_loads_there(name, tmp_path):
-    """The export's own check compares with transformers; every tensor of theirs is filled, none left over."""
+    """The export's own check compares with transformers; every tensor of theirs is filled, none
+    left over.
+    """
     run = small_run(small_model(name))
     checked = models.export_hf(run, str(tmp_path / "hf"))
     assert checked["transformers"] < 1e-4
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     written = weights.their_shapes(FAMILIES[checked["family"]], run.model_config)
     assert sum(map(math.prod, written.values())) == sum(p.numel() for p in model.parameters())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert (tokenizer.eos_token_id, tokenizer.encode("Once é\n")) == (256, list("Once é\n".encode()))
+    assert (tokenizer.eos_token_id, tokenizer.encode("Once é\n")) == (
+        256,
+        list("Once é\n".encode()),
+    )
 
 
 def tokenizers_to_export():
@@ -305,7 +386,9 @@ def tokenizers_to_export():
 
 
 @pytest.mark.parametrize(
-    ("name", "make"), list(tokenizers_to_export()), ids=lambda value: value if isinstance(value, str) else ""
+    ("name", "make"),
+    list(tokenizers_to_export()),
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_tokenizers_give_the_same_ids_there(name, make, tmp_path):
     tokenizer, text = make(), "Once upon a time,\n there was a time."

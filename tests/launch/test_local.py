@@ -1,4 +1,6 @@
-"""The launcher for one machine: a real job, and processes that play every way in which a job can end."""
+"""The launcher for one machine: a real job, and processes that play every way in which a job can
+end.
+"""
 
 import importlib.util
 import os
@@ -14,12 +16,24 @@ from helpers import ROOT, SMALL, lines
 from tinylm.core.signals import SIGNALS
 
 LAUNCHER = ROOT / "launch" / "local.py"
-FEW_STEPS = ["--config.train.stop_step=6", "--config.train.steps_per_dispatch=1", "--config.eval.every_steps=0",
-             "--config.sample.max_tokens=0", "--config.model.dropout=0.0", "--config.model.num_layers=1"]  # fmt: skip
+FEW_STEPS = [
+    "--config.train.stop_step=6",
+    "--config.train.steps_per_dispatch=1",
+    "--config.eval.every_steps=0",
+    "--config.sample.max_tokens=0",
+    "--config.model.dropout=0.0",
+    "--config.model.num_layers=1",
+]
 
 
 def launch(*arguments, **kwargs):
-    return subprocess.run([sys.executable, LAUNCHER, *arguments], capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(
+        [sys.executable, LAUNCHER, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **kwargs,
+    )
 
 
 @pytest.fixture
@@ -33,8 +47,16 @@ def verdict():
 @pytest.mark.slow  # tests/test_runs.py has a real job, too, of two processes of two devices
 def test_two_processes_of_four_devices_train_as_one_of_eight(tmp_path):
     for processes, devices in (2, 4), (1, 8):
-        done = launch(f"--processes={processes}", f"--devices={devices}", "--restarts=0", "--", *SMALL, *FEW_STEPS,
-                      "--config.mesh.model=2", f"--workdir={tmp_path}/{processes}")  # fmt: skip
+        done = launch(
+            f"--processes={processes}",
+            f"--devices={devices}",
+            "--restarts=0",
+            "--",
+            *SMALL,
+            *FEW_STEPS,
+            "--config.mesh.model=2",
+            f"--workdir={tmp_path}/{processes}",
+        )
         assert done.returncode == 0, done.stderr
     ours, theirs = lines(tmp_path / "2"), lines(tmp_path / "1")
     assert sorted(ours) == sorted(theirs) == list(range(1, 7))
@@ -68,7 +90,8 @@ class Job:
     def __init__(self, folder: pathlib.Path, script: str):
         (folder / "player.py").write_text(
             "import os, pathlib, signal, sys, time\n"
-            "number = int(next(a for a in sys.argv if a.startswith('--process_id=')).partition('=')[2])\n"
+            "number = int(next(a for a in sys.argv if "
+            "a.startswith('--process_id=')).partition('=')[2])\n"
             f"folder = pathlib.Path({str(folder)!r})\n"
             "starts = len(list(folder.glob(f'{number}-*')))\n"
             "(folder / f'{number}-{os.getpid()}').touch()\n" + textwrap.dedent(script)
@@ -96,7 +119,9 @@ class Job:
 
 
 def test_a_lost_peer_ends_the_other_and_the_job_starts_again(tmp_path):
-    job = Job(tmp_path, "if starts: sys.exit(0)\nif number: os.kill(os.getpid(), 9)\ntime.sleep(100)")
+    job = Job(
+        tmp_path, "if starts: sys.exit(0)\nif number: os.kill(os.getpid(), 9)\ntime.sleep(100)"
+    )
     process = job.start("--grace_secs=0.2")
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 0, error
@@ -127,11 +152,14 @@ def test_what_cannot_be_resumed_is_not_started_again(tmp_path, code):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_signals_reach_every_process_as_a_request_to_stop(tmp_path, number):
-    job = Job(tmp_path, """
+    job = Job(
+        tmp_path,
+        """
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
         (folder / f"ready{number}").touch()
         time.sleep(100)
-    """)  # fmt: skip
+    """,
+    )
     process = job.start()
     while len(list(tmp_path.glob("ready*"))) < 2:
         time.sleep(0.01)
@@ -142,7 +170,9 @@ def test_signals_reach_every_process_as_a_request_to_stop(tmp_path, number):
     assert job.no_orphan()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children that their parent died")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells children that their parent died"
+)
 def test_no_process_outlives_a_killed_launcher(tmp_path):
     job = Job(tmp_path, "time.sleep(100)")
     process = job.start()

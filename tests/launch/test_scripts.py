@@ -32,12 +32,16 @@ def test_shellcheck_finds_nothing(name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_start_again_after_what_can_be_resumed_alone(name):
-    codes = re.search(r"^ *([\d |]+)\) *(?:;;|)", (LAUNCH / name).read_text(), re.MULTILINE).group(1)
+    codes = re.search(r"^ *([\d |]+)\) *(?:;;|)", (LAUNCH / name).read_text(), re.MULTILINE).group(
+        1
+    )
     assert {int(code) for code in codes.split("|")} - {255} == RESUMABLE | ABORTED
 
 
 def programs(folder, **bodies):
-    """Write programs that stand in for a cluster's, and return an environment that has them first."""
+    """Write programs that stand in for a cluster's, and return an environment that has them
+    first.
+    """
     for name, body in bodies.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
@@ -48,10 +52,16 @@ def programs(folder, **bodies):
 @pytest.mark.parametrize("code", [0, 75])
 def test_a_step_that_ends_while_it_is_told_to_stop_keeps_its_exit_code(tmp_path, code):
     pid = tmp_path / "pid"
-    env = programs(tmp_path, srun=f"trap 'exit {code}' TERM; echo $$ > {pid}; while :; do sleep 0.05; done",
-                   scancel=f"kill -TERM $(cat {pid}); sleep 0.5", scontrol="echo $*")  # fmt: skip
+    env = programs(
+        tmp_path,
+        srun=f"trap 'exit {code}' TERM; echo $$ > {pid}; while :; do sleep 0.05; done",
+        scancel=f"kill -TERM $(cat {pid}); sleep 0.5",
+        scontrol="echo $*",
+    )
     env |= {"TINYLM_PYTHON": sys.executable, "SLURM_JOB_ID": "1"}
-    job = subprocess.Popen(["bash", LAUNCH / "slurm.sbatch"], env=env, stdout=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        ["bash", LAUNCH / "slurm.sbatch"], env=env, stdout=subprocess.PIPE, text=True
+    )
     while not (pid.exists() and pid.read_text()):
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)
@@ -71,7 +81,9 @@ def test_a_step_that_crashes_before_it_trains_is_requeued_once(tmp_path, trained
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 134
         said.append("requeue 1" in done.stdout)
-    assert said == ([True] * 3 if trained else [True, False, True]), "the third is another job of that number"
+    assert said == ([True] * 3 if trained else [True, False, True]), (
+        "the third is another job of that number"
+    )
     assert not list(tmp_path.glob("*.first_step"))
 
 
@@ -84,8 +96,12 @@ def test_a_slice_whose_program_crashes_before_it_trains_is_tried_twice(tmp_path,
         f'*"exec ~/venv"*) echo start >> {log}; exit 134;; esac'
     )
     env = programs(tmp_path, gcloud=gcloud, git=":", sleep=":")
-    done = subprocess.run([LAUNCH / "tpu_vm.sh", "--name=p", "--zone=z", "--type=t", "--restarts=3"],
-                          capture_output=True, text=True, env=env)  # fmt: skip
+    done = subprocess.run(
+        [LAUNCH / "tpu_vm.sh", "--name=p", "--zone=z", "--type=t", "--restarts=3"],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 134, done.stderr
     assert log.read_text().split().count("start") == starts
     assert ("twice before the first step" in done.stderr) == (not trained)
@@ -101,10 +117,17 @@ def test_a_slice_whose_program_crashes_before_it_trains_is_tried_twice(tmp_path,
 )
 def test_a_slice_is_tried_again_until_asked_to_stop(tmp_path, scp, sleep, starts, waits):
     log = tmp_path / "log"
-    gcloud = f'case $* in *describe*) echo READY;; *scp*) {scp};; *"exec ~/venv"*) echo start >> {log}; exit 4;; esac'
+    gcloud = (
+        f'case $* in *describe*) echo READY;; *scp*) {scp};; *"exec ~/venv"*) echo start >> '
+        f"{log}; exit 4;; esac"
+    )
     env = programs(tmp_path, gcloud=gcloud, git=":", sleep=f"echo $1 >> {log}; {sleep}")
-    done = subprocess.run([LAUNCH / "tpu_vm.sh", "--name=p", "--zone=z", "--type=t", "--restarts=2"],
-                          capture_output=True, text=True, env=env)  # fmt: skip
+    done = subprocess.run(
+        [LAUNCH / "tpu_vm.sh", "--name=p", "--zone=z", "--type=t", "--restarts=2"],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == (4 if starts else 255), done.stderr
     noted = log.read_text().split() if log.exists() else []
     assert noted.count("start") == starts, done.stderr
@@ -114,13 +137,29 @@ def test_a_slice_is_tried_again_until_asked_to_stop(tmp_path, scp, sleep, starts
 
 def test_a_dry_run_prints_every_command_and_runs_none(tmp_path):
     done = subprocess.run(
-        [LAUNCH / "tpu_vm.sh", "--name=pod", "--zone=z", "--type=v5litepod-16", "--spot", "--dry_run", "--",
-         "--config=tales", "--config.sample.prompts=('a b',)"],
-        capture_output=True, text=True, env=programs(tmp_path, gcloud=f"touch {tmp_path}/called"),
-    )  # fmt: skip
+        [
+            LAUNCH / "tpu_vm.sh",
+            "--name=pod",
+            "--zone=z",
+            "--type=v5litepod-16",
+            "--spot",
+            "--dry_run",
+            "--",
+            "--config=tales",
+            "--config.sample.prompts=('a b',)",
+        ],
+        capture_output=True,
+        text=True,
+        env=programs(tmp_path, gcloud=f"touch {tmp_path}/called"),
+    )
     assert done.returncode == 0, done.stderr
     commands = [line for line in done.stderr.splitlines() if line.startswith("+ gcloud")]
-    assert [re.search(r"tpu-vm (\w+)", line).group(1) for line in commands] == ["create", "scp", "ssh", "ssh"]
+    assert [re.search(r"tpu-vm (\w+)", line).group(1) for line in commands] == [
+        "create",
+        "scp",
+        "ssh",
+        "ssh",
+    ]
     assert "--spot" in commands[0]
     assert "tinylm.main" in commands[-1]
     assert not (tmp_path / "called").exists()
@@ -130,7 +169,8 @@ def test_a_slice_without_a_name_is_refused():
     done = subprocess.run([LAUNCH / "tpu_vm.sh", "--zone=z"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        "error: --name, --zone and --type are required (the first lines of this script show an example).\n"
+        "error: --name, --zone and --type are required (the first lines of this script "
+        "show an example).\n"
     )
 
 
@@ -151,7 +191,9 @@ def test_the_job_set_starts_every_host_and_restarts_what_can_be_resumed():
     number = job["parallelism"]
     assert job["completions"] == number
     assert f"--num_processes={number} " in command
-    first_host = f"{manifest['metadata']['name']}-{hosts['name']}-0-0.{spec['network']['subdomain']}"
+    first_host = (
+        f"{manifest['metadata']['name']}-{hosts['name']}-0-0.{spec['network']['subdomain']}"
+    )
     assert f"--coordinator={first_host}:{container['ports'][0]['containerPort']} " in command
     assert "exec python -m tinylm.main" in command
     assert pod["terminationGracePeriodSeconds"] >= 60

@@ -1,6 +1,8 @@
-"""The Slurm launcher on real daemons: two nodes on this machine, one of them killed, the job requeued and resumed.
+"""The Slurm launcher on real daemons: two nodes on this machine, one of them killed, the job
+requeued and resumed.
 
-Needs root and Debian's slurm-wlm and munge; adds the names n0 and n1 to /etc/hosts, for JAX looks the first node up.
+Needs root and Debian's slurm-wlm and munge; adds the names n0 and n1 to /etc/hosts, for JAX looks
+the first node up.
 """
 
 import os
@@ -18,8 +20,12 @@ from helpers import ROOT, SMALL, lines
 MISSING = [tool for tool in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(tool)]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (apt install slurm-wlm munge)"),
-    pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="Slurm's daemons need root"),
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (apt install slurm-wlm munge)"
+    ),
+    pytest.mark.skipif(
+        not hasattr(os, "geteuid") or os.geteuid() != 0, reason="Slurm's daemons need root"
+    ),
 ]
 CONF = """ClusterName=test
 SlurmctldHost={host}
@@ -66,7 +72,9 @@ def cluster(tmp_path, monkeypatch):
             file.write("127.0.0.1 n0 n1\n")
     for folder in "state", "n0", "n1":
         (tmp_path / folder).mkdir()
-    (tmp_path / "slurm.conf").write_text(CONF.format(host=socket.gethostname().split(".")[0], folder=tmp_path))
+    (tmp_path / "slurm.conf").write_text(
+        CONF.format(host=socket.gethostname().split(".")[0], folder=tmp_path)
+    )
     pathlib.Path("/run/munge").mkdir(exist_ok=True)
     shutil.chown("/run/munge", "munge", "munge")
     if subprocess.run(["pgrep", "-x", "munged"], capture_output=True).returncode:
@@ -76,7 +84,9 @@ def cluster(tmp_path, monkeypatch):
         call("slurmd", "-N", node)
     until(lambda: call("sinfo", "--noheader", "--format=%T").strip() == "idle", 30)
     yield tmp_path
-    for path in pathlib.Path("/proc").glob("[0-9]*"):  # daemons and tasks alike, or they hold the ports of the next
+    for path in pathlib.Path("/proc").glob(
+        "[0-9]*"
+    ):  # daemons and tasks alike, or they hold the ports of the next
         if f"SLURM_CONF={tmp_path}/".encode() in readable(path / "environ"):
             os.kill(int(path.name), signal.SIGKILL)
 
@@ -86,7 +96,8 @@ def kill_node(folder):
     tasks = [
         int(path.name)
         for path in pathlib.Path("/proc").glob("[0-9]*")
-        if b"SLURM_PROCID=1\0" in readable(path / "environ") and b"tinylm.main" in readable(path / "cmdline")
+        if b"SLURM_PROCID=1\0" in readable(path / "environ")
+        and b"tinylm.main" in readable(path / "cmdline")
     ]
     for pid in [int((folder / "n1.pid").read_text()), *tasks]:
         os.kill(pid, signal.SIGKILL)
@@ -101,10 +112,26 @@ def readable(path):
 
 def test_a_killed_node_is_requeued_and_the_run_goes_on(cluster):
     run, log = cluster / "run", cluster / "log"
-    environment = {**os.environ, "TINYLM_PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    call("sbatch", "--nodes=2", f"--output={log}", str(ROOT / "launch" / "slurm.sbatch"), *SMALL, "--cpu_devices=2",
-         "--config.model.num_layers=1", "--config.train.num_steps=4000", "--config.eval.every_steps=0",
-         f"--workdir={run}", env=environment, cwd=cluster)  # fmt: skip
+    environment = {
+        **os.environ,
+        "TINYLM_PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    call(
+        "sbatch",
+        "--nodes=2",
+        f"--output={log}",
+        str(ROOT / "launch" / "slurm.sbatch"),
+        *SMALL,
+        "--cpu_devices=2",
+        "--config.model.num_layers=1",
+        "--config.train.num_steps=4000",
+        "--config.eval.every_steps=0",
+        f"--workdir={run}",
+        env=environment,
+        cwd=cluster,
+    )
     until(lambda: (run / "checkpoints" / "20" / "checksums").exists())
     kill_node(cluster)
     state = lambda: call("squeue", "--noheader", "--format=%T").strip()  # noqa: E731

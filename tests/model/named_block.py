@@ -1,8 +1,9 @@
-"""One block of the transformer with every operation written over named axes: what docs/named_axes.md explains.
+"""One block of the transformer with every operation written over named axes: what
+docs/named_axes.md explains.
 
-No axis has a place here, only a name: an operation names the axes that it works on (`untag`), and is carried over all
-others. Slow and plain on purpose; the tests hold it equal to the production block. The arrays are penzai's
-(github.com/google-deepmind/penzai).
+No axis has a place here, only a name: an operation names the axes that it works on (`untag`), and
+is carried over all others. Slow and plain on purpose; the tests hold it equal to the production
+block. The arrays are penzai's (github.com/google-deepmind/penzai).
 """
 
 import jax
@@ -90,5 +91,7 @@ def mlp(x: Named, weights: dict, config) -> Named:
 
 def block(x: Named, weights: dict, config, window: int = 0) -> Named:
     """Attention, then the mlp, each added to what came in."""
-    middle = x + attention(norm(x, weights["attention_norm"], config), weights["attention"], config, window)
+    middle = x + attention(
+        norm(x, weights["attention_norm"], config), weights["attention"], config, window
+    )
     return middle + mlp(norm(middle, weights["mlp_norm"], config), weights["mlp"], config)

@@ -1,4 +1,6 @@
-"""Every kernel equals attention written out, forward and gradient: windows, segments, grouped queries, soft cap."""
+"""Every kernel equals attention written out, forward and gradient: windows, segments, grouped
+queries, soft cap.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +66,9 @@ def outcome(function, qkvo, visible, softcap):
         out = function(q, k, v, visible, softcap)
         return (out * qkvo[3]).sum(), out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))(*qkvo[:3])
+    (_, out), grads = jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))(
+        *qkvo[:3]
+    )
     return [out, *grads]
 
 
@@ -77,7 +81,9 @@ KERNELS = {"xla": kernel("xla"), "splash": splash_anywhere}
 def test_kernels_equal_attention_written_out(name, case):
     qkvo, visible, softcap = arrays(**CASES[case])
     for ours, theirs in zip(
-        outcome(KERNELS[name], qkvo, visible, softcap), outcome(written_out, qkvo, visible, softcap), strict=True
+        outcome(KERNELS[name], qkvo, visible, softcap),
+        outcome(written_out, qkvo, visible, softcap),
+        strict=True,
     ):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
@@ -88,7 +94,9 @@ def test_cudnn_equals_attention_written_out(case):
     qkvo, visible, softcap = arrays(**CASES[case])
     half = [x.astype(jnp.bfloat16) for x in qkvo]
     for ours, theirs in zip(
-        outcome(kernel("cudnn"), half, visible, softcap), outcome(written_out, qkvo, visible, softcap), strict=True
+        outcome(kernel("cudnn"), half, visible, softcap),
+        outcome(written_out, qkvo, visible, softcap),
+        strict=True,
     ):
         np.testing.assert_allclose(np.asarray(ours, np.float32), theirs, atol=0.1)
 

@@ -15,7 +15,11 @@ from tinylm.model.transformer import abstract_transformer, init_parameters
 def compiled(config, params, batch):
     """Return the compiled loss and gradient of a model."""
     graph = abstract_transformer(config)[0]
-    return jax.jit(jax.value_and_grad(lambda p: next_token_loss(nnx.merge(graph, p), batch)[0])).lower(params).compile()
+    return (
+        jax.jit(jax.value_and_grad(lambda p: next_token_loss(nnx.merge(graph, p), batch)[0]))
+        .lower(params)
+        .compile()
+    )
 
 
 def test_a_chunked_loss_is_the_plain_one_and_never_has_all_logits():
@@ -35,7 +39,9 @@ def test_a_chunked_loss_is_the_plain_one_and_never_has_all_logits():
         sizes.append(program.memory_analysis().temp_size_in_bytes)
     (plain, plain_grads), (pieces, grads) = results
     np.testing.assert_allclose(pieces, plain, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), grads, plain_grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), grads, plain_grads
+    )
     assert sizes[1] < sizes[0] / 2
 
 
@@ -43,7 +49,8 @@ def test_a_chunked_loss_is_the_plain_one_and_never_has_all_logits():
 def test_chunks_train_alike_on_a_mesh(mesh):
     batches = [random_batch(i, micro=2) for i in range(3)]
     losses = [
-        train(MeshConfig(*(1, *mesh)), tiny_model(loss_chunks=chunks, dropout=0.1), batches)[0] for chunks in (1, 4)
+        train(MeshConfig(*(1, *mesh)), tiny_model(loss_chunks=chunks, dropout=0.1), batches)[0]
+        for chunks in (1, 4)
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
@@ -51,7 +58,9 @@ def test_chunks_train_alike_on_a_mesh(mesh):
 def test_z_loss_is_trained_but_not_reported():
     batch = random_batch(0)
     config = tiny_model(init_std=0.3, z_loss=0.1)
-    plain, heavy = (train(MeshConfig(data=1), tiny_model(init_std=0.3, z_loss=z), [batch]) for z in (0.0, 0.1))
+    plain, heavy = (
+        train(MeshConfig(data=1), tiny_model(init_std=0.3, z_loss=z), [batch]) for z in (0.0, 0.1)
+    )
     np.testing.assert_allclose(heavy[0], plain[0], rtol=1e-6)
     graph, params = abstract_transformer(config)[0], jax.jit(lambda: init_parameters(config, 3))()
 
@@ -63,5 +72,7 @@ def test_z_loss_is_trained_but_not_reported():
         return jnp.sum((log_z - picked + 0.1 * log_z**2) * weights) / weights.sum()
 
     grads = jax.tree.leaves(jax.jit(jax.grad(defined))(params))
-    np.testing.assert_allclose(heavy[1][0], np.sqrt(sum(np.sum(np.square(g)) for g in grads)), rtol=1e-4)
+    np.testing.assert_allclose(
+        heavy[1][0], np.sqrt(sum(np.sum(np.square(g)) for g in grads)), rtol=1e-4
+    )
     assert abs(heavy[1][0] / plain[1][0] - 1) > 0.01

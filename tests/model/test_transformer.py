@@ -20,9 +20,19 @@ VARIANTS = {
     "gpt2": {"position": "learned", "norm": "layernorm", "bias": True, "qkv_bias": True},
     "llama": {"mlp": "swiglu", "num_kv_heads": 2, "tie_embeddings": False},
     "neox": {"rotary_fraction": 0.25, "parallel_residual": True, "norm": "layernorm", "bias": True},
-    "neo": {"attention_window": (0, 3), "attention_scale": 1.0, "position": "learned", "bias": True},
+    "neo": {
+        "attention_window": (0, 3),
+        "attention_scale": 1.0,
+        "position": "learned",
+        "bias": True,
+    },
     "mixed_heads": {"attention_window": (4,), "local_heads": 2, "qk_norm": True, "mlp": "relu2"},
-    "capped": {"attention_softcap": 5.0, "logit_softcap": 10.0, "mlp": "geglu", "residual_scale": 0.5},
+    "capped": {
+        "attention_softcap": 5.0,
+        "logit_softcap": 10.0,
+        "mlp": "geglu",
+        "residual_scale": 0.5,
+    },
     "convolved": {"conv_taps": 4, "attention_window": (0, 3), "mlp": "relu2"},
 }
 CPU = "".join(path.read_text() for path in pathlib.Path("/proc").glob("cpuinfo"))
@@ -32,12 +42,16 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 65, (2, 16)))
 
 @functools.cache
 def build(name: str, **changes):
-    """Return (graph, parameters) of a variant with weights large enough to make differences seen."""
+    """Return (graph, parameters) of a variant with weights large enough to make differences
+    seen.
+    """
     config = tiny_model(init_std=0.3, **VARIANTS[name], **changes)
     params = jax.jit(lambda: init_parameters(config, 0))()
     for part in ("attention", "mlp") if config.conv_taps else ():  # they begin at 0
         taps = params["blocks"][part]["conv"]["taps"]
-        params["blocks"][part]["conv"]["taps"] = taps + np.random.default_rng(0).normal(size=taps.shape)
+        params["blocks"][part]["conv"]["taps"] = taps + np.random.default_rng(0).normal(
+            size=taps.shape
+        )
     return abstract_transformer(config)[0], params
 
 
@@ -69,7 +83,9 @@ def test_logits_depend_on_no_later_token(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_cached_decoding_equals_the_full_forward(name):
-    """Prompts of 6 and 2 tokens, padded on the left to 8, then token by token; then the second row alone."""
+    """Prompts of 6 and 2 tokens, padded on the left to 8, then token by token; then the second row
+    alone.
+    """
     graph, params = build(name)
     whole = logits_of(graph, params, TOKENS)
 
@@ -87,25 +103,34 @@ def test_cached_decoding_equals_the_full_forward(name):
 
     for rows in ([0, 1], [1]):
         lengths = np.array([6, 2])[rows]
-        prompts = np.stack([np.r_[[9] * (8 - n), TOKENS[row, :n]] for row, n in zip(rows, lengths, strict=True)])
+        prompts = np.stack(
+            [np.r_[[9] * (8 - n), TOKENS[row, :n]] for row, n in zip(rows, lengths, strict=True)]
+        )
         logits, cache = prefill(prompts, lengths)
         for t in range(10):
             np.testing.assert_allclose(logits, whole[rows, lengths + t - 1], atol=2e-4)
             tokens = np.asarray(TOKENS)[rows, lengths + t]
             logits, cache = decode(tokens, lengths + t, 8 + t, cache)
     config = tiny_model(**VARIANTS[name])
-    kept = [window if window and not config.local_heads else 18 for window in config.attention_window * 2]
+    kept = [
+        window if window and not config.local_heads else 18
+        for window in config.attention_window * 2
+    ]
     assert [k.shape[-2] for k, *_ in cache] == kept[: len(cache)]
 
 
 def loss_and_grads(config):
     graph = abstract_transformer(config)[0]
     params = jax.jit(lambda: init_parameters(config, 0))()
-    loss = jax.jit(jax.value_and_grad(lambda p: jnp.square(nnx.merge(graph, p)(TOKENS)[..., :65]).mean()))
+    loss = jax.jit(
+        jax.value_and_grad(lambda p: jnp.square(nnx.merge(graph, p)(TOKENS)[..., :65]).mean())
+    )
     return loss(params)
 
 
-@pytest.mark.parametrize("changes", [{"unroll": 2}, {"unroll": 0}, {"remat": "full"}, {"remat": "dots"}])
+@pytest.mark.parametrize(
+    "changes", [{"unroll": 2}, {"unroll": 0}, {"remat": "full"}, {"remat": "dots"}]
+)
 def test_scan_unrolled_and_rematerialized_layers_agree(changes):
     plain = tiny_model(num_layers=4)
     loss, grads = loss_and_grads(plain)
@@ -143,7 +168,9 @@ def test_the_tied_embedding_is_one_leaf():
 def test_a_window_hides_what_is_farther():
     graph, params = build("default", num_layers=1, attention_window=(4,))
     changed = TOKENS.at[0, 3].set((TOKENS[0, 3] + 1) % 65)
-    differs = jnp.any(logits_of(graph, params, TOKENS)[0] != logits_of(graph, params, changed)[0], axis=-1)
+    differs = jnp.any(
+        logits_of(graph, params, TOKENS)[0] != logits_of(graph, params, changed)[0], axis=-1
+    )
     np.testing.assert_array_equal(np.flatnonzero(differs), [3, 4, 5, 6])
 
 
@@ -165,20 +192,33 @@ def test_bfloat16_computes_near_float32():
 
 
 def gradients_of_a_product(dtype):
-    """Return the lowered gradient of a linear map's input and kernel, and its arguments in `dtype`."""
-    linear = layers.Linear({"embed": 128}, {"mlp": 512}, std=0.1, bias=False, rngs=nnx.Rngs(params=0))
+    """Return the lowered gradient of a linear map's input and kernel, and its arguments in
+    `dtype`.
+    """
+    linear = layers.Linear(
+        {"embed": 128}, {"mlp": 512}, std=0.1, bias=False, rngs=nnx.Rngs(params=0)
+    )
     graph, params = nnx.split(linear)
     rng = np.random.default_rng(0)
-    x, dy = (jnp.asarray(rng.normal(size=(4, 64, size)), jnp.bfloat16).astype(dtype) for size in (128, 512))
+    x, dy = (
+        jnp.asarray(rng.normal(size=(4, 64, size)), jnp.bfloat16).astype(dtype)
+        for size in (128, 512)
+    )
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
-    backward = jax.jit(jax.grad(lambda p, x: (nnx.merge(graph, p)(x) * dy).sum(dtype=jnp.float32), argnums=(0, 1)))
+    backward = jax.jit(
+        jax.grad(lambda p, x: (nnx.merge(graph, p)(x) * dy).sum(dtype=jnp.float32), argnums=(0, 1))
+    )
     return backward.lower(params, x), (params, x)
 
 
 def test_bfloat16_products_have_the_gradients_of_their_rounded_operands():
-    rough, exact = (jax.tree.leaves(low.compile()(*args)) for low, args in map(gradients_of_a_product, DTYPES))
+    rough, exact = (
+        jax.tree.leaves(low.compile()(*args)) for low, args in map(gradients_of_a_product, DTYPES)
+    )
     for ours, theirs in zip(rough, exact, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0.005, atol=0.005 * float(jnp.abs(theirs).max()))
+        np.testing.assert_allclose(
+            ours, theirs, rtol=0.005, atol=0.005 * float(jnp.abs(theirs).max())
+        )
 
 
 @pytest.mark.skipif("avx512_bf16" not in CPU, reason="needs bfloat16 on the CPU")

@@ -1,6 +1,8 @@
-"""A run's folder may be a bucket: lock, logs, config and checksums work on an object store as on a disk.
+"""A run's folder may be a bucket: lock, logs, config and checksums work on an object store as on a
+disk.
 
-The store is fsspec's memory behind epath's gs://, with what Google's lacks: appending to an object begins it anew.
+The store is fsspec's memory behind epath's gs://, with what Google's lacks: appending to an object
+begins it anew.
 """
 
 import json
@@ -17,8 +19,8 @@ from tinylm.core.errors import UserError
 from tinylm.core.settings import to_dict
 from tinylm.run import checksums, lock
 from tinylm.run.folder import RunFolder
-from tinylm.run.plot import draw_loss
 from tinylm.train import trackers
+from tinylm.view.plot import draw_loss
 
 
 class Bucket(MemoryFileSystem):

@@ -1,4 +1,6 @@
-"""Checkpoints under damage: every file, any bit, a kill at any point of a save; disks that are full."""
+"""Checkpoints under damage: every file, any bit, a kill at any point of a save; disks that are
+full.
+"""
 
 import json
 import os
@@ -41,7 +43,9 @@ def folder(saved, tmp_path):
 def said(monkeypatch):
     """The lines that were said."""
     lines = []
-    monkeypatch.setattr("tinylm.run.checkpoint.say", lambda line, from_all=False: lines.append(line))
+    monkeypatch.setattr(
+        "tinylm.run.checkpoint.say", lambda line, from_all=False: lines.append(line)
+    )
     return lines
 
 
@@ -61,7 +65,9 @@ def test_every_damaged_file_is_named_and_the_step_before_taken(folder, said, how
     assert len(files_of(folder)) > 10
     for path in files_of(folder):
         content = path.read_bytes()
-        path.unlink() if how == "missing" else path.write_bytes(content[:-1] if how == "cut" else content + b"\0")
+        path.unlink() if how == "missing" else path.write_bytes(
+            content[:-1] if how == "cut" else content + b"\0"
+        )
         assert Checkpoints(folder).newest() == 1, path
         assert f"step 2 in {folder} is damaged: {path.relative_to(folder / '2')} " in said.pop()
         path.write_bytes(content)
@@ -82,7 +88,16 @@ def test_every_flipped_bit_is_found(folder, said):
 
 
 @pytest.mark.parametrize(
-    "body", ["x", "5", "[]", "{}", '{"files": 5, "loss": null}', '{"files": {}, "loss": "x"}', "[" * 100_000]
+    "body",
+    [
+        "x",
+        "5",
+        "[]",
+        "{}",
+        '{"files": 5, "loss": null}',
+        '{"files": {}, "loss": "x"}',
+        "[" * 100_000,
+    ],
 )
 def test_a_list_of_another_shape_counts_as_altered(folder, said, body):
     file = folder / "2" / checksums.NAME
@@ -97,7 +112,9 @@ def test_an_entry_of_another_shape_counts_as_an_altered_file(folder, said):
         content = json.loads(body)
         content["files"]["params/_METADATA"] = entry
         changed = json.dumps(content).encode()
-        (folder / "2" / checksums.NAME).write_bytes(checksums._digest(changed).encode() + b"\n" + changed)
+        (folder / "2" / checksums.NAME).write_bytes(
+            checksums._digest(changed).encode() + b"\n" + changed
+        )
         assert Checkpoints(folder).newest() == 1
         assert "params/_METADATA is altered" in said[-1]
 
@@ -127,7 +144,10 @@ def test_only_what_dead_saves_left_here_is_cleared(folder, tmp_path):
 def test_damaged_checkpoints_alone_are_an_error_and_no_start_at_0(folder, said):
     for step in "1", "2":
         (folder / step / checksums.NAME).unlink()
-    with pytest.raises(StorageError, match=r"no whole checkpoint is left \(step 2 .* checksums is missing\); remove"):
+    with pytest.raises(
+        StorageError,
+        match=r"no whole checkpoint is left \(step 2 .* checksums is missing\); remove",
+    ):
         Checkpoints(folder, CheckpointConfig()).newest()
     shutil.rmtree(folder)
     assert Checkpoints(folder, CheckpointConfig()).newest() is None
@@ -163,7 +183,9 @@ class Killed(BaseException):
 
 
 def writes(monkeypatch, kill_at):
-    """Count what changes the folder while sealing and removing; at number `kill_at`, stop before it."""
+    """Count what changes the folder while sealing and removing; at number `kill_at`, stop before
+    it.
+    """
     from etils.epath import gpath
 
     count = 0
@@ -186,7 +208,9 @@ def writes(monkeypatch, kill_at):
 
 
 def test_a_kill_between_any_two_writes_leaves_a_whole_step(saved, tmp_path, monkeypatch):
-    """Saving step 3 over 1 and 2: stopped before each change of the folder, 2 or 3 restores and leftovers go."""
+    """Saving step 3 over 1 and 2: stopped before each change of the folder, 2 or 3 restores and
+    leftovers go.
+    """
     total, reached = 99, set()
     for kill_at in range(1, 100):
         if kill_at > total:
@@ -214,7 +238,9 @@ def test_a_kill_between_any_two_writes_leaves_a_whole_step(saved, tmp_path, monk
 def test_a_save_that_fails_is_said_and_tried_again(folder, said, monkeypatch):
     checkpoints = Checkpoints(folder, CheckpointConfig())
     with monkeypatch.context() as patched:
-        patched.setattr(checksums, "write", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patched.setattr(
+            checksums, "write", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
+        )
         checkpoints.save(small_state(3), None)
         checkpoints.check(wait=True)
     assert "No space left; the next save tries again" in said[-1]
@@ -226,7 +252,9 @@ def test_a_save_that_fails_is_said_and_tried_again(folder, said, monkeypatch):
 
 def test_a_run_that_ends_unsaved_says_so_with_its_exit_code(folder, said, monkeypatch):
     checkpoints = Checkpoints(folder, CheckpointConfig())
-    monkeypatch.setattr(checksums, "write", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        checksums, "write", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     checkpoints.save(small_state(3), None)
     with pytest.raises(StorageError, match="No space left; free space there") as caught:
         checkpoints.close()
@@ -238,7 +266,9 @@ def test_checksums_hold_facts_and_every_file(folder):
     content = json.loads(body)
     assert content["step"] == 2
     assert sorted(content["files"]) == [
-        path.relative_to(folder / "2").as_posix() for path in files_of(folder) if path.name != checksums.NAME
+        path.relative_to(folder / "2").as_posix()
+        for path in files_of(folder)
+        if path.name != checksums.NAME
     ]
 
 

@@ -24,7 +24,9 @@ def quick(monkeypatch):
 def folder(request, tmp_path, monkeypatch):
     """A folder on a disk, and one where files can't be locked, as in a bucket."""
     if request.param == "no locks":
-        monkeypatch.setattr(lock.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+        monkeypatch.setattr(
+            lock.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available"))
+        )
     return epath.Path(tmp_path)
 
 
@@ -46,7 +48,9 @@ def test_a_dead_process_of_this_host_has_nothing(folder):
     WorkdirLock(folder).release()
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "5", '{"host": 1, "pid": 2, "id": 3, "since": 4}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "5", '{"host": 1, "pid": 2, "id": 3, "since": 4}', "[" * 100_000]
+)
 def test_what_is_no_lease_holds_nothing(folder, content):
     (folder / "lock.json").write_text(content)
     WorkdirLock(folder).release()

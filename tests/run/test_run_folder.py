@@ -12,10 +12,10 @@ from tinylm.core.errors import StorageError, UserError
 from tinylm.core.settings import to_dict
 from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
 from tinylm.run.folder import RunFolder
-from tinylm.run.gather import gather
 from tinylm.run.open_run import open_run
-from tinylm.train.account import Account
 from tinylm.train.config import Config
+from tinylm.train.goodput import Account
+from tinylm.view.history import gather
 
 
 def test_a_torn_last_line_is_cut_off(tmp_path):
@@ -73,11 +73,18 @@ def config_record():
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
-        ((), []), ((), {}), (("versions",), 5), (("token_stores",), []), (("checkpoints",), 5), (("start_id",), "x"),
-        (("config", "model"), None), (("config", "seed"), "0"),
-        (("config", "data", "seq_len"), None), (("config", "sample", "prompts"), "x"),
+        ((), []),
+        ((), {}),
+        (("versions",), 5),
+        (("token_stores",), []),
+        (("checkpoints",), 5),
+        (("start_id",), "x"),
+        (("config", "model"), None),
+        (("config", "seed"), "0"),
+        (("config", "data", "seq_len"), None),
+        (("config", "sample", "prompts"), "x"),
     ],
-)  # fmt: skip
+)
 def test_a_config_that_lacks_what_is_read_of_it_is_one_line(tmp_path, keys, value):
     folder, record = RunFolder(str(tmp_path)), config_record()
     folder.write_config(record)
@@ -93,7 +100,9 @@ def test_a_config_that_lacks_what_is_read_of_it_is_one_line(tmp_path, keys, valu
 
 
 def started(workdir, scratch, steps=("1",)):
-    """A run whose checkpoints are on scratch storage; return its folder and that of the checkpoints."""
+    """A run whose checkpoints are on scratch storage; return its folder and that of the
+    checkpoints.
+    """
     folder = RunFolder(str(workdir))
     folder.create()
     folder.checkpoints = epath.Path(folder.place_checkpoints(str(scratch)))
@@ -114,7 +123,10 @@ def test_a_run_whose_scratch_storage_is_gone_does_not_begin_again(tmp_path):
 def test_a_new_run_takes_no_checkpoints_of_an_earlier_one(tmp_path):
     folder, place = started(tmp_path / "run", tmp_path / "scratch")
     folder.config_file.unlink()
-    with pytest.raises(UserError, match=f"{place} holds checkpoints of a run that was in --workdir={folder.path} bef"):
+    with pytest.raises(
+        UserError,
+        match=f"{place} holds checkpoints of a run that was in --workdir={folder.path} bef",
+    ):
         RunFolder(str(folder.path)).place_checkpoints(str(tmp_path / "scratch"))
 
 
@@ -123,7 +135,9 @@ def test_a_moved_run_keeps_its_checkpoints_and_a_copy_does_not_take_them(tmp_pat
     shutil.copytree(folder.path, tmp_path / "copy")
     copy = RunFolder(str(tmp_path / "copy"))
     assert copy.checkpoints == place, "tools may read them"
-    with pytest.raises(UserError, match=r"copy is a copy of the run in .*/run, which still uses the checkpoints in"):
+    with pytest.raises(
+        UserError, match=r"copy is a copy of the run in .*/run, which still uses the checkpoints in"
+    ):
         copy.place_checkpoints(str(tmp_path / "scratch"))
     shutil.rmtree(folder.path)
     assert copy.place_checkpoints(str(tmp_path / "scratch")) == str(place)
@@ -141,7 +155,10 @@ def test_checkpoints_that_were_moved_to_other_storage_are_taken(tmp_path):
 
 def test_a_bucket_that_lost_a_slash_is_no_folder_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="--workdir=gs:/b/run must be gs://b/run for a bucket, or a folder on a disk"):
+    with pytest.raises(
+        UserError,
+        match="--workdir=gs:/b/run must be gs://b/run for a bucket, or a folder on a disk",
+    ):
         RunFolder("gs:/b/run")
     assert not list(tmp_path.iterdir())
 
@@ -151,7 +168,10 @@ def test_a_bucket_that_lost_a_slash_is_no_folder_here(tmp_path, monkeypatch):
     [
         ({"embed_dim": "wide"}, "config.json: model.embed_dim='wide' must be a whole number"),
         ({"norm_epsilon": None}, "config.json: model.norm_epsilon=None must be a number"),
-        ({"attention_window": "0"}, "config.json: model.attention_window='0' must be a whole number"),
+        (
+            {"attention_window": "0"},
+            "config.json: model.attention_window='0' must be a whole number",
+        ),
         ({"num_layers": -1}, "model.num_layers=-1 must be at least 1"),
         ({"embed_dim": 64}, r"step 2 in .*/checkpoints doesn't hold what config.json says"),
         ({"bias": True}, r"step 2 in .*/checkpoints doesn't hold what config.json says"),
@@ -177,20 +197,37 @@ def test_lines_and_samples_that_no_run_wrote_are_passed_over(tmp_path):
         b'{"step": 1, "split": "train", "loss": 2.0, "note": "a", "unix_secs": null, "mfu": 1e999}',
         b'{"step": 2, "split": "time"}',
     ]
-    bad = [b"5", b"[]", b"null", b'{"step": "x", "split": "train"}', b'{"step": 1, "split": []}', b"\xff", b"\0" * 4,
-           b"[" * 100_000]  # fmt: skip
+    bad = [
+        b"5",
+        b"[]",
+        b"null",
+        b'{"step": "x", "split": "train"}',
+        b'{"step": 1, "split": []}',
+        b"\xff",
+        b"\0" * 4,
+        b"[" * 100_000,
+    ]
     folder.metrics_file.write_bytes(b"\n".join([*bad, *good, *bad, b""]))
     folder.samples_file.write_bytes(b"--- step 1 ---\n\xff\n--- step " + b"1" * 5000 + b" ---\n")
-    assert folder.metrics() == [{"step": 1, "split": "train", "loss": 2.0}, {"step": 2, "split": "time"}]
+    assert folder.metrics() == [
+        {"step": 1, "split": "train", "loss": 2.0},
+        {"step": 2, "split": "time"},
+    ]
     run = gather(str(tmp_path))
-    assert (run["train"]["loss"], run["samples"][0]["texts"][0][0]) == ([2.0], "\N{REPLACEMENT CHARACTER}")
+    assert (run["train"]["loss"], run["samples"][0]["texts"][0][0]) == (
+        [2.0],
+        "\N{REPLACEMENT CHARACTER}",
+    )
     assert "Goodput" in Account(folder).summary(1)
 
 
 def test_the_latest_and_the_best_stay(tmp_path):
     folder = RunFolder(str(tmp_path)).checkpoints
     nan = float("nan")
-    for part in (((0, nan), (1, 3.0), (2, 1.0), (3, 2.0)), ((4, nan), (5, 4.0))):  # a run and its resumption
+    for part in (
+        ((0, nan), (1, 3.0), (2, 1.0), (3, 2.0)),
+        ((4, nan), (5, 4.0)),
+    ):  # a run and its resumption
         checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
         for step, loss in part:
             checkpoints.save(small_state(step), loss)
@@ -199,7 +236,9 @@ def test_the_latest_and_the_best_stay(tmp_path):
     assert opened.steps() == [2, 4, 5]
     assert (opened.find("best"), opened.find("latest"), opened.find("4")) == (2, 5, 4)
     for step in "3", "²", "-4", "":
-        with pytest.raises(UserError, match=f"--step={step} must be best, latest or one of 2, 4, 5"):
+        with pytest.raises(
+            UserError, match=f"--step={step} must be best, latest or one of 2, 4, 5"
+        ):
             opened.find(step)
     restored = opened.restore(2, jax.eval_shape(lambda: small_state(0)))
     assert (int(restored.step), restored.params["w"].tolist()) == (2, [2.0] * 4)
@@ -215,13 +254,17 @@ def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatch)
             folder.log({"step": step, "split": "train", "loss": 2.0})
         with pytest.raises(StorageError, match="cannot be written, its last lines are lost"):
             folder.flush()
-    folder.metrics_file.write_bytes(folder.metrics_file.read_bytes() + b'{"step": 2, "spl')  # what the disk took of it
+    folder.metrics_file.write_bytes(
+        folder.metrics_file.read_bytes() + b'{"step": 2, "spl'
+    )  # what the disk took of it
     folder.log({"step": 4, "split": "train", "loss": 2.0})
     folder.flush()
     assert [line["step"] for line in folder.lines()] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json", "checkpoints", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "config.json", "checkpoints", "tokenizer/tokenizer.json"]
+)
 def test_a_link_out_of_the_folder_is_refused(tmp_path, name):
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -229,7 +272,9 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path, name):
     (tmp_path / "run" / "tokenizer").mkdir(parents=True)
     (tmp_path / "run" / name).symlink_to(victim)
     for use in folder.read_config, folder.create:
-        with pytest.raises(UserError, match=f"{name} is a link to {victim}, out of the run's folder"):
+        with pytest.raises(
+            UserError, match=f"{name} is a link to {victim}, out of the run's folder"
+        ):
             use()
     assert victim.read_text() == "mine"
     moved = tmp_path / "moved"

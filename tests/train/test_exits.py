@@ -1,5 +1,5 @@
-"""How a training ends: asked to stop at any moment it is 75, a save under way is finished, and what is secondary ends
-nothing.
+"""How a training ends: asked to stop at any moment it is 75, a save under way is finished, and what
+is secondary ends nothing.
 """
 
 import os
@@ -13,22 +13,35 @@ import pytest
 
 from tinylm.config import load_config
 from tinylm.core.errors import Preempted
-from tinylm.core.stop import StopRequest
+from tinylm.core.preemption import StopRequest
 from tinylm.run import checksums, plot
 from tinylm.train import start
 from tinylm.train.progress import Progress
 
 SMALL = [
-    "data.source=tales:200", "data.tokenizer=byte", "data.seq_len=16", "data.batch_size=8", "model.embed_dim=16",
-    "model.num_layers=1", "train.num_steps=2", "train.steps_per_dispatch=1", "eval.every_steps=0", "eval.max_batches=2",
-    "sample.max_tokens=0", "writers.plot=False", "mesh.data=1",
-]  # fmt: skip
+    "data.source=tales:200",
+    "data.tokenizer=byte",
+    "data.seq_len=16",
+    "data.batch_size=8",
+    "model.embed_dim=16",
+    "model.num_layers=1",
+    "train.num_steps=2",
+    "train.steps_per_dispatch=1",
+    "eval.every_steps=0",
+    "eval.max_batches=2",
+    "sample.max_tokens=0",
+    "writers.plot=False",
+    "mesh.data=1",
+]
 
 
 @pytest.fixture(autouse=True)
 def handlers():
     """Put back what a run does with signals."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    before = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    }
     yield
     signal.set_wakeup_fd(-1)
     for number, handler in before.items():
@@ -54,7 +67,9 @@ def signalled(function, number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_asked_to_stop_during_the_last_evaluation_it_is_taken_when_the_run_goes_on(tmp_path, number):
+def test_asked_to_stop_during_the_last_evaluation_it_is_taken_when_the_run_goes_on(
+    tmp_path, number
+):
     flags = ["eval.every_steps=2"]
     trainer = begin(tmp_path, *flags)
     trainer.looks.evaluate = signalled(trainer.looks.evaluate, number)
@@ -119,7 +134,9 @@ def test_a_save_under_way_is_finished_whatever_the_end_is_for(tmp_path, monkeypa
 
 def test_samples_that_fail_are_left_out_with_one_line(tmp_path, monkeypatch):
     said = []
-    trainer = begin(tmp_path, "sample.max_tokens=4", "sample.every_steps=1", "sample.prompts=('a',)")
+    trainer = begin(
+        tmp_path, "sample.max_tokens=4", "sample.every_steps=1", "sample.prompts=('a',)"
+    )
     monkeypatch.setattr("tinylm.train.progress.say", said.append)
     monkeypatch.setattr(trainer.looks.decoder, "write", lambda *_, **__: 1 / 0)
     assert trainer.run().step == 2

@@ -1,4 +1,6 @@
-"""A run that starts from another: its parameters, a fresh schedule, and refusals where the two don't mean the same."""
+"""A run that starts from another: its parameters, a fresh schedule, and refusals where the two
+don't mean the same.
+"""
 
 import dataclasses
 import json
@@ -27,11 +29,23 @@ from tinylm.train import init_from
 from tinylm.train.start import start_run
 
 SMALL = [
-    "data.source=tales:200", "data.tokenizer=byte", "data.packing=stream", "data.seq_len=16", "data.batch_size=8",
-    "model.embed_dim=16", "model.num_layers=1", "optimizer.name=adamw", "optimizer.warmup_steps=0", "train.num_steps=3",
-    "train.log_every_steps=1", "eval.every_steps=0", "sample.max_tokens=0", "writers.plot=False",
-    "mesh.data=1", "sample.prompts=('a',)",
-]  # fmt: skip
+    "data.source=tales:200",
+    "data.tokenizer=byte",
+    "data.packing=stream",
+    "data.seq_len=16",
+    "data.batch_size=8",
+    "model.embed_dim=16",
+    "model.num_layers=1",
+    "optimizer.name=adamw",
+    "optimizer.warmup_steps=0",
+    "train.num_steps=3",
+    "train.log_every_steps=1",
+    "eval.every_steps=0",
+    "sample.max_tokens=0",
+    "writers.plot=False",
+    "mesh.data=1",
+    "sample.prompts=('a',)",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +57,10 @@ def first(tmp_path_factory):
 
 
 def trainer(tmp_path, first, *overrides):
-    return start_run(load_config("tales", [*SMALL, f"train.init_from={first}", *overrides]), str(tmp_path / "next"))
+    return start_run(
+        load_config("tales", [*SMALL, f"train.init_from={first}", *overrides]),
+        str(tmp_path / "next"),
+    )
 
 
 def state_of(workdir):
@@ -53,7 +70,9 @@ def state_of(workdir):
 
 
 def test_parameters_are_taken_over_and_the_rest_is_new(first, tmp_path):
-    state = trainer(tmp_path, first, "model.dropout=0.1", "model.z_loss=0.0001", "mesh.fsdp=True").restore_or_init()
+    state = trainer(
+        tmp_path, first, "model.dropout=0.1", "model.z_loss=0.0001", "mesh.fsdp=True"
+    ).restore_or_init()
     theirs = state_of(first)
     assert int(state.step) == 0 and int(theirs.step) == 3
     assert np.isinf(float(state.guard["best_loss"]))
@@ -87,7 +106,10 @@ def test_a_run_goes_on_from_itself_not_from_its_origin(first, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
-        (["data.tokenizer=char"], r"another tokenizer \(there byte of 257 ids, here char.*set data.tokenizer=byte"),
+        (
+            ["data.tokenizer=char"],
+            r"another tokenizer \(there byte of 257 ids, here char.*set data.tokenizer=byte",
+        ),
         (["model.embed_dim=32"], r"model.embed_dim \(there 16, here 32\).*set them alike"),
         (["train.init_optimizer=True", "optimizer.name=muon"], "another optimizer \\(adamw\\)"),
         (["train.init_from=nowhere"], "train.init_from=nowhere holds no run"),
@@ -107,7 +129,9 @@ def test_a_bpe_read_from_its_file_is_the_same_tokenizer(tmp_path):
     spec = f"hf:{tmp_path}/tokenizer.json"
     origin = init_from.Origin("here", ModelConfig(), learned, spec)
     init_from.check_tokenizer(origin, read_vocabulary(spec))
-    with pytest.raises(UserError, match=rf"set data.tokenizer={spec}, or take it with --config=finetune"):
+    with pytest.raises(
+        UserError, match=rf"set data.tokenizer={spec}, or take it with --config=finetune"
+    ):
         init_from.check_tokenizer(origin, BpeTokenizer.train(["another text"], 270))
 
 
@@ -127,9 +151,16 @@ def test_init_from_is_an_identity_setting():
 
 # What a fine-tuning takes seconds with.
 TUNED = [
-    "data.source=tales:100", "data.batch_size=8", "train.num_steps=2", "train.log_every_steps=1", "eval.every_steps=0",
-    "optimizer.warmup_steps=0", "sample.max_tokens=0", "writers.plot=False", "mesh.data=1",
-]  # fmt: skip
+    "data.source=tales:100",
+    "data.batch_size=8",
+    "train.num_steps=2",
+    "train.log_every_steps=1",
+    "eval.every_steps=0",
+    "optimizer.warmup_steps=0",
+    "sample.max_tokens=0",
+    "writers.plot=False",
+    "mesh.data=1",
+]
 
 
 def tuning(origin, *overrides):
@@ -137,13 +168,19 @@ def tuning(origin, *overrides):
 
 
 def test_fine_tuning_takes_model_and_tokenizer_from_a_run(first, tmp_path):
-    """No setting of the model is typed again; those that weights don't depend on stay the config's own."""
-    begun = start_run(tuning(first, "model.dropout=0.1", "model.remat=dots"), str(tmp_path / "next"))
+    """No setting of the model is typed again; those that weights don't depend on stay the config's
+    own.
+    """
+    begun = start_run(
+        tuning(first, "model.dropout=0.1", "model.remat=dots"), str(tmp_path / "next")
+    )
     theirs = state_of(first)
     with begun.lock:
         state = begun.restore_or_init()
     assert all(map(np.array_equal, jax.tree.leaves(state.params), jax.tree.leaves(theirs.params)))
-    origin = from_dict(ModelConfig, json.loads((first / "config.json").read_text())["config"]["model"])
+    origin = from_dict(
+        ModelConfig, json.loads((first / "config.json").read_text())["config"]["model"]
+    )
     assert begun.config.model == dataclasses.replace(origin, dropout=0.1, remat="dots", unroll=1)
     assert (begun.config.data.seq_len, begun.config.data.tokenizer) == (16, "byte")
 
@@ -152,7 +189,12 @@ def test_a_tokenizer_that_no_setting_names_comes_along_and_the_origin_may_go(tmp
     """Characters of another text than the one that is fine-tuned on."""
     (tmp_path / "broad.txt").write_text("abcdefghijklmnopqrstuvwxyz .,\n" * 40)
     (tmp_path / "narrow.txt").write_text("a bad cab. " * 80)
-    broad = [*SMALL, f"data.source=text:{tmp_path}/broad.txt", "data.tokenizer=char", "train.num_steps=1"]
+    broad = [
+        *SMALL,
+        f"data.source=text:{tmp_path}/broad.txt",
+        "data.tokenizer=char",
+        "train.num_steps=1",
+    ]
     start_run(load_config("tales", broad), str(tmp_path / "origin")).run()
     config = tuning(tmp_path / "origin", f"data.source=text:{tmp_path}/narrow.txt")
     outcome = start_run(config, str(tmp_path / "next")).run()
@@ -173,11 +215,19 @@ def test_a_tokenizer_that_no_setting_names_comes_along_and_the_origin_may_go(tmp
 def exported(tmp_path_factory):
     """A folder of Hugging Face, of a Llama that took a step."""
     folder = tmp_path_factory.mktemp("exported")
-    llama = [*SMALL, "model.qk_norm=False", "model.mlp=swiglu", "model.tie_embeddings=False", "train.num_steps=1"]
+    llama = [
+        *SMALL,
+        "model.qk_norm=False",
+        "model.mlp=swiglu",
+        "model.tie_embeddings=False",
+        "train.num_steps=1",
+    ]
     start_run(load_config("tales", llama), str(folder / "run")).run()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "transformers_logits", lambda folder, tokens: None)
-        models.export_hf(open_run(str(folder / "run"), mesh_config=MeshConfig(data=1)), str(folder / "hf"))
+        models.export_hf(
+            open_run(str(folder / "run"), mesh_config=MeshConfig(data=1)), str(folder / "hf")
+        )
     (folder / "hf" / "tinylm_tokenizer.json").unlink()  # as a folder of others has its tokenizer
     return folder / "hf"
 
@@ -185,7 +235,12 @@ def exported(tmp_path_factory):
 def test_fine_tuning_starts_from_a_folder_of_hugging_face(exported, tmp_path):
     """On a mesh that splits parameters; longer texts than before, as rotary positions allow."""
     config = tuning(
-        f"hf:{exported}", "mesh.data=2", "mesh.model=2", "mesh.fsdp=True", "model.context=32", "data.seq_len=32"
+        f"hf:{exported}",
+        "mesh.data=2",
+        "mesh.model=2",
+        "mesh.fsdp=True",
+        "model.context=32",
+        "data.seq_len=32",
     )
     begun = start_run(config, str(tmp_path / "next"))
     state = begun.restore_or_init()
@@ -194,15 +249,23 @@ def test_fine_tuning_starts_from_a_folder_of_hugging_face(exported, tmp_path):
     assert begun.config.model.context == begun.config.data.seq_len == 32
     assert begun.config.data.tokenizer == f"hf:{exported}/tokenizer.json"
     assert begun.run().step == 2
-    assert open_run(str(tmp_path / "next")).tokenizer.fingerprint == begun.data.tokenizer.fingerprint
+    assert (
+        open_run(str(tmp_path / "next")).tokenizer.fingerprint == begun.data.tokenizer.fingerprint
+    )
 
 
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
-        (["train.init_from="], r"train.init_model needs train.init_from: the folder of a run, or hf:DIR"),
+        (
+            ["train.init_from="],
+            r"train.init_model needs train.init_from: the folder of a run, or hf:DIR",
+        ),
         (["train.init_from=nowhere"], r"train.init_from=nowhere holds no run.*hf:DIR"),
-        (["train.init_from=hf:nowhere"], r"train.init_from=hf:nowhere is no folder; download the model first"),
+        (
+            ["train.init_from=hf:nowhere"],
+            r"train.init_from=hf:nowhere is no folder; download the model first",
+        ),
         (
             ["model.embed_dim=64", "model.mlp=swiglu"],
             r"model.embed_dim \(there 16, here 64\), model.mlp \(there 'relu2'",
@@ -218,16 +281,23 @@ def test_what_fine_tuning_cannot_take_over_is_one_line(first, tmp_path, override
     assert not (tmp_path / "next").exists()
 
 
-def test_a_folder_of_hugging_face_has_no_optimizer_and_may_have_another_tokenizer(exported, tmp_path):
+def test_a_folder_of_hugging_face_has_no_optimizer_and_may_have_another_tokenizer(
+    exported, tmp_path
+):
     for overrides, wanted in {
         ("train.init_optimizer=True",): r"is an imported model, which has no optimizer",
         ("train.init_model=False", f"data.tokenizer=hf:{exported}/tokenizer.json"): (
             r"model of other settings: model.embed_dim.*take all with --config=finetune"
         ),
-        ("train.init_model=False", "data.tokenizer=bpe:300"): r"another tokenizer.*take it with --config=finetune",
+        (
+            "train.init_model=False",
+            "data.tokenizer=bpe:300",
+        ): r"another tokenizer.*take it with --config=finetune",
     }.items():
         with pytest.raises(UserError, match=wanted) as caught:
-            start_run(tuning(f"hf:{exported}", "data.seq_len=16", *overrides), str(tmp_path / "next"))
+            start_run(
+                tuning(f"hf:{exported}", "data.seq_len=16", *overrides), str(tmp_path / "next")
+            )
         assert "\n" not in str(caught.value)
 
 

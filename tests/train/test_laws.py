@@ -1,4 +1,6 @@
-"""The laws that hold for a training step: any mesh, any grouping, any accumulation give the same run."""
+"""The laws that hold for a training step: any mesh, any grouping, any accumulation give the same
+run.
+"""
 
 import dataclasses
 
@@ -11,12 +13,13 @@ from helpers import random_batch, tiny_model, train
 from jax.sharding import AbstractMesh, AxisType
 
 from tinylm.core.mesh import AXES, MeshConfig, look_up, make_mesh
+from tinylm.tools.plan import held_bytes
 from tinylm.train.config import OptimizerConfig
-from tinylm.train.planning import held_bytes
 from tinylm.train.state import make_blueprint
 
 BATCHES = [random_batch(seed) for seed in range(20)]
-# Where bits count, loops are fused as they are for users: conftest takes an older way, which compiles faster.
+# Where bits count, loops are fused as they are for users: conftest takes an older way, which
+# compiles faster.
 AS_FOR_USERS = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else None
 DROPPING = tiny_model(dropout=0.1, conv_taps=4)
 
@@ -48,7 +51,9 @@ def test_replicas_give_the_same_losses(single):
 
 
 @pytest.mark.parametrize("length", [16, 5])
-def test_a_split_vocabulary_gives_the_same_rows_and_gradient_where_the_mesh_divides_the_length_or_not(length):
+def test_a_split_vocabulary_gives_the_same_rows_and_gradient_where_the_mesh_divides_the_length_or_not(
+    length,
+):
     rng = np.random.default_rng(0)
     table, ids = rng.normal(size=(128, 8)).astype(np.float32), rng.integers(0, 128, (4, length))
     weigh = jnp.asarray(rng.normal(size=(4, length, 8)), jnp.float32)
@@ -64,7 +69,9 @@ def test_a_split_vocabulary_gives_the_same_rows_and_gradient_where_the_mesh_divi
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_optimizers_give_the_same_state_on_a_mesh(name):
-    """Every leaf: parameters by how far they were moved, what the optimizer and the guard keep by its size."""
+    """Every leaf: parameters by how far they were moved, what the optimizer and the guard keep by
+    its size.
+    """
     model = tiny_model(conv_taps=4)
     start = train(MeshConfig(data=1), model, [], name=name)[2]
     plain = train(MeshConfig(data=1), model, BATCHES[:4], name=name)[2]
@@ -72,24 +79,35 @@ def test_optimizers_give_the_same_state_on_a_mesh(name):
     moved = jax.tree.map(np.subtract, plain.params, start.params)
     sizes = dataclasses.replace(plain, params=moved)
     for (path, size), ours, theirs in zip(
-        jax.tree.leaves_with_path(sizes), jax.tree.leaves(plain), jax.tree.leaves(meshed), strict=True
+        jax.tree.leaves_with_path(sizes),
+        jax.tree.leaves(plain),
+        jax.tree.leaves(meshed),
+        strict=True,
     ):
         name = jax.tree_util.keystr(path)
         if ".params" in name:
             assert np.any(size), f"{name} was not moved"
-        if not np.array_equal(ours, theirs):  # as are the infinities of a loss that wasn't measured yet
-            assert np.linalg.norm(np.ravel(ours - theirs)) <= 2e-4 * np.linalg.norm(np.ravel(size)), name
+        if not np.array_equal(
+            ours, theirs
+        ):  # as are the infinities of a loss that wasn't measured yet
+            assert np.linalg.norm(np.ravel(ours - theirs)) <= 2e-4 * np.linalg.norm(
+                np.ravel(size)
+            ), name
 
 
 def test_steps_in_one_dispatch_equal_single_steps_bit_for_bit(single):
-    losses, _, state = train(MeshConfig(data=1), DROPPING, BATCHES, group=5, compiler_options=AS_FOR_USERS)
+    losses, _, state = train(
+        MeshConfig(data=1), DROPPING, BATCHES, group=5, compiler_options=AS_FOR_USERS
+    )
     assert losses == single[0]
     assert all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(single[2])))
 
 
 def test_accumulation_equals_the_large_batch(single):
     """Micro-batches hold different numbers of target tokens, and dropout is on."""
-    split = [{name: x.reshape(4, 2, *x.shape[2:]) for name, x in batch.items()} for batch in BATCHES]
+    split = [
+        {name: x.reshape(4, 2, *x.shape[2:]) for name, x in batch.items()} for batch in BATCHES
+    ]
     assert len({float(part.sum()) for part in split[0]["weights"]}) > 1
     losses, norms, _ = train(MeshConfig(data=2), DROPPING, split)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
@@ -108,7 +126,11 @@ def test_state_is_known_before_it_exists():
         state = blueprint.init(0)
 
     def same(abstract, leaf):
-        assert (abstract.shape, abstract.dtype, abstract.sharding) == (leaf.shape, leaf.dtype, leaf.sharding)
+        assert (abstract.shape, abstract.dtype, abstract.sharding) == (
+            leaf.shape,
+            leaf.dtype,
+            leaf.sharding,
+        )
 
     jax.tree.map(same, blueprint.abstract, state)
 
@@ -117,7 +139,9 @@ def test_state_is_known_before_it_exists():
 def test_fsdp_splits_the_state(devices):
     mesh = AbstractMesh((1, devices, 1), AXES, axis_types=(AxisType.Auto,) * 3)
     config = tiny_model(embed_dim=1024, num_heads=16)
-    abstract = make_blueprint(config, OptimizerConfig(), MeshConfig(data=devices, fsdp=True), 10, mesh).abstract
+    abstract = make_blueprint(
+        config, OptimizerConfig(), MeshConfig(data=devices, fsdp=True), 10, mesh
+    ).abstract
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     assert held_bytes(abstract) <= 1.05 * whole / devices
 
@@ -133,11 +157,15 @@ def test_initial_values_do_not_depend_on_the_mesh():
 
 
 def test_clipping_limits_the_update():
-    """With a huge epsilon Adam's update is the gradient over it, so it shrinks as the gradient is clipped."""
+    """With a huge epsilon Adam's update is the gradient over it, so it shrinks as the gradient is
+    clipped.
+    """
     settings = {"beta1": 0.0, "epsilon": 1e3, "weight_decay": 0.0, "warmup_steps": 0}
     start = train(MeshConfig(data=1), tiny_model(), [], **settings)[2].params["embedding"]
     _, norms, free = train(MeshConfig(data=1), tiny_model(), BATCHES[:1], clip_norm=0.0, **settings)
-    _, _, clipped = train(MeshConfig(data=1), tiny_model(), BATCHES[:1], clip_norm=norms[0] / 4, **settings)
+    _, _, clipped = train(
+        MeshConfig(data=1), tiny_model(), BATCHES[:1], clip_norm=norms[0] / 4, **settings
+    )
     far, near = (np.abs(state.params["embedding"] - start).max() for state in (free, clipped))
     np.testing.assert_allclose(near, far / 4, rtol=0.05)
 
@@ -147,12 +175,16 @@ def is_schedule(node):
 
 
 def without_schedules(opt_state):
-    return jax.tree.map(lambda node: () if is_schedule(node) else node, opt_state, is_leaf=is_schedule)
+    return jax.tree.map(
+        lambda node: () if is_schedule(node) else node, opt_state, is_leaf=is_schedule
+    )
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_step_with_nothing_to_learn_learns_nothing(name):
-    """A batch without target tokens leaves all but the step and the schedule as they were, and then all goes on."""
+    """A batch without target tokens leaves all but the step and the schedule as they were, and then
+    all goes on.
+    """
     first, last = random_batch(0), random_batch(1)
     empty = {**random_batch(2), "weights": np.zeros_like(first["weights"])}
     settings = {"name": name, "weight_decay": 0.5}
@@ -163,9 +195,17 @@ def test_a_step_with_nothing_to_learn_learns_nothing(name):
     assert norms[1] == 0
     assert (after.step, after.guard["skipped"], after.guard["bad_in_row"]) == (2, 0, 0)
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
-    counts = [int(node.count) for node in jax.tree.leaves(after.opt_state, is_leaf=is_schedule) if is_schedule(node)]
+    counts = [
+        int(node.count)
+        for node in jax.tree.leaves(after.opt_state, is_leaf=is_schedule)
+        if is_schedule(node)
+    ]
     assert set(counts) == {2}, "the schedule goes on"
-    jax.tree.map(np.testing.assert_array_equal, without_schedules(after.opt_state), without_schedules(before.opt_state))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        without_schedules(after.opt_state),
+        without_schedules(before.opt_state),
+    )
     losses, _, _ = train(mesh, model, [first, empty, last], **settings)
     assert np.isfinite(losses[2])
 

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 from helpers import tiny_model
 
-from tinylm.analysis.flops import count_parameters, forward_flops_per_token
+from tinylm.model.flops import count_parameters, forward_flops_per_token
 from tinylm.model.transformer import abstract_transformer
 from tinylm.train.config import OptimizerConfig
 from tinylm.train.optimizer import is_matrix, make_optimizer, make_schedule
 
 
 def rates(**settings):
-    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, min_ratio=0.1, warmup_steps=10, **settings), 110)
+    schedule = make_schedule(
+        OptimizerConfig(learning_rate=1.0, min_ratio=0.1, warmup_steps=10, **settings), 110
+    )
     return np.array([float(schedule(step)) for step in range(111)])
 
 
@@ -40,17 +42,30 @@ def test_matrices_are_kernels_and_embeddings_alone():
 
 
 def test_muons_momentum_is_of_matrices_alone():
-    """A gradient, then a tenth of it turned round: with momentum a matrix goes on as before, without it turns too."""
+    """A gradient, then a tenth of it turned round: with momentum a matrix goes on as before,
+    without it turns too.
+    """
     axes = {"kernel": ("embed", "mlp"), "scale": ("embed",)}
-    params = {name: jnp.asarray(np.random.default_rng(0).normal(size=[8] * len(axes[name]))) for name in axes}
+    params = {
+        name: jnp.asarray(np.random.default_rng(0).normal(size=[8] * len(axes[name])))
+        for name in axes
+    }
     second = {}
     for momentum in (0.0, 0.95):
-        config = OptimizerConfig(name="muon", muon_momentum=momentum, weight_decay=0.0, clip_norm=0.0)
+        config = OptimizerConfig(
+            name="muon", muon_momentum=momentum, weight_decay=0.0, clip_norm=0.0
+        )
         optimizer = make_optimizer(config, 10, axes)
         first, state = optimizer.update(params, optimizer.init(params), params)
-        second[momentum], _ = optimizer.update(jax.tree.map(lambda g: -g / 10, params), state, params)
+        second[momentum], _ = optimizer.update(
+            jax.tree.map(lambda g: -g / 10, params), state, params
+        )
     np.testing.assert_allclose(second[0.0]["scale"], second[0.95]["scale"])
-    assert jnp.vdot(first["kernel"], second[0.95]["kernel"]) > 0 > jnp.vdot(first["kernel"], second[0.0]["kernel"])
+    assert (
+        jnp.vdot(first["kernel"], second[0.95]["kernel"])
+        > 0
+        > jnp.vdot(first["kernel"], second[0.0]["kernel"])
+    )
 
 
 def test_parameters_and_flops_are_counted_by_formula():
@@ -60,7 +75,9 @@ def test_parameters_and_flops_are_counted_by_formula():
 
     def walk(tree, prefix=""):
         for name, leaf in tree.items():
-            walk(leaf, f"{prefix}{name}/") if isinstance(leaf, dict) else shapes.update({prefix + name: leaf.shape})
+            walk(leaf, f"{prefix}{name}/") if isinstance(leaf, dict) else shapes.update(
+                {prefix + name: leaf.shape}
+            )
 
     walk(abstract_transformer(config)[1])
     block = 4 * 32 * 32 + 2 * 32 * 128 + 2 * 32
@@ -72,10 +89,14 @@ def test_parameters_and_flops_are_counted_by_formula():
 
 
 def test_what_muon_leaves_over_is_moved_by_nesterov_adam_without_decay():
-    """By hand (Dozat 2016): a first gradient g moves a scale by (b1 m + (1 - b1) g / (1 - b1)) / sqrt(v)."""
+    """By hand (Dozat 2016): a first gradient g moves a scale by (b1 m + (1 - b1) g / (1 - b1)) /
+    sqrt(v).
+    """
     axes = {"kernel": ("embed", "mlp"), "scale": ("embed",)}
     params = {name: jnp.ones([8] * len(names)) for name, names in axes.items()}
-    config = OptimizerConfig(name="muon", learning_rate=0.01, beta1=0.9, beta2=0.95, clip_norm=0.0, weight_decay=0.5)
+    config = OptimizerConfig(
+        name="muon", learning_rate=0.01, beta1=0.9, beta2=0.95, clip_norm=0.0, weight_decay=0.5
+    )
     optimizer = make_optimizer(config, 10, axes)
     gradient = jax.tree.map(lambda p: p * jnp.linspace(-1, 1, 8), params)
     moved, _ = optimizer.update(gradient, optimizer.init(params), params)

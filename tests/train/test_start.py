@@ -1,4 +1,6 @@
-"""Starts that meet in one workdir: one alone trains there, and the others leave its files as they are."""
+"""Starts that meet in one workdir: one alone trains there, and the others leave its files as they
+are.
+"""
 
 import fcntl
 import json
@@ -18,10 +20,18 @@ from tinylm.run.open_run import open_run
 from tinylm.train import start
 
 SMALL = [
-    "data.source=tales:200", "data.tokenizer=byte", "data.seq_len=16", "data.batch_size=8", "model.embed_dim=16",
-    "model.num_layers=1", "train.num_steps=2", "eval.every_steps=0", "sample.max_tokens=0", "writers.plot=False",
+    "data.source=tales:200",
+    "data.tokenizer=byte",
+    "data.seq_len=16",
+    "data.batch_size=8",
+    "model.embed_dim=16",
+    "model.num_layers=1",
+    "train.num_steps=2",
+    "eval.every_steps=0",
+    "sample.max_tokens=0",
+    "writers.plot=False",
     "mesh.data=1",
-]  # fmt: skip
+]
 
 
 def begin(workdir, *overrides):
@@ -76,15 +86,22 @@ def test_the_same_text_in_another_place_goes_on_and_another_text_does_not(tmp_pa
     begin(run, f"data.source=text:{tmp_path}/a.txt", tokenizer).lock.close()
     moved = f"data.source=text:{tmp_path}/elsewhere/b.txt"
     begin(run, moved, tokenizer).lock.close()
-    assert RunFolder(str(run)).read_config()["config"]["data"]["source"] == f"text:{tmp_path}/elsewhere/b.txt"
+    assert (
+        RunFolder(str(run)).read_config()["config"]["data"]["source"]
+        == f"text:{tmp_path}/elsewhere/b.txt"
+    )
     with pytest.raises(UserError, match=r"holds another run, which differs in data\.separator"):
         begin(run, moved, tokenizer, "data.separator=|")
     with pytest.raises(UserError, match=r"holds another run, which differs in data\.source"):
         begin(run, "data.source=tales:30", tokenizer)
     # The same tokenizer and as many tokens, but in another order.
     parts = (tmp_path / "a.txt").read_text().split("<|endoftext|>")
-    (tmp_path / "elsewhere" / "b.txt").write_text("<|endoftext|>".join([*parts[1:3], parts[0], *parts[3:]]))
-    with pytest.raises(UserError, match=r"text:.*/b\.txt doesn't give the tokens .* its content changed since"):
+    (tmp_path / "elsewhere" / "b.txt").write_text(
+        "<|endoftext|>".join([*parts[1:3], parts[0], *parts[3:]])
+    )
+    with pytest.raises(
+        UserError, match=r"text:.*/b\.txt doesn't give the tokens .* its content changed since"
+    ):
         begin(run, moved, tokenizer)
 
 
@@ -106,7 +123,9 @@ def test_cleaning_removes_the_stores_that_no_run_refers_to(tmp_path):
     (left / "part").write_text("unfinished")
     with (stores / f"{folders['busy'].name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = run_command("tinylm.prepare", "--clean", "--json", "--config=tales", f"--config.{place}")
+        done = run_command(
+            "tinylm.prepare", "--clean", "--json", "--config=tales", f"--config.{place}"
+        )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [row["store"] for row in found["removed"]] == [folders["gone"].name]
@@ -114,7 +133,11 @@ def test_cleaning_removes_the_stores_that_no_run_refers_to(tmp_path):
     assert runs[folders["kept"].name] == [str(tmp_path / "kept")]
     assert runs[folders["elsewhere"].name] == [f"{tmp_path}/elsewhere on other-host"]
     assert runs[folders["busy"].name] == []
-    assert {name for name, folder in folders.items() if folder.exists()} == {"kept", "elsewhere", "busy"}
+    assert {name for name, folder in folders.items() if folder.exists()} == {
+        "kept",
+        "elsewhere",
+        "busy",
+    }
     assert not left.exists() and found["freed_bytes"] > 10
 
 
@@ -132,7 +155,9 @@ def test_checkpoints_on_scratch_storage_are_found_by_all_that_read_them(tmp_path
     other = begin(tmp_path / "other", place, f"train.init_from={run}", "train.stop_step=1")
     assert other.run().step == 1
     assert len(list(scratch.iterdir())) == 2, "each run has a folder of its own"
-    with pytest.raises(UserError, match=r"are in .*/scratch/run-.*; move this folder to .*/run/checkpoints, or set"):
+    with pytest.raises(
+        UserError, match=r"are in .*/scratch/run-.*; move this folder to .*/run/checkpoints, or set"
+    ):
         begin(run)
     shutil.move(folder, run / "checkpoints")
     begin(run).lock.close()
@@ -154,7 +179,10 @@ def test_a_run_that_noted_its_stores_by_time_and_place_goes_on(tmp_path):
     ("overrides", "wanted"),
     [
         (["data.source=tales:200"], "eval.exact_match needs validation pairs"),
-        (["data.source=addition:10", "eval.answer_pattern=####"], "eval.answer_pattern=#### finds nothing"),
+        (
+            ["data.source=addition:10", "eval.answer_pattern=####"],
+            "eval.answer_pattern=#### finds nothing",
+        ),
         (
             ["data.source=addition:300", "data.seq_len=8", "eval.exact_match=9000"],
             "eval.exact_match: a prompt of 9 tokens",
@@ -162,7 +190,9 @@ def test_a_run_that_noted_its_stores_by_time_and_place_goes_on(tmp_path):
         (["eval.answer_pattern=["], r"eval.answer_pattern=\[ must be a regular expression"),
     ],
 )
-def test_answers_that_could_not_be_counted_are_refused_before_anything_is_written(tmp_path, overrides, wanted):
+def test_answers_that_could_not_be_counted_are_refused_before_anything_is_written(
+    tmp_path, overrides, wanted
+):
     with pytest.raises(UserError, match=wanted):
         begin(tmp_path / "run", "eval.exact_match=5", "eval.every_steps=1", *overrides)
     assert not (tmp_path / "run").exists()
@@ -170,10 +200,17 @@ def test_answers_that_could_not_be_counted_are_refused_before_anything_is_writte
 
 # The other value of each counts as true where the default counts as false, or the other way.
 OTHERS = [
-    ("qk_norm", True), ("dropout", 0.2), ("z_loss", 1e-4), ("parallel_residual", True), ("conv_taps", 2),
-    ("bias", True), ("attention_softcap", 5.0), ("tie_embeddings", False), ("embed_scale", 0.0),
+    ("qk_norm", True),
+    ("dropout", 0.2),
+    ("z_loss", 1e-4),
+    ("parallel_residual", True),
+    ("conv_taps", 2),
+    ("bias", True),
+    ("attention_softcap", 5.0),
+    ("tie_embeddings", False),
+    ("embed_scale", 0.0),
     ("attention_window", (4,)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "value"), OTHERS)
@@ -183,7 +220,9 @@ def test_a_run_goes_on_with_no_other_model_in_either_direction(tmp_path, name, v
         folder = RunFolder(str(tmp_path))
         folder.write_config({"config": to_dict(first.resolve(257)), "versions": {"mesh": {}}})
         for config in (then, then.resolve(257)):
-            with pytest.raises(UserError, match=rf"holds another run, which differs in model.{name} \(there"):
+            with pytest.raises(
+                UserError, match=rf"holds another run, which differs in model.{name} \(there"
+            ):
                 start.check_same_config(config, folder)
         start.check_same_config(first, folder)
 
@@ -195,14 +234,18 @@ def test_sizes_that_are_left_open_are_compared_as_they_resolve(tmp_path):
     with pytest.raises(UserError, match=r"differs in model.mlp_dim \(there 48, here 64\)"):
         start.check_same_config(load_config("tales", [*SMALL, "model.vocab_size=300"]), folder)
     with pytest.raises(UserError, match=r"differs in model.vocab_size \(there 300, here 257\)"):
-        start.check_same_config(load_config("tales", [*SMALL, "model.mlp_dim=48"]).resolve(257), folder)
+        start.check_same_config(
+            load_config("tales", [*SMALL, "model.mlp_dim=48"]).resolve(257), folder
+        )
 
 
 def test_checkpoints_without_their_config_are_left_alone(tmp_path):
     begin(tmp_path).run()
     (tmp_path / "config.json").unlink()
     there = content(tmp_path)
-    with pytest.raises(UserError, match=r"holds checkpoints but no config.json.*restore config.json"):
+    with pytest.raises(
+        UserError, match=r"holds checkpoints but no config.json.*restore config.json"
+    ):
         begin(tmp_path, "model.embed_dim=32")
     assert content(tmp_path) == there
 
@@ -235,7 +278,9 @@ def test_a_run_is_made_longer_where_its_steps_would_have_been_the_same(tmp_path)
         ("linear", 50, 100, 200, False),
     ],
 )
-def test_another_length_fits_where_no_rate_of_the_steps_taken_changes(tmp_path, schedule, saved, there, here, fits):
+def test_another_length_fits_where_no_rate_of_the_steps_taken_changes(
+    tmp_path, schedule, saved, there, here, fits
+):
     rates = [f"optimizer.schedule={schedule}", "optimizer.warmup_steps=3", "train.num_steps=100"]
     config = load_config("tales", [*SMALL, *rates])
     folder = RunFolder(str(tmp_path))
@@ -247,11 +292,15 @@ def test_another_length_fits_where_no_rate_of_the_steps_taken_changes(tmp_path, 
     if fits:
         start.check_same_config(config, folder)
     else:
-        with pytest.raises(UserError, match=rf"train.num_steps={there} \(here {here}\).*train.init_from={tmp_path}"):
+        with pytest.raises(
+            UserError, match=rf"train.num_steps={there} \(here {here}\).*train.init_from={tmp_path}"
+        ):
             start.check_same_config(config, folder)
 
 
-@pytest.mark.parametrize("fails", ["check_same_stores", "store_digests", "make_blueprint", "Trainer"])
+@pytest.mark.parametrize(
+    "fails", ["check_same_stores", "store_digests", "make_blueprint", "Trainer"]
+)
 def test_a_start_that_fails_gives_the_workdir_free(tmp_path, monkeypatch, fails):
     begin(tmp_path).lock.close()
     with monkeypatch.context() as patched, pytest.raises(StorageError, match="it fails"):
@@ -263,22 +312,36 @@ def test_a_start_that_fails_gives_the_workdir_free(tmp_path, monkeypatch, fails)
 def test_patience_without_a_validation_split_is_refused_before_training(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Once there was a fox. It slept.\n" * 50)
-    settings = [f"data.source=text:{text}", "data.valid_fraction=0", "eval.every_steps=1", "eval.patience=2"]
+    settings = [
+        f"data.source=text:{text}",
+        "data.valid_fraction=0",
+        "eval.every_steps=1",
+        "eval.patience=2",
+    ]
     with pytest.raises(UserError, match=r"eval.patience=2 needs a validation split"):
         begin(tmp_path / "run", *settings)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_outlives_batches_without_any_answer(tmp_path):
-    """Long prompts and short answers: most windows of 16 tokens hold nothing to learn, nor to evaluate."""
+    """Long prompts and short answers: most windows of 16 tokens hold nothing to learn, nor to
+    evaluate.
+    """
     pairs = tmp_path / "pairs.jsonl"
     records = [{"prompt": "ab" * 150, "completion": "c"} for _ in range(60)]
     pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
     trainer = begin(
-        tmp_path / "run", f"data.source=jsonl:{pairs}", "data.packing=stream", "data.loss_on=answer",
-        "data.batch_size=2", "train.num_steps=30", "train.log_every_steps=1", "eval.every_steps=30",
-        "eval.max_batches=1", "checkpoint.every_steps=0",
-    )  # fmt: skip
+        tmp_path / "run",
+        f"data.source=jsonl:{pairs}",
+        "data.packing=stream",
+        "data.loss_on=answer",
+        "data.batch_size=2",
+        "train.num_steps=30",
+        "train.log_every_steps=1",
+        "eval.every_steps=30",
+        "eval.max_batches=1",
+        "checkpoint.every_steps=0",
+    )
     outcome = trainer.run()
     losses = lines(tmp_path / "run")
     missing = [step for step, loss in losses.items() if loss is None]
@@ -292,9 +355,14 @@ def test_an_evaluation_without_any_target_is_no_end_of_a_run(tmp_path):
     records = [{"prompt": "ab" * 150, "completion": "c"} for _ in range(60)]
     pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
     trainer = begin(
-        tmp_path / "run", f"data.source=jsonl:{pairs}", "data.packing=single", "data.loss_on=answer",
-        "eval.every_steps=1", "eval.max_batches=1", "eval.patience=1",
-    )  # fmt: skip
+        tmp_path / "run",
+        f"data.source=jsonl:{pairs}",
+        "data.packing=single",
+        "data.loss_on=answer",
+        "eval.every_steps=1",
+        "eval.max_batches=1",
+        "eval.patience=1",
+    )
     outcome = trainer.run()
     assert (outcome.step, outcome.valid_loss) == (2, None)
     assert lines(tmp_path / "run", "valid") == {}

@@ -34,7 +34,9 @@ def feed(opened, records=RECORDS, picture=None):
 
 
 def events(workdir):
-    """Return the events of TensorBoard files: length, its checksum, a protocol buffer, its checksum."""
+    """Return the events of TensorBoard files: length, its checksum, a protocol buffer, its
+    checksum.
+    """
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -51,12 +53,23 @@ def test_tensorboard_has_scalars_samples_settings_and_the_plot(tmp_path):
     pytest.importorskip("tensorboardX")
     picture = tmp_path / "loss.png"
     image.imsave(picture, [[0.0, 1.0], [1.0, 0.0]])
-    feed(open_trackers(tmp_path / "run", "writers.tensorboard=True", "optimizer.learning_rate=0.025"), picture=picture)
+    feed(
+        open_trackers(
+            tmp_path / "run", "writers.tensorboard=True", "optimizer.learning_rate=0.025"
+        ),
+        picture=picture,
+    )
     found = events(tmp_path / "run")
     values = {(value.tag, event.step): value for event in found for value in event.summary.value}
-    assert [values["train/loss", step].simple_value for step in (1, 2, 3)] == [4.0, 2.0, pytest.approx(4 / 3)]
+    assert [values["train/loss", step].simple_value for step in (1, 2, 3)] == [
+        4.0,
+        2.0,
+        pytest.approx(4 / 3),
+    ]
     assert b"Once upon a time" in values["samples/text_summary", 3].tensor.string_val[0]
-    assert b'"optimizer.learning_rate": 0.025' in values["config/text_summary", 1].tensor.string_val[0]
+    assert (
+        b'"optimizer.learning_rate": 0.025' in values["config/text_summary", 1].tensor.string_val[0]
+    )
     assert values["loss", 3].image.width == 2
     assert any("hparams" in tag for tag, _ in values)
     assert not any("mfu" in tag for tag, _ in values)
@@ -71,7 +84,9 @@ def test_a_resumed_run_hides_the_steps_it_takes_again(tmp_path):
 
 
 def log_records(data):
-    """Yield the records of a LevelDB log behind 7 bytes of header: blocks of 32 KiB, parts of checksum, size, type."""
+    """Yield the records of a LevelDB log behind 7 bytes of header: blocks of 32 KiB, parts of
+    checksum, size, type.
+    """
     at, whole = 7, b""
     while at < len(data):
         if (left := 32768 - at % 32768) < 7:
@@ -94,11 +109,19 @@ def test_wandb_offline_for_real(tmp_path, monkeypatch):
     feed(open_trackers(tmp_path / "run", "writers.wandb=True"), picture=picture)
     path = next((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     records, end = [], time.monotonic() + 30
-    while not any(record.HasField("exit") for record in records) and time.monotonic() < end:  # its own process writes
+    while (
+        not any(record.HasField("exit") for record in records) and time.monotonic() < end
+    ):  # its own process writes
         time.sleep(0.05)
         records = [Record.FromString(data) for data in log_records(path.read_bytes())]
-    rows = [{"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            for record in records if record.HasField("history")]  # fmt: skip
+    rows = [
+        {
+            "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for record in records
+        if record.HasField("history")
+    ]
     assert [row["train/loss"] for row in rows if "train/loss" in row] == [4.0, 2.0, 4 / 3]
     drawn = next((tmp_path / "run" / "wandb").glob("offline-run-*/files/media/images/loss*.png"))
     np.testing.assert_array_equal(image.imread(drawn), image.imread(picture)[..., :3])
@@ -126,7 +149,9 @@ def test_a_tracker_that_fails_is_dropped_with_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "say", said.append)
     monkeypatch.setitem(trackers.KINDS, "wandb", broken())
     feed(open_trackers(tmp_path, "writers.wandb=True", "writers.tensorboard=True"))
-    assert said == ["wandb is dropped, it failed with: no space left on device; metrics.jsonl has all."]
+    assert said == [
+        "wandb is dropped, it failed with: no space left on device; metrics.jsonl has all."
+    ]
     assert len([event for event in events(tmp_path) if event.summary.value]) >= 3
 
 

@@ -1,4 +1,6 @@
-"""Reports: what is gathered from a run's files, attention as the model computes it, and the page in a real browser."""
+"""Reports: what is gathered from a run's files, attention as the model computes it, and the page in
+a real browser.
+"""
 
 import json
 import math
@@ -20,10 +22,10 @@ from tinylm.core.settings import to_dict
 from tinylm.model.transformer import Transformer
 from tinylm.model.visibility import Visibility
 from tinylm.run.folder import RunFolder
-from tinylm.run.gather import MOST_POINTS, curves, gather
-from tinylm.run.plot import COLORS, draw_curves
 from tinylm.view import page
 from tinylm.view.attention import attention_weights
+from tinylm.view.history import MOST_POINTS, curves, gather
+from tinylm.view.plot import COLORS, draw_curves
 
 EVIL = "</script><script>document.title='run'</script>"
 
@@ -35,14 +37,34 @@ def made_run(workdir, learning_rate=1e-3):
     config = config.resolve(1024)
     folder = RunFolder(str(workdir))
     folder.create()
-    folder.write_config({"config": to_dict(config), "versions": {"jax": "1", "mesh": {"data": 4, "model": 2}}})
+    folder.write_config(
+        {"config": to_dict(config), "versions": {"jax": "1", "mesh": {"data": 4, "model": 2}}}
+    )
     for first, last, process in ((0, 30, 1.0), (20, 40, 2.0)):
         for step in range(first + 1, last + 1):
-            folder.log({"step": step, "split": "train", "loss": 4 / step + process, "grad_norm": 1.0, "mfu": None,
-                        "learning_rate": learning_rate, "tokens_per_sec": 100.0, "update_ratio/mlp": 1e-3 / step,
-                        "unix_secs": 1e9 + 10 * step})  # fmt: skip
+            folder.log(
+                {
+                    "step": step,
+                    "split": "train",
+                    "loss": 4 / step + process,
+                    "grad_norm": 1.0,
+                    "mfu": None,
+                    "learning_rate": learning_rate,
+                    "tokens_per_sec": 100.0,
+                    "update_ratio/mlp": 1e-3 / step,
+                    "unix_secs": 1e9 + 10 * step,
+                }
+            )
             if step % 10 == 0:
-                folder.log({"step": step, "split": "valid", "loss": 5 / step, "floor": 0.1, "unix_secs": 1e9})
+                folder.log(
+                    {
+                        "step": step,
+                        "split": "valid",
+                        "loss": 5 / step,
+                        "floor": 0.1,
+                        "unix_secs": 1e9,
+                    }
+                )
                 secs = {"total_secs": step, "train_secs": step / 2, "eval_secs": step / 2}
                 folder.log({"step": step, "split": "time", "process": process, **secs})
         texts = [f"--- step 20 ---\nprocess {process} {i} {EVIL}\n" for i in range(3)]
@@ -60,7 +82,10 @@ def test_the_last_line_of_a_step_counts_and_a_torn_one_does_not(tmp_path):
     assert run["valid"]["step"] == [10, 20, 30, 40]
     assert run["floor"] == 0.1
     assert [text[:11] for text in run["samples"][0]["texts"]] == ["process 2.0"] * 3
-    assert run["time"] == {"train": 10 + 20, "eval": 10 + 20}  # the first process's account of step 30 was replaced
+    assert run["time"] == {
+        "train": 10 + 20,
+        "eval": 10 + 20,
+    }  # the first process's account of step 30 was replaced
 
 
 def test_a_long_run_is_thinned_and_keeps_its_ends():
@@ -75,11 +100,18 @@ def test_a_long_run_is_thinned_and_keeps_its_ends():
     [
         {"num_kv_heads": 2, "attention_window": (0, 3), "qk_norm": True},
         {"attention_softcap": 1.0, "position": "learned", "qkv_bias": True, "bias": True},
-        {"attention_window": (3,), "local_heads": 2, "parallel_residual": True, "rotary_fraction": 0.5},
+        {
+            "attention_window": (3,),
+            "local_heads": 2,
+            "parallel_residual": True,
+            "rotary_fraction": 0.5,
+        },
     ],
 )
 def test_attention_weights_are_those_of_the_model(options):
-    """They are causal, and times the values they make what the production block makes, layer after layer."""
+    """They are causal, and times the values they make what the production block makes, layer after
+    layer.
+    """
     model = Transformer(tiny_model(init_std=0.3, **options), rngs=nnx.Rngs(params=0))
     tokens, c = jnp.arange(12)[None] * 5, model.config
     weights = np.asarray(jax.jit(lambda ids: attention_weights(model, ids))(tokens))
@@ -95,7 +127,11 @@ def test_attention_weights_are_those_of_the_model(options):
         for layer, block in enumerate(model.unstacked_blocks()):
             window = c.attention_window[layer % len(c.attention_window)]
             inputs = model.layer_inputs(positions, Visibility(window=window))
-            v_BNTH = jnp.repeat(block.attention.value(block.attention_norm(x)).swapaxes(1, 2), 4 // c.num_kv_heads, 1)
+            v_BNTH = jnp.repeat(
+                block.attention.value(block.attention_norm(x)).swapaxes(1, 2),
+                4 // c.num_kv_heads,
+                1,
+            )
             ours = block.attention.out(jnp.einsum("NTS,BNSH->BTNH", weights[layer], v_BNTH))
             pairs.append((ours, block.attention(block.attention_norm(x), inputs)[0]))
             x = block(x, inputs)[0]
@@ -106,9 +142,22 @@ def test_attention_weights_are_those_of_the_model(options):
 
 
 def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
-    assert report.spread(["--workdir", "a", "b", "--out=x"]) == ["--workdir=a", "--workdir=b", "--out=x"]
-    assert report.spread(["--workdir=a", "b", "--step", "best"]) == ["--workdir=a", "--workdir=b", "--step", "best"]
-    assert report.spread(["--out", "workdir", "--workdir", "a"]) == ["--out", "workdir", "--workdir=a"]
+    assert report.spread(["--workdir", "a", "b", "--out=x"]) == [
+        "--workdir=a",
+        "--workdir=b",
+        "--out=x",
+    ]
+    assert report.spread(["--workdir=a", "b", "--step", "best"]) == [
+        "--workdir=a",
+        "--workdir=b",
+        "--step",
+        "best",
+    ]
+    assert report.spread(["--out", "workdir", "--workdir", "a"]) == [
+        "--out",
+        "workdir",
+        "--workdir=a",
+    ]
     runs = [{"name": "x", "path": "/r/1/x"}, {"name": "x", "path": "/r/2/x"}]
     report.distinct_names(runs)
     assert [run["name"] for run in runs] == ["/r/1/x", "/r/2/x"]
@@ -131,8 +180,12 @@ def test_one_of_several_runs_may_have_no_attention(tmp_path):
     done = run_command("tinylm.report", f"--workdir={tmp_path}/sweep", "--attention_text=A fox")
     assert done.returncode == 0, done.stderr
     warnings = done.stderr.splitlines()
-    assert [line[:28] for line in warnings] == [f"warning: no attention of {name}: " for name in "ab"]
-    assert done.stdout.split() == [str(tmp_path / "sweep" / f"report.{kind}") for kind in ("html", "png")]
+    assert [line[:28] for line in warnings] == [
+        f"warning: no attention of {name}: " for name in "ab"
+    ]
+    assert done.stdout.split() == [
+        str(tmp_path / "sweep" / f"report.{kind}") for kind in ("html", "png")
+    ]
     done = run_command("tinylm.report", f"--workdir={tmp_path}/sweep/a", "--attention_text=A fox")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
@@ -184,7 +237,9 @@ def test_the_pictures_are_drawn(tmp_path):
         page.draw_attention(["x", "$y", "\n"], heads, [(0, 0), (0, 1)], tmp_path / f"{name}.png")
     for color in COLORS[:2]:  # of each run, far more than its sample in the legend
         assert columns_of(tmp_path / "curves.png", color) > 100
-    one, other = (matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("attention", "nothing"))
+    one, other = (
+        matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("attention", "nothing")
+    )
     assert one.shape == other.shape
     assert np.any(one != other, axis=-1).mean() > 0.1, "the picture doesn't depend on the weights"
 
@@ -193,7 +248,9 @@ def test_the_pictures_are_drawn(tmp_path):
 def browser():
     """Give a real browser without a window."""
     playwright = pytest.importorskip("playwright.sync_api")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    program = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if program is None:
         pytest.skip("no Chromium here")
     with playwright.sync_playwright() as session:

@@ -1,10 +1,11 @@
 """Starting JAX on one machine or many, and the few things that processes must agree on.
 
-The platform and the number of simulated CPU devices are fixed before the first use of a backend, which is why
-commands call `start` first. A cluster (Slurm, Cloud TPU, Open MPI) is detected by JAX, for `tinylm.main`; explicit
-flags win. Waiting always has a time limit: a peer that died must not hang the others. JAX aborts a process whose peers
-don't come (exit code 134, a stack trace), so a timer of ours is first, with one line. Processes compare how they were
-started through the key-value store of JAX's coordination service, which needs no device and knows time limits.
+The platform and the number of simulated CPU devices are fixed before the first use of a backend,
+which is why commands call `start` first. A cluster (Slurm, Cloud TPU, Open MPI) is detected by JAX,
+for `tinylm.main`; explicit flags win. Waiting always has a time limit: a peer that died must not
+hang the others. JAX aborts a process whose peers don't come (exit code 134, a stack trace), so a
+timer of ours is first, with one line. Processes compare how they were started through the key-value
+store of JAX's coordination service, which needs no device and knows time limits.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ import jax
 from tinylm.core import errors
 from tinylm.core.errors import HangError, UserError
 
-# Of Slurm the tasks of the step, which srun alone sets: SLURM_NTASKS is there in the shell of an allocation, too.
+# Of Slurm the tasks of the step, which srun alone sets: SLURM_NTASKS is there in the shell of an
+# allocation, too.
 _SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _COORDINATORS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -49,56 +51,80 @@ def start(
 ) -> None:
     """Set platform and devices, and join the job's other processes where there are any.
 
-    `cpu_devices` > 0 asks for that many simulated CPU devices per process. The job is the one that `coordinator` and
-    the two numbers describe, or where `coordinator` is "auto", or `joins_cluster` and it is empty, the cluster. Ends
-    the program with one line and exit code 2 where not all processes have joined within `secs` (0: START_SECS).
+    `cpu_devices` > 0 asks for that many simulated CPU devices per process. The job is the one that
+    `coordinator` and the two numbers describe, or where `coordinator` is "auto", or `joins_cluster`
+    and it is empty, the cluster. Ends the program with one line and exit code 2 where not all
+    processes have joined within `secs` (0: START_SECS).
     """
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    complete = re.fullmatch(r".+:\d{1,5}", coordinator, re.ASCII) and 0 <= process_id < num_processes
+    complete = (
+        re.fullmatch(r".+:\d{1,5}", coordinator, re.ASCII) and 0 <= process_id < num_processes
+    )
     from_cluster = coordinator == "auto" or (joins_cluster and not coordinator)
     if coordinator == "auto":
         coordinator = ""
         if not _in_cluster():
             raise UserError(
-                "--coordinator=auto finds no job of several processes (Slurm's srun, Open MPI, a TPU pod); start the "
-                "command with srun, or give --coordinator=HOST:PORT, --num_processes and --process_id."
+                "--coordinator=auto finds no job of several processes (Slurm's srun, Open "
+                "MPI, a TPU pod); start the "
+                "command with srun, or give --coordinator=HOST:PORT, --num_processes and "
+                "--process_id."
             )
     if (coordinator or num_processes or process_id != -1) and not complete:
         raise UserError(
-            f"--coordinator=HOST:PORT, --num_processes and --process_id, numbered from 0, need each other; found "
-            f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}."
+            "--coordinator=HOST:PORT, --num_processes and --process_id, numbered from 0, "
+            "need each other; found "
+            f"--coordinator={coordinator} --num_processes={num_processes} "
+            f"--process_id={process_id}."
         )
     if not coordinator and not (from_cluster and _in_cluster()):
         return
     if process_id == 0:
         _check_port_is_free(coordinator)
-    arguments: dict[str, Any] = {} if not coordinator else {
-        "coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id
-    }  # fmt: skip
+    arguments: dict[str, Any] = (
+        {}
+        if not coordinator
+        else {
+            "coordinator_address": coordinator,
+            "num_processes": num_processes,
+            "process_id": process_id,
+        }
+    )
     secs = secs or START_SECS
     with time_limit(secs, lambda: _nobody_came(coordinator, num_processes, process_id, secs)):
         try:
             jax.distributed.initialize(**arguments, initialization_timeout=int(secs) + 30)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{host()} could not join the job: {str(error).splitlines()[0]}") from error
-        jax.process_index()  # the first use of the devices, where hosts tell each other what they have
+            raise UserError(
+                f"{host()} could not join the job: {str(error).splitlines()[0]}"
+            ) from error
+        # The first use of the devices, where hosts tell each other what they have.
+        jax.process_index()
 
 
 def _in_cluster() -> bool:
     """Say whether the environment names a job of several processes."""
     sizes = [os.environ.get(name, "") for name in _SIZES]
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return any(s.isdigit() and int(s) > 1 for s in sizes) or "," in hosts or any(
-        name in os.environ for name in _COORDINATORS
-    )  # fmt: skip
+    return (
+        any(s.isdigit() and int(s) > 1 for s in sizes)
+        or "," in hosts
+        or any(name in os.environ for name in _COORDINATORS)
+    )
 
 
 def is_shell_of_slurm() -> bool:
-    """Say whether this is a shell or script of a Slurm job of several tasks, not started by srun as one of them."""
+    """Say whether this is a shell or script of a Slurm job of several tasks, not started by srun as
+    one of them.
+    """
     tasks = os.environ.get("SLURM_NTASKS", "")
-    return tasks.isdigit() and int(tasks) > 1 and not (jax.distributed.is_initialized() or _in_cluster())
+    return (
+        tasks.isdigit()
+        and int(tasks) > 1
+        and not (jax.distributed.is_initialized() or _in_cluster())
+    )
 
 
 def _check_port_is_free(coordinator: str) -> None:
@@ -114,7 +140,8 @@ def _check_port_is_free(coordinator: str) -> None:
             probe.bind(("", port))
         except (OSError, OverflowError) as error:
             raise UserError(
-                f"--coordinator={coordinator}: port {port} of {host()} cannot be used ({error}); another program may "
+                f"--coordinator={coordinator}: port {port} of {host()} cannot be used "
+                f"({error}); another program may "
                 "have it: give all processes another port."
             ) from error
 
@@ -128,14 +155,19 @@ def _nobody_came(coordinator: str, num_processes: int, process_id: int, secs: fl
     """Return the line for a process that waited for its job in vain."""
     if not coordinator:
         return (
-            f"{host()} waited {secs:.0f} s for the other hosts that the cluster names; start this command on all of "
+            f"{host()} waited {secs:.0f} s for the other hosts that the cluster names; "
+            "start this command on all of "
             "them, or raise --start_secs where they start far apart."
         )
     who = f"process {process_id} of {num_processes} on {host()}"
     if process_id and not _reachable(coordinator):
-        return f"{who} found nobody at --coordinator={coordinator} for {secs:.0f} s; is process 0 running there?"
+        return (
+            f"{who} found nobody at --coordinator={coordinator} for {secs:.0f} s; is process 0 "
+            "running there?"
+        )
     return (
-        f"{who} waited {secs:.0f} s, but not all {num_processes} processes came; start this command on every host with "
+        f"{who} waited {secs:.0f} s, but not all {num_processes} processes came; start "
+        "this command on every host with "
         "the same --coordinator and --num_processes and each its own --process_id."
     )
 
@@ -151,8 +183,11 @@ def _reachable(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def time_limit(secs: float, line: Callable[[], str], error: type[UserError] = UserError) -> Iterator[None]:
-    """End the program with one line and the exit code of `error` where the body takes longer than `secs`.
+def time_limit(
+    secs: float, line: Callable[[], str], error: type[UserError] = UserError
+) -> Iterator[None]:
+    """End the program with one line and the exit code of `error` where the body takes longer than
+    `secs`.
 
     A timer on a thread, for nothing in Python interrupts a wait inside JAX.
     """
@@ -176,7 +211,9 @@ def is_main() -> bool:
 
 
 def speaker() -> str:
-    """Return what an error line of this process begins with: nothing, or its number and host in a job of several."""
+    """Return what an error line of this process begins with: nothing, or its number and host in a
+    job of several.
+    """
     if not jax.distributed.is_initialized():
         return ""
     return f"process {jax.process_index()} of {jax.process_count()} ({host()}): "
@@ -185,16 +222,19 @@ def speaker() -> str:
 def lost_peer(error: Exception) -> bool:
     """Say whether an error of JAX came from a process of this job that is no longer there."""
     signs = ("peer", "gloo", "nccl", "connection", "heartbeat", "unavailable")
-    return jax.distributed.is_initialized() and isinstance(error, RuntimeError) and any(
-        sign in str(error).lower() for sign in signs
-    )  # fmt: skip
+    return (
+        jax.distributed.is_initialized()
+        and isinstance(error, RuntimeError)
+        and any(sign in str(error).lower() for sign in signs)
+    )
 
 
 def note_first_step() -> None:
     """Tell the launcher, where it asks for it, that a first step was compiled and is under way.
 
-    JAX aborts a process with 134 when a peer is lost, and a compiler that crashes aborts it with 134, too. A launcher
-    starts again after the first; the second would come again, and always before there is this file.
+    JAX aborts a process with 134 when a peer is lost, and a compiler that crashes aborts it with
+    134, too. A launcher starts again after the first; the second would come again, and always
+    before there is this file.
     """
     path = os.environ.get("TINYLM_FIRST_STEP_FILE", "")
     if path:
@@ -214,14 +254,18 @@ def leave(exit_code: int) -> None:
 
 @functools.cache
 def client() -> Any:
-    """Return the client of JAX's coordination service; JAX itself has no public name for it, Orbax has."""
+    """Return the client of JAX's coordination service; JAX itself has no public name for it, Orbax
+    has.
+    """
     from orbax.checkpoint import multihost
 
     return multihost.get_jax_distributed_client()
 
 
 def barrier(name: str, secs: float = BARRIER_SECS) -> None:
-    """Wait until all processes have come to the point `name`, once in a program; raise HangError after `secs`."""
+    """Wait until all processes have come to the point `name`, once in a program; raise HangError
+    after `secs`.
+    """
     if jax.process_count() == 1:
         return
     with _waiting(f"not all processes came to {name!r} within {secs:.0f} s"):
@@ -244,7 +288,9 @@ def _from_0(key: str, secs: float) -> Any:
 
 
 def from_main(make: Callable[[], Any], secs: float = BARRIER_SECS) -> Any:
-    """Return on every process what `make` returns on process 0, plain values; a UserError there is raised on all."""
+    """Return on every process what `make` returns on process 0, plain values; a UserError there is
+    raised on all.
+    """
     if jax.process_count() == 1:
         return make()
     key, service = f"tinylm/from_main/{next(_calls)}", client()
@@ -265,7 +311,8 @@ def from_main(make: Callable[[], Any], secs: float = BARRIER_SECS) -> Any:
 def agree(facts: dict[str, Any], secs: float = START_SECS) -> None:
     """Raise the same UserError on every process where one differs from process 0 in one of `facts`.
 
-    To be called once, by all processes; the line names the host and up to three facts with both values.
+    To be called once, by all processes; the line names the host and up to three facts with both
+    values.
     """
     if jax.process_count() == 1:
         return
@@ -279,7 +326,8 @@ def agree(facts: dict[str, Any], secs: float = START_SECS) -> None:
         if differing:
             service.key_value_set(
                 f"tinylm/differing/{process:06}",
-                f"process {process} on {host()} was started otherwise than process 0 on {their_host}: {differing}; "
+                f"process {process} on {host()} was started otherwise than process 0 on "
+                f"{their_host}: {differing}; "
                 "start every host with the same command, files and versions.",
             )
     barrier("comparing how processes were started", secs)
@@ -296,7 +344,9 @@ def _differing(ours: dict[str, str], theirs: dict[str, str]) -> str:
 
 
 def code_versions() -> dict[str, str]:
-    """Return what code this process runs: a digest of our own, and the versions of what the numbers depend on."""
+    """Return what code this process runs: a digest of our own, and the versions of what the numbers
+    depend on.
+    """
     package = pathlib.Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):

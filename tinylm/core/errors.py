@@ -1,8 +1,8 @@
 """What can go wrong for a user, and the exit code that tells it apart.
 
-Every mistake ends in one clear line: what was required, what was found, which key or flag to change.
-Errors of this module carry that line and the exit code; `tinylm.cli.run` prints the one and exits with the other.
-Any other exception is a bug of ours and keeps its traceback.
+Every mistake ends in one clear line: what was required, what was found, which key or flag to
+change. Errors of this module carry that line and the exit code; `tinylm.cli.run` prints the one and
+exits with the other. Any other exception is a bug of ours and keeps its traceback.
 """
 
 
@@ -31,7 +31,9 @@ class StorageError(UserError):
 
 
 class Preempted(UserError):
-    """The run was asked to stop, has saved, and can be resumed by the same command. Exit code 75."""
+    """The run was asked to stop, has saved, and can be resumed by the same command. Exit code
+    75.
+    """
 
     exit_code = 75
 
@@ -42,8 +44,9 @@ class PeerLost(UserError):
     exit_code = 6
 
 
-# After these the same command goes on from the last checkpoint, so launchers start it again: a hang, a lost peer, a
-# stop on request. A process that JAX aborts (134) or the system kills (137) has lost its peer, or is the lost one.
+# After these the same command goes on from the last checkpoint, so launchers start it again: a
+# hang, a lost peer, a stop on request. A process that JAX aborts (134) or the system kills (137)
+# has lost its peer, or is the lost one.
 RESUMABLE = frozenset(error.exit_code for error in (HangError, PeerLost, Preempted))
 
 

@@ -1,7 +1,7 @@
 """What the program says to its user: plain lines on stderr, from process 0 alone.
 
-Libraries log to their own loggers, which are kept quiet: no warning reaches a user who can't act on it. A thread
-writes, so that a terminal or a pipe that takes nothing more stops no training.
+Libraries log to their own loggers, which are kept quiet: no warning reaches a user who can't act on
+it. A thread writes, so that a terminal or a pipe that takes nothing more stops no training.
 """
 
 import atexit
@@ -31,7 +31,19 @@ def start(is_main: bool = True) -> None:
     _logger.propagate = False
     _logger.setLevel(logging.INFO if is_main else logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
-    for name in ("absl", "asyncio", "jax", "orbax", "etils", "gcsfs", "fsspec", "s3fs", "google", "urllib3", "aiohttp"):
+    for name in (
+        "absl",
+        "asyncio",
+        "jax",
+        "orbax",
+        "etils",
+        "gcsfs",
+        "fsspec",
+        "s3fs",
+        "google",
+        "urllib3",
+        "aiohttp",
+    ):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what is raised is said once, by us
     warnings.filterwarnings("ignore")
     sys.unraisablehook = _unraisable
@@ -64,9 +76,11 @@ def say_once(line: str, _said: set[str] = set()) -> None:  # noqa: B006
 
 @contextlib.contextmanager
 def alive(describe: Callable[[], str], after_secs: float = 5.0) -> Iterator[None]:
-    """Say what is going on where it takes longer than `after_secs`, then more and more rarely, but every minute.
+    """Say what is going on where it takes longer than `after_secs`, then more and more rarely, but
+    every minute.
 
-    `describe` is called on another thread, so the work inside has to let go of the interpreter now and then.
+    `describe` is called on another thread, so the work inside has to let go of the interpreter now
+    and then.
     """
     done = threading.Event()
     started = time.monotonic()

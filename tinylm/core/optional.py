@@ -1,4 +1,6 @@
-"""Packages that only some runs need: imported when they are, and named with their extra where they are missing."""
+"""Packages that only some runs need: imported when they are, and named with their extra where they
+are missing.
+"""
 
 import importlib
 from typing import Any
@@ -7,9 +9,13 @@ from tinylm.core.errors import UserError
 
 
 def optional_module(name: str, extra: str) -> Any:
-    """Return the module `name`; raise UserError naming tinylm's `extra` where it isn't installed."""
+    """Return the module `name`; raise UserError naming tinylm's `extra` where it isn't
+    installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
-        raise UserError(f"this needs the package {package}: pip install 'tinylm[{extra}]'.") from error
+        raise UserError(
+            f"this needs the package {package}: pip install 'tinylm[{extra}]'."
+        ) from error

@@ -1,9 +1,11 @@
-"""What the installed jaxlib needs to compute right numbers: one table of its known faults and their remedies.
+"""What the installed jaxlib needs to compute right numbers: one table of its known faults and their
+remedies.
 
-A compiler that drops a row of a sum says nothing. So every fault that is known of a jaxlib which tinylm admits stands
-here, with the flag of XLA that avoids it. `import tinylm` sets these flags in the environment, from which worker
-processes have them too; XLA reads them when JAX makes its first backend, so importing jax before does no harm.
-A flag that the user has set stays as it is. A fault without a remedy ends the program with one line.
+A compiler that drops a row of a sum says nothing. So every fault that is known of a jaxlib which
+tinylm admits stands here, with the flag of XLA that avoids it. `import tinylm` sets these flags in
+the environment, from which worker processes have them too; XLA reads them when JAX makes its first
+backend, so importing jax before does no harm. A flag that the user has set stays as it is. A fault
+without a remedy ends the program with one line.
 
 `python -m tinylm.prove compiler` looks for faults that nobody knows yet.
 """
@@ -22,7 +24,9 @@ from tinylm.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What the jaxlibs from `first` to `last` get wrong on a platform, and the flag that avoids it ("": none does)."""
+    """What the jaxlibs from `first` to `last` get wrong on a platform, and the flag that avoids it
+    ("": none does).
+    """
 
     first: str
     last: str
@@ -32,46 +36,87 @@ class Fault:
     flag: str
 
 
-# On CPU, XLA hands reductions, and the products that it fuses into them, to YNNPACK. Without them all versions below
-# are right, and as fast (jax#37465: some reductions twice as fast).
+# On CPU, XLA hands reductions, and the products that it fuses into them, to YNNPACK. Without them
+# all versions below are right, and as fast (jax#37465: some reductions twice as fast).
 _NO_YNN_REDUCTIONS = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 
 KNOWN_FAULTS = (
-    Fault("0.10.2", "0.10.2", "cpu", "jax#39103", "sums over a product take other rows", _NO_YNN_REDUCTIONS),
-    Fault("0.10.2", "0.11.0", "cpu", "jax#39257 and jax#40412", "sums of arrays of seven axes crash",
-          _NO_YNN_REDUCTIONS),
-    # Seen in every version tried, 0.10.2, 0.11.0 to 0.11.2, 0.12.0 and 0.12.0.1, which is the newest; so taken for
-    # granted in the rest of 0.12. tests/core/test_platform.py tells when a version is right by itself.
-    Fault("0.10.2", "0.12.999", "cpu", "no issue yet", "sums over a product with a broadcast operand read memory that "
-          "is not theirs", _NO_YNN_REDUCTIONS),
-    Fault("0.11.0", "0.11.1", "gpu", "jax#40633", "single operations give NaN and other wrong values", ""),
-)  # fmt: skip
+    Fault(
+        "0.10.2",
+        "0.10.2",
+        "cpu",
+        "jax#39103",
+        "sums over a product take other rows",
+        _NO_YNN_REDUCTIONS,
+    ),
+    Fault(
+        "0.10.2",
+        "0.11.0",
+        "cpu",
+        "jax#39257 and jax#40412",
+        "sums of arrays of seven axes crash",
+        _NO_YNN_REDUCTIONS,
+    ),
+    # Seen in every version tried, 0.10.2, 0.11.0 to 0.11.2, 0.12.0 and 0.12.0.1, which is the
+    # newest; so taken for granted in the rest of 0.12. tests/core/test_platform.py tells when a
+    # version is right by itself.
+    Fault(
+        "0.10.2",
+        "0.12.999",
+        "cpu",
+        "no issue yet",
+        "sums over a product with a broadcast operand read memory that is not theirs",
+        _NO_YNN_REDUCTIONS,
+    ),
+    Fault(
+        "0.11.0",
+        "0.11.1",
+        "gpu",
+        "jax#40633",
+        "single operations give NaN and other wrong values",
+        "",
+    ),
+)
 
 
 def faults_of(version: str) -> list[Fault]:
     """Return the known faults of a version of jaxlib."""
-    return [fault for fault in KNOWN_FAULTS if _numbers(fault.first) <= _numbers(version) <= _numbers(fault.last)]
+    return [
+        fault
+        for fault in KNOWN_FAULTS
+        if _numbers(fault.first) <= _numbers(version) <= _numbers(fault.last)
+    ]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Return the release numbers of a version; what follows them (".dev3", "rc1", "+cuda") is left out."""
+    """Return the release numbers of a version; what follows them (".dev3", "rc1", "+cuda") is left
+    out.
+    """
     release = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in release[0].split(".")) if release else ()
 
 
 def set_flags() -> None:
-    """Set the flags of XLA that this jaxlib needs and the user has not set; warn where JAX no longer reads them."""
+    """Set the flags of XLA that this jaxlib needs and the user has not set; warn where JAX no
+    longer reads them.
+    """
     given = _given_flags()
     names = [flag.partition("=")[0] for flag in given.split()]
-    needed = dict.fromkeys(fault.flag for fault in faults_of(jaxlib_version.__version__) if fault.flag)
+    needed = dict.fromkeys(
+        fault.flag for fault in faults_of(jaxlib_version.__version__) if fault.flag
+    )
     missing = [flag for flag in needed if flag.partition("=")[0] not in names]
     if not missing:
         return
     if _backend_exists():
-        issues = ", ".join(fault.issue for fault in faults_of(jaxlib_version.__version__) if fault.flag in missing)
+        issues = ", ".join(
+            fault.issue for fault in faults_of(jaxlib_version.__version__) if fault.flag in missing
+        )
         warnings.warn(
-            f"JAX was in use before tinylm was imported, and jaxlib {jaxlib_version.__version__} computes some sums "
-            f"wrong ({issues}); restart Python and import tinylm first, or set XLA_FLAGS={' '.join(missing)}.",
+            "JAX was in use before tinylm was imported, and jaxlib "
+            f"{jaxlib_version.__version__} computes some sums "
+            f"wrong ({issues}); restart Python and import tinylm first, or set "
+            f"XLA_FLAGS={' '.join(missing)}.",
             stacklevel=3,
         )
         return
@@ -107,10 +152,13 @@ def _backend_exists() -> bool:
 
 
 def refuse_faulty(platform: str, version: str = jaxlib_version.__version__) -> None:
-    """Raise UserError where the installed jaxlib is wrong on `platform` (cpu, gpu, tpu) and nothing helps."""
+    """Raise UserError where the installed jaxlib is wrong on `platform` (cpu, gpu, tpu) and nothing
+    helps.
+    """
     for fault in faults_of(version):
         if fault.platform == platform and not fault.flag:
             raise UserError(
-                f"jaxlib {version} computes wrong numbers on {platform.upper()} ({fault.issue}: {fault.what}), and no "
+                f"jaxlib {version} computes wrong numbers on {platform.upper()} "
+                f"({fault.issue}: {fault.what}), and no "
                 "flag helps; install another version of jax."
             )

@@ -52,7 +52,9 @@ def make_replica_check(mesh: Mesh, abstract: Any) -> Callable[[Any], None]:
                 corrupt.setdefault(device, f"{device} ({jax.tree_util.keystr(path)})")
         if corrupt:
             named = ", ".join(list(corrupt.values())[:_MOST_NAMED])
-            raise NumericError(f"a copy of the parameters is corrupt on {named}; go on without that device.")
+            raise NumericError(
+                f"a copy of the parameters is corrupt on {named}; go on without that device."
+            )
 
     return check
 

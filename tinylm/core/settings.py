@@ -1,13 +1,13 @@
 """How a config section declares its settings, and what holds for every value that gets into one.
 
-Each room owns the dataclass of its section: a `Section` that has a field for each setting, written with `setting`.
-The declaration says all there is to know about a setting: its default, a line of help, which values it takes, what
-other programs call it, and whether it changes the numbers of a run. The checks, `--help` and docs/config.md read it
-from there.
+Each room owns the dataclass of its section: a `Section` that has a field for each setting, written
+with `setting`. The declaration says all there is to know about a setting: its default, a line of
+help, which values it takes, what other programs call it, and whether it changes the numbers of a
+run. The checks, `--help` and docs/config.md read it from there.
 
-A value's type is checked, and converted where nothing can get lost, whenever it is set: by the constructor, as an
-attribute, by an override on the command line, or from config.json. Its bounds are checked by `check`, when the config
-is complete. A section that was resolved is frozen.
+A value's type is checked, and converted where nothing can get lost, whenever it is set: by the
+constructor, as an attribute, by an override on the command line, or from config.json. Its bounds
+are checked by `check`, when the config is complete. A section that was resolved is frozen.
 """
 
 import dataclasses
@@ -23,12 +23,19 @@ T = TypeVar("T")
 S = TypeVar("S", bound="Section")
 
 _LARGEST_FLOAT32 = 3.4e38
-_KINDS = {int: "a whole number (int)", float: "a number", bool: "True or False", str: "a text (str)"}
+_KINDS = {
+    int: "a whole number (int)",
+    float: "a number",
+    bool: "True or False",
+    str: "a text (str)",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Which values a setting takes: numbers within limits, one of some choices, or one of the values in `also`."""
+    """Which values a setting takes: numbers within limits, one of some choices, or one of the
+    values in `also`.
+    """
 
     least: float | None = None
     above: float | None = None
@@ -58,8 +65,15 @@ class Bounds:
         if self.choices:
             within = f"one of {', '.join(map(str, self.choices))}"
         else:
-            limits = (("at least", self.least), ("above", self.above), ("below", self.below), ("at most", self.most))
-            within = " and ".join(f"{words} {_short(limit)}" for words, limit in limits if limit is not None)
+            limits = (
+                ("at least", self.least),
+                ("above", self.above),
+                ("below", self.below),
+                ("at most", self.most),
+            )
+            within = " and ".join(
+                f"{words} {_short(limit)}" for words, limit in limits if limit is not None
+            )
         return ", or ".join([within, *map(_short, self.also)])
 
 
@@ -88,18 +102,20 @@ def setting(
     """Declare one config field.
 
     Args:
-        default: The only default of the setting.
-        doc: One line of help.
-        free: Whether a run may be resumed with another value. An *identity* setting (not free) changes what a run
-            computes, so a run is never resumed with another value; mesh, cadences and writers may change.
-        least: The smallest value allowed.
-        above: The value must be larger than this.
-        below: The value must be smaller than this.
-        most: The largest value allowed.
-        choices: The values allowed. For a tuple, bounds and choices hold for each entry.
-        also: Values allowed outside of the bounds, such as a 0 that turns something off.
-        bounds: All of these in one, where another part of the program has the same bounds.
-        aliases: What nanoGPT, transformers, MaxText and others call it; an error about such a name leads here.
+      default: the only default of the setting.
+      doc: one line of help.
+      free: whether a run may be resumed with another value. An *identity* setting (not free)
+        changes what a run computes, so a run is never resumed with another value; mesh, cadences
+        and writers may change.
+      least: the smallest value allowed.
+      above: the value must be larger than this.
+      below: the value must be smaller than this.
+      most: the largest value allowed.
+      choices: the values allowed. For a tuple, bounds and choices hold for each entry.
+      also: values allowed outside of the bounds, such as a 0 that turns something off.
+      bounds: all of these in one, where another part of the program has the same bounds.
+      aliases: what nanoGPT, transformers, MaxText and others call it; an error about such a name
+        leads here.
     """
     if bounds is None:
         bounds = Bounds(least, above, below, most, tuple(choices), tuple(also))
@@ -113,29 +129,36 @@ class Section:
     Example:
         @dataclasses.dataclass
         class EvalConfig(Section, name="eval"):
-            every_steps: int = setting(500, "steps between evaluations (0: none)", free=True, least=0)
+            every_steps: int = setting(500, "steps between evaluations", free=True, least=0)
     """
 
     section_name: ClassVar[str] = ""
 
     def __init_subclass__(cls, name: str = ""):
-        """Take the section's name in the config, which messages begin with; the whole config has none."""
+        """Take the section's name in the config, which messages begin with; the whole config has
+        none.
+        """
         super().__init_subclass__()
         cls.section_name = name
 
     def __new__(cls, *_: Any, **values: Any):
-        """Raise UserError for an argument that isn't a setting, which `__init__` would refuse with a TypeError."""
+        """Raise UserError for an argument that isn't a setting, which `__init__` would refuse with
+        a TypeError.
+        """
         for name in values:
             _check_name(cls, name)
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a setting to a value of its type; raise UserError for another type and for an unknown name."""
+        """Set a setting to a value of its type; raise UserError for another type and for an unknown
+        name.
+        """
         _check_name(type(self), name)
         key = _key(type(self), name)
         if self.is_frozen:
             raise dataclasses.FrozenInstanceError(
-                f"{key} can't change: this config is resolved; change the one it was resolved from, or an "
+                f"{key} can't change: this config is resolved; change the one it was "
+                "resolved from, or an "
                 "editable_copy() of it."
             )
         object.__setattr__(self, name, _converted(key, value, _fields(type(self))[name].type))
@@ -167,7 +190,9 @@ class Section:
         return dataclasses.replace(self, **inner)  # type: ignore[type-var]
 
     def check(self) -> None:
-        """Raise UserError for what can't work; a section with rules between its settings adds them."""
+        """Raise UserError for what can't work; a section with rules between its settings adds
+        them.
+        """
         self.check_bounds()
         for section in _sections_in(self).values():
             section.check()
@@ -189,7 +214,9 @@ class Section:
 
 
 def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yield (dotted key, field, value) for every setting of a section and of the sections inside it."""
+    """Yield (dotted key, field, value) for every setting of a section and of the sections inside
+    it.
+    """
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
@@ -198,7 +225,9 @@ def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclass
             yield prefix + field.name, field, value
 
 
-def differing_settings(section: Any, other: Any, decisive: Sequence[str] = ()) -> list[tuple[str, Any, Any]]:
+def differing_settings(
+    section: Any, other: Any, decisive: Sequence[str] = ()
+) -> list[tuple[str, Any, Any]]:
     """Return (key, value, other value) of the settings in which two sections of one type differ.
 
     Free settings count only where `decisive` names them.
@@ -228,13 +257,17 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         if field.name in values:
             value = values[field.name]
             is_section = field.default_factory is not dataclasses.MISSING
-            arguments[field.name] = from_dict(typing.cast(type, field.type), value) if is_section else value
+            arguments[field.name] = (
+                from_dict(typing.cast(type, field.type), value) if is_section else value
+            )
     try:
         # A name that isn't a setting goes to the constructor as well, which refuses it.
         return cls(**{**values, **arguments})
     except UserError as error:
         text = str(error)
-        raise UserError(text if text.startswith("config.json: ") else f"config.json: {text}") from error
+        raise UserError(
+            text if text.startswith("config.json: ") else f"config.json: {text}"
+        ) from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -244,7 +277,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_setting(key: str) -> str:
-    """Return "; did you mean X?" for the setting that a wrong key such as `train.max_iters` means, or nothing."""
+    """Return "; did you mean X?" for the setting that a wrong key such as `train.max_iters` means,
+    or nothing.
+    """
     meant = meant_setting(key)
     if meant:
         return f"; did you mean {meant!r}?"
@@ -252,7 +287,9 @@ def nearest_setting(key: str) -> str:
 
 
 def meant_setting(key: str) -> str:
-    """Return the setting that another program calls so, or that stands in another section; "" where there is none."""
+    """Return the setting that another program calls so, or that stands in another section; "" where
+    there is none.
+    """
     section_name, _, name = key.rpartition(".")
     elsewhere = [known for known in _all_keys() if known.rpartition(".")[2] == name]
     if elsewhere:
@@ -301,18 +338,20 @@ def _check_name(cls: type[Section], name: str) -> None:
 
 
 def _converted(key: str, value: Any, kind: Any) -> Any:
-    """Return a value as a setting of type `kind` holds it; raise UserError where it is of another type.
+    """Return a value as a setting of type `kind` holds it; raise UserError where it is of another
+    type.
 
-    A whole number serves as a float, NumPy's numbers as Python's, a list as a tuple, and a single value as a tuple of
-    one (so that a text never counts as a list of its letters, and the command line and Python agree). Nothing that
-    could lose a part of the value is converted.
+    A whole number serves as a float, NumPy's numbers as Python's, a list as a tuple, and a single
+    value as a tuple of one (so that a text never counts as a list of its letters, and the command
+    line and Python agree). Nothing that could lose a part of the value is converted.
     """
     if typing.get_origin(kind) is tuple:
         entry_kind = typing.get_args(kind)[0]
         entries = value if isinstance(value, list | tuple) else [value]
         return tuple(_converted(key, entry, entry_kind) for entry in entries)
     is_bool = isinstance(value, bool)
-    # Whole numbers that no float can hold are left out; an infinite float, which may come here, `check` refuses.
+    # Whole numbers that no float can hold are left out; an infinite float, which may come here,
+    # `check` refuses.
     if kind is float and isinstance(value, numbers.Real) and not is_bool and not _is_huge(value):
         return float(value)
     if kind is int and isinstance(value, numbers.Integral) and not is_bool:

@@ -1,7 +1,8 @@
 """What disks and buckets raise, and what a user can do about it.
 
-Buckets are reached through epath and fsspec, whose libraries (gcsfs, s3fs) raise errors of their own, of their HTTP
-client and of the provider's sign-in, few of them an OSError. Each becomes one line that names what to change.
+Buckets are reached through epath and fsspec, whose libraries (gcsfs, s3fs) raise errors of their
+own, of their HTTP client and of the provider's sign-in, few of them an OSError. Each becomes one
+line that names what to change.
 """
 
 import os
@@ -28,8 +29,12 @@ _LIBRARY_ERRORS = (
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Return what reading or writing a file can raise, given the libraries in use; made for an `except`."""
-    there = [(sys.modules[module], name) for module, name in _LIBRARY_ERRORS if module in sys.modules]
+    """Return what reading or writing a file can raise, given the libraries in use; made for an
+    `except`.
+    """
+    there = [
+        (sys.modules[module], name) for module, name in _LIBRARY_ERRORS if module in sys.modules
+    ]
     return (OSError, *(getattr(module, name) for module, name in there if hasattr(module, name)))
 
 
@@ -39,9 +44,11 @@ def in_bucket(path: os.PathLike | str) -> bool:
 
 
 def reach(path: os.PathLike | str, setting: str, use: Callable[[], T]) -> T:
-    """Return `use()` of a path; raise one line where its bucket can't be reached, naming the `setting` that has it.
+    """Return `use()` of a path; raise one line where its bucket can't be reached, naming the
+    `setting` that has it.
 
-    Libraries try again for a minute where there is no network, so something is said after SLOW_SECS.
+    Libraries try again for a minute where there is no network, so something is said after
+    SLOW_SECS.
     """
     if not in_bucket(path):
         return use()
@@ -69,24 +76,36 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
     said = f"{type(error).__name__} {getattr(error, 'code', '')} {error}".lower()
     if isinstance(error, ImportError):
         package = _PACKAGES.get(scheme, "")
-        advice = f"pip install {package}" if package else "install the package that fsspec needs for it"
-        return UserError(f"{what} needs a package that is not installed ({one_line(error)}): {advice}.")
-    if any(sign in said for sign in ("401", "anonymous", "credential", "refresherror", "unauthorized")):
+        advice = (
+            f"pip install {package}" if package else "install the package that fsspec needs for it"
+        )
         return UserError(
-            f"{what}: no credentials for {bucket} ({one_line(error)}); sign in (gcloud auth application-default login, "
+            f"{what} needs a package that is not installed ({one_line(error)}): {advice}."
+        )
+    if any(
+        sign in said for sign in ("401", "anonymous", "credential", "refresherror", "unauthorized")
+    ):
+        return UserError(
+            f"{what}: no credentials for {bucket} ({one_line(error)}); sign in (gcloud "
+            "auth application-default login, "
             "or aws configure), or name a key file in GOOGLE_APPLICATION_CREDENTIALS."
         )
-    if any(sign in said for sign in ("403", "forbidden", "permission", "access denied", "accessdenied")):
+    if any(
+        sign in said for sign in ("403", "forbidden", "permission", "access denied", "accessdenied")
+    ):
         return UserError(
-            f"{what}: no permission for {bucket} ({one_line(error)}); give the account that runs this the right to "
+            f"{what}: no permission for {bucket} ({one_line(error)}); give the account "
+            "that runs this the right to "
             "read and write objects there (on Google Cloud the role storage.objectAdmin)."
         )
     if isinstance(error, FileNotFoundError) or "nosuchbucket" in said or "404" in said:
         return UserError(f"{what}: there is no bucket {bucket}; make it, or correct {setting}.")
     if isinstance(error, ValueError):
         return UserError(
-            f"{what} cannot be used ({one_line(error)}); give a path, or a bucket such as gs://NAME/runs/a."
+            f"{what} cannot be used ({one_line(error)}); give a path, or a bucket such as "
+            "gs://NAME/runs/a."
         )
     return StorageError(
-        f"{what} cannot be reached ({one_line(error)}); check the network, its proxy, and that the service is up."
+        f"{what} cannot be reached ({one_line(error)}); check the network, its proxy, and "
+        "that the service is up."
     )

@@ -15,23 +15,31 @@ from tinylm.data.pieces import in_pieces, pieces
 from tinylm.data.tokenizers import END, TableTokenizer, utf8
 
 _ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
-# GPT-2's pattern on ASCII, where letters, digits and spaces are these; Python's own classes are wider.
+# GPT-2's pattern on ASCII, where letters, digits and spaces are these; Python's own classes are
+# wider.
 _ASCII_WORDS = re.compile(
-    r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
+    r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\t-\r A-Za-z0-9]+|[\t-\r ]+(?![^\t-\r "
+    r"])|[\t-\r ]+"
 )
-# A run of letters and signs, or of spaces, in which GPT-2's pattern may find a word as long. Each is tried at its first
-# character alone, so a search takes linear time.
+# A run of letters and signs, or of spaces, in which GPT-2's pattern may find a word as long. Each
+# is tried at its first character alone, so a search takes linear time.
 _LONGEST_WORD = 1000
 _LONG_RUNS = re.compile(rf"(?<!\S)\S{{{_LONGEST_WORD + 1},}}|(?<!\s)\s{{{_LONGEST_WORD + 1},}}")
 
 
 class BpeTokenizer(TableTokenizer):
-    """Byte-level byte-pair encoding of a tokenizer.json (Sennrich et al. 2016, arXiv:1508.07909; GPT-2's bytes)."""
+    """Byte-level byte-pair encoding of a tokenizer.json (Sennrich et al. 2016, arXiv:1508.07909;
+    GPT-2's bytes).
+    """
 
-    def __init__(self, name: str, tokenizer_json: bytes, eot: int | str | None = None, eot_hint: str = ""):
-        """Take the file's content, and the id or name of the end of text where it isn't the first of the usual names.
+    def __init__(
+        self, name: str, tokenizer_json: bytes, eot: int | str | None = None, eot_hint: str = ""
+    ):
+        """Take the file's content, and the id or name of the end of text where it isn't the first
+        of the usual names.
 
-        Where the vocabulary has none of these, the end is `eot_hint` if that is a token, or a new id.
+        Where the vocabulary has none of these, the end is `eot_hint` if that is a token, or a new
+        id.
         """
         import tokenizers
 
@@ -50,17 +58,22 @@ class BpeTokenizer(TableTokenizer):
             self.eot_id = usual if eot is None else int(eot)
             self.vocab_size = max(self.eot_id, last_id) + 1
             if self.vocab_size > MAX_IDS or self.eot_id < 0:
-                raise ValueError(f"its ids reach {self.vocab_size - 1}, and its end of text is {self.eot_id}")
+                raise ValueError(
+                    f"its ids reach {self.vocab_size - 1}, and its end of text is {self.eot_id}"
+                )
             content = json.loads(tokenizer_json)
             added = {entry["id"]: entry for entry in content.get("added_tokens") or []}
             if not added.get(self.eot_id, {"special": True})["special"]:
-                # The library takes the name of an added token in a text for the token, unless it is a special one.
+                # The library takes the name of an added token in a text for the token, unless it is
+                # a special one.
                 added[self.eot_id]["special"] = True
                 self._inner = tokenizers.Tokenizer.from_str(json.dumps(content))
         except UserError:
             raise
         except Exception as error:  # the library raises a bare Exception
-            raise UserError(f"the file of data.tokenizer={name} is no tokenizer.json: {error}.") from error
+            raise UserError(
+                f"the file of data.tokenizer={name} is no tokenizer.json: {error}."
+            ) from error
         self._inner.encode_special_tokens = True
         if self.eot_id != usual:
             self.header = {"eot_id": self.eot_id}
@@ -68,15 +81,19 @@ class BpeTokenizer(TableTokenizer):
         byte_of_char = {char: byte for byte, char in byte_chars().items()}
         self._bytes_of_id = [b""] * self.vocab_size
         for token, i in vocab.items():
-            # An added token is text as it stands, also where its letters (as in člověk) are among those that the
-            # vocabulary writes for bytes.
+            # An added token is text as it stands, also where its letters (as in člověk) are among
+            # those that the vocabulary writes for bytes.
             stands_for_bytes = i not in added and all(char in byte_of_char for char in token)
-            self._bytes_of_id[i] = bytes(byte_of_char[char] for char in token) if stands_for_bytes else token.encode()
+            self._bytes_of_id[i] = (
+                bytes(byte_of_char[char] for char in token) if stands_for_bytes else token.encode()
+            )
         self._added = [entry["content"] for entry in added.values()]
         self.unknown_ids = self._find_unknown(content["model"])
 
     def _find_unknown(self, model: dict[str, Any]) -> tuple[int, ...]:
-        """Return the id that the model gives to what it can't spell, where there is such a thing."""
+        """Return the id that the model gives to what it can't spell, where there is such a
+        thing.
+        """
         if self.byte_ids is not None:
             return ()
         unknown = model.get("unk_id")
@@ -84,7 +101,8 @@ class BpeTokenizer(TableTokenizer):
             unknown = self._inner.token_to_id(model["unk_token"])
         if unknown is not None and unknown == self.eot_id:
             raise UserError(
-                f"data.tokenizer={self.name} has one token, {self.eot_name!r}, for the end of text and for what it "
+                f"data.tokenizer={self.name} has one token, {self.eot_name!r}, for the end "
+                "of text and for what it "
                 "can't spell; set data.eot_token to another of its tokens."
             )
         return () if unknown is None else (unknown,)
@@ -105,7 +123,10 @@ class BpeTokenizer(TableTokenizer):
         inner.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size,
+            special_tokens=[END],
+            initial_alphabet=alphabet,
+            show_progress=False,
         )
         words = (part for text in texts for piece in pieces(text) for part in bounded(piece))
         inner.train_from_iterator(words, trainer)
@@ -127,21 +148,26 @@ class BpeTokenizer(TableTokenizer):
             self._known, new = {}, list(set().union(*words))
         encodings = self._inner.encode_batch_fast(new, add_special_tokens=False)
         self._known.update(zip(new, (encoding.ids for encoding in encodings), strict=True))
-        return [np.array([i for word in line for i in self._known[word]], np.int32) for line in words]
+        return [
+            np.array([i for word in line for i in self._known[word]], np.int32) for line in words
+        ]
 
 
 def _id_of_token(token: str, vocab: dict[str, int]) -> int:
     """Return the id of the token that `data.eot_token` names."""
     if token not in vocab:
-        raise UserError(f"data.eot_token={token} isn't a token of the tokenizer's file{nearest(token, vocab)}.")
+        raise UserError(
+            f"data.eot_token={token} isn't a token of the tokenizer's file{nearest(token, vocab)}."
+        )
     return vocab[token]
 
 
 def bounded(text: str) -> Iterator[str]:
-    """Cut words that are longer than any that a language has, for which the library's trainer takes quadratic time.
+    """Cut words that are longer than any that a language has, for which the library's trainer takes
+    quadratic time.
 
-    SentencePiece's trainer bounds a sentence for the same reason. Only what is learned from is cut: texts are
-    encoded whole, which takes time in proportion to n log n.
+    SentencePiece's trainer bounds a sentence for the same reason. Only what is learned from is cut:
+    texts are encoded whole, which takes time in proportion to n log n.
     """
     start = 0
     for run in _LONG_RUNS.finditer(text):
@@ -166,4 +192,6 @@ def byte_chars() -> dict[int, str]:
     """Return the printable character that GPT-2's vocabulary files write for each byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + n) for n, byte in enumerate(others)
+    }

@@ -1,6 +1,7 @@
 """The `data` section of a config: which text, which tokenizer, how rows are cut from it.
 
-One default per setting, here. `check` reads no file: what is wrong with the data itself shows while it is prepared.
+One default per setting, here. `check` reads no file: what is wrong with the data itself shows while
+it is prepared.
 """
 
 import dataclasses
@@ -34,8 +35,19 @@ class DataConfig(Section, name="data"):
 
     source: str = setting(
         "tales",
-        "tales | addition | text:, jsonl:, parquet:, tokens:GLOB | tfds:, hf:NAME; 0.7*A, 0.3*B mixes",
-        aliases=("dataset", "dataset_path", "dataset_name", "dataset_type", "hf_path", "train_file", "data_dir"),
+        (
+            "tales | addition | text:, jsonl:, parquet:, tokens:GLOB | tfds:, hf:NAME; 0.7*A, "
+            "0.3*B mixes"
+        ),
+        aliases=(
+            "dataset",
+            "dataset_path",
+            "dataset_name",
+            "dataset_type",
+            "hf_path",
+            "train_file",
+            "data_dir",
+        ),
     )
     valid_source: str = setting(
         "",
@@ -63,7 +75,9 @@ class DataConfig(Section, name="data"):
         "whitespace around a separator: drop (it belongs to the separator), or keep",
         choices=("drop", "keep"),
     )
-    line_ends: str = setting("keep", "Windows' line ends in texts: keep, or unix (as \\n)", choices=("keep", "unix"))
+    line_ends: str = setting(
+        "keep", "Windows' line ends in texts: keep, or unix (as \\n)", choices=("keep", "unix")
+    )
     lowercase: bool = setting(False, "turn texts into lower case", aliases=("do_lower_case",))
     text_field: str = setting(
         "text",
@@ -71,9 +85,13 @@ class DataConfig(Section, name="data"):
         aliases=("text_column", "train_data_columns"),
     )
     prompt_field: str = setting("prompt", "field of the prompt, where records are pairs")
-    completion_field: str = setting("completion", "field of the completion, where records are pairs")
+    completion_field: str = setting(
+        "completion", "field of the completion, where records are pairs"
+    )
     on_bad_text: str = setting(
-        "error", "bad UTF-8 and empty documents: error, or skip and count", choices=("error", "skip")
+        "error",
+        "bad UTF-8 and empty documents: error, or skip and count",
+        choices=("error", "skip"),
     )
     tokenizer: str = setting(
         "byte",
@@ -82,11 +100,16 @@ class DataConfig(Section, name="data"):
     )
     eot_token: str = setting(
         "",
-        "token that ends a text, of a tokenizer hf: or sentencepiece: (empty: the one of a usual name)",
+        (
+            "token that ends a text, of a tokenizer hf: or sentencepiece: (empty: the one of a "
+            "usual name)"
+        ),
         aliases=("eos_token",),
     )
     # One id would be the end of text alone.
-    vocab_top_k: int = setting(0, "keep only this many ids, the most common ones (0: all)", least=2, also=(0,))
+    vocab_top_k: int = setting(
+        0, "keep only this many ids, the most common ones (0: all)", least=2, also=(0,)
+    )
     seq_len: int = setting(
         256,
         "target tokens of a row",
@@ -130,8 +153,12 @@ class DataConfig(Section, name="data"):
         free=True,
         aliases=("cache_dir",),
     )
-    tfds_data_dir: str = setting("", "folder of prepared TFDS data sets (empty: TFDS's own)", free=True)
-    tfds_manual_dir: str = setting("", "folder with files that a TFDS builder wants placed by hand", free=True)
+    tfds_data_dir: str = setting(
+        "", "folder of prepared TFDS data sets (empty: TFDS's own)", free=True
+    )
+    tfds_manual_dir: str = setting(
+        "", "folder with files that a TFDS builder wants placed by hand", free=True
+    )
 
     @property
     def tokens_per_step(self) -> int:
@@ -140,13 +167,17 @@ class DataConfig(Section, name="data"):
 
     @property
     def separator_text(self) -> str:
-        """The separator with its escapes read: from a shell, a line break comes as a backslash and an n."""
+        """The separator with its escapes read: from a shell, a line break comes as a backslash and
+        an n.
+        """
         return re.sub(r"\\(.)", lambda found: _ESCAPES.get(found[1], found[0]), self.separator)
 
     def check(self) -> None:
         """Raise UserError for a setting that can't work; read no file."""
         super().check()
-        if not self.separator.isascii() and any("\ud800" <= char <= "\udfff" for char in self.separator):
+        if not self.separator.isascii() and any(
+            "\ud800" <= char <= "\udfff" for char in self.separator
+        ):
             raise UserError(f"data.separator={self.separator!r} must be text in UTF-8.")
         for name in ("store_dir", "tfds_data_dir", "tfds_manual_dir"):
             check_on_disk(f"data.{name}", getattr(self, name))
@@ -169,17 +200,28 @@ class DataConfig(Section, name="data"):
     def _check_together(self, key: str, spec: str) -> None:
         kind = split_spec(spec)[0]
         if kind == "tokens" and self.vocab_top_k:
-            raise UserError(f"data.vocab_top_k={self.vocab_top_k} can't cut ids that are read in place (tokens:).")
+            raise UserError(
+                f"data.vocab_top_k={self.vocab_top_k} can't cut ids that are read in place "
+                "(tokens:)."
+            )
         if kind == "tokens" and self.valid_split == "random" and not self.valid_source:
-            raise UserError("data.valid_split=random can't sort ids that are read in place (tokens:); use tail.")
+            raise UserError(
+                "data.valid_split=random can't sort ids that are read in place (tokens:); use tail."
+            )
         if kind == "tokens" and split_spec(self.tokenizer)[0] in ("char", "bpe"):
-            raise UserError(f"data.tokenizer={self.tokenizer} must be the one that made the ids of tokens:.")
+            raise UserError(
+                f"data.tokenizer={self.tokenizer} must be the one that made the ids of tokens:."
+            )
         if kind in WITHOUT_PROMPTS and self.loss_on == "answer":
-            raise UserError(f"data.loss_on=answer needs prompt and completion, which {key}={spec} doesn't have.")
+            raise UserError(
+                f"data.loss_on=answer needs prompt and completion, which {key}={spec} doesn't have."
+            )
 
 
 def parse_mixture(text: str) -> list[tuple[Fraction, str]]:
-    """Split "0.7*tales, 0.3*text:PATH" into weights that sum to 1, and sources; a bare source has weight 1."""
+    """Split "0.7*tales, 0.3*text:PATH" into weights that sum to 1, and sources; a bare source has
+    weight 1.
+    """
     if not _WEIGHTED.fullmatch(text):
         return [(Fraction(1), text.strip())]
     try:
@@ -191,7 +233,9 @@ def parse_mixture(text: str) -> list[tuple[Fraction, str]]:
         raise UserError(f"data.source={text} must have weights above 0.")
     shares = [weight / sum(weights) for weight in weights]
     if max(share.denominator for share in shares) > MAX_MIXTURE_PERIOD:
-        raise UserError(f"data.source={text} has weights too fine to be met exactly; use at most four decimals.")
+        raise UserError(
+            f"data.source={text} has weights too fine to be met exactly; use at most four decimals."
+        )
     return [(share, spec.strip()) for share, (_, spec) in zip(shares, parts, strict=True)]
 
 
@@ -211,7 +255,9 @@ def differ_in_place(key: str, spec: str, other: str) -> bool:
     if key == "data.source":
         pairs = list(zip(parse_mixture(spec), parse_mixture(other), strict=False))
         alike = len(parse_mixture(spec)) == len(parse_mixture(other))
-        return alike and all(weight == of_other and _may_move(one, two) for (weight, one), (of_other, two) in pairs)
+        return alike and all(
+            weight == of_other and _may_move(one, two) for (weight, one), (of_other, two) in pairs
+        )
     return key == "data.valid_source" and _may_move(spec, other)
 
 
@@ -223,12 +269,24 @@ def _may_move(spec: str, other: str) -> bool:
 def _check_spec(key: str, spec: str, known: tuple[str, ...]) -> None:
     kind, argument = split_spec(spec)
     if kind not in known:
-        raise UserError(f"{key}={spec} must begin with one of {', '.join(known)}{nearest(kind, known) or '.'}")
+        raise UserError(
+            f"{key}={spec} must begin with one of {', '.join(known)}{nearest(kind, known) or '.'}"
+        )
     if not argument and kind not in _WITHOUT_ARGUMENT:
-        raise UserError(f"{key}={spec} must say more after the kind, like {kind}:{'512' if kind == 'bpe' else 'PATH'}.")
+        raise UserError(
+            f"{key}={spec} must say more after the kind, like "
+            f"{kind}:{'512' if kind == 'bpe' else 'PATH'}."
+        )
     if argument and kind in ("byte", "char"):
         raise UserError(f"{key}={spec} must be {kind} alone.")
-    if argument and kind in _WITH_COUNT and not (re.fullmatch("[0-9]{1,18}", argument) and int(argument)):
+    if (
+        argument
+        and kind in _WITH_COUNT
+        and not (re.fullmatch("[0-9]{1,18}", argument) and int(argument))
+    ):
         raise UserError(f"{key}={spec} must have a whole number above 0 after {kind}:.")
     if kind == "bpe" and not 257 <= int(argument) <= MAX_IDS:
-        raise UserError(f"{key}={spec} must have at least 257 ids (256 bytes and the end of text), at most {MAX_IDS}.")
+        raise UserError(
+            f"{key}={spec} must have at least 257 ids (256 bytes and the end of text), at "
+            f"most {MAX_IDS}."
+        )

@@ -1,7 +1,9 @@
-"""Checksums of source files, by which a token store knows its text: a copied, moved or touched file is the same text.
+"""Checksums of source files, by which a token store knows its text: a copied, moved or touched file
+is the same text.
 
-A file has to be read whole for its checksum, which takes about a second a gigabyte. So checksums are noted beside the
-stores together with the size and the times of each file, and a file is read again only where one of these differs.
+A file has to be read whole for its checksum, which takes about a second a gigabyte. So checksums
+are noted beside the stores together with the size and the times of each file, and a file is read
+again only where one of these differs.
 """
 
 import contextlib
@@ -19,21 +21,28 @@ _CHUNK_BYTES = 1 << 22
 
 
 def file_state(path: str) -> list[int]:
-    """Return what changes whenever a file is written to: its size and its times of modification and change.
+    """Return what changes whenever a file is written to: its size and its times of modification and
+    change.
 
-    The second time is kept by the system alone, so it also shows a file whose first time was set back.
+    The second time is kept by the system alone, so it also shows a file whose first time was set
+    back.
     """
     try:
         status = os.stat(path)
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from error
     if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{path} is a pipe or a device, which can be read only once; write its content to a file.")
+        raise UserError(
+            f"{path} is a pipe or a device, which can be read only once; write its content "
+            "to a file."
+        )
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def checksums(paths: Sequence[str], notes: pathlib.Path, bar: Any) -> list[str]:
-    """Return the SHA-256 of each file, from `notes` where the file is as it was when they were written."""
+    """Return the SHA-256 of each file, from `notes` where the file is as it was when they were
+    written.
+    """
     states = [file_state(path) for path in paths]
     noted = _read(notes)
     found: dict[str, Any] = {}

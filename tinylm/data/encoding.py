@@ -1,9 +1,11 @@
-"""Documents to ids on all cores: batches of text go to a process each, their ids come back in order.
+"""Documents to ids on all cores: batches of text go to a process each, their ids come back in
+order.
 
-A source that is read within a second is encoded right here, so a small one pays for no start of processes; so are
-bytes and characters, which numpy encodes faster than a pipe takes them. Beyond that, this process reads ahead and
-writes while as many others as there are cores encode; what comes out is the same however many there are. They are
-plain programs at the end of a pipe, which end when it closes: also by kill -9.
+A source that is read within a second is encoded right here, so a small one pays for no start of
+processes; so are bytes and characters, which numpy encodes faster than a pipe takes them. Beyond
+that, this process reads ahead and writes while as many others as there are cores encode; what comes
+out is the same however many there are. They are plain programs at the end of a pipe, which end when
+it closes: also by kill -9.
 """
 
 import collections
@@ -35,7 +37,9 @@ Encoded = tuple[np.ndarray, np.ndarray]
 def encode(
     documents: Iterable[Document], tokenizer: Tokenizer, folder: pathlib.Path
 ) -> Iterator[tuple[list[Document], Encoded]]:
-    """Yield `batches` with `encode_texts` of the prompt and text of each; the tokenizer is saved in `folder`."""
+    """Yield `batches` with `encode_texts` of the prompt and text of each; the tokenizer is saved in
+    `folder`.
+    """
     begun = time.monotonic()
     waiting: collections.deque = collections.deque()
     with contextlib.ExitStack() as stack:
@@ -88,7 +92,9 @@ class _Processes(futures.ThreadPoolExecutor):
         self._closing.close()
 
     def encode(self, texts: list[str]) -> Encoded:
-        """Encode in the process of this thread; where that fails, here, which says why if it was the text."""
+        """Encode in the process of this thread; where that fails, here, which says why if it was
+        the text.
+        """
         try:
             if not hasattr(self._own, "pipe"):
                 self._own.pipe = self._start()
@@ -100,11 +106,17 @@ class _Processes(futures.ThreadPoolExecutor):
         ours, theirs = Pipe()
         with theirs:
             # One thread a process, also in the libraries; and the modules that this process has.
-            environment = os.environ | {"RAYON_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+            environment = os.environ | {
+                "RAYON_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            }
             process = subprocess.Popen(
                 [sys.executable, "-c", _WORKER, str(self._folder), str(theirs.fileno())],
-                pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
         self._closing.callback(process.wait)
         self._closing.callback(ours.close)
         return ours

@@ -1,7 +1,9 @@
-"""Files of text as users have them: by name, folder or glob, compressed or not, from a pipe, of the wrong kind.
+"""Files of text as users have them: by name, folder or glob, compressed or not, from a pipe, of the
+wrong kind.
 
-What a file is shows in its first bytes, not in its name. gzip, bzip2, xz and zstd are read as streams; what can't be
-read as text (an archive, UTF-16, Parquet, a PDF) is named, for as text it would be one document of garbage.
+What a file is shows in its first bytes, not in its name. gzip, bzip2, xz and zstd are read as
+streams; what can't be read as text (an archive, UTF-16, Parquet, a PDF) is named, for as text it
+would be one document of garbage.
 """
 
 import bz2
@@ -51,8 +53,9 @@ _FOREIGN: dict[str, tuple[bytes, str]] = {
 def find(pattern: str, endings: tuple[str, ...]) -> list[str]:
     """Return the files that a name, folder or glob stands for, sorted by their paths.
 
-    A folder stands for the files below it: those with one of `endings` where there are any, otherwise all. So does
-    a folder that a glob matches, where it matches no file. Names may hold the letters of patterns, like [ and ].
+    A folder stands for the files below it: those with one of `endings` where there are any,
+    otherwise all. So does a folder that a glob matches, where it matches no file. Names may hold
+    the letters of patterns, like [ and ].
     """
     pattern = os.path.expanduser(pattern)
     found = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
@@ -63,7 +66,9 @@ def find(pattern: str, endings: tuple[str, ...]) -> list[str]:
 
 
 def _below(folder: str, endings: tuple[str, ...]) -> list[str]:
-    """Return the data files below a folder; names that begin with . or _ are notes of programs, as Spark's _SUCCESS."""
+    """Return the data files below a folder; names that begin with . or _ are notes of programs, as
+    Spark's _SUCCESS.
+    """
     found: list[str] = []
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "_"))]
@@ -89,11 +94,19 @@ def _copies() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def rereadable(path: str) -> str:
-    """Return `path`, or that of a copy where it is a pipe: a tokenizer that learns reads a text more than once."""
+    """Return `path`, or that of a copy where it is a pipe: a tokenizer that learns reads a text
+    more than once.
+    """
     if stat.S_ISREG(os.stat(path).st_mode):
         return path
-    copy = pathlib.Path(_copies().name, f"{len(os.listdir(_copies().name))}-{pathlib.Path(path).name}")
-    with alive(lambda: f"reading {path}"), pathlib.Path(path).open("rb") as pipe, copy.open("wb") as file:
+    copy = pathlib.Path(
+        _copies().name, f"{len(os.listdir(_copies().name))}-{pathlib.Path(path).name}"
+    )
+    with (
+        alive(lambda: f"reading {path}"),
+        pathlib.Path(path).open("rb") as pipe,
+        copy.open("wb") as file,
+    ):
         shutil.copyfileobj(pipe, file)
     return str(copy)
 
@@ -110,7 +123,8 @@ def compression(path: str) -> str:
 def read_chunks(path: str) -> Iterator[bytes]:
     """Yield the content of a file, unpacked, in chunks.
 
-    Raises UserError where its compression is broken, or where it is of a kind that holds no plain text.
+    Raises UserError where its compression is broken, or where it is of a kind that holds no plain
+    text.
     """
     readers: dict[str, Callable[[str], Iterator[bytes]]] = {"zstd": _zstd_chunks}
     reader = readers.get(compression(path), _opened_chunks)
@@ -129,7 +143,9 @@ def read_chunks(path: str) -> Iterator[bytes]:
                 refuse_foreign(path, head)
                 yield head
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{path} can't be read after byte {read} of its content: {error}.") from error
+        raise UserError(
+            f"{path} can't be read after byte {read} of its content: {error}."
+        ) from error
     if not is_known:
         refuse_foreign(path, head)
         yield head
@@ -151,7 +167,9 @@ def _opened_chunks(path: str) -> Iterator[bytes]:
 
 
 def _zstd_chunks(path: str) -> Iterator[bytes]:
-    """Yield what one or more frames hold; a frame that is cut short is an EOFError, which the library's files miss."""
+    """Yield what one or more frames hold; a frame that is cut short is an EOFError, which the
+    library's files miss.
+    """
     zstandard = optional_module("zstandard", "files")
 
     decoder: Any = None
@@ -172,10 +190,13 @@ def _zstd_chunks(path: str) -> Iterator[bytes]:
         raise EOFError("it ends in the middle of a frame")
 
 
-def split_stream(path: str, separator: bytes, *, any_line_end: bool = False) -> Iterator[tuple[int, bytes]]:
+def split_stream(
+    path: str, separator: bytes, *, any_line_end: bool = False
+) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, block) of the stretches between separators; always at least one.
 
-    With `any_line_end`, a line feed of the separator also matches Windows' line end, and a carriage return alone.
+    With `any_line_end`, a line feed of the separator also matches Windows' line end, and a carriage
+    return alone.
     """
     if any_line_end and b"\n" in separator:
         parts = separator.replace(b"\r\n", b"\n").split(b"\n")
@@ -195,7 +216,9 @@ def split_stream(path: str, separator: bytes, *, any_line_end: bool = False) -> 
     yield offset, bytes(held)
 
 
-def _split_at_pattern(path: str, pattern: re.Pattern[bytes], longest: int) -> Iterator[tuple[int, bytes]]:
+def _split_at_pattern(
+    path: str, pattern: re.Pattern[bytes], longest: int
+) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, block) between matches of at most `longest` bytes."""
     held, offset = bytearray(), 0
     for chunk in itertools.chain(read_chunks(path), [b""]):
@@ -203,7 +226,9 @@ def _split_at_pattern(path: str, pattern: re.Pattern[bytes], longest: int) -> It
         held += chunk
         start = 0
         # A match at the end of what is held may go on in the next chunk; the last one is empty.
-        while (found := pattern.search(held, search_from)) and (not chunk or found.end() < len(held)):
+        while (found := pattern.search(held, search_from)) and (
+            not chunk or found.end() < len(held)
+        ):
             yield offset, bytes(held[start : found.start()])
             offset += found.end() - start
             start = search_from = found.end()

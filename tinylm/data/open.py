@@ -1,10 +1,12 @@
-"""`open_data`: from the `data` section of a config to rows that can be read, preparing token stores where needed.
+"""`open_data`: from the `data` section of a config to rows that can be read, preparing token stores
+where needed.
 
-Each source has its own store, so a mixture reuses what other runs prepared. One process prepares, the others wait for
-the store to appear. A store is named by what decides its content (the files' checksums, the settings, the tokenizer),
-so text that was moved or touched finds its store again. A tokenizer that learns from the text (bpe, or a cut to the
-most common ids) learns from the training split alone, before the first store is made; only the alphabet of `char` is
-that of all text, since there is no id for a character that it lacks.
+Each source has its own store, so a mixture reuses what other runs prepared. One process prepares,
+the others wait for the store to appear. A store is named by what decides its content (the files'
+checksums, the settings, the tokenizer), so text that was moved or touched finds its store again. A
+tokenizer that learns from the text (bpe, or a cut to the most common ids) learns from the training
+split alone, before the first store is made; only the alphabet of `char` is that of all text, since
+there is no id for a character that it lacks.
 """
 
 import bisect
@@ -37,7 +39,9 @@ _LOOKED_AT_DOCUMENTS = 1000
 
 @dataclasses.dataclass
 class Validation:
-    """What a model is scored on: rows in order, the stores that they come from, and the tokenizer."""
+    """What a model is scored on: rows in order, the stores that they come from, and the
+    tokenizer.
+    """
 
     tokenizer: Tokenizer
     valid: Rows | None
@@ -51,12 +55,15 @@ class Validation:
         return [store.manifest["splits"]["valid"] for store in self.valid_stores]
 
     def answers(self, limit: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return (prompt ids, completion ids) of the validation pairs, the first `limit` of them where that is set."""
+        """Return (prompt ids, completion ids) of the validation pairs, the first `limit` of them
+        where that is set.
+        """
         pairs = (pair for store in self.valid_stores for pair in store.pairs("valid"))
         return list(itertools.islice(pairs, limit or None))
 
     def valid_texts(self, most: int, most_tokens: int = 4096) -> Iterator[str]:
-        """Yield the texts of documents that lie evenly over the validation split, at most `most` of each store.
+        """Yield the texts of documents that lie evenly over the validation split, at most `most` of
+        each store.
 
         Of a longer one that is the beginning.
         """
@@ -64,7 +71,9 @@ class Validation:
             split = store.manifest["splits"]["valid"]
             first, last = split["documents"]
             ends = store.document_ends()[:, 0]
-            for number in np.unique(np.linspace(first, last - 1, min(most, last - first)).astype(np.int64)).tolist():
+            for number in np.unique(
+                np.linspace(first, last - 1, min(most, last - first)).astype(np.int64)
+            ).tolist():
                 # The first document of a split may have begun in the other one.
                 begin = max(int(ends[number - 1]) if number else 0, split["tokens"][0])
                 end = min(int(ends[number]), split["tokens"][1], begin + most_tokens)
@@ -96,8 +105,8 @@ class Validation:
     def valid_bytes_per_token(self, num_rows: int = 0) -> float:
         """Return the bytes of text a target token, which turns loss into bits per byte.
 
-        Of the first `num_rows` rows (0: all), where a source counts by its part of them: another one may have tokens of
-        another length.
+        Of the first `num_rows` rows (0: all), where a source counts by its part of them: another
+        one may have tokens of another length.
         """
         tokens, size = 0.0, 0.0
         left = num_rows or sum(self.valid_rows)
@@ -110,7 +119,9 @@ class Validation:
 
     @property
     def floor_nats_per_token(self) -> float | None:
-        """The exact -log p of the validation text over its target tokens; None where it isn't known."""
+        """The exact -log p of the validation text over its target tokens; None where it isn't
+        known.
+        """
         log_probs = [split["log_prob"] for split in self.valid_splits if "log_prob" in split]
         known = log_probs and len(log_probs) == len(self.valid_splits)
         return -sum(log_probs) / self.valid_tokens if known else None
@@ -118,7 +129,9 @@ class Validation:
 
 @dataclasses.dataclass
 class Data(Validation):
-    """What a run reads: rows to train on, those to evaluate, their tokenizer, and the manifests of the stores."""
+    """What a run reads: rows to train on, those to evaluate, their tokenizer, and the manifests of
+    the stores.
+    """
 
     train: Rows
     stores: list[Store]
@@ -136,14 +149,19 @@ class Data(Validation):
 
 
 def open_data(
-    config: DataConfig, *, seed: int, is_writer: bool = True, wait_secs: float = WAIT_SECS, progress: bool = True,
+    config: DataConfig,
+    *,
+    seed: int,
+    is_writer: bool = True,
+    wait_secs: float = WAIT_SECS,
+    progress: bool = True,
     tokenizer: Tokenizer | None = None,
-) -> Data:  # fmt: skip
+) -> Data:
     """Return the data of a run, prepared first where it isn't yet.
 
-    `is_writer` is for one process of a job; the others wait `wait_secs` at most. `tokenizer` takes the place of the
-    config's, as the one of an imported model does. Raises UserError for anything wrong in the data, StorageError where
-    it can't be written.
+    `is_writer` is for one process of a job; the others wait `wait_secs` at most. `tokenizer` takes
+    the place of the config's, as the one of an imported model does. Raises UserError for anything
+    wrong in the data, StorageError where it can't be written.
     """
     config.check()
     opener = _Opener(config, is_writer, wait_secs, progress)
@@ -154,7 +172,9 @@ def open_data(
     tokenizer = load_tokenizer(stores[0].folder / "tokenizer")
     for store in stores + valid_stores:
         if store.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
-            raise UserError(f"{store.folder} was made with another tokenizer; delete it to prepare it again.")
+            raise UserError(
+                f"{store.folder} was made with another tokenizer; delete it to prepare it again."
+            )
     validated = [store for store in valid_stores if "valid" in store.manifest["splits"]]
     train = [_rows(config, store, "train", (seed, i)) for i, store in enumerate(stores)]
     valid = [_rows(config, store, "valid", None) for store in validated]
@@ -170,20 +190,27 @@ def open_data(
     )
     if len(data.train) < config.batch_size:
         raise UserError(
-            f"data.batch_size={config.batch_size} must be at most the {len(data.train)} rows of an epoch "
+            f"data.batch_size={config.batch_size} must be at most the {len(data.train)} "
+            "rows of an epoch "
             f"(data.seq_len={config.seq_len}); lower one of them, or add text."
         )
     return data
 
 
 def open_validation(
-    config: DataConfig, source: str, tokenizer: Tokenizer, *, is_writer: bool = True, key: str = "--source"
+    config: DataConfig,
+    source: str,
+    tokenizer: Tokenizer,
+    *,
+    is_writer: bool = True,
+    key: str = "--source",
 ) -> Validation:
-    """Return the text of a source under a tokenizer, to score a model on, prepared first where it isn't yet.
+    """Return the text of a source under a tokenizer, to score a model on, prepared first where it
+    isn't yet.
 
-    Of a source with a validation split of its own that split is read, of others all there is. The other settings of
-    the text are those of `config`; loss is on all tokens where there can be no prompts. `key` is what messages call the
-    source. Raises UserError for anything wrong in it.
+    Of a source with a validation split of its own that split is read, of others all there is. The
+    other settings of the text are those of `config`; loss is on all tokens where there can be no
+    prompts. `key` is what messages call the source. Raises UserError for anything wrong in it.
     """
     config = dataclasses.replace(config, source=source, valid_source="")
     try:
@@ -210,10 +237,12 @@ def open_validation(
 
 
 def known_vocab_size(config: DataConfig) -> tuple[int, str]:
-    """Return how many ids the tokenizer of a config has and how that is known, without reading a text from outside.
+    """Return how many ids the tokenizer of a config has and how that is known, without reading a
+    text from outside.
 
-    One that is learned from the text has as many as it was asked for. Only `char` has to be found in a store, or made
-    for a corpus that tinylm carries with it. Raises UserError where neither can be, or a file can't be read.
+    One that is learned from the text has as many as it was asked for. Only `char` has to be found
+    in a store, or made for a corpus that tinylm carries with it. Raises UserError where neither can
+    be, or a file can't be read.
     """
     kind, argument = split_spec(config.tokenizer)
     origin = f"data.tokenizer={config.tokenizer}"
@@ -229,7 +258,9 @@ def known_vocab_size(config: DataConfig) -> tuple[int, str]:
 
 
 def _num_characters(config: DataConfig) -> int:
-    """Return how many characters the text of a config has, from its store or from a corpus that is made here."""
+    """Return how many characters the text of a config has, from its store or from a corpus that is
+    made here.
+    """
     # Where the text isn't there, or no folder for stores, there is no store either.
     with contextlib.suppress(UserError):
         opener = _Opener(config, is_writer=False, wait_secs=0, progress=False)
@@ -241,7 +272,8 @@ def _num_characters(config: DataConfig) -> int:
             return opener.tokenizer.vocab_size - 1
     raise UserError(
         "data.tokenizer=char has an id for each character of the text, which isn't read here: run "
-        "python -m tinylm.prepare with the same settings first, or set --config.model.vocab_size (typically 66 for "
+        "python -m tinylm.prepare with the same settings first, or set "
+        "--config.model.vocab_size (typically 66 for "
         "tinyshakespeare, 100 to 200 for English text with its signs)."
     )
 
@@ -256,20 +288,36 @@ def _joined(parts: list[SplitRows]) -> Rows | None:
 class _Opener:
     """Finds or makes the stores of one config, and at most once the tokenizer that they share."""
 
-    def __init__(self, config: DataConfig, is_writer: bool, wait_secs: float, progress: bool, key: str = "data.source"):
+    def __init__(
+        self,
+        config: DataConfig,
+        is_writer: bool,
+        wait_secs: float,
+        progress: bool,
+        key: str = "data.source",
+    ):
         mixture = parse_mixture(config.source)
-        self.config, self.is_writer, self.wait_secs, self.progress = config, is_writer, wait_secs, progress
+        self.config, self.is_writer, self.wait_secs, self.progress = (
+            config,
+            is_writer,
+            wait_secs,
+            progress,
+        )
         self.weights = [weight for weight, _ in mixture]
         self.sources = [make_source(spec, config, key) for _, spec in mixture]
         valid_specs = [config.valid_source] * bool(config.valid_source)
-        self.valid_sources = [make_source(spec, config, "data.valid_source") for spec in valid_specs]
+        self.valid_sources = [
+            make_source(spec, config, "data.valid_source") for spec in valid_specs
+        ]
         self.train_splits = ("train",) if self.valid_sources else ("train", "valid")
         self._folder = preparing.store_folder(config)
         self._checksums_of: dict[str, list[str]] = {}
 
     @functools.cached_property
     def tokenizer_key(self) -> Any:
-        """What decides the tokenizer: its name, its files, and the text where it learns from that."""
+        """What decides the tokenizer: its name, its files, and the text where it learns from
+        that.
+        """
         c = self.config
         kind, argument = split_spec(c.tokenizer)
         hashes = tokenizer_file_hashes(c.tokenizer)
@@ -294,7 +342,9 @@ class _Opener:
             notes = self._folder / "checksums" / f"{hash_bytes(place)}.json"
             total = sum(content.file_state(path)[0] for path in files)
             with preparing.progress_bar(total, self.progress, "reading checksums") as bar:
-                self._checksums_of[source.setting] = content.checksums(files, notes, bar) if files else []
+                self._checksums_of[source.setting] = (
+                    content.checksums(files, notes, bar) if files else []
+                )
         return self._checksums_of[source.setting]
 
     @functools.cached_property
@@ -302,12 +352,18 @@ class _Opener:
         """The tokenizer that the config names, or learned from its text."""
         c = self.config
         with alive(lambda: f"making data.tokenizer={c.tokenizer}"):
-            return build_tokenizer(c.tokenizer, c.vocab_top_k, self._training_texts, c.eot_token, self._all_texts)
+            return build_tokenizer(
+                c.tokenizer, c.vocab_top_k, self._training_texts, c.eot_token, self._all_texts
+            )
 
     def _training_texts(self) -> Iterator[str]:
-        """Yield the texts of the training split, which alone a tokenizer may learn its statistics from."""
+        """Yield the texts of the training split, which alone a tokenizer may learn its statistics
+        from.
+        """
         for source in self.sources:
-            for document in preparing.training_documents(source, holds_out=len(self.train_splits) > 1):
+            for document in preparing.training_documents(
+                source, holds_out=len(self.train_splits) > 1
+            ):
                 yield from _texts_of(document)
 
     def _all_texts(self) -> Iterator[str]:
@@ -322,13 +378,17 @@ class _Opener:
         return self._folder / preparing.store_key(self.text_key(source, splits), self.tokenizer_key)
 
     def store(self, source: Source, splits: tuple[str, ...]) -> Store:
-        """Return the store of some splits of a source, made by this process, by another, or long ago."""
+        """Return the store of some splits of a source, made by this process, by another, or long
+        ago.
+        """
         folder = self.folder_of(source, splits)
         if not self.is_writer:
             preparing.wait_for(folder, self.wait_secs)
         elif not (folder / MANIFEST).exists():
             preparing.make(
-                folder, lambda folder: (folder / MANIFEST).exists(), functools.partial(self._fill, source, splits)
+                folder,
+                lambda folder: (folder / MANIFEST).exists(),
+                functools.partial(self._fill, source, splits),
             )
             self._tell_unknown(source, read_manifest(folder))
             if self.progress:
@@ -343,15 +403,20 @@ class _Opener:
         example = f", such as {', '.join(map(repr, words))}" if words else ""
         say(
             f"warning: {manifest['unknown']:,} of {manifest['tokens']:,} tokens of {source.spec} "
-            f"({manifest['unknown'] / manifest['tokens']:.2%}) stand for what data.tokenizer={self.tokenizer.name} "
+            f"({manifest['unknown'] / manifest['tokens']:.2%}) stand for what "
+            f"data.tokenizer={self.tokenizer.name} "
             f"can't spell{example}"
         )
 
     def _unspelled_words(self, source: Source) -> list[str]:
-        """Return a few words that the tokenizer can't spell, where the first documents have some."""
+        """Return a few words that the tokenizer can't spell, where the first documents have
+        some.
+        """
         if isinstance(source, TokenSource):
             return []
-        documents = preparing.checked(source.documents("train" if source.own_splits else "all"), "skip")
+        documents = preparing.checked(
+            source.documents("train" if source.own_splits else "all"), "skip"
+        )
         for document in itertools.islice(documents, _LOOKED_AT_DOCUMENTS):
             words = list(dict.fromkeys(document.text.split()))
             encoded = zip(words, self.tokenizer.encode_batch(words), strict=True)
@@ -363,13 +428,18 @@ class _Opener:
         before = [content.file_state(path) for path in source.content_files]
         self.tokenizer.save(folder / "tokenizer")
         if isinstance(source, TokenSource):
-            prepare_ready(source, self._checksums(source), self.tokenizer, folder, splits, self.progress)
+            prepare_ready(
+                source, self._checksums(source), self.tokenizer, folder, splits, self.progress
+            )
         else:
             preparing.Preparer(source, self.tokenizer, folder, self.progress).run(splits)
-        # The store's name says what the files held before, so it must not hold what came in meanwhile.
+        # The store's name says what the files held before, so it must not hold what came in
+        # meanwhile.
         for path, state in zip(source.content_files, before, strict=True):
             if content.file_state(path)[:2] != state[:2]:
-                raise UserError(f"{path} was written to while it was prepared; prepare it when it is complete.")
+                raise UserError(
+                    f"{path} was written to while it was prepared; prepare it when it is complete."
+                )
 
 
 def _texts_of(document: Document) -> list[str]:
@@ -379,7 +449,9 @@ def _texts_of(document: Document) -> list[str]:
 def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:
     """Return the rows of one split of one store."""
     if split not in store.manifest["splits"]:
-        raise UserError(f"data.source={store.spec} has no text to train on; check data.valid_fraction.")
+        raise UserError(
+            f"data.source={store.spec} has no text to train on; check data.valid_fraction."
+        )
     begin, end = store.manifest["splits"][split]["tokens"]
     if seed is not None and end - begin < config.seq_len:
         raise UserError(
@@ -401,8 +473,8 @@ def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:
 def _ends_within(ends: np.ndarray, begin: int, end: int) -> np.ndarray:
     """Return where documents end in the tokens from `begin` to `end`, counted from `begin`.
 
-    A cut may fall inside a document, as where ready ids have no end of text at all: each side is then a document of
-    its own, which ends with its split.
+    A cut may fall inside a document, as where ready ids have no end of text at all: each side is
+    then a document of its own, which ends with its split.
     """
     # By bisection in place: NumPy's search would copy the ends of all documents.
     first, last = (bisect.bisect_right(ends, place) for place in (begin, end))
@@ -421,11 +493,15 @@ def _plan(config: DataConfig, store: Store, split: str) -> plans.StreamPlan | pl
     if plan := plans.load_plan(folder):
         return plan
     ends = _ends_within(store.document_ends()[:, 0], begin, end)
-    write = functools.partial(plans.write_plan, ends=ends, seq_len=config.seq_len, packed=config.packing == "packed")
+    write = functools.partial(
+        plans.write_plan, ends=ends, seq_len=config.seq_len, packed=config.packing == "packed"
+    )
     try:
         preparing.make(folder, lambda folder: plans.load_plan(folder) is not None, write)
         plan = plans.load_plan(folder)
-    except StorageError:  # a shared store that only its owner can write: the plan is this process's own
+    except (
+        StorageError
+    ):  # a shared store that only its owner can write: the plan is this process's own
         with tempfile.TemporaryDirectory() as private:
             write(pathlib.Path(private))
             plan = plans.load_plan(pathlib.Path(private))

@@ -1,6 +1,7 @@
 """Long texts in pieces, so that encoding them is shared by all cores.
 
-The cuts lie where the pattern of GPT-2 and its like ends a word whatever follows, so the ids are those of the whole.
+The cuts lie where the pattern of GPT-2 and its like ends a word whatever follows, so the ids are
+those of the whole.
 """
 
 import re
@@ -14,7 +15,9 @@ _CUT = re.compile(r"(?<=[^\s]\n)(?=[^\s])")
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a long text at newlines between two words, where no token of GPT-2's kind reaches across."""
+    """Cut a long text at newlines between two words, where no token of GPT-2's kind reaches
+    across.
+    """
     start = 0
     while len(text) - start > 2 * _PIECE_CHARS:
         cut = _CUT.search(text, start + _PIECE_CHARS)

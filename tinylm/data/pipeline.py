@@ -1,8 +1,10 @@
-"""Batches from rows, on threads: training batches through Grain from any batch index, evaluation batches in order.
+"""Batches from rows, on threads: training batches through Grain from any batch index, evaluation
+batches in order.
 
-Batch b of B rows holds the examples b * B to (b + 1) * B - 1, so a batch is a pure function of its index; no iterator
-state is saved anywhere. A process makes only the rows that its devices hold. Threads read ahead; how many there are
-changes nothing. Grain is imported at the first batch, for it takes most of a second.
+Batch b of B rows holds the examples b * B to (b + 1) * B - 1, so a batch is a pure function of its
+index; no iterator state is saved anywhere. A process makes only the rows that its devices hold.
+Threads read ahead; how many there are changes nothing. Grain is imported at the first batch, for it
+takes most of a second.
 """
 
 import itertools
@@ -18,13 +20,16 @@ from tinylm.data.rows import Examples, Rows
 class _Runs:
     """The train batches of one process as Grain wants a source: a length and items by index.
 
-    An item is a run of consecutive batches, of some 64 rows together, so that what an item costs is shared.
+    An item is a run of consecutive batches, of some 64 rows together, so that what an item costs is
+    shared.
     """
 
     def __init__(self, rows: Rows, batch_shape: tuple[int, int], owned_rows: np.ndarray):
         micro_batches, micro_rows = batch_shape
         self._rows, self._batch_size = rows, micro_batches * micro_rows
-        self._places = np.arange(micro_batches)[:, None] * micro_rows + np.asarray(owned_rows, np.int64)
+        self._places = np.arange(micro_batches)[:, None] * micro_rows + np.asarray(
+            owned_rows, np.int64
+        )
         self.length = max(1, 64 // self._places.size)
 
     def __len__(self) -> int:
@@ -32,10 +37,17 @@ class _Runs:
 
     def __getitem__(self, index: int) -> list[tuple[int, Examples]]:
         batches = range(index * self.length, (index + 1) * self.length)
-        indices = np.concatenate([batch * self._batch_size + self._places.ravel() for batch in batches])
+        indices = np.concatenate(
+            [batch * self._batch_size + self._places.ravel() for batch in batches]
+        )
         examples = self._rows.read(indices)
-        parts = {name: v.reshape(self.length, *self._places.shape, *v.shape[1:]) for name, v in examples.items()}
-        return [(batch, {name: v[i] for name, v in parts.items()}) for i, batch in enumerate(batches)]
+        parts = {
+            name: v.reshape(self.length, *self._places.shape, *v.shape[1:])
+            for name, v in examples.items()
+        }
+        return [
+            (batch, {name: v[i] for name, v in parts.items()}) for i, batch in enumerate(batches)
+        ]
 
 
 def train_batches(
@@ -49,24 +61,33 @@ def train_batches(
 ) -> Generator[tuple[int, Examples], None, None]:
     """Yield (batch index, host arrays [A, n, T]) from batch `start` on, without end.
 
-    `batch_shape` is (A, rows of a micro-batch): the row of (a, b) in the global batch is a * batch_shape[1] + b.
-    `owned_rows` are the n sorted positions b that this process holds. What a thread raises is raised here.
+    `batch_shape` is (A, rows of a micro-batch): the row of (a, b) in the global batch is a *
+    batch_shape[1] + b. `owned_rows` are the n sorted positions b that this process holds. What a
+    thread raises is raised here.
     """
     import grain
 
     runs = _Runs(rows, batch_shape, owned_rows)
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0)
+    options = grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0
+    )
     iterator = iter(grain.MapDataset.source(runs)[start // runs.length :].to_iter_dataset(options))
     try:
-        yield from itertools.islice(itertools.chain.from_iterable(iterator), start % runs.length, None)
+        yield from itertools.islice(
+            itertools.chain.from_iterable(iterator), start % runs.length, None
+        )
     except SystemExit as error:  # would end the program as if all were done
         raise HangError("a thread that reads batches was ended; give the same command.") from error
     finally:
         iterator.close()
 
 
-def eval_batches(rows: Rows, *, batch_size: int, owned_rows: np.ndarray, max_batches: int = 0) -> Iterator[Examples]:
-    """Yield host arrays [n, T] over all rows in order, once; the last batch is filled with rows of weight 0."""
+def eval_batches(
+    rows: Rows, *, batch_size: int, owned_rows: np.ndarray, max_batches: int = 0
+) -> Iterator[Examples]:
+    """Yield host arrays [n, T] over all rows in order, once; the last batch is filled with rows of
+    weight 0.
+    """
     num_batches = -(-len(rows) // batch_size)
     for batch in range(min(num_batches, max_batches or num_batches)):
         indices = batch * batch_size + np.asarray(owned_rows, np.int64)

@@ -1,9 +1,11 @@
-"""Which stretches of the token stream make up each row: windows, whole documents packed, or one document a row.
+"""Which stretches of the token stream make up each row: windows, whole documents packed, or one
+document a row.
 
-A row is one or more pieces, each a stretch of targets; the input of a target is the token before it, and before a
-document that is the end of text. So no loss crosses from one document into another, and each target token of a split
-is in exactly one row. Windows need no index. The other two plans depend on the context length and on nothing else, so
-they are made once for a store, as two arrays beside it that are memory-mapped.
+A row is one or more pieces, each a stretch of targets; the input of a target is the token before
+it, and before a document that is the end of text. So no loss crosses from one document into
+another, and each target token of a split is in exactly one row. Windows need no index. The other
+two plans depend on the context length and on nothing else, so they are made once for a store, as
+two arrays beside it that are memory-mapped.
 """
 
 import heapq
@@ -21,7 +23,9 @@ PACK_DOCUMENTS = 1 << 16
 
 
 class Pieces(NamedTuple):
-    """Pieces of a batch of rows: row of the batch, first column, first token of the split, length."""
+    """Pieces of a batch of rows: row of the batch, first column, first token of the split,
+    length.
+    """
 
     row: np.ndarray
     column: np.ndarray
@@ -41,19 +45,30 @@ class StreamPlan:
         """Return the pieces of rows when the grid begins at `offsets`."""
         begin = rows * self.seq_len
         length = np.minimum(self.seq_len, self.num_tokens - begin)
-        return Pieces(np.arange(len(rows)), np.zeros(len(rows), np.int64), (begin + offsets) % self.num_tokens, length)
+        return Pieces(
+            np.arange(len(rows)),
+            np.zeros(len(rows), np.int64),
+            (begin + offsets) % self.num_tokens,
+            length,
+        )
 
 
 class DocumentPlan:
-    """Rows listed in an index: row r has the pieces from ends[r - 1] to ends[r] of `pieces` [P, (start, length)]."""
+    """Rows listed in an index: row r has the pieces from ends[r - 1] to ends[r] of `pieces` [P,
+    (start, length)].
+    """
 
-    def __init__(self, ends: np.ndarray, pieces: np.ndarray, num_split: int, files: Sequence[ArrayFile] = ()):
+    def __init__(
+        self, ends: np.ndarray, pieces: np.ndarray, num_split: int, files: Sequence[ArrayFile] = ()
+    ):
         """Take the index, and the files that it is mapped from."""
         self._ends, self._pieces, self.num_split, self._files = ends, pieces, num_split, files
         self.num_rows = len(ends)
 
     def pieces(self, rows: np.ndarray, offsets: np.ndarray) -> Pieces:
-        """Return the pieces of rows; documents stay where they are, so `offsets` are without effect."""
+        """Return the pieces of rows; documents stay where they are, so `offsets` are without
+        effect.
+        """
         for file in self._files:
             file.check()
         first = np.where(rows > 0, self._ends[np.maximum(rows, 1) - 1], 0)
@@ -68,7 +83,9 @@ class DocumentPlan:
 
 
 def split_documents(ends: np.ndarray, begin: int, seq_len: int) -> tuple[np.ndarray, int]:
-    """Cut documents, given by their `ends` after `begin`, into pieces [P, (start, length)]; count those cut."""
+    """Cut documents, given by their `ends` after `begin`, into pieces [P, (start, length)]; count
+    those cut.
+    """
     starts = np.concatenate([[begin], ends[:-1]])
     lengths = ends - starts
     parts = -(-lengths // seq_len)
@@ -79,9 +96,11 @@ def split_documents(ends: np.ndarray, begin: int, seq_len: int) -> tuple[np.ndar
 
 
 def first_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """Return for each piece the row that it goes to: the first one with room (Johnson 1973, first fit).
+    """Return for each piece the row that it goes to: the first one with room (Johnson 1973, first
+    fit).
 
-    Rows are kept in a heap per number of free columns, so a piece costs a look at `seq_len` tops at most.
+    Rows are kept in a heap per number of free columns, so a piece costs a look at `seq_len` tops at
+    most.
     """
     full = len(lengths)
     tops = np.full(seq_len + 1, full, np.int64)
@@ -104,8 +123,12 @@ def first_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     return rows
 
 
-def plan_chunks(ends: np.ndarray, seq_len: int, packed: bool) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Yield (piece counts of rows, pieces, documents cut) for some tens of thousands of documents at a time."""
+def plan_chunks(
+    ends: np.ndarray, seq_len: int, packed: bool
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Yield (piece counts of rows, pieces, documents cut) for some tens of thousands of documents
+    at a time.
+    """
     begin = 0
     for first in range(0, len(ends), PACK_DOCUMENTS):
         chunk = np.asarray(ends[first : first + PACK_DOCUMENTS], np.int64)
@@ -119,8 +142,12 @@ def plan_chunks(ends: np.ndarray, seq_len: int, packed: bool) -> Iterator[tuple[
 
 
 def write_plan(folder: pathlib.Path, ends: np.ndarray, seq_len: int, packed: bool) -> None:
-    """Write the plan of documents that end at `ends`, counted from the begin of their split, into `folder`."""
-    writers = [ArrayWriter(folder, name, np.int64, shard_items=2**62) for name in ("ends", "pieces")]
+    """Write the plan of documents that end at `ends`, counted from the begin of their split, into
+    `folder`.
+    """
+    writers = [
+        ArrayWriter(folder, name, np.int64, shard_items=2**62) for name in ("ends", "pieces")
+    ]
     num_pieces = num_split = 0
     for counts, pieces, chunk_split in plan_chunks(ends, seq_len, packed):
         writers[0].append(np.cumsum(counts) + num_pieces)
@@ -128,7 +155,9 @@ def write_plan(folder: pathlib.Path, ends: np.ndarray, seq_len: int, packed: boo
         num_pieces, num_split = num_pieces + len(pieces), num_split + chunk_split
     for writer in writers:
         writer.close()
-    (folder / PLAN).write_text(json.dumps([writers[0].total, num_pieces, num_split]), encoding="utf-8")
+    (folder / PLAN).write_text(
+        json.dumps([writers[0].total, num_pieces, num_split]), encoding="utf-8"
+    )
 
 
 def load_plan(folder: pathlib.Path) -> DocumentPlan | None:

@@ -1,8 +1,9 @@
 """Preparing: documents are encoded once, into a token store that appears whole or not at all.
 
-Work happens in a folder of its own beside the final one, which is renamed when its manifest is on the disk: a kill at
-any point leaves at most such a folder, which the next run on the host removes. One process of a host works at a time
-(a file lock, freed by the system when its holder dies); hosts that race for the same store are settled by the rename.
+Work happens in a folder of its own beside the final one, which is renamed when its manifest is on
+the disk: a kill at any point leaves at most such a folder, which the next run on the host removes.
+One process of a host works at a time (a file lock, freed by the system when its holder dies); hosts
+that race for the same store are settled by the rename.
 """
 
 import contextlib
@@ -37,7 +38,9 @@ _TOLD_PROBLEMS = 10
 
 
 def store_folder(config: DataConfig) -> pathlib.Path:
-    """Return the folder of all stores: as configured, in the user's cache, or private in the temporary folder."""
+    """Return the folder of all stores: as configured, in the user's cache, or private in the
+    temporary folder.
+    """
     if config.store_dir:
         candidates = [pathlib.Path(config.store_dir).expanduser()]
     else:
@@ -49,17 +52,27 @@ def store_folder(config: DataConfig) -> pathlib.Path:
         with contextlib.suppress(OSError):
             folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(exist_ok=True, mode=0o700)
-            if config.store_dir or all(os.lstat(path).st_uid == os.getuid() for path in (folder.parent, folder)):
+            if config.store_dir or all(
+                os.lstat(path).st_uid == os.getuid() for path in (folder.parent, folder)
+            ):
                 return folder
-    raise StorageError(f"{candidates[-1]} can't be made; set data.store_dir to a folder that can be written.")
+    raise StorageError(
+        f"{candidates[-1]} can't be made; set data.store_dir to a folder that can be written."
+    )
 
 
 def text_key(source: Source, splits: tuple[str, ...], checksums: list[str]) -> list[Any]:
-    """Return what decides the text of some splits of a source, with the checksums of its files; not where it lies."""
+    """Return what decides the text of some splits of a source, with the checksums of its files; not
+    where it lies.
+    """
     c = source.config
     kind = split_spec(source.spec)[0]
-    # How a file is read depends on the end of its name (.gz), so a content under another end is another text.
-    files = [[pathlib.Path(path).suffix, sha256] for path, sha256 in zip(source.content_files, checksums, strict=True)]
+    # How a file is read depends on the end of its name (.gz), so a content under another end is
+    # another text.
+    files = [
+        [pathlib.Path(path).suffix, sha256]
+        for path, sha256 in zip(source.content_files, checksums, strict=True)
+    ]
     return [kind, source.identity(), files, splits, c.valid_fraction, c.valid_split, c.on_bad_text]
 
 
@@ -68,10 +81,16 @@ def store_key(text: list[Any], tokenizer: Any) -> str:
     return hash_bytes(json.dumps([FORMAT, text, tokenizer]).encode())
 
 
-def make(folder: pathlib.Path, is_whole: Callable[[pathlib.Path], bool], fill: Callable[[pathlib.Path], None]) -> None:
-    """Let `fill` make the content of `folder`, which appears at once and whole, unless it is there by then.
+def make(
+    folder: pathlib.Path,
+    is_whole: Callable[[pathlib.Path], bool],
+    fill: Callable[[pathlib.Path], None],
+) -> None:
+    """Let `fill` make the content of `folder`, which appears at once and whole, unless it is there
+    by then.
 
-    Raises StorageError where that can't be written. Another host's folder that came first is left as it is.
+    Raises StorageError where that can't be written. Another host's folder that came first is left
+    as it is.
     """
     temporary = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
@@ -92,7 +111,9 @@ def make(folder: pathlib.Path, is_whole: Callable[[pathlib.Path], bool], fill: C
             _sync(folder.parent)
     except OSError as error:
         where = error.filename or folder.parent
-        raise StorageError(f"{where}: {error.strerror or error}; free space there, or set data.store_dir.") from error
+        raise StorageError(
+            f"{where}: {error.strerror or error}; free space there, or set data.store_dir."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -101,7 +122,8 @@ def make(folder: pathlib.Path, is_whole: Callable[[pathlib.Path], bool], fill: C
 def _locked(folder: pathlib.Path) -> Iterator[None]:
     """Hold the lock of one folder on this host, after removing what dead holders left.
 
-    On a file system without locks the rename alone settles races, and leftovers stay: they may be another's work.
+    On a file system without locks the rename alone settles races, and leftovers stay: they may be
+    another's work.
     """
     with folder.with_name(f"{folder.name}.lock").open("a", encoding="utf-8") as file:
         try:
@@ -129,8 +151,10 @@ def wait_for(folder: pathlib.Path, wait_secs: float) -> None:
     while not (folder / MANIFEST).exists():
         if time.monotonic() > end:
             raise UserError(
-                f"process 0 has not prepared {folder} within {wait_secs:.0f} s; all processes must see the same "
-                "data.store_dir and the same files. Prepare first with tinylm.prepare for large data."
+                f"process 0 has not prepared {folder} within {wait_secs:.0f} s; all "
+                "processes must see the same "
+                "data.store_dir and the same files. Prepare first with tinylm.prepare for "
+                "large data."
             )
         time.sleep(0.2)
 
@@ -150,7 +174,9 @@ def checked(
 
 
 def training_documents(source: Source, holds_out: bool) -> Iterator[Document]:
-    """Yield the good documents for training, as a store has them; `holds_out` where a part is for validation."""
+    """Yield the good documents for training, as a store has them; `holds_out` where a part is for
+    validation.
+    """
     c = source.config
     good = functools.partial(checked, policy=c.on_bad_text)
     if source.own_splits:
@@ -164,7 +190,9 @@ def training_documents(source: Source, holds_out: bool) -> Iterator[Document]:
 
 
 class Skipped:
-    """What was skipped: counted, the first of it kept, and all of it written to a file, a line each."""
+    """What was skipped: counted, the first of it kept, and all of it written to a file, a line
+    each.
+    """
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -189,7 +217,9 @@ class Skipped:
 
 
 def tell_skipped(folder: pathlib.Path) -> None:
-    """Say what was skipped for the store in `folder`: the first, with file and place, and where the rest stands."""
+    """Say what was skipped for the store in `folder`: the first, with file and place, and where the
+    rest stands.
+    """
     skipped = read_manifest(folder)["skipped"]
     if not skipped["count"]:
         return
@@ -204,7 +234,12 @@ class Preparer:
     """Fills one store from one source; `folder` already holds the tokenizer."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, folder: pathlib.Path, progress: bool):
-        self.source, self.tokenizer, self.folder, self.progress = source, tokenizer, folder, progress
+        self.source, self.tokenizer, self.folder, self.progress = (
+            source,
+            tokenizer,
+            folder,
+            progress,
+        )
         self.writer = self._new_writer()
         self.skipped = Skipped(folder / SKIPPED)
         self.splits: dict[str, Any] = {}
@@ -216,14 +251,24 @@ class Preparer:
         return StoreWriter(self.folder, dtype, self.tokenizer.unknown_ids)
 
     def run(self, splits: tuple[str, ...]) -> None:
-        """Write the store of `splits`; raise UserError for bad text, StorageError for a disk that is full."""
+        """Write the store of `splits`; raise UserError for bad text, StorageError for a disk that
+        is full.
+        """
         started = time.monotonic()
         with progress_bar(self.source.total_bytes(), self.progress) as self._bar, self._alive():
             self._add_all(splits)
         if not self.num_documents:
-            skips = f" (skipped {self.skipped.count:,}, first: {self.skipped.first[0]})" if self.skipped.count else ""
+            skips = (
+                f" (skipped {self.skipped.count:,}, first: {self.skipped.first[0]})"
+                if self.skipped.count
+                else ""
+            )
             raise UserError(f"{self.source.setting} holds no text{skips}.")
-        manifest = {"source": self.source.spec, "tokenizer": describe_tokenizer(self.tokenizer), "splits": self.splits}
+        manifest = {
+            "source": self.source.spec,
+            "tokenizer": describe_tokenizer(self.tokenizer),
+            "splits": self.splits,
+        }
         skipped = {"count": self.skipped.count, "examples": self.skipped.first}
         more = {"documents": self.num_documents, "skipped": skipped, "held_out": self._held_out()}
         self.writer.finish(manifest | more)
@@ -234,13 +279,16 @@ class Preparer:
         """Say how far it is where there is no terminal for a bar."""
         if not self._bar.disable:
             return contextlib.nullcontext()
-        return alive(lambda: f"preparing {self.source.spec}: {self.writer.num_bytes / 1e6:,.0f} MB of text")
+        return alive(
+            lambda: f"preparing {self.source.spec}: {self.writer.num_bytes / 1e6:,.0f} MB of text"
+        )
 
     def _tell(self, secs: float) -> None:
         """Say what was prepared, what is held out, and what is noteworthy about the source."""
         w = self.writer
         say(
-            f"prepared {self.source.spec}: {w.tokens.total:,} tokens of {self.num_documents:,} documents "
+            f"prepared {self.source.spec}: {w.tokens.total:,} tokens of "
+            f"{self.num_documents:,} documents "
             f"in {secs:.1f} s ({w.num_bytes / 1e6 / max(secs, 1e-9):.1f} MB/s)"
         )
         if held_out := self._held_out():
@@ -258,7 +306,11 @@ class Preparer:
         if self.source.config.valid_split == "random":
             which = f"{count:,} random documents"
         elif self._is_cut_inside:
-            which = "the end of the last document" if count == 1 else f"the last {count:,} documents, cut inside one"
+            which = (
+                "the end of the last document"
+                if count == 1
+                else f"the last {count:,} documents, cut inside one"
+            )
         else:
             which = "the last document" if count == 1 else f"the last {count:,} documents"
         return f"{which}, {share:.1%} of the text"
@@ -278,7 +330,9 @@ class Preparer:
 
     def _good(self, split: str) -> Iterator[Document]:
         """Yield the good documents of a split."""
-        for document in checked(self.source.documents(split), self.source.config.on_bad_text, self.skipped.note):
+        for document in checked(
+            self.source.documents(split), self.source.config.on_bad_text, self.skipped.note
+        ):
             self.num_documents += 1
             yield document
 
@@ -291,13 +345,19 @@ class Preparer:
         self._bar.reset()
 
     def _add(self, documents: Iterable[Document], *, closed: bool = True) -> float | None:
-        """Write documents on a thread of its own; return the sum of their log p, None where one has none."""
+        """Write documents on a thread of its own; return the sum of their log p, None where one has
+        none.
+        """
         total: float | None = 0.0
         with futures.ThreadPoolExecutor(1) as thread:
             writing: futures.Future | None = None
             for batch, encoded in encode(documents, self.tokenizer, self.folder / "tokenizer"):
                 for document in batch:
-                    total = None if total is None or document.log_prob is None else total + document.log_prob
+                    total = (
+                        None
+                        if total is None or document.log_prob is None
+                        else total + document.log_prob
+                    )
                 if writing:
                     writing.result()
                 writing = thread.submit(self._write, batch, encoded, closed)
@@ -311,7 +371,9 @@ class Preparer:
         lengths = prompts + counts[1::2]
         if closed:
             ids, lengths = np.insert(ids, np.cumsum(lengths), self.tokenizer.eot_id), lengths + 1
-        sizes = np.array([len(document.prompt.encode()) + len(document.text.encode()) for document in batch])
+        sizes = np.array(
+            [len(document.prompt.encode()) + len(document.text.encode()) for document in batch]
+        )
         self.writer.add(ids, lengths, sizes, prompts)
         self._bar.update(int(sizes.sum()))
 
@@ -325,7 +387,11 @@ class Preparer:
             return
         ends = self.writer.document_ends()
         begin, end = (ends[number - 1].tolist() if number else [0, 0] for number in (first, last))
-        split = {"documents": [first, last], "tokens": [begin[0], end[0]], "bytes": end[1] - begin[1]}
+        split = {
+            "documents": [first, last],
+            "tokens": [begin[0], end[0]],
+            "bytes": end[1] - begin[1],
+        }
         self.splits[name] = split | ({"log_prob": log_prob} if log_prob is not None else {})
 
     def _add_random(self) -> None:
@@ -337,12 +403,15 @@ class Preparer:
             self._add_split(name, splits_of.side_of(self._good("all"), name, fraction))
         if self.num_documents and self.splits.keys() != {"train", "valid"}:
             raise UserError(
-                f"data.valid_split=random put all {self.num_documents:,} documents of {self.source.setting} on one "
+                f"data.valid_split=random put all {self.num_documents:,} documents of "
+                f"{self.source.setting} on one "
                 "side; set data.valid_split=tail, or another data.valid_fraction."
             )
 
     def _add_and_cut(self) -> None:
-        """Write all documents, and cut between two; where that would stray far, start over and cut inside one."""
+        """Write all documents, and cut between two; where that would stray far, start over and cut
+        inside one.
+        """
         fraction = self.source.config.valid_fraction
         documents = self._good("all")
         first_two = list(itertools.islice(documents, 2))
@@ -353,7 +422,9 @@ class Preparer:
             return
         self._add(itertools.chain(first_two, documents))
         has_prompts = self.writer.masks.total > 0
-        cut = splits_of.choose_cut(self.writer.document_ends()[:, 1], self.source, can_cut_inside=not has_prompts)
+        cut = splits_of.choose_cut(
+            self.writer.document_ends()[:, 1], self.source, can_cut_inside=not has_prompts
+        )
         if cut.inside:
             self._start_over()
             self._add_parts(cut, self._good("all"))
@@ -364,7 +435,8 @@ class Preparer:
     def _add_parts(self, cut: splits_of.Cut, documents: Iterator[Document]) -> None:
         """Write documents of which one is cut inside: no end of text follows its first part.
 
-        A text that is alone has no end of text at all, as in nanoGPT: there would be none to learn from.
+        A text that is alone has no end of text at all, as in nanoGPT: there would be none to learn
+        from.
         """
         self._is_cut_inside = True
         self._add(itertools.islice(documents, cut.document))
@@ -390,4 +462,9 @@ def progress_bar(total: int | None, shown: bool, what: str = "preparing") -> Any
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return what a manifest says about the tokenizer."""
     t = tokenizer
-    return {"name": t.name, "fingerprint": t.fingerprint, "vocab_size": t.vocab_size, "eot_id": t.eot_id}
+    return {
+        "name": t.name,
+        "fingerprint": t.fingerprint,
+        "vocab_size": t.vocab_size,
+        "eot_id": t.eot_id,
+    }

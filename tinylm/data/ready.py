@@ -1,8 +1,9 @@
-"""Ready ids: `tokens:` reads .bin files of uint16 or uint32, as nanoGPT and llama2.c write them, where they lie.
+"""Ready ids: `tokens:` reads .bin files of uint16 or uint32, as nanoGPT and llama2.c write them,
+where they lie.
 
-They are scanned once, for ids that the tokenizer doesn't have and for the ends of documents; the store then holds a
-manifest and those ends, and the files' checksums. Which of the two types a file has shows in it: in uint32, the upper
-half of each id is as small as the vocabulary says.
+They are scanned once, for ids that the tokenizer doesn't have and for the ends of documents; the
+store then holds a manifest and those ends, and the files' checksums. Which of the two types a file
+has shows in it: in uint32, the upper half of each id is as small as the vocabulary says.
 """
 
 import pathlib
@@ -36,7 +37,9 @@ def prepare_ready(
     splits: tuple[str, ...],
     progress: bool,
 ) -> None:
-    """Write a store of ready files with their `checksums`; raise UserError for ids that the tokenizer doesn't have."""
+    """Write a store of ready files with their `checksums`; raise UserError for ids that the
+    tokenizer doesn't have.
+    """
     writer = StoreWriter(folder, np.dtype(np.uint16), tokenizer.unknown_ids)
     with progress_bar(2 * (source.total_bytes() or 0), progress) as bar:
         shards = _scan(source.files, checksums, tokenizer, writer, bar)
@@ -49,7 +52,12 @@ def prepare_ready(
             part["bytes"] = _count_bytes(tokenizer, bar, array, *part["tokens"])
     # The manifest doesn't say where the files are, for they may be moved.
     named = [{**shard, "file": pathlib.Path(shard["file"]).name} for shard in shards]
-    manifest = {"source": source.spec, "tokens": len(array), "documents": len(ends), "shards": named}
+    manifest = {
+        "source": source.spec,
+        "tokens": len(array),
+        "documents": len(ends),
+        "shards": named,
+    }
     manifest |= {"tokenizer": describe_tokenizer(tokenizer), "splits": splits_of}
     held_out = ""
     if {"train", "valid"} <= splits_of.keys():
@@ -63,7 +71,9 @@ def prepare_ready(
 def _scan(
     paths: list[str], checksums: list[str], tokenizer: Tokenizer, writer: StoreWriter, bar: Any
 ) -> list[dict[str, Any]]:
-    """Check the ids of files, hand the ends of documents to `writer`, and return the files as shards."""
+    """Check the ids of files, hand the ends of documents to `writer`, and return the files as
+    shards.
+    """
     shards: list[dict[str, Any]] = []
     total = 0
     for path, sha256 in zip(paths, checksums, strict=True):
@@ -86,12 +96,15 @@ def _check_ids(chunk: np.ndarray, begin: int, array: np.memmap, tokenizer: Token
         raise UserError(
             f"{array.filename} has id {chunk[place]} at byte {(begin + place) * array.itemsize}"
             f"{range_hint(array, tokenizer.vocab_size)}, but "
-            f"data.tokenizer={tokenizer.name} has {tokenizer.vocab_size:,} ids; set the tokenizer that made the file."
+            f"data.tokenizer={tokenizer.name} has {tokenizer.vocab_size:,} ids; set the "
+            "tokenizer that made the file."
         )
 
 
 def _cut(ends: np.ndarray, splits: tuple[str, ...], source: TokenSource) -> dict[str, Any]:
-    """Return the splits: one, or a tail cut between documents, or inside one where these are too large."""
+    """Return the splits: one, or a tail cut between documents, or inside one where these are too
+    large.
+    """
     total = int(ends[-1])
     if len(splits) == 1 or not source.config.valid_fraction:
         return {splits[0]: {"documents": [0, len(ends)], "tokens": [0, total]}}
@@ -105,7 +118,10 @@ def _cut(ends: np.ndarray, splits: tuple[str, ...], source: TokenSource) -> dict
         place += int((int(ends[cut.document]) - place) * cut.inside)
         documents += 1
     first = {"documents": [0, documents], "tokens": [0, place]}
-    return {"train": first, "valid": {"documents": [documents, len(ends)], "tokens": [place, total]}}
+    return {
+        "train": first,
+        "valid": {"documents": [documents, len(ends)], "tokens": [place, total]},
+    }
 
 
 def _count_bytes(tokenizer: Tokenizer, bar: Any, array: TokenArray, begin: int, end: int) -> int:

@@ -1,8 +1,9 @@
-"""Sources of records with fields: jsonl, parquet, TFDS data sets, the Hugging Face hub, and the sums made here.
+"""Sources of records with fields: jsonl, parquet, TFDS data sets, the Hugging Face hub, and the
+sums made here.
 
-A record is a text, or a pair of prompt and completion, by the field names in the config. TFDS, pyarrow and
-huggingface_hub are imported when such a source is read. Nothing goes to the network but `tfds:` for a data set that
-isn't prepared yet, and `hf:`.
+A record is a text, or a pair of prompt and completion, by the field names in the config. TFDS,
+pyarrow and huggingface_hub are imported when such a source is read. Nothing goes to the network but
+`tfds:` for a data set that isn't prepared yet, and `hf:`.
 """
 
 import contextlib
@@ -39,7 +40,10 @@ class RecordSource(Source):
             names = [c.text_field]
         if not all(name in record for name in names):
             fields = ", ".join(map(str, record))
-            keys = "set data.text_field, or data.prompt_field and data.completion_field, to what they are called"
+            keys = (
+                "set data.text_field, or data.prompt_field and data.completion_field, to what "
+                "they are called"
+            )
             problem = f"{where} has no field {c.text_field}, only {fields or 'none'}"
             return Document("", problem=problem, remedy=keys)
         values = [self._text(record[name], f"{where} field {name},") for name in names]
@@ -63,7 +67,9 @@ class RecordSource(Source):
             problem = f"{where} holds {kind} instead of text"
             return Document("", problem=problem, remedy="set data.text_field to another")
         if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-            return Document("", problem=f"{where} holds half of a surrogate pair, which is no Unicode")
+            return Document(
+                "", problem=f"{where} holds half of a surrogate pair, which is no Unicode"
+            )
         return Document(value.removeprefix(BYTE_ORDER_MARK))
 
 
@@ -94,7 +100,9 @@ class JsonlSource(RecordSource, FileSource):
 
 
 def parsed(line: bytes) -> Any:
-    """Return the value of a line of JSON; an integer beyond Python's limit of 4,300 digits becomes a float."""
+    """Return the value of a line of JSON; an integer beyond Python's limit of 4,300 digits becomes
+    a float.
+    """
     try:
         return json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError):
@@ -104,9 +112,14 @@ def parsed(line: bytes) -> Any:
 
 
 def _refuse_one_value(path: str, first_line: bytes) -> None:
-    """Raise UserError where the first line of a file shows that it is one JSON value, not one object a line."""
+    """Raise UserError where the first line of a file shows that it is one JSON value, not one
+    object a line.
+    """
     line = first_line.removeprefix(BYTE_ORDER_MARK.encode()).strip()
-    needed = f"is not one JSON object a line, which jsonl: reads; convert it: jq -c {{}} {path} > lines.jsonl"
+    needed = (
+        f"is not one JSON object a line, which jsonl: reads; convert it: jq -c {{}} {path} > "
+        "lines.jsonl"
+    )
     if line == b"{":
         raise UserError(f"{path} holds JSON over several lines and {needed.format('.')}.")
     if line.startswith(b"["):
@@ -127,17 +140,24 @@ class ParquetSource(RecordSource, FileSource):
         pa, parquet = (optional_module(name, "files") for name in ("pyarrow", "pyarrow.parquet"))
 
         def is_text(field: Any) -> bool:
-            return str(field.type).startswith(("string", "large_string", "dictionary<values=string"))
+            return str(field.type).startswith(
+                ("string", "large_string", "dictionary<values=string")
+            )
 
         c = self.config
         row = 0
         try:
             file = parquet.ParquetFile(path)
             wanted = {c.text_field, c.prompt_field, c.completion_field}
-            columns = [name for name in file.schema_arrow.names if name in wanted] or file.schema_arrow.names
+            columns = [
+                name for name in file.schema_arrow.names if name in wanted
+            ] or file.schema_arrow.names
             for batch in file.iter_batches(batch_size=4096, columns=columns):
                 # As bytes: pyarrow raises for a string that is no UTF-8.
-                fields = [field.with_type(pa.large_binary()) if is_text(field) else field for field in batch.schema]
+                fields = [
+                    field.with_type(pa.large_binary()) if is_text(field) else field
+                    for field in batch.schema
+                ]
                 for record in batch.cast(pa.schema(fields)).to_pylist():
                     yield self.document(record, f"{path}, row {row},")
                     row += 1
@@ -147,9 +167,11 @@ class ParquetSource(RecordSource, FileSource):
 
 
 class HubSource(RecordSource):
-    """The parquet files of a data set on the Hugging Face hub: ORG/NAME, ORG/NAME@REVISION, ORG/NAME/FOLDER of it.
+    """The parquet files of a data set on the Hugging Face hub: ORG/NAME, ORG/NAME@REVISION,
+    ORG/NAME/FOLDER of it.
 
-    It is fetched where a store is made, and only then: other processes and later runs know the store by this name.
+    It is fetched where a store is made, and only then: other processes and later runs know the
+    store by this name.
     """
 
     @functools.cached_property
@@ -157,15 +179,23 @@ class HubSource(RecordSource):
         """The files, from the local cache where they are there."""
         org, name, *rest = self.argument.split("/", 2) + [""] * 2
         name, _, revision = name.partition("@")
-        local = "download its parquet files where there is a network and set data.source=parquet:DIR/*.parquet"
+        local = (
+            "download its parquet files where there is a network and set "
+            "data.source=parquet:DIR/*.parquet"
+        )
         huggingface_hub = optional_module("huggingface_hub", "hf")
         pattern = f"{rest[0]}/*.parquet" if rest[0] else "*.parquet"
         try:
             place = huggingface_hub.snapshot_download(
-                f"{org}/{name}", repo_type="dataset", revision=revision or None, allow_patterns=pattern
+                f"{org}/{name}",
+                repo_type="dataset",
+                revision=revision or None,
+                allow_patterns=pattern,
             )
         except Exception as error:  # the hub raises many kinds, and httpx's and requests' own
-            raise UserError(f"{self.setting} could not be fetched ({type(error).__name__}); {local}.") from error
+            raise UserError(
+                f"{self.setting} could not be fetched ({type(error).__name__}); {local}."
+            ) from error
         files = sorted((pathlib.Path(place) / rest[0]).rglob("*.parquet"))
         if not files:
             raise UserError(f"{self.setting} has no parquet files; {local}.")
@@ -187,13 +217,16 @@ class HubSource(RecordSource):
 
 
 def held_out_split(path: pathlib.Path) -> str:
-    """Return which split other than train a file belongs to, by its name or its folder's; "" for none."""
+    """Return which split other than train a file belongs to, by its name or its folder's; "" for
+    none.
+    """
     name = re.match(rf"({'|'.join(_VALID_NAMES)})(?![a-z])", path.name)
     return name[1] if name else path.parent.name if path.parent.name in _VALID_NAMES else ""
 
 
 class TfdsSource(RecordSource):
-    """A TFDS data set by name, or by the folder of a prepared version; array_record is read without TensorFlow.
+    """A TFDS data set by name, or by the folder of a prepared version; array_record is read without
+    TensorFlow.
 
     One by name is prepared where a store is made, and only then, as `hf:` is fetched.
     """
@@ -204,23 +237,33 @@ class TfdsSource(RecordSource):
 
     @functools.cached_property
     def _builder(self) -> Any:
-        """A builder whose data is prepared as array_record, prepared here where TensorFlow is there to do so."""
+        """A builder whose data is prepared as array_record, prepared here where TensorFlow is there
+        to do so.
+        """
         tfds = optional_module("tensorflow_datasets", "tfds")
         c = self.config
         try:
             if folder := self._folder():
                 return tfds.builder_from_directory(folder)
             builder = tfds.builder(
-                self.argument, data_dir=c.tfds_data_dir or None, file_format="array_record", try_gcs=False
+                self.argument,
+                data_dir=c.tfds_data_dir or None,
+                file_format="array_record",
+                try_gcs=False,
             )
-            config = tfds.download.DownloadConfig(manual_dir=c.tfds_manual_dir or None, try_download_gcs=False)
+            config = tfds.download.DownloadConfig(
+                manual_dir=c.tfds_manual_dir or None, try_download_gcs=False
+            )
             with contextlib.redirect_stdout(io.StringIO()):
                 builder.download_and_prepare(download_config=config)
         except tfds.core.DatasetNotFoundError as error:
-            raise UserError(f"{self.setting} is no data set of TFDS, nor a folder with a prepared one.") from error
+            raise UserError(
+                f"{self.setting} is no data set of TFDS, nor a folder with a prepared one."
+            ) from error
         except ImportError as error:
             raise UserError(
-                f"{self.setting} needs TensorFlow to be prepared (pip install 'tinylm[tfds]'); a data set already "
+                f"{self.setting} needs TensorFlow to be prepared (pip install "
+                "'tinylm[tfds]'); a data set already "
                 "prepared as array_record needs none: set data.tfds_data_dir."
             ) from error
         except Exception as error:  # builders raise whatever their own downloads raise
@@ -258,7 +301,9 @@ class TfdsSource(RecordSource):
 
 
 class AdditionSource(Source):
-    """All sums a+b of two numbers below N: prompt `a+b=`, completion `c`; one sum in ten is held out."""
+    """All sums a+b of two numbers below N: prompt `a+b=`, completion `c`; one sum in ten is held
+    out.
+    """
 
     own_splits = True
 

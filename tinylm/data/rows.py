@@ -1,8 +1,9 @@
 """Rows: the examples of a split at random access, each a pure function of (seed, index).
 
-Index i is row `i % rows` of epoch `i // rows`. Each epoch has its own order (Grain's index shuffle, a Feistel network
-over the row numbers: no permutation is stored) and, for windows, its own offset of the grid. So any example can be
-made anywhere, by any thread or process, with nothing remembered. A mixture interleaves such rows by a fixed schedule.
+Index i is row `i % rows` of epoch `i // rows`. Each epoch has its own order (Grain's index shuffle,
+a Feistel network over the row numbers: no permutation is stored) and, for windows, its own offset
+of the grid. So any example can be made anywhere, by any thread or process, with nothing remembered.
+A mixture interleaves such rows by a fixed schedule.
 """
 
 import functools
@@ -26,7 +27,9 @@ class Rows(Protocol):
         """Return the rows of an epoch."""
 
     def read(self, indices: np.ndarray) -> Examples:
-        """Return tokens, targets, weights (and segments, positions when packed), each [len(indices), seq_len]."""
+        """Return tokens, targets, weights (and segments, positions when packed), each
+        [len(indices), seq_len].
+        """
 
 
 def draw(*purpose: object) -> int:
@@ -36,9 +39,18 @@ def draw(*purpose: object) -> int:
 
 
 class SplitRows:
-    """The rows of one split of one store; `seed` None gives them in order on the grid at 0, as evaluation wants."""
+    """The rows of one split of one store; `seed` None gives them in order on the grid at 0, as
+    evaluation wants.
+    """
 
-    def __init__(self, store: Store, split: str, plan: StreamPlan | DocumentPlan, seq_len: int, seed: object = None):
+    def __init__(
+        self,
+        store: Store,
+        split: str,
+        plan: StreamPlan | DocumentPlan,
+        seq_len: int,
+        seed: object = None,
+    ):
         self._store, self._plan, self._seq_len, self._seed = store, plan, seq_len, seed
         self._begin, self._end = store.manifest["splits"][split]["tokens"]
         self._eot_id = store.manifest["tokenizer"]["eot_id"]
@@ -59,7 +71,10 @@ class SplitRows:
         if self._seed is not None:
             from grain.experimental import index_shuffle
 
-            last, seeds = len(self) - 1, {epoch: self._draw(epoch) for epoch in set(epochs.tolist())}
+            last, seeds = (
+                len(self) - 1,
+                {epoch: self._draw(epoch) for epoch in set(epochs.tolist())},
+            )
             shuffled = [
                 index_shuffle(row, max_index=last, seed=seeds[epoch][0], rounds=4)
                 for epoch, row in zip(epochs.tolist(), rows.tolist(), strict=True)
@@ -91,7 +106,9 @@ class SplitRows:
         return examples | (_places(shape, pieces) if self.packed else {})
 
     def _read_window(self, out: np.ndarray, start: int) -> None:
-        """Fill `out` with the token before `start`, end of text before the first, and those from `start` on."""
+        """Fill `out` with the token before `start`, end of text before the first, and those from
+        `start` on.
+        """
         if start:
             self._read_ring(self._store.tokens, out, start - 1)
         else:
@@ -108,12 +125,18 @@ class SplitRows:
 
 
 def _places(shape: tuple[int, int], pieces: Pieces) -> Examples:
-    """Return segments (1, 2, ... in each row, 0 where nothing is) and positions from each piece's begin."""
+    """Return segments (1, 2, ... in each row, 0 where nothing is) and positions from each piece's
+    begin.
+    """
     segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     count = np.arange(shape[1], dtype=np.int32)
     nth = np.arange(len(pieces.row)) - np.searchsorted(pieces.row, pieces.row) + 1
     for row, column, length, number in zip(
-        pieces.row.tolist(), pieces.column.tolist(), pieces.length.tolist(), nth.tolist(), strict=True
+        pieces.row.tolist(),
+        pieces.column.tolist(),
+        pieces.length.tolist(),
+        nth.tolist(),
+        strict=True,
     ):
         segments[row, column : column + length] = number
         positions[row, column : column + length] = count[:length]
@@ -123,9 +146,10 @@ def _places(shape: tuple[int, int], pieces: Pieces) -> Examples:
 class MixedRows:
     """Several rows interleaved by weights, within one example of exact over any prefix.
 
-    The weights' common denominator is the period of the schedule, which the quota method fills (Balinski and Young,
-    1975, The Quota Method of Apportionment): at each step the source with the largest weight for one more example,
-    among those that this keeps at or below their share rounded up.
+    The weights' common denominator is the period of the schedule, which the quota method fills
+    (Balinski and Young, 1975, The Quota Method of Apportionment): at each step the source with the
+    largest weight for one more example, among those that this keeps at or below their share rounded
+    up.
     """
 
     def __init__(self, parts: Sequence[Rows], weights: list[Fraction]):
@@ -167,19 +191,25 @@ def _read_parts(parts: Sequence[Rows], which: np.ndarray, indices: np.ndarray) -
     for part in np.unique(which):
         chosen = np.flatnonzero(which == part)
         for name, values in parts[part].read(indices[chosen]).items():
-            out.setdefault(name, np.empty((len(indices), *values.shape[1:]), values.dtype))[chosen] = values
+            out.setdefault(name, np.empty((len(indices), *values.shape[1:]), values.dtype))[
+                chosen
+            ] = values
     return out
 
 
 @functools.cache
 def schedule(weights: tuple[Fraction, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return one period of the mixture: source of each place, its rank among that source's, examples a source."""
+    """Return one period of the mixture: source of each place, its rank among that source's,
+    examples a source.
+    """
     period = functools.reduce(np.lcm, [weight.denominator for weight in weights])
     shares = [int(weight * period) for weight in weights]
     counts = [0] * len(weights)
     sources, ranks = np.empty(period, np.int64), np.empty(period, np.int64)
     for place in range(period):
-        open_sources = [s for s, share in enumerate(shares) if counts[s] * period < share * (place + 1)]
+        open_sources = [
+            s for s, share in enumerate(shares) if counts[s] * period < share * (place + 1)
+        ]
         source = max(open_sources, key=lambda s: shares[s] / (counts[s] + 1))
         sources[place], ranks[place] = source, counts[source]
         counts[source] += 1

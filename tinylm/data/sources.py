@@ -1,9 +1,11 @@
-"""Where text comes from: each source gives documents one by one, and says what content it stands for.
+"""Where text comes from: each source gives documents one by one, and says what content it stands
+for.
 
-A source is read as a stream, so it may be larger than memory. What it can't read as text it gives as a document with
-a `problem` that names file and offset; the policy `data.on_bad_text` decides what becomes of it. Whole files of another
-kind are an error under either policy. The token store is keyed by `identity` and by the content of `content_files`,
-wherever these lie. `data.lowercase` and `data.line_ends` hold for every source, and are applied here.
+A source is read as a stream, so it may be larger than memory. What it can't read as text it gives
+as a document with a `problem` that names file and offset; the policy `data.on_bad_text` decides
+what becomes of it. Whole files of another kind are an error under either policy. The token store is
+keyed by `identity` and by the content of `content_files`, wherever these lie. `data.lowercase` and
+`data.line_ends` hold for every source, and are applied here.
 """
 
 import dataclasses
@@ -26,9 +28,11 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 class Document(NamedTuple):
-    """A text, with the part before it that carries no loss and its log p in nats where known; or what is wrong with it.
+    """A text, with the part before it that carries no loss and its log p in nats where known; or
+    what is wrong with it.
 
-    A `problem` of the config, such as a wrong name of a field, has a `remedy` other than to skip the document.
+    A `problem` of the config, such as a wrong name of a field, has a `remedy` other than to skip
+    the document.
     """
 
     text: str
@@ -72,7 +76,9 @@ class Source:
         return []
 
     def documents(self, split: str) -> Iterator[Document]:
-        """Yield the documents of "train" or "valid", or of "all" where there are no own splits, normalised."""
+        """Yield the documents of "train" or "valid", or of "all" where there are no own splits,
+        normalised.
+        """
         for document in self.read_split(split):
             text = self._normalised(document.text)
             prompt = self._normalised(document.prompt)
@@ -98,7 +104,12 @@ class Source:
     def remarks(self) -> list[str]:
         """Return what a user should know of the documents that were read so far."""
         if self._has_windows_line_ends:
-            return [r"it has Windows' line ends (\r\n), which are kept; data.line_ends=unix makes them \n"]
+            return [
+                (
+                    r"it has Windows' line ends (\r\n), which are kept; data.line_ends=unix "
+                    r"makes them \n"
+                )
+            ]
         return []
 
     def total_bytes(self) -> int | None:
@@ -122,7 +133,9 @@ class TalesSource(Source):
 
     @functools.cached_property
     def _held(self) -> dict[str, list[Document]]:
-        """Both splits of a small corpus in one pass, kept because a tokenizer that learns from it reads it too."""
+        """Both splits of a small corpus in one pass, kept because a tokenizer that learns from it
+        reads it too.
+        """
         held: dict[str, list[Document]] = {"train": [], "valid": []}
         for index in itertools.count():
             text, log_prob = tales.tale(index)
@@ -138,19 +151,29 @@ class TalesSource(Source):
 
 
 class FileSource(Source):
-    """What `text:`, `jsonl:`, `parquet:` and `tokens:` share: files of a glob, read in the order of their names."""
+    """What `text:`, `jsonl:`, `parquet:` and `tokens:` share: files of a glob, read in the order of
+    their names.
+    """
 
     endings: ClassVar[tuple[str, ...]] = ()
 
     @functools.cached_property
     def files(self) -> list[str]:
-        """The files of a glob or folder, sorted; raise UserError where there are none or one can't be read."""
+        """The files of a glob or folder, sorted; raise UserError where there are none or one can't
+        be read.
+        """
         paths = files.find(self.argument, self.endings)
         if not paths:
-            raise UserError(f"{self.setting} matches no file; set {self.key} to a file, folder or glob that exists.")
+            raise UserError(
+                f"{self.setting} matches no file; set {self.key} to a file, folder or glob "
+                "that exists."
+            )
         for path in paths:
             if not os.access(path, os.R_OK):
-                raise UserError(f"{path} can't be read by this user; change its permissions, or correct the link.")
+                raise UserError(
+                    f"{path} can't be read by this user; change its permissions, or "
+                    "correct the link."
+                )
         return [files.rereadable(path) for path in paths]
 
     @property
@@ -173,12 +196,13 @@ class FileSource(Source):
 
 @dataclasses.dataclass
 class TextSource(FileSource):
-    """Plain text, cut at `data.separator` where a file has it; what follows the last one may be blank.
+    """Plain text, cut at `data.separator` where a file has it; what follows the last one may be
+    blank.
 
-    Whitespace around the separator belongs to it, unless `data.separator_space=keep`: TinyStories has a
-    line break on either side. So does that at the ends of a file that is cut; and where the separator is
-    itself whitespace (a blank line between paragraphs), any number of them is one. A document is held in
-    memory whole: so is a file in which there is no separator.
+    Whitespace around the separator belongs to it, unless `data.separator_space=keep`: TinyStories
+    has a line break on either side. So does that at the ends of a file that is cut; and where the
+    separator is itself whitespace (a blank line between paragraphs), any number of them is one. A
+    document is held in memory whole: so is a file in which there is no separator.
     """
 
     endings = (".txt", ".text")
@@ -202,8 +226,12 @@ class TextSource(FileSource):
         if offset == 0 or block.strip():
             yield from self._documents_of(block, path, offset, is_cut=offset > 0)
 
-    def _documents_of(self, block: bytes, path: str, offset: int, is_cut: bool) -> Iterator[Document]:
-        """Yield the document of a stretch of a file; none for a stretch between two separators of whitespace."""
+    def _documents_of(
+        self, block: bytes, path: str, offset: int, is_cut: bool
+    ) -> Iterator[Document]:
+        """Yield the document of a stretch of a file; none for a stretch between two separators of
+        whitespace.
+        """
         strips = is_cut and self.config.separator_space == "drop"
         if strips and not self._separator.strip() and not block.strip():
             return
@@ -213,11 +241,20 @@ class TextSource(FileSource):
         remarks = super().remarks()
         if self._separator and not self._is_ever_cut:
             count = len(self.files)
-            whole = "its file is one document" if count == 1 else f"each of its {count:,} files is one document"
+            whole = (
+                "its file is one document"
+                if count == 1
+                else f"each of its {count:,} files is one document"
+            )
             hint = ""
             if "\n" in self._separator and self._has_windows_line_ends:
-                hint = " (a separator with \\n matches Windows' line ends only with data.line_ends=unix)"
-            remarks.insert(0, f"data.separator={self._separator!r} does not occur in it: {whole}{hint}")
+                hint = (
+                    " (a separator with \\n matches Windows' line ends only with "
+                    "data.line_ends=unix)"
+                )
+            remarks.insert(
+                0, f"data.separator={self._separator!r} does not occur in it: {whole}{hint}"
+            )
         return remarks
 
 
@@ -229,15 +266,18 @@ def hash_bytes(content: bytes) -> str:
 def decode(block: bytes, where: str, offset: int = 0, strips: bool = False) -> Document:
     """Return a document, or what is wrong with it: no UTF-8, binary, nothing in it.
 
-    A byte order mark at its begin is no part of the text, nor is whitespace at its ends where `strips` says so. Only
-    ASCII's whitespace is: a Chinese paragraph begins with wide spaces that are its own.
+    A byte order mark at its begin is no part of the text, nor is whitespace at its ends where
+    `strips` says so. Only ASCII's whitespace is: a Chinese paragraph begins with wide spaces that
+    are its own.
     """
     try:
         text = block.decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         return Document("", problem=f"{where} is not UTF-8 (byte {offset + error.start})")
     if "\0" in text:
-        return Document("", problem=f"{where} holds a zero byte (byte {offset + block.index(0)}): it is no text")
+        return Document(
+            "", problem=f"{where} holds a zero byte (byte {offset + block.index(0)}): it is no text"
+        )
     if strips:
         text = text.strip(ASCII_SPACE)
     return Document(text) if text.strip() else Document("", problem=f"{where} is an empty document")

@@ -1,12 +1,14 @@
-"""Token stores: ids in shards that are read at random, where documents end, and a manifest that is written last.
+"""Token stores: ids in shards that are read at random, where documents end, and a manifest that is
+written last.
 
-A store is a folder. `manifest.json` names its shards (in the smallest unsigned type that holds the vocabulary, or
-ready files that are read in place) with sizes and checksums; `documents.bin` has, after each document, how many tokens
-and bytes of text there are so far; `mask-*.bin`, where there are prompts, is 1 where a token carries loss. Both splits
-lie in one sequence. Nothing in a store depends on where its text lay, so ready files are named anew at each opening.
-Opening costs a look at each shard, whatever its size. A file that is cut or written to under a run is an error at the
-next reading, so shards are read, not mapped (a map that shrinks kills the process). One that was only touched is
-compared with its checksum, and read on.
+A store is a folder. `manifest.json` names its shards (in the smallest unsigned type that holds the
+vocabulary, or ready files that are read in place) with sizes and checksums; `documents.bin` has,
+after each document, how many tokens and bytes of text there are so far; `mask-*.bin`, where there
+are prompts, is 1 where a token carries loss. Both splits lie in one sequence. Nothing in a store
+depends on where its text lay, so ready files are named anew at each opening. Opening costs a look
+at each shard, whatever its size. A file that is cut or written to under a run is an error at the
+next reading, so shards are read, not mapped (a map that shrinks kills the process). One that was
+only touched is compared with its checksum, and read on.
 """
 
 import bisect
@@ -33,14 +35,27 @@ _READ_AHEAD_BYTES = 1 << 26
 
 def smallest_dtype(vocab_size: int) -> np.dtype:
     """Return the smallest unsigned type that holds every id."""
-    return np.dtype(np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    return np.dtype(
+        np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    )
 
 
 class ArrayWriter:
     """Appends arrays of one type to numbered shard files, with checksums."""
 
-    def __init__(self, folder: pathlib.Path, stem: str, dtype: np.dtype | type, shard_items: int = SHARD_TOKENS):
-        self.folder, self.stem, self.dtype, self.shard_items = folder, stem, np.dtype(dtype), shard_items
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        stem: str,
+        dtype: np.dtype | type,
+        shard_items: int = SHARD_TOKENS,
+    ):
+        self.folder, self.stem, self.dtype, self.shard_items = (
+            folder,
+            stem,
+            np.dtype(dtype),
+            shard_items,
+        )
         self.shards: list[dict[str, Any]] = []
         self.total = 0
         self._file: Any = None
@@ -87,7 +102,9 @@ class StoreWriter:
     """Writes documents into a folder that is no store until `finish` wrote the manifest."""
 
     def __init__(self, folder: pathlib.Path, dtype: np.dtype, unknown_ids: Sequence[int] = ()):
-        """Begin a store; `unknown_ids`, which stand for what a tokenizer can't spell, are counted."""
+        """Begin a store; `unknown_ids`, which stand for what a tokenizer can't spell, are
+        counted.
+        """
         self._unknown_ids, self.num_unknown = unknown_ids, 0
         self.tokens = ArrayWriter(folder, "tokens", dtype)
         self.masks = ArrayWriter(folder, "mask", np.uint8)
@@ -99,10 +116,14 @@ class StoreWriter:
         """Documents so far."""
         return self.ends.total // 2
 
-    def add(self, ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, prompts: np.ndarray) -> None:
-        """Append documents: their `ids` in a row, and of each how many, its bytes of text, its first ids without loss.
+    def add(
+        self, ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, prompts: np.ndarray
+    ) -> None:
+        """Append documents: their `ids` in a row, and of each how many, its bytes of text, its
+        first ids without loss.
 
-        Where these have the first prompt of all, the mask begins with the tokens before, which all carry loss.
+        Where these have the first prompt of all, the mask begins with the tokens before, which all
+        carry loss.
         """
         ends = np.cumsum(lengths)
         if prompts.any() or self.masks.total:
@@ -163,19 +184,24 @@ class TokenArray:
         done = 0
         while done < len(out):
             count = min(len(out) - done, self._starts[shard + 1] - start - done)
-            out[done : done + count] = self._files[shard].read(start + done - self._starts[shard], count)
+            out[done : done + count] = self._files[shard].read(
+                start + done - self._starts[shard], count
+            )
             done += count
             shard += 1
 
 
 class ArrayFile:
-    """An array in a file that nobody may change while it is open: StorageError where it isn't what it has to be.
+    """An array in a file that nobody may change while it is open: StorageError where it isn't what
+    it has to be.
 
     A small one is read ahead whole, a large one never, for most would be in vain.
     """
 
     def __init__(self, folder: pathlib.Path, shard: dict[str, Any], dtype: np.dtype | type):
-        """Open a shard of the store in `folder`: its `file`, `items` and, where it is known, `sha256`."""
+        """Open a shard of the store in `folder`: its `file`, `items` and, where it is known,
+        `sha256`.
+        """
         self.folder, self.path, self.sha256 = folder, folder / shard["file"], shard.get("sha256")
         self.dtype, self.items = np.dtype(dtype), shard["items"]
         try:
@@ -186,7 +212,9 @@ class ArrayFile:
         if self._at_first[0] != expected:
             raise self._damaged(f"has {self._at_first[0]:,} bytes instead of {expected:,}")
         if hasattr(os, "posix_fadvise"):
-            advice = os.POSIX_FADV_WILLNEED if expected <= _READ_AHEAD_BYTES else os.POSIX_FADV_RANDOM
+            advice = (
+                os.POSIX_FADV_WILLNEED if expected <= _READ_AHEAD_BYTES else os.POSIX_FADV_RANDOM
+            )
             os.posix_fadvise(self._file.fileno(), 0, 0, advice)
 
     def _damaged(self, how: str) -> StorageError:
@@ -201,7 +229,10 @@ class ArrayFile:
         now = self._look()
         if now != self._at_first:
             with self.path.open("rb") as file:
-                same = now[0] == self._at_first[0] and hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+                same = (
+                    now[0] == self._at_first[0]
+                    and hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+                )
             if not same:
                 raise self._damaged("was changed while it was read")
             self._at_first = now
@@ -229,7 +260,9 @@ class ArrayFile:
 
 
 def damaged(folder: pathlib.Path, path: pathlib.Path, how: str) -> StorageError:
-    """Return the error for a file of the store in `folder`, which may be a ready one that lies elsewhere."""
+    """Return the error for a file of the store in `folder`, which may be a ready one that lies
+    elsewhere.
+    """
     if folder not in path.parents:
         return StorageError(f"{path} {how}; put back the file as it was when it was prepared.")
     return StorageError(f"{path} {how}: it is damaged; delete {folder} to prepare it again.")
@@ -247,13 +280,17 @@ class Store:
     """A finished store, opened for reading."""
 
     def __init__(self, folder: pathlib.Path, spec: str = "", ready_files: Sequence[str] = ()):
-        """Open the store in `folder`; `spec` is the source that it is of, `ready_files` are its files of ids."""
+        """Open the store in `folder`; `spec` is the source that it is of, `ready_files` are its
+        files of ids.
+        """
         self.folder = folder
         self.manifest = read_manifest(folder)
         self.spec = spec or self.manifest["source"]
         shards = self.manifest["shards"]
         if ready_files:
-            shards = [{**shard, "file": path} for shard, path in zip(shards, ready_files, strict=True)]
+            shards = [
+                {**shard, "file": path} for shard, path in zip(shards, ready_files, strict=True)
+            ]
         self._shards = shards
         self.tokens = TokenArray(folder, shards, np.dtype(self.manifest["dtype"]))
         masks = self.manifest["mask_shards"]
@@ -270,7 +307,9 @@ class Store:
 
     @property
     def digest(self) -> str:
-        """A hash of what it holds: ids, masks, ends of documents, splits and the tokenizer; not of where it lies."""
+        """A hash of what it holds: ids, masks, ends of documents, splits and the tokenizer; not of
+        where it lies.
+        """
         files = [[shard["items"], shard["sha256"]] for shard in self._files]
         content = [files, self.manifest["splits"], self.manifest["tokenizer"]["fingerprint"]]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -314,7 +353,12 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise StorageError(f"{folder / MANIFEST} can't be read ({error}); delete {folder}.") from error
+        raise StorageError(
+            f"{folder / MANIFEST} can't be read ({error}); delete {folder}."
+        ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{folder} is a token store of another version of tinylm; delete it to prepare it again.")
+        raise UserError(
+            f"{folder} is a token store of another version of tinylm; delete it to prepare "
+            "it again."
+        )
     return manifest

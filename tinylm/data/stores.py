@@ -1,7 +1,9 @@
-"""The folder of all token stores: which runs refer to each, and the removal of those that none refers to.
+"""The folder of all token stores: which runs refer to each, and the removal of those that none
+refers to.
 
-A store is named by the content of its text, so every change of text or tokenizer leaves the store before it behind. A
-run notes itself in its stores when it starts; whether it still refers to them is asked of the run itself.
+A store is named by the content of its text, so every change of text or tokenizer leaves the store
+before it behind. A run notes itself in its stores when it starts; whether it still refers to them
+is asked of the run itself.
 """
 
 import contextlib
@@ -21,7 +23,9 @@ USERS = "used_by.txt"
 
 @dataclasses.dataclass
 class FoundStore:
-    """A store in the folder of all: its name, the source it is of, its size, and the runs that refer to it."""
+    """A store in the folder of all: its name, the source it is of, its size, and the runs that
+    refer to it.
+    """
 
     folder: pathlib.Path
     source: str
@@ -30,7 +34,9 @@ class FoundStore:
 
 
 def note_run(folder: pathlib.Path, workdir: str) -> None:
-    """Note in a store that the run in `workdir` on this host reads it, where this user may write to the store."""
+    """Note in a store that the run in `workdir` on this host reads it, where this user may write to
+    the store.
+    """
     line = f"{socket.gethostname()}\t{workdir}\n"
     with contextlib.suppress(OSError):
         if line not in _lines(folder):
@@ -98,7 +104,9 @@ def remove(store: pathlib.Path) -> bool:
 
 
 def remove_leftovers(folder: pathlib.Path) -> int:
-    """Remove what dead processes of this host left of unfinished stores; return how many bytes that were."""
+    """Remove what dead processes of this host left of unfinished stores; return how many bytes that
+    were.
+    """
     freed = 0
     for left in folder.glob(f"*.{socket.gethostname()}.*.tmp"):
         name = left.name.split(".", 1)[0]
@@ -108,6 +116,9 @@ def remove_leftovers(folder: pathlib.Path) -> int:
             shutil.rmtree(left, ignore_errors=True)
     for notes in (folder / "checksums").glob("*.json"):
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            if not any(pathlib.Path(path).exists() for path in json.loads(notes.read_text(encoding="utf-8"))):
+            if not any(
+                pathlib.Path(path).exists()
+                for path in json.loads(notes.read_text(encoding="utf-8"))
+            ):
                 notes.unlink()
     return freed

@@ -1,12 +1,13 @@
 """Short children's tales from a probabilistic grammar: the corpus that ships inside tinylm.
 
-Made, not downloaded: training starts offline, no tale can be learned by heart, and every text has exactly one
-derivation, so log p is known and the loss has an exact floor (tests parse tales back, and compute the entropy). Names,
-pronouns and facts agree across sentences: that is what a model has to learn. The idea is from TinyStories (Eldan and
-Li, 2023, arXiv:2305.07759), the words are ours.
-The forms of a symbol are prefix-free, which `Grammar` checks, and a sequence of prefix-free codes reads in one way
-only (Cover and Thomas, Elements of Information Theory, section 5.1). A tale costs about 30 microseconds.
-A changed word changes every loss that was measured: update the golden tale, and the figures in configs and README.
+Made, not downloaded: training starts offline, no tale can be learned by heart, and every text has
+exactly one derivation, so log p is known and the loss has an exact floor (tests parse tales back,
+and compute the entropy). Names, pronouns and facts agree across sentences: that is what a model has
+to learn. The idea is from TinyStories (Eldan and Li, 2023, arXiv:2305.07759), the words are ours.
+The forms of a symbol are prefix-free, which `Grammar` checks, and a sequence of prefix-free codes
+reads in one way only (Cover and Thomas, Elements of Information Theory, section 5.1). A tale costs
+about 30 microseconds. A changed word changes every loss that was measured: update the golden tale,
+and the figures in configs and README.
 """
 
 import hashlib
@@ -18,7 +19,9 @@ from typing import NamedTuple
 
 
 class Slot(NamedTuple):
-    """`{symbol}`, `{Symbol}` (its capital) or `{symbol.fact}`: the first draws a form, later ones repeat it."""
+    """`{symbol}`, `{Symbol}` (its capital) or `{symbol.fact}`: the first draws a form, later ones
+    repeat it.
+    """
 
     symbol: str
     fact: str
@@ -40,13 +43,18 @@ class Form(NamedTuple):
 
 
 class Choice:
-    """Weighted forms between bars: `3* text` has weight 3 instead of 1, `text; fact=words` carries facts."""
+    """Weighted forms between bars: `3* text` has weight 3 instead of 1, `text; fact=words` carries
+    facts.
+    """
 
     def __init__(self, source: str):
         weighted = [form.strip().rpartition("* ") for form in source.split("|")]
         weights = [int(weight or 1) for weight, _, _ in weighted]
         self.total = sum(weights)
-        self.forms = [_form(text, math.log(w / self.total)) for (_, _, text), w in zip(weighted, weights, strict=True)]
+        self.forms = [
+            _form(text, math.log(w / self.total))
+            for (_, _, text), w in zip(weighted, weights, strict=True)
+        ]
         self.faces = [form for form, w in zip(self.forms, weights, strict=True) for _ in range(w)]
 
 
@@ -80,15 +88,24 @@ class Grammar:
         for head, source in symbols.items():
             symbol, _, key = head.partition(" by ")
             source = " ".join(source.split())
-            tables = [table.split(": ", 1) for table in source.split(" / ")] if key else [["", source]]
-            self._symbols[symbol] = _slot(key) if key else None, {value: Choice(forms) for value, forms in tables}
-        for choice in [choice for _, tables in self._symbols.values() for choice in tables.values()]:
+            tables = (
+                [table.split(": ", 1) for table in source.split(" / ")] if key else [["", source]]
+            )
+            self._symbols[symbol] = (
+                _slot(key) if key else None,
+                {value: Choice(forms) for value, forms in tables},
+            )
+        for choice in [
+            choice for _, tables in self._symbols.values() for choice in tables.values()
+        ]:
             for one, other in itertools.combinations(choice.forms, 2):
                 if self._alike(one.parts, other.parts):
                     raise ValueError(f"one form may begin the other: {one.parts}, {other.parts}")
 
     def sample(self, number: int) -> tuple[str, float]:
-        """Return a text and its log p (nats); each choice takes a digit of `number`, so uniform bits sample p."""
+        """Return a text and its log p (nats); each choice takes a digit of `number`, so uniform
+        bits sample p.
+        """
         said, log_prob, todo = [], 0.0, list(self._start)
         env: Env = {}
         while todo:
@@ -114,15 +131,22 @@ class Grammar:
         return tables[env[key.symbol][key.fact] if key else ""]
 
     def _alike(self, one: Parts, other: Parts, agree: bool = True) -> bool:
-        """Whether one may begin the other (in doubt, yes); they agree until a symbol with facts is drawn in one."""
+        """Whether one may begin the other (in doubt, yes); they agree until a symbol with facts is
+        drawn in one.
+        """
         while one and other and one[0] == other[0] and (agree or isinstance(one[0], str)):
             one, other = one[1:], other[1:]
         if not one or not other:
             return True
         a, b = one[0], other[0]
         if isinstance(a, Slot):
-            forms = [form for choice in self._symbols[a.symbol][1].values() for form in choice.forms]
-            return any(self._alike(form.say(a) + one[1:], other, agree and not form.facts) for form in forms)
+            forms = [
+                form for choice in self._symbols[a.symbol][1].values() for form in choice.forms
+            ]
+            return any(
+                self._alike(form.say(a) + one[1:], other, agree and not form.facts)
+                for form in forms
+            )
         if isinstance(b, Slot) or a.startswith(b):
             return self._alike(other, one, agree)
         return b.startswith(a) and self._alike(one[1:], (b[len(a) :], *other[1:]), agree)
@@ -220,19 +244,29 @@ _GRAMMAR = Grammar(_SYMBOLS, start="tale")
 
 
 def tale(index: int, seed: int = 0) -> tuple[str, float]:
-    """Return tale number `index` of a seed and its log p in nats; the same on every machine and Python."""
-    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=64, person=b"tinylm.tales").digest()
+    """Return tale number `index` of a seed and its log p in nats; the same on every machine and
+    Python.
+    """
+    digest = hashlib.blake2b(
+        f"{seed} {index}".encode(), digest_size=64, person=b"tinylm.tales"
+    ).digest()
     return _GRAMMAR.sample(int.from_bytes(digest, "big"))
 
 
 def tales(split: str, count: int, seed: int = 0) -> Iterator[tuple[str, float]]:
-    """Yield the first `count` tales of a split, "train" or "valid", in index order, each with its log p in nats."""
+    """Yield the first `count` tales of a split, "train" or "valid", in index order, each with its
+    log p in nats.
+    """
     if split not in ("train", "valid"):
         raise ValueError(f"split={split!r} must be 'train' or 'valid'.")
     every = (tale(index, seed) for index in itertools.count())
-    return itertools.islice((pair for pair in every if is_valid(pair[0]) == (split == "valid")), count)
+    return itertools.islice(
+        (pair for pair in every if is_valid(pair[0]) == (split == "valid")), count
+    )
 
 
 def is_valid(text: str) -> bool:
-    """Whether a tale is in the validation split, about 1 in 20; the text alone decides, so no tale is in both."""
+    """Whether a tale is in the validation split, about 1 in 20; the text alone decides, so no tale
+    is in both.
+    """
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 20 == 0

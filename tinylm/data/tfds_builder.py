@@ -1,7 +1,8 @@
-"""tinylm's own TFDS builder: any source of documents becomes a versioned data set in array_record files.
+"""tinylm's own TFDS builder: any source of documents becomes a versioned data set in array_record
+files.
 
-Such a data set keeps the order of its source, is read without TensorFlow by this and by other programs, and gives the
-same tokens as the source itself (`data.source=tfds:DIR/NAME/VERSION`).
+Such a data set keeps the order of its source, is read without TensorFlow by this and by other
+programs, and gives the same tokens as the source itself (`data.source=tfds:DIR/NAME/VERSION`).
 """
 
 import contextlib
@@ -19,20 +20,32 @@ from tinylm.data.preparing import checked
 from tinylm.data.sources import Document, Source, make_source
 
 
-def write_tfds(config: DataConfig, data_dir: str, name: str, version: str = "1.0.0") -> pathlib.Path:
-    """Write the source of `config` as a TFDS data set below `data_dir`; return the folder of the version."""
+def write_tfds(
+    config: DataConfig, data_dir: str, name: str, version: str = "1.0.0"
+) -> pathlib.Path:
+    """Write the source of `config` as a TFDS data set below `data_dir`; return the folder of the
+    version.
+    """
     if len(parse_mixture(config.source)) > 1 or config.source.startswith("tokens:"):
-        raise UserError(f"data.source={config.source} must be one source of text to become a TFDS data set.")
+        raise UserError(
+            f"data.source={config.source} must be one source of text to become a TFDS data set."
+        )
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise UserError(f"--tfds_name={name} must be small letters, digits and _, as names of TFDS are.")
+        raise UserError(
+            f"--tfds_name={name} must be small letters, digits and _, as names of TFDS are."
+        )
     check_on_disk("--to_tfds", data_dir)
     source = make_source(config.source, config)
     folder = pathlib.Path(data_dir).expanduser() / name / version
     if folder.exists():  # TFDS would leave it as it is
-        raise UserError(f"{folder} is there already; remove it, or set --to_tfds or --tfds_name to another.")
+        raise UserError(
+            f"{folder} is there already; remove it, or set --to_tfds or --tfds_name to another."
+        )
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            _builder_class(source, name, version)(data_dir=data_dir, file_format="array_record").download_and_prepare()
+            _builder_class(source, name, version)(
+                data_dir=data_dir, file_format="array_record"
+            ).download_and_prepare()
     except (OSError, RuntimeError) as error:  # the writer of array_record raises the second
         why = str(error).partition("\n")[0]
         raise StorageError(f"{folder} can't be written: {why}.") from error
@@ -44,10 +57,14 @@ def _documents(source: Source, split: str) -> Iterator[Document]:
 
 
 def _builder_class(source: Source, name: str, version: str) -> Any:
-    """Return a builder class for one source; TFDS wants name and version as attributes of a class."""
+    """Return a builder class for one source; TFDS wants name and version as attributes of a
+    class.
+    """
     tfds = optional_module("tensorflow_datasets", "tfds")
     splits = {"train": "train", "validation": "valid"} if source.own_splits else {"train": "all"}
-    kinds = {bool(document.prompt) for split in splits.values() for document in _documents(source, split)}
+    kinds = {
+        bool(document.prompt) for split in splits.values() for document in _documents(source, split)
+    }
     if not kinds:
         raise UserError(f"{source.setting} holds no text.")
     c = source.config
@@ -55,19 +72,27 @@ def _builder_class(source: Source, name: str, version: str) -> Any:
 
     def examples(split: str) -> Iterator[tuple[int, dict[str, str]]]:
         for i, document in enumerate(_documents(source, split)):
-            yield i, dict(zip(fields, [document.prompt, document.text][-len(fields) :], strict=True))
+            yield (
+                i,
+                dict(zip(fields, [document.prompt, document.text][-len(fields) :], strict=True)),
+            )
 
     def info(builder: Any) -> Any:
         features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in fields})
         return tfds.core.DatasetInfo(
-            builder=builder, description=f"{source.spec}, written by tinylm", features=features, disable_shuffling=True
+            builder=builder,
+            description=f"{source.spec}, written by tinylm",
+            features=features,
+            disable_shuffling=True,
         )
 
     members = {
         "name": name,
         "VERSION": tfds.core.Version(version),
         "_info": info,
-        "_split_generators": lambda builder, manager: {name: examples(split) for name, split in splits.items()},
+        "_split_generators": lambda builder, manager: {
+            name: examples(split) for name, split in splits.items()
+        },
         "_generate_examples": lambda builder, split: examples(split),
     }
     base = tfds.core.GeneratorBasedBuilder

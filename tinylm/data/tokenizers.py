@@ -1,9 +1,11 @@
-"""Text to ids and back: by bytes or characters here, by `bpe` learned from a text, by the files of `vocabularies`.
+"""Text to ids and back: by bytes or characters here, by `bpe` learned from a text, by the files of
+`vocabularies`.
 
-A tokenizer is a small header and the files it came from, so a folder holds all of it and its fingerprint is a hash of
-that. Ids in a text are never the end of text, whatever the text spells: only `eot_id`, put there by the store, is.
-`encode_batch` holds this for every tokenizer, whatever its library does with the name of the end in a text.
-Decoding is exact: `decode_bytes(encode(text)) == text.encode()` for all but what a vocabulary can't spell.
+A tokenizer is a small header and the files it came from, so a folder holds all of it and its
+fingerprint is a hash of that. Ids in a text are never the end of text, whatever the text spells:
+only `eot_id`, put there by the store, is. `encode_batch` holds this for every tokenizer, whatever
+its library does with the name of the end in a text. Decoding is exact: `decode_bytes(encode(text))
+== text.encode()` for all but what a vocabulary can't spell.
 """
 
 import functools
@@ -46,13 +48,18 @@ class Tokenizer:
         raise NotImplementedError
 
     def _without_end(self, ids: np.ndarray) -> np.ndarray:
-        """Return ids in which each end of text, which the text must have spelled, is spelled by other ids."""
+        """Return ids in which each end of text, which the text must have spelled, is spelled by
+        other ids.
+        """
         places = np.flatnonzero(ids == self.eot_id)
         if not len(places):
             return ids
         parts = np.split(ids, places)
         # Each part but the first begins with an end of text.
-        spelled = [parts[0], *(piece for part in parts[1:] for piece in (self._spelled_end, part[1:]))]
+        spelled = [
+            parts[0],
+            *(piece for part in parts[1:] for piece in (self._spelled_end, part[1:])),
+        ]
         return np.concatenate(spelled).astype(ids.dtype)
 
     @functools.cached_property
@@ -63,7 +70,8 @@ class Tokenizer:
             return ids
         if not self.unknown_ids:
             raise UserError(
-                f"a text holds {self.eot_name!r}, for which data.tokenizer={self.name} has no ids but the end of "
+                f"a text holds {self.eot_name!r}, for which data.tokenizer={self.name} has "
+                "no ids but the end of "
                 "text; take it out of the text, or set data.eot_token to another token."
             )
         return np.array(self.unknown_ids[:1], np.int32)
@@ -78,13 +86,19 @@ class Tokenizer:
         raise NotImplementedError
 
     def count_bytes(self, ids: np.ndarray) -> int:
-        """Return how many bytes of text ids stand for, document by document: a space added before each is none."""
+        """Return how many bytes of text ids stand for, document by document: a space added before
+        each is none.
+        """
         documents = np.split(ids, np.flatnonzero(ids == self.eot_id))
         return sum(len(self.decode_bytes(document.tolist())) for document in documents)
 
     def describe_end(self) -> str:
         """Say which id ends a text."""
-        return f"{self.eot_name} (id {self.eot_id})" if self.eot_name else f"id {self.eot_id}, which no text gives"
+        return (
+            f"{self.eot_name} (id {self.eot_id})"
+            if self.eot_name
+            else f"id {self.eot_id}, which no text gives"
+        )
 
     def count_unknown(self, ids: np.ndarray) -> int:
         """Return how many ids stand for what the vocabulary can't spell."""
@@ -99,7 +113,9 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """Return the text of ids that follow `before`; decoded alone, they may lose the space they begin with."""
+        """Return the text of ids that follow `before`; decoded alone, they may lose the space they
+        begin with.
+        """
         return self.decode([*before, *ids])[len(self.decode(before)) :]
 
     @functools.cached_property
@@ -120,7 +136,9 @@ class Tokenizer:
                 (folder / name).write_bytes(content)
             (folder / HEADER_FILE).write_text(json.dumps(header, indent=1), encoding="utf-8")
         except OSError as error:
-            raise StorageError(f"the tokenizer can't be written into {folder}: {error.strerror or error}.") from error
+            raise StorageError(
+                f"the tokenizer can't be written into {folder}: {error.strerror or error}."
+            ) from error
 
 
 class ByteTokenizer(Tokenizer):
@@ -163,8 +181,10 @@ class CharTokenizer(Tokenizer):
         if ids.min(initial=0) < 0:
             strange = "".join(sorted(set(text) - set(self.chars)))
             raise UserError(
-                f"the tokenizer char has no id for {strange[:20]!r}, which the text that it was made from doesn't "
-                "have; leave that out, or train on a text that has it (or with data.tokenizer=byte)."
+                f"the tokenizer char has no id for {strange[:20]!r}, which the text that "
+                "it was made from doesn't "
+                "have; leave that out, or train on a text that has it (or with "
+                "data.tokenizer=byte)."
             )
         return ids
 
@@ -180,7 +200,9 @@ def _codes(text: str) -> np.ndarray:
 
 
 class TableTokenizer(Tokenizer):
-    """A tokenizer whose every id stands for fixed bytes, listed in `_bytes_of_id`; end of text stands for none."""
+    """A tokenizer whose every id stands for fixed bytes, listed in `_bytes_of_id`; end of text
+    stands for none.
+    """
 
     _bytes_of_id: list[bytes]
 
@@ -200,17 +222,25 @@ class TableTokenizer(Tokenizer):
     @functools.cached_property
     def byte_ids(self) -> np.ndarray | None:
         """The id of each single byte, where there is one for all 256 of them."""
-        id_of_bytes = {content: i for i, content in reversed(list(enumerate(self._bytes_of_id))) if i != self.eot_id}
+        id_of_bytes = {
+            content: i
+            for i, content in reversed(list(enumerate(self._bytes_of_id)))
+            if i != self.eot_id
+        }
         ids = [id_of_bytes.get(bytes([byte]), -1) for byte in range(256)]
         return np.array(ids, np.int32) if min(ids) >= 0 else None
 
 
 def utf8(text: str) -> bytes:
-    """Return the UTF-8 bytes of `text`; raise UserError for half of a surrogate pair, which has none."""
+    """Return the UTF-8 bytes of `text`; raise UserError for half of a surrogate pair, which has
+    none.
+    """
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"the text is no Unicode at character {error.start}: {text[error.start]!r}.") from error
+        raise UserError(
+            f"the text is no Unicode at character {error.start}: {text[error.start]!r}."
+        ) from error
 
 
 def build_tokenizer(
@@ -237,7 +267,11 @@ def build_tokenizer(
     elif kind == "bpe":
         tokenizer = bpe.BpeTokenizer.train(texts(), int(argument))
     else:
-        tokenizer = ByteTokenizer() if kind == "byte" else vocabularies.read_vocabulary(spec, eot_token or None)
+        tokenizer = (
+            ByteTokenizer()
+            if kind == "byte"
+            else vocabularies.read_vocabulary(spec, eot_token or None)
+        )
     if kind in ("hf", "sentencepiece"):
         vocabularies.tell(spec, tokenizer)
     if 0 < vocab_top_k < tokenizer.vocab_size:
@@ -247,15 +281,22 @@ def build_tokenizer(
 
 
 def load_tokenizer(folder: Any) -> Tokenizer:
-    """Return the tokenizer saved in `folder`; raise UserError where there is none or it was altered."""
+    """Return the tokenizer saved in `folder`; raise UserError where there is none or it was
+    altered.
+    """
     folder = _path(folder)
     try:
         header = json.loads((folder / HEADER_FILE).read_text(encoding="utf-8"))
         tokenizer = _restore(header, folder)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder} holds no whole tokenizer of tinylm ({type(error).__name__}: {error}).") from error
+        raise UserError(
+            f"{folder} holds no whole tokenizer of tinylm ({type(error).__name__}: {error})."
+        ) from error
     if tokenizer.fingerprint != header.get("fingerprint"):
-        raise UserError(f"the tokenizer in {folder} was altered: its fingerprint is not {header.get('fingerprint')}.")
+        raise UserError(
+            f"the tokenizer in {folder} was altered: its fingerprint is not "
+            f"{header.get('fingerprint')}."
+        )
     return tokenizer
 
 
@@ -268,7 +309,11 @@ def _restore(header: dict[str, Any], folder: Any) -> Tokenizer:
     elif kind == "bpe":
         tokenizer = bpe.BpeTokenizer(header["name"], (folder / "tokenizer.json").read_bytes())
     else:
-        tokenizer = ByteTokenizer() if kind == "byte" else vocabularies.restore(kind, folder, header.get("eot_id"))
+        tokenizer = (
+            ByteTokenizer()
+            if kind == "byte"
+            else vocabularies.restore(kind, folder, header.get("eot_id"))
+        )
     if "cut" in header:
         counts = dict(header["cut"])
         tokenizer = cut.CutTokenizer(tokenizer, counts.pop("kept"), counts)

@@ -1,7 +1,7 @@
 """Tokenizers that others made: GPT-2's, a tokenizer.json, SentencePiece models, llama2.c files.
 
-Each gives the ids of the library it stands for. Their files travel with store and run, so the place they were read
-from may go.
+Each gives the ids of the library it stands for. Their files travel with store and run, so the place
+they were read from may go.
 """
 
 import base64
@@ -25,7 +25,8 @@ from tinylm.data.config import split_spec
 from tinylm.data.pieces import in_pieces
 from tinylm.data.tokenizers import END, HEADER_FILE, TableTokenizer, Tokenizer, utf8
 
-# As many threads as the tokenizers library takes, whose variable this is; a process of `encoding` has one.
+# As many threads as the tokenizers library takes, whose variable this is; a process of `encoding`
+# has one.
 THREADS = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
 
 _BYTES = {bytes([byte]) for byte in range(256)}
@@ -41,11 +42,17 @@ class Gpt2Tokenizer(TableTokenizer):
         tiktoken = optional_module("tiktoken", "tokens")
 
         self.eot_id = len(id_of_bytes)
-        if sorted(id_of_bytes.values()) != list(range(self.eot_id)) or len(set(id_of_bytes) & _BYTES) < 256:
+        if (
+            sorted(id_of_bytes.values()) != list(range(self.eot_id))
+            or len(set(id_of_bytes) & _BYTES) < 256
+        ):
             raise ValueError("its ranks must be those from 0 on, and have each byte")
         self.vocab_size = self.eot_id + 1
         self._inner = tiktoken.Encoding(
-            "gpt2", pat_str=self._PATTERN, mergeable_ranks=id_of_bytes, special_tokens={END: self.eot_id}
+            "gpt2",
+            pat_str=self._PATTERN,
+            mergeable_ranks=id_of_bytes,
+            special_tokens={END: self.eot_id},
         )
         self._bytes_of_id = sorted(id_of_bytes, key=id_of_bytes.__getitem__)
         lines = [base64.b64encode(token) + b" %d" % i for i, token in enumerate(self._bytes_of_id)]
@@ -53,7 +60,9 @@ class Gpt2Tokenizer(TableTokenizer):
 
     @classmethod
     def of_folder(cls, folder: str) -> "Gpt2Tokenizer":
-        """Read OpenAI's `encoder.json` (ids) and `vocab.bpe` (merges, whose order the ids must follow)."""
+        """Read OpenAI's `encoder.json` (ids) and `vocab.bpe` (merges, whose order the ids must
+        follow).
+        """
         byte_of_char = {char: byte for byte, char in byte_chars().items()}
         place = pathlib.Path(folder)
         encoder, merges = (read_user_file(place / name) for name in ("encoder.json", "vocab.bpe"))
@@ -64,10 +73,14 @@ class Gpt2Tokenizer(TableTokenizer):
             ids.pop(END, None)
             if ids != {token: i for i, token in enumerate(tokens)}:
                 raise ValueError("their tokens differ")
-            return cls({bytes(byte_of_char[char] for char in token): i for i, token in enumerate(tokens)})
+            return cls(
+                {bytes(byte_of_char[char] for char in token): i for i, token in enumerate(tokens)}
+            )
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             why = f"{type(error).__name__}: {error}"
-            raise UserError(f"{place} has no encoder.json and vocab.bpe that belong together ({why}).") from error
+            raise UserError(
+                f"{place} has no encoder.json and vocab.bpe that belong together ({why})."
+            ) from error
 
     @classmethod
     def of_tiktoken(cls) -> "Gpt2Tokenizer":
@@ -92,7 +105,10 @@ class Gpt2Tokenizer(TableTokenizer):
         return in_pieces([utf8(text).decode() for text in texts], self._encode_pieces)
 
     def _encode_pieces(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(ids, np.int32) for ids in self._inner.encode_ordinary_batch(texts, num_threads=THREADS)]
+        return [
+            np.array(ids, np.int32)
+            for ids in self._inner.encode_ordinary_batch(texts, num_threads=THREADS)
+        ]
 
 
 class HfTokenizer(BpeTokenizer):
@@ -127,7 +143,9 @@ class HfTokenizer(BpeTokenizer):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         if self._byte_level:
             return super().decode_bytes(ids)
-        return self._inner.decode([i for i in ids if i != self.eot_id], skip_special_tokens=False).encode()
+        return self._inner.decode(
+            [i for i in ids if i != self.eot_id], skip_special_tokens=False
+        ).encode()
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -144,7 +162,9 @@ class SentencePieceTokenizer(Tokenizer):
             if not model:  # which the library takes for none given
                 raise RuntimeError
         except RuntimeError as error:
-            raise UserError("the file of data.tokenizer=sentencepiece: is no SentencePiece model.") from error
+            raise UserError(
+                "the file of data.tokenizer=sentencepiece: is no SentencePiece model."
+            ) from error
         pieces = self._inner.get_piece_size()
         usual = self._inner.eos_id() if self._inner.eos_id() >= 0 else pieces
         if isinstance(eot, str):
@@ -157,7 +177,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.unknown_ids = (self._inner.unk_id(),)
         if self.eot_id in self.unknown_ids:
             raise UserError(
-                f"the file of data.tokenizer=sentencepiece: has {self.eot_name!r} for what it can't spell, so it can't "
+                f"the file of data.tokenizer=sentencepiece: has {self.eot_name!r} for what "
+                "it can't spell, so it can't "
                 "be the end of text; set data.eot_token to another of its pieces."
             )
 
@@ -177,10 +198,12 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class Llama2cTokenizer(TableTokenizer):
-    """A tokenizer.bin of karpathy/llama2.c: pieces with scores, merged best pair first behind one added space.
+    """A tokenizer.bin of karpathy/llama2.c: pieces with scores, merged best pair first behind one
+    added space.
 
-    Ids 0 to 2 are unknown, begin and end, and 3 to 258 the bytes; llama2.c's models end a story with the begin (1).
-    run.c's `encode` is byte-pair encoding whose merges come in the order of the scores of what they make.
+    Ids 0 to 2 are unknown, begin and end, and 3 to 258 the bytes; llama2.c's models end a story
+    with the begin (1). run.c's `encode` is byte-pair encoding whose merges come in the order of the
+    scores of what they make.
     """
 
     name, eot_id, eot_name, _FIRST_BYTE = "llama2c", 1, "<s>", 3
@@ -189,8 +212,15 @@ class Llama2cTokenizer(TableTokenizer):
         self.files = {"tokenizer.bin": content}
         pieces, scores = _read_llama2c(content)
         self.vocab_size, first, letters = len(pieces), self._FIRST_BYTE, self._FIRST_BYTE + 256
-        self._bytes_of_id = [b""] * first + [bytes([byte]) for byte in range(256)] + pieces[letters:]
-        names = ["<unk>", "<s>", "</s>", *(piece.decode("utf-8", errors="replace") for piece in pieces[first:])]
+        self._bytes_of_id = (
+            [b""] * first + [bytes([byte]) for byte in range(256)] + pieces[letters:]
+        )
+        names = [
+            "<unk>",
+            "<s>",
+            "</s>",
+            *(piece.decode("utf-8", errors="replace") for piece in pieces[first:]),
+        ]
         best_first = sorted(range(letters, len(pieces)), key=lambda i: -scores[i])
         self.inner = _byte_fallback_bpe(names, [names[i] for i in best_first])
 
@@ -207,16 +237,22 @@ class Llama2cTokenizer(TableTokenizer):
 
 
 def _byte_fallback_bpe(names: list[str], best_first: list[str]) -> Any:
-    """Return the library's tokenizer whose merges make `best_first`, in that order, of any two other names."""
+    """Return the library's tokenizer whose merges make `best_first`, in that order, of any two
+    other names.
+    """
     import tokenizers
     from tokenizers import decoders, models, normalizers
 
     vocab = {name: i for i, name in reversed(list(enumerate(names)))}
     merges = [(name[:cut], name[cut:]) for name in best_first for cut in range(1, len(name))]
     merges = [(left, right) for left, right in merges if left in vocab and right in vocab]
-    inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True)
+    )
     inner.normalizer = normalizers.Prepend(" ")
-    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    inner.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     inner.add_special_tokens(names[:3])
     inner.encode_special_tokens = True
     return inner
@@ -233,14 +269,18 @@ def _read_llama2c(content: bytes) -> tuple[list[bytes], list[float]]:
             scores.append(score)
             at += 8 + length
     except struct.error as error:
-        raise UserError(f"the file of data.tokenizer=llama2c: is no tokenizer.bin of llama2.c ({error}).") from error
+        raise UserError(
+            f"the file of data.tokenizer=llama2c: is no tokenizer.bin of llama2.c ({error})."
+        ) from error
     if len(pieces) < 259:
         raise UserError("the file of data.tokenizer=llama2c: has fewer pieces than the 256 bytes.")
     return pieces, scores
 
 
 def tokenizer_file_hashes(spec: str) -> list[str]:
-    """Return hashes of the files that a tokenizer named by file or folder is made of, so that an edit is noticed."""
+    """Return hashes of the files that a tokenizer named by file or folder is made of, so that an
+    edit is noticed.
+    """
     kind, argument = split_spec(spec)
     if not argument or kind in ("byte", "char", "bpe"):
         return []
@@ -254,7 +294,9 @@ def tokenizer_file_hashes(spec: str) -> list[str]:
 
 
 def read_user_file(path: pathlib.Path) -> bytes:
-    """Return the content of a file that the config names; raise UserError where it can't be read."""
+    """Return the content of a file that the config names; raise UserError where it can't be
+    read.
+    """
     try:
         return path.expanduser().read_bytes()
     except OSError as error:
@@ -270,14 +312,18 @@ _OF_FILE: dict[str, tuple[str, Callable[[bytes], Tokenizer]]] = {
 
 
 def read_vocabulary(spec: str, eot: int | str | None = None) -> Tokenizer:
-    """Return the tokenizer of the file or folder that a spec names; a file may need to be told its end of text."""
+    """Return the tokenizer of the file or folder that a spec names; a file may need to be told its
+    end of text.
+    """
     kind, argument = split_spec(spec)
     if kind == "gpt2":
         return Gpt2Tokenizer.of_folder(argument) if argument else Gpt2Tokenizer.of_tiktoken()
     path = pathlib.Path(argument)
     content = read_user_file(path)
     if kind == "hf":
-        return HfTokenizer(content, _saved_eot_id(path) if eot is None else eot, _declared_end(path))
+        return HfTokenizer(
+            content, _saved_eot_id(path) if eot is None else eot, _declared_end(path)
+        )
     if kind == "sentencepiece":
         return SentencePieceTokenizer(content, eot)
     return _OF_FILE[kind][1](content)
@@ -289,26 +335,36 @@ def tell(spec: str, tokenizer: Tokenizer) -> None:
         say(f"{spec} ends a text with {tokenizer.describe_end()}")
     else:
         say(
-            f"warning: {spec} has no token of a usual name that ends a text, so it got one more, id "
+            f"warning: {spec} has no token of a usual name that ends a text, so it got one "
+            "more, id "
             f"{tokenizer.eot_id}; if another of its tokens ends a text, set data.eot_token to it"
         )
     altered = tokenizer.altered_words() if isinstance(tokenizer, HfTokenizer) else []
     if altered:
         text, back = altered[0]
         more = f" (and {len(altered) - 1} more)" if len(altered) > 1 else ""
-        say(f"warning: {spec} doesn't write its added words back exactly: {text!r} becomes {back!r}{more}")
+        say(
+            f"warning: {spec} doesn't write its added words back exactly: {text!r} becomes "
+            f"{back!r}{more}"
+        )
 
 
 def _saved_eot_id(path: pathlib.Path) -> Any:
-    """Return the end of text that the header beside a tokenizer.json names, if it does: a run's folder has one."""
+    """Return the end of text that the header beside a tokenizer.json names, if it does: a run's
+    folder has one.
+    """
     with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
         return json.loads(path.expanduser().with_name(HEADER_FILE).read_bytes()).get("eot_id")
 
 
 def _declared_end(path: pathlib.Path) -> str:
-    """Return the end of text that a tokenizer_config.json beside a tokenizer.json declares, or nothing."""
+    """Return the end of text that a tokenizer_config.json beside a tokenizer.json declares, or
+    nothing.
+    """
     with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-        found = json.loads(path.expanduser().with_name("tokenizer_config.json").read_bytes()).get("eos_token")
+        found = json.loads(path.expanduser().with_name("tokenizer_config.json").read_bytes()).get(
+            "eos_token"
+        )
         found = found.get("content") if isinstance(found, dict) else found
         return found if isinstance(found, str) else ""
     return ""

@@ -1,4 +1,6 @@
-"""The sections of the config that inference owns: when and how to evaluate, and what to write while training."""
+"""The sections of the config that inference owns: when and how to evaluate, and what to write while
+training.
+"""
 
 import dataclasses
 import re
@@ -17,7 +19,13 @@ class EvalConfig(Section, name="eval"):
         "steps between evaluations (0: none)",
         free=True,
         least=0,
-        aliases=("eval_interval", "eval_steps", "eval_every", "evaluation_interval", "val_check_interval"),
+        aliases=(
+            "eval_interval",
+            "eval_steps",
+            "eval_every",
+            "evaluation_interval",
+            "val_check_interval",
+        ),
     )
     max_batches: int = setting(
         0,
@@ -27,11 +35,17 @@ class EvalConfig(Section, name="eval"):
         aliases=("eval_iters", "max_eval_batches", "limit_val_batches"),
     )
     exact_match: int = setting(
-        0, "validation pairs to answer greedily and compare, token by token (0: none)", free=True, least=0
+        0,
+        "validation pairs to answer greedily and compare, token by token (0: none)",
+        free=True,
+        least=0,
     )
     answer_pattern: str = setting(
         "",
-        "regular expression of the final answer, which alone is compared then, as '#### (.+)' (empty: compare all)",
+        (
+            "regular expression of the final answer, which alone is compared then, as '#### "
+            "(.+)' (empty: compare all)"
+        ),
         free=True,
     )
     patience: int = setting(
@@ -52,10 +66,17 @@ class SampleConfig(Section, name="sample"):
     """What the model writes while it trains."""
 
     every_steps: int = setting(
-        0, "steps between samples (0: only at the end)", free=True, least=0, aliases=("sample_every", "sample_interval")
+        0,
+        "steps between samples (0: only at the end)",
+        free=True,
+        least=0,
+        aliases=("sample_every", "sample_interval"),
     )
     prompts: tuple[str, ...] = setting(
-        ("",), "texts to go on from; an empty one starts a new text", free=True, aliases=("start", "prompt")
+        ("",),
+        "texts to go on from; an empty one starts a new text",
+        free=True,
+        aliases=("start", "prompt"),
     )
     max_tokens: int = setting(
         200,

@@ -186,7 +186,9 @@ class Decoder:
         for row, text in zip(tokens_BT, texts, strict=True):
             row[len(row) - len(text) :] = text
         num_slots = _bucket(tokens_BT.shape[1] + room)
-        return self._prefill(params, tokens_BT, lengths_B, done_B, num_slots=num_slots, penalizes=sampler.penalizes)
+        return self._prefill(
+            params, tokens_BT, lengths_B, done_B, num_slots=num_slots, penalizes=sampler.penalizes
+        )
 
 
 def _prefill(
@@ -298,7 +300,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
     for prompt in prompts:
         if not 0 < len(prompt) < context:
             raise UserError(
-                f"a prompt of {len(prompt)} tokens must be shorter than the context ({context}); give its end alone."
+                f"a prompt of {len(prompt)} tokens must be shorter than the context "
+                f"({context}); give its end alone."
             )
 
 

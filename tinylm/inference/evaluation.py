@@ -1,7 +1,8 @@
-"""Scores on a validation split: the loss as sums and counts, divided once, and the share of answers met exactly.
+"""Scores on a validation split: the loss as sums and counts, divided once, and the share of answers
+met exactly.
 
-An answer is compared token by token. Where it is worked out in words first, as in GSM8K (Cobbe et al. 2021), only the
-final answer counts, which a pattern finds in both texts.
+An answer is compared token by token. Where it is worked out in words first, as in GSM8K (Cobbe et
+al. 2021), only the final answer counts, which a pattern finds in both texts.
 """
 
 import math
@@ -60,11 +61,15 @@ def evaluate(
         The two sums; both are 0 where no batch holds a target token.
     """
     owned = owned_rows(mesh, rows)
-    batches = eval_batches(split, batch_size=rows, owned_rows=owned, max_batches=max_batches * micro_batches)
+    batches = eval_batches(
+        split, batch_size=rows, owned_rows=owned, max_batches=max_batches * micro_batches
+    )
     sums: list[tuple[jax.Array, jax.Array]] = []
     for batch in batches:
         sums.append(eval_step(params, place_batch(mesh, batch, owned, rows, 0)))
-        jax.block_until_ready(sums[-2:][0])  # programs that wait for other processes, many at a time, block each other
+        jax.block_until_ready(
+            sums[-2:][0]
+        )  # programs that wait for other processes, many at a time, block each other
     nats = math.fsum(float(n) for n, _ in sums)
     count = math.fsum(float(c) for _, c in sums)
     return nats, count
@@ -80,11 +85,13 @@ def exact_match(
     is_right: Callable[[np.ndarray, np.ndarray, list[int]], bool] | None = None,
     before_batch: Callable[[], None] = lambda: None,
 ) -> float:
-    """Return the share of (prompt ids, completion ids) that the model answers rightly by greedy decoding.
+    """Return the share of (prompt ids, completion ids) that the model answers rightly by greedy
+    decoding.
 
-    `rows` prompts are decoded at once, each after `start_id`, with room for the longest completion and its end. An
-    answer is right where it is the completion and then the end, or where `is_right(prompt, completion, answer)` says
-    so, as the function that `final_answers` returns does. `before_batch` is called before each batch of prompts.
+    `rows` prompts are decoded at once, each after `start_id`, with room for the longest completion
+    and its end. An answer is right where it is the completion and then the end, or where
+    `is_right(prompt, completion, answer)` says so, as the function that `final_answers` returns
+    does. `before_batch` is called before each batch of prompts.
     """
     longest = max(len(completion) for _, completion in pairs) + 1
     num_right = 0
@@ -93,37 +100,54 @@ def exact_match(
         part = pairs[start : start + rows]
         filled = [*part, *[part[-1]] * (rows - len(part))]
         prompts = [[start_id, *prompt.tolist()] for prompt, _ in filled]
-        answers = decoder.write(params, prompts, max_tokens=longest, sampler=Sampler(temperature=0.0))
+        answers = decoder.write(
+            params, prompts, max_tokens=longest, sampler=Sampler(temperature=0.0)
+        )
         for (prompt, completion), answer in zip(part, answers, strict=False):
-            num_right += is_right(prompt, completion, answer) if is_right else answer == completion.tolist()
+            num_right += (
+                is_right(prompt, completion, answer) if is_right else answer == completion.tolist()
+            )
     return num_right / len(pairs)
 
 
 def check_pairs(
-    pairs: Sequence[tuple[np.ndarray, np.ndarray]], context: int, tokenizer: Any, pattern: str, keys: tuple[str, str]
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    context: int,
+    tokenizer: Any,
+    pattern: str,
+    keys: tuple[str, str],
 ) -> None:
     """Raise UserError where `exact_match` could not count pairs.
 
-    There have to be some, each prompt has to fit into the context, and each completion has to have a final answer where
-    a pattern tells what that is. `keys` are what messages call the wish to count, and the pattern.
+    There have to be some, each prompt has to fit into the context, and each completion has to have
+    a final answer where a pattern tells what that is. `keys` are what messages call the wish to
+    count, and the pattern.
     """
     wish, pattern_key = keys
     if not pairs:
-        raise UserError(f"{wish} needs validation pairs of prompt and completion, and there are none; leave it out.")
+        raise UserError(
+            f"{wish} needs validation pairs of prompt and completion, and there are none; "
+            "leave it out."
+        )
     longest = max(len(prompt) for prompt, _ in pairs)
     if longest + 1 >= context:
         raise UserError(
-            f"{wish}: a prompt of {longest + 1} tokens, its begin among them, must be shorter than the context "
+            f"{wish}: a prompt of {longest + 1} tokens, its begin among them, must be "
+            "shorter than the context "
             f"({context}); take shorter prompts or a longer data.seq_len, or leave {wish} out."
         )
     for prompt, completion in pairs if pattern else ():
         text = tokenizer.decode_after(prompt.tolist(), completion.tolist())
         if final_answer(text, pattern) is None:
-            raise UserError(f"{pattern_key}={pattern} finds nothing in the completion {text!r:.80}; change it.")
+            raise UserError(
+                f"{pattern_key}={pattern} finds nothing in the completion {text!r:.80}; change it."
+            )
 
 
 def final_answer(text: str, pattern: str) -> str | None:
-    """Return what a pattern finds last in a text: its first group, or all of it; None where it finds nothing."""
+    """Return what a pattern finds last in a text: its first group, or all of it; None where it
+    finds nothing.
+    """
     matches = list(re.finditer(pattern, text))
     if not matches:
         return None
@@ -131,13 +155,18 @@ def final_answer(text: str, pattern: str) -> str | None:
     return (matches[-1][group] or "").strip()
 
 
-def final_answers(tokenizer: Any, pattern: str) -> Callable[[np.ndarray, np.ndarray, list[int]], bool]:
-    """Return a function that says whether the final answers in a completion and in the model's answer are the same."""
+def final_answers(
+    tokenizer: Any, pattern: str
+) -> Callable[[np.ndarray, np.ndarray, list[int]], bool]:
+    """Return a function that says whether the final answers in a completion and in the model's
+    answer are the same.
+    """
 
     def is_right(prompt: np.ndarray, completion: np.ndarray, answer: list[int]) -> bool:
         before = prompt.tolist()
         wanted, got = (
-            final_answer(tokenizer.decode_after(before, ids), pattern) for ids in (completion.tolist(), answer)
+            final_answer(tokenizer.decode_after(before, ids), pattern)
+            for ids in (completion.tolist(), answer)
         )
         return wanted is not None and got == wanted
 

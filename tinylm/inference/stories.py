@@ -1,9 +1,10 @@
 """How a model goes on with stories, measured without a judge.
 
-No number says that a story is good. These say what is wrong with bad ones: they repeat themselves, are all alike,
-forget who they are about, or never end. What is usual for a text, the texts that a model learned from show: they are
-measured as well, from where their beginnings end, which are the model's prompts. A model without a corpus gets the
-kind of prompts that TinyStories is judged by (Eldan and Li 2023, section 4).
+No number says that a story is good. These say what is wrong with bad ones: they repeat themselves,
+are all alike, forget who they are about, or never end. What is usual for a text, the texts that a
+model learned from show: they are measured as well, from where their beginnings end, which are the
+model's prompts. A model without a corpus gets the kind of prompts that TinyStories is judged by
+(Eldan and Li 2023, section 4).
 """
 
 import re
@@ -12,7 +13,9 @@ from typing import NamedTuple
 
 
 class Beginning(NamedTuple):
-    """The beginning of a story, the names in it, which the story should keep, and how it goes on (if it is known)."""
+    """The beginning of a story, the names in it, which the story should keep, and how it goes on
+    (if it is known).
+    """
 
     prompt: str
     names: tuple[str, ...]
@@ -20,8 +23,13 @@ class Beginning(NamedTuple):
 
 
 PROMPTS = (
-    Beginning("Once upon a time, there was a little girl named Lily. One day, she found a shiny key.", ("Lily",)),
-    Beginning("Tom and Anna were best friends. They wanted to build a tree house.", ("Tom", "Anna")),
+    Beginning(
+        "Once upon a time, there was a little girl named Lily. One day, she found a shiny key.",
+        ("Lily",),
+    ),
+    Beginning(
+        "Tom and Anna were best friends. They wanted to build a tree house.", ("Tom", "Anna")
+    ),
     Beginning("Sam had a big dog named Max. One morning, Max was gone.", ("Sam", "Max")),
     Beginning("It was raining, and Ben was sad. Then his sister Mia had an idea.", ("Ben", "Mia")),
     Beginning("A small frog named Fred wanted to fly. The other frogs laughed at him.", ("Fred",)),
@@ -32,28 +40,36 @@ PROMPTS = (
 
 _FEWEST_WORDS = 8  # of a beginning
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)]*(?=\s)")
-_NAME = re.compile(r"(?<=[\w,;] )[A-Z][a-z]+")  # not at the begin of a sentence, where every word has a capital
+_NAME = re.compile(
+    r"(?<=[\w,;] )[A-Z][a-z]+"
+)  # not at the begin of a sentence, where every word has a capital
 
 
 def beginnings(texts: Iterable[str]) -> list[Beginning]:
-    """Cut each text after its first sentences, eight words at least; a text that has no more than that is left out."""
+    """Cut each text after its first sentences, eight words at least; a text that has no more than
+    that is left out.
+    """
     found = []
     for text in texts:
         for end in _SENTENCE_END.finditer(text):
             prompt, rest = text[: end.end()], text[end.end() :]
             if len(prompt.split()) >= _FEWEST_WORDS:
                 if rest.strip():
-                    found.append(Beginning(prompt, tuple(dict.fromkeys(_NAME.findall(prompt))), rest))
+                    found.append(
+                        Beginning(prompt, tuple(dict.fromkeys(_NAME.findall(prompt))), rest)
+                    )
                 break
     return found
 
 
-def measure(stories: Sequence[str], names: Sequence[Sequence[str]], ended: Sequence[bool]) -> dict[str, float | None]:
+def measure(
+    stories: Sequence[str], names: Sequence[Sequence[str]], ended: Sequence[bool]
+) -> dict[str, float | None]:
     """Return measures of what was written after prompts that have `names`.
 
-    `repetition` is the share of 4-grams of words that stood in the same story before, `distinct_N` the share of
-    different ones among all N-grams of all stories, `names_kept` the share of the prompts' names that come again (None
-    where they have none).
+    `repetition` is the share of 4-grams of words that stood in the same story before, `distinct_N`
+    the share of different ones among all N-grams of all stories, `names_kept` the share of the
+    prompts' names that come again (None where they have none).
     """
     words = [re.findall(r"\w+", story.lower()) for story in stories]
     within = [ngrams(one, 4) for one in words]

@@ -1,8 +1,10 @@
-"""Writing text for people: prompts as strings, stop strings, and a text that can be read while it is written.
+"""Writing text for people: prompts as strings, stop strings, and a text that can be read while it
+is written.
 
-The model is asked for a few tokens at a time where someone reads along or a stop string may come. A text ends where
-the first stop string begins, so the last tokens that the model wrote may not be part of it. While it is written, what
-later tokens could still change is held back: the first bytes of a character, and the beginning of a stop string.
+The model is asked for a few tokens at a time where someone reads along or a stop string may come. A
+text ends where the first stop string begins, so the last tokens that the model wrote may not be
+part of it. While it is written, what later tokens could still change is held back: the first bytes
+of a character, and the beginning of a stop string.
 """
 
 import bisect
@@ -21,9 +23,11 @@ _SHOWN_TOKENS = 8
 
 @dataclasses.dataclass
 class Text:
-    """A prompt and what follows it, up to the end of the text, a stop string (left out) or the last token.
+    """A prompt and what follows it, up to the end of the text, a stop string (left out) or the last
+    token.
 
-    `ids` are the fewest that spell the completion. The last of them may spell the beginning of the stop string too.
+    `ids` are the fewest that spell the completion. The last of them may spell the beginning of the
+    stop string too.
     """
 
     prompt: str
@@ -43,12 +47,16 @@ def write_texts(
     logprobs: bool = False,
     show: Callable[[str], Any] | None = None,
 ) -> list[Text]:
-    """Return what an opened run's model writes after each prompt; `show` gets the first text piece by piece.
+    """Return what an opened run's model writes after each prompt; `show` gets the first text piece
+    by piece.
 
-    Raises UserError for a prompt that is too long or has characters that the tokenizer doesn't know.
+    Raises UserError for a prompt that is too long or has characters that the tokenizer doesn't
+    know.
     """
     tokenizer = run.tokenizer
-    decoder = Decoder(run.graph, run.model_config.context, tokenizer.eot_id, tokenizer.vocab_size, run.end_ids)
+    decoder = Decoder(
+        run.graph, run.model_config.context, tokenizer.eot_id, tokenizer.vocab_size, run.end_ids
+    )
     before = [tokenizer.encode(prompt) for prompt in prompts]
     rows: list[list[int]] = [[] for _ in prompts]
     scores: list[list[float]] = [[] for _ in prompts]
@@ -69,7 +77,9 @@ def write_texts(
             ends=ended if stop else None,
         )
         for ids_BT, scores_BT in chunks:
-            for row, score, new, values in zip(rows, scores, ids_BT.tolist(), scores_BT.tolist(), strict=True):
+            for row, score, new, values in zip(
+                rows, scores, ids_BT.tolist(), scores_BT.tolist(), strict=True
+            ):
                 if tokenizer.eot_id not in row:
                     row += new
                     score += values
@@ -92,15 +102,21 @@ def write_texts(
 
 
 def numbered(texts: Sequence[str]) -> str:
-    """Return texts for a terminal, one below the other; where there are several, each under its number."""
+    """Return texts for a terminal, one below the other; where there are several, each under its
+    number.
+    """
     if len(texts) == 1:
         return texts[0]
-    parts = [f"--- sample {number} of {len(texts)} ---\n{text}" for number, text in enumerate(texts, 1)]
+    parts = [
+        f"--- sample {number} of {len(texts)} ---\n{text}" for number, text in enumerate(texts, 1)
+    ]
     return "\n\n".join(parts)
 
 
 def settled(text: str, stop: Sequence[str]) -> str:
-    """Return as much of an unfinished text as no later token can change, nor take back as part of a stop string."""
+    """Return as much of an unfinished text as no later token can change, nor take back as part of a
+    stop string.
+    """
     found = _find_stop(text, stop)
     if found is not None:
         return text[:found]
@@ -119,7 +135,9 @@ def _find_stop(text: str, stop: Sequence[str]) -> int | None:
     return min((text.index(mark) for mark in stop if mark in text), default=None)
 
 
-def _num_spelling(tokenizer: Any, before: Sequence[int], ids: Sequence[int], completion: str) -> int:
+def _num_spelling(
+    tokenizer: Any, before: Sequence[int], ids: Sequence[int], completion: str
+) -> int:
     """Return how many of the `ids` that follow `before` it takes to spell all of `completion`."""
 
     def spelled(count: int) -> bool:

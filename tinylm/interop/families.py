@@ -1,7 +1,9 @@
-"""The model families of Hugging Face that tinylm can be: one table each (their name, our path, the transform).
+"""The model families of Hugging Face that tinylm can be: one table each (their name, our path, the
+transform).
 
-{} in a name is the layer. A line whose path a model doesn't have (a bias, an output matrix that is tied) is skipped, so
-one table serves every variant of a family. `family_configs` maps the config.json of each both ways.
+{} in a name is the layer. A line whose path a model doesn't have (a bias, an output matrix that is
+tied) is skipped, so one table serves every variant of a family. `family_configs` maps the
+config.json of each both ways.
 """
 
 import dataclasses
@@ -27,8 +29,8 @@ class Row:
 class Family:
     """A family: its names, its table, its config both ways.
 
-    `ignored` says of tensors that hold no weight, by the end of their names, why they are left out; `renamed` are
-    names that some versions of transformers give to tensors of the table.
+    `ignored` says of tensors that hold no weight, by the end of their names, why they are left out;
+    `renamed` are names that some versions of transformers give to tensors of the table.
     """
 
     model_type: str
@@ -53,13 +55,20 @@ class Family:
 
 
 def _rows(*lines: tuple[str, str | tuple[str, ...], Layout]) -> tuple[Row, ...]:
-    return tuple(Row(theirs, (ours,) if isinstance(ours, str) else ours, layout) for theirs, ours, layout in lines)
+    return tuple(
+        Row(theirs, (ours,) if isinstance(ours, str) else ours, layout)
+        for theirs, ours, layout in lines
+    )
 
 
 def _norms(prefix: str, names: dict[str, str]) -> list[tuple[str, str, Layout]]:
     """Lines of norms {their name: our path}."""
     ends = (("weight", "scale"), ("bias", "bias"))
-    return [(f"{prefix}{t}.{end}", f"{o}/{ours}", to.SAME) for t, o in names.items() for end, ours in ends]
+    return [
+        (f"{prefix}{t}.{end}", f"{o}/{ours}", to.SAME)
+        for t, o in names.items()
+        for end, ours in ends
+    ]
 
 
 def _linears(prefix: str, names: dict[str, tuple[str, Layout]]) -> list[tuple[str, str, Layout]]:
@@ -83,9 +92,15 @@ def _fused(name: str, layout: Layout) -> list[tuple[str, tuple[str, ...], Layout
 
 
 _ATTENTION = "blocks/attention"
-_GPT_TOP = (("transformer.wte.weight", "embedding", to.SAME), ("transformer.wpe.weight", "positions", to.SAME),
-            *_norms("transformer.", {"ln_f": "norm"}), ("lm_head.weight", "head", to.OUTPUT_FIRST))  # fmt: skip
-_GPT_NORMS = _norms("transformer.h.{}.", {"ln_1": "blocks/attention_norm", "ln_2": "blocks/mlp_norm"})
+_GPT_TOP = (
+    ("transformer.wte.weight", "embedding", to.SAME),
+    ("transformer.wpe.weight", "positions", to.SAME),
+    *_norms("transformer.", {"ln_f": "norm"}),
+    ("lm_head.weight", "head", to.OUTPUT_FIRST),
+)
+_GPT_NORMS = _norms(
+    "transformer.h.{}.", {"ln_1": "blocks/attention_norm", "ln_2": "blocks/mlp_norm"}
+)
 _IGNORED = {
     ".attn.bias": "causal mask, which is computed",
     ".attn.masked_bias": "constant of a causal mask",
@@ -95,62 +110,118 @@ _IGNORED = {
 }
 
 GPT2 = Family(
-    "gpt2", "GPT2LMHeadModel", "transformer.",
-    _rows(*_GPT_TOP, *_GPT_NORMS, *_fused("transformer.h.{}.attn.c_attn", to.THIRDS),
-          *_linears("transformer.h.{}.", {
-              "attn.c_proj": (f"{_ATTENTION}/out", to.INPUT_FIRST_2),
-              "mlp.c_fc": ("blocks/mlp/up", to.INPUT_FIRST),
-              "mlp.c_proj": ("blocks/mlp/down", to.INPUT_FIRST),
-          })),
-    _IGNORED, configs.GPT2_NAMES, configs.read_gpt2, configs.write_gpt2,
-)  # fmt: skip
+    "gpt2",
+    "GPT2LMHeadModel",
+    "transformer.",
+    _rows(
+        *_GPT_TOP,
+        *_GPT_NORMS,
+        *_fused("transformer.h.{}.attn.c_attn", to.THIRDS),
+        *_linears(
+            "transformer.h.{}.",
+            {
+                "attn.c_proj": (f"{_ATTENTION}/out", to.INPUT_FIRST_2),
+                "mlp.c_fc": ("blocks/mlp/up", to.INPUT_FIRST),
+                "mlp.c_proj": ("blocks/mlp/down", to.INPUT_FIRST),
+            },
+        ),
+    ),
+    _IGNORED,
+    configs.GPT2_NAMES,
+    configs.read_gpt2,
+    configs.write_gpt2,
+)
 
 GPT_NEO = Family(
-    "gpt_neo", "GPTNeoForCausalLM", "transformer.",
-    _rows(*_GPT_TOP, *_GPT_NORMS, *_linears("transformer.h.{}.", {
-        "attn.attention.q_proj": (f"{_ATTENTION}/query", to.OUTPUT_FIRST),
-        "attn.attention.k_proj": (f"{_ATTENTION}/key", to.OUTPUT_FIRST),
-        "attn.attention.v_proj": (f"{_ATTENTION}/value", to.OUTPUT_FIRST),
-        "attn.attention.out_proj": (f"{_ATTENTION}/out", to.OUTPUT_FIRST_2),
-        "mlp.c_fc": ("blocks/mlp/up", to.OUTPUT_FIRST),
-        "mlp.c_proj": ("blocks/mlp/down", to.OUTPUT_FIRST),
-    })),
-    _IGNORED, configs.GPT_NEO_NAMES, configs.read_gpt_neo, configs.write_gpt_neo,
-)  # fmt: skip
+    "gpt_neo",
+    "GPTNeoForCausalLM",
+    "transformer.",
+    _rows(
+        *_GPT_TOP,
+        *_GPT_NORMS,
+        *_linears(
+            "transformer.h.{}.",
+            {
+                "attn.attention.q_proj": (f"{_ATTENTION}/query", to.OUTPUT_FIRST),
+                "attn.attention.k_proj": (f"{_ATTENTION}/key", to.OUTPUT_FIRST),
+                "attn.attention.v_proj": (f"{_ATTENTION}/value", to.OUTPUT_FIRST),
+                "attn.attention.out_proj": (f"{_ATTENTION}/out", to.OUTPUT_FIRST_2),
+                "mlp.c_fc": ("blocks/mlp/up", to.OUTPUT_FIRST),
+                "mlp.c_proj": ("blocks/mlp/down", to.OUTPUT_FIRST),
+            },
+        ),
+    ),
+    _IGNORED,
+    configs.GPT_NEO_NAMES,
+    configs.read_gpt_neo,
+    configs.write_gpt_neo,
+)
 
 GPT_NEOX = Family(
-    "gpt_neox", "GPTNeoXForCausalLM", "gpt_neox.",
-    _rows(("gpt_neox.embed_in.weight", "embedding", to.SAME), *_norms("gpt_neox.", {"final_layer_norm": "norm"}),
-          ("embed_out.weight", "head", to.OUTPUT_FIRST),
-          *_norms("gpt_neox.layers.{}.", {"input_layernorm": "blocks/attention_norm",
-                                          "post_attention_layernorm": "blocks/mlp_norm"}),
-          *_fused("gpt_neox.layers.{}.attention.query_key_value", to.BY_HEAD),
-          *_linears("gpt_neox.layers.{}.", {
-              "attention.dense": (f"{_ATTENTION}/out", to.OUTPUT_FIRST_2),
-              "mlp.dense_h_to_4h": ("blocks/mlp/up", to.OUTPUT_FIRST),
-              "mlp.dense_4h_to_h": ("blocks/mlp/down", to.OUTPUT_FIRST),
-          })),
-    _IGNORED, configs.GPT_NEOX_NAMES, configs.read_gpt_neox, configs.write_gpt_neox,
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    "gpt_neox.",
+    _rows(
+        ("gpt_neox.embed_in.weight", "embedding", to.SAME),
+        *_norms("gpt_neox.", {"final_layer_norm": "norm"}),
+        ("embed_out.weight", "head", to.OUTPUT_FIRST),
+        *_norms(
+            "gpt_neox.layers.{}.",
+            {
+                "input_layernorm": "blocks/attention_norm",
+                "post_attention_layernorm": "blocks/mlp_norm",
+            },
+        ),
+        *_fused("gpt_neox.layers.{}.attention.query_key_value", to.BY_HEAD),
+        *_linears(
+            "gpt_neox.layers.{}.",
+            {
+                "attention.dense": (f"{_ATTENTION}/out", to.OUTPUT_FIRST_2),
+                "mlp.dense_h_to_4h": ("blocks/mlp/up", to.OUTPUT_FIRST),
+                "mlp.dense_4h_to_h": ("blocks/mlp/down", to.OUTPUT_FIRST),
+            },
+        ),
+    ),
+    _IGNORED,
+    configs.GPT_NEOX_NAMES,
+    configs.read_gpt_neox,
+    configs.write_gpt_neox,
     {"lm_head.weight": "embed_out.weight"},
-)  # fmt: skip
+)
 
 LLAMA = Family(
-    "llama", "LlamaForCausalLM", "model.",
-    _rows(("model.embed_tokens.weight", "embedding", to.SAME), *_norms("model.", {"norm": "norm"}),
-          ("lm_head.weight", "head", to.OUTPUT_FIRST),
-          *_norms("model.layers.{}.", {"input_layernorm": "blocks/attention_norm",
-                                       "post_attention_layernorm": "blocks/mlp_norm"}),
-          *_linears("model.layers.{}.", {
-              "self_attn.q_proj": (f"{_ATTENTION}/query", to.OUTPUT_FIRST),
-              "self_attn.k_proj": (f"{_ATTENTION}/key", to.OUTPUT_FIRST),
-              "self_attn.v_proj": (f"{_ATTENTION}/value", to.OUTPUT_FIRST),
-              "self_attn.o_proj": (f"{_ATTENTION}/out", to.OUTPUT_FIRST_2),
-              "mlp.gate_proj": ("blocks/mlp/gate", to.OUTPUT_FIRST),
-              "mlp.up_proj": ("blocks/mlp/up", to.OUTPUT_FIRST),
-              "mlp.down_proj": ("blocks/mlp/down", to.OUTPUT_FIRST),
-          })),
-    _IGNORED, configs.LLAMA_NAMES, configs.read_llama, configs.write_llama,
-)  # fmt: skip
+    "llama",
+    "LlamaForCausalLM",
+    "model.",
+    _rows(
+        ("model.embed_tokens.weight", "embedding", to.SAME),
+        *_norms("model.", {"norm": "norm"}),
+        ("lm_head.weight", "head", to.OUTPUT_FIRST),
+        *_norms(
+            "model.layers.{}.",
+            {
+                "input_layernorm": "blocks/attention_norm",
+                "post_attention_layernorm": "blocks/mlp_norm",
+            },
+        ),
+        *_linears(
+            "model.layers.{}.",
+            {
+                "self_attn.q_proj": (f"{_ATTENTION}/query", to.OUTPUT_FIRST),
+                "self_attn.k_proj": (f"{_ATTENTION}/key", to.OUTPUT_FIRST),
+                "self_attn.v_proj": (f"{_ATTENTION}/value", to.OUTPUT_FIRST),
+                "self_attn.o_proj": (f"{_ATTENTION}/out", to.OUTPUT_FIRST_2),
+                "mlp.gate_proj": ("blocks/mlp/gate", to.OUTPUT_FIRST),
+                "mlp.up_proj": ("blocks/mlp/up", to.OUTPUT_FIRST),
+                "mlp.down_proj": ("blocks/mlp/down", to.OUTPUT_FIRST),
+            },
+        ),
+    ),
+    _IGNORED,
+    configs.LLAMA_NAMES,
+    configs.read_llama,
+    configs.write_llama,
+)
 
 MISTRAL = dataclasses.replace(
     LLAMA,
@@ -168,4 +239,6 @@ QWEN2 = dataclasses.replace(
     write_config=configs.write_qwen2,
 )
 
-FAMILIES = {family.model_type: family for family in (GPT2, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, QWEN2)}
+FAMILIES = {
+    family.model_type: family for family in (GPT2, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, QWEN2)
+}

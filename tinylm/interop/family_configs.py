@@ -1,9 +1,10 @@
 """The config.json of each family as model settings, and back.
 
-A model of ours fits a family where going there and back changes none of its settings (`misfits`), so there is no
-second list of what a family can express. What a config.json asks for and no setting of ours expresses is refused, by
-the family's own name for it; files of old and new versions of `transformers` are read as transformers reads them: the
-same place of a key wins where it is there twice, and the same default holds where it is missing.
+A model of ours fits a family where going there and back changes none of its settings (`misfits`),
+so there is no second list of what a family can express. What a config.json asks for and no setting
+of ours expresses is refused, by the family's own name for it; files of old and new versions of
+`transformers` are read as transformers reads them: the same place of a key wins where it is there
+twice, and the same default holds where it is missing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,16 @@ LLAMA_NAMES = {
     "rotary_base": "rope_theta",
     "attention_window": "sliding_window",
 }
-_SIZES = ("vocab_size", "context", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+_SIZES = (
+    "vocab_size",
+    "context",
+    "embed_dim",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_dim",
+)
 # Names that transformers takes for those of GPT-2 and GPT-Neo (its `attribute_map`).
 _ALSO = {
     "n_positions": "max_position_embeddings",
@@ -123,12 +133,17 @@ def first_of(config: JsonObject, key: str) -> Any:
 
 def _whole(config: JsonObject, key: str, value: Any) -> int:
     if type(value) is not int or not 1 <= value <= _MOST:
-        raise UserError(f"config.json has {key}={value!r}; {_family(config)} needs a whole number from 1 to {_MOST}.")
+        raise UserError(
+            f"config.json has {key}={value!r}; {_family(config)} needs a whole number from "
+            f"1 to {_MOST}."
+        )
     return value
 
 
 def _sizes(config: JsonObject, names: Names, optional: Sequence[str] = ()) -> dict[str, Any]:
-    """Return our sizes as a config.json has them; those of `optional` that it lacks are 0, which follow from others."""
+    """Return our sizes as a config.json has them; those of `optional` that it lacks are 0, which
+    follow from others.
+    """
     sizes: dict[str, Any] = {}
     for ours in _SIZES:
         if ours not in names:
@@ -152,7 +167,9 @@ def _flag(config: JsonObject, key: str, default: bool) -> bool:
 
 def _number(config: JsonObject, key: str, value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise UserError(f"config.json has {key}={value!r}; {_family(config)} needs a number above 0.")
+        raise UserError(
+            f"config.json has {key}={value!r}; {_family(config)} needs a number above 0."
+        )
     return float(value)
 
 
@@ -160,25 +177,35 @@ def _only(config: JsonObject, **supported: Any) -> None:
     """Raise UserError where a key that is there has another value than the one we can follow."""
     for key, value in supported.items():
         if config.get(key, value) != value:
-            raise UserError(f"config.json has {key}={config[key]!r}; tinylm reads {_family(config)} with {value!r}.")
+            raise UserError(
+                f"config.json has {key}={config[key]!r}; tinylm reads {_family(config)} "
+                f"with {value!r}."
+            )
 
 
 def _activation(config: JsonObject, key: str, default: str, known: dict[str, str]) -> str:
     name = config.get(key, default)
     if not isinstance(name, str) or name not in known:
-        raise UserError(f"config.json has {key}={name!r}; tinylm reads {_family(config)} with {', '.join(known)}.")
+        raise UserError(
+            f"config.json has {key}={name!r}; tinylm reads {_family(config)} with "
+            f"{', '.join(known)}."
+        )
     return known[name]
 
 
 def _named(known: dict[str, str], ours: str) -> str:
-    """Return their name of an activation; one that the family doesn't have reads back as another."""
+    """Return their name of an activation; one that the family doesn't have reads back as
+    another.
+    """
     return next((theirs for theirs, mlp in known.items() if mlp == ours), next(iter(known)))
 
 
 def _plain_rope(config: JsonObject) -> JsonObject:
-    """Return the nested rotary settings of a config.json, empty in old ones; raise UserError where they scale.
+    """Return the nested rotary settings of a config.json, empty in old ones; raise UserError where
+    they scale.
 
-    A `rope_scaling` that says anything wins over `rope_parameters` (transformers 5, `convert_rope_params_to_dict`).
+    A `rope_scaling` that says anything wins over `rope_parameters` (transformers 5,
+    `convert_rope_params_to_dict`).
     """
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key)
@@ -187,10 +214,15 @@ def _plain_rope(config: JsonObject) -> JsonObject:
         if not isinstance(rope, dict):
             raise UserError(f"config.json has {key}={rope!r:.60}, which is no object.")
         if any(isinstance(value, dict) for value in rope.values()):
-            raise UserError(f"config.json has {key} for each kind of layer; tinylm reads one for all.")
+            raise UserError(
+                f"config.json has {key} for each kind of layer; tinylm reads one for all."
+            )
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
-            raise UserError(f"config.json has {key} with rope_type={kind!r}; tinylm reads rotary positions unscaled.")
+            raise UserError(
+                f"config.json has {key} with rope_type={kind!r}; tinylm reads rotary "
+                "positions unscaled."
+            )
         return rope
     return {}
 
@@ -204,14 +236,18 @@ def _neox_rope(config: JsonObject) -> tuple[float, float]:
 
 
 def _llama_rope(config: JsonObject) -> float:
-    """Return the base of Llama and its kin: they rotate whole heads, whatever `partial_rotary_factor` says."""
+    """Return the base of Llama and its kin: they rotate whole heads, whatever
+    `partial_rotary_factor` says.
+    """
     base = _plain_rope(config).get("rope_theta", config.get("rope_theta", 10_000.0))
     return _number(config, "rope_theta", base)
 
 
 def read_gpt2(c: JsonObject) -> ModelConfig:
     """Return the model settings of a GPT-2 config.json."""
-    _only(c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
+    _only(
+        c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False
+    )
     return ModelConfig(
         **_sizes(c, GPT2_NAMES, optional=("mlp_dim",)),
         position="learned",
@@ -272,24 +308,39 @@ def read_gpt_neo(c: JsonObject) -> ModelConfig:
 def _expanded(config: JsonObject, num_layers: int) -> list[Any]:
     """Return the kind of each layer that `attention_types` names, as [kinds, how often] pairs.
 
-    Their sum is compared with the number of layers first: a short text can ask for any number of them.
+    Their sum is compared with the number of layers first: a short text can ask for any number of
+    them.
     """
     pairs = config.get("attention_types", [[["global", "local"], 12]])
     try:
         count = sum(len(kinds) * _whole(config, "attention_types", times) for kinds, times in pairs)
     except (TypeError, ValueError) as error:
-        raise UserError("config.json has attention_types that are no list of [kinds, how often].") from error
+        raise UserError(
+            "config.json has attention_types that are no list of [kinds, how often]."
+        ) from error
     if count != num_layers:
-        raise UserError(f"config.json has attention_types of {count} layers and num_layers={num_layers}.")
+        raise UserError(
+            f"config.json has attention_types of {count} layers and num_layers={num_layers}."
+        )
     return [kind for kinds, times in pairs for kind in list(kinds) * times]
 
 
 def _windows(
-    config: JsonObject, key: str, kinds: Any, *, known: tuple[str, str], num_layers: int, size_key: str
+    config: JsonObject,
+    key: str,
+    kinds: Any,
+    *,
+    known: tuple[str, str],
+    num_layers: int,
+    size_key: str,
 ) -> tuple[int, ...]:
-    """Return our pattern of windows from the kind of each layer: `known` are that without and that with a window."""
+    """Return our pattern of windows from the kind of each layer: `known` are that without and that
+    with a window.
+    """
     if not isinstance(kinds, list) or not all(kind in known for kind in kinds):
-        raise UserError(f"config.json has {key}={kinds!r:.80}; tinylm reads lists of {' and '.join(known)}.")
+        raise UserError(
+            f"config.json has {key}={kinds!r:.80}; tinylm reads lists of {' and '.join(known)}."
+        )
     if len(kinds) != num_layers:
         raise UserError(f"config.json has {key} of {len(kinds)} layers; there are {num_layers}.")
     if known[1] not in kinds:
@@ -407,7 +458,9 @@ def write_llama(m: ModelConfig) -> JsonObject:
 
 
 def read_mistral(c: JsonObject) -> ModelConfig:
-    """Return the model settings of a Mistral config.json: Llama's with one window for all layers, or none."""
+    """Return the model settings of a Mistral config.json: Llama's with one window for all layers,
+    or none.
+    """
     window = c.get("sliding_window", 4096)
     size = 0 if window is None else _whole(c, "sliding_window", window)
     # Transformers' default, unlike Llama's, is a number.
@@ -421,11 +474,13 @@ def write_mistral(m: ModelConfig) -> JsonObject:
 
 
 def read_qwen2(c: JsonObject) -> ModelConfig:
-    """Return the model settings of a Qwen2 config.json: Llama's with biases of queries, keys and values alone.
+    """Return the model settings of a Qwen2 config.json: Llama's with biases of queries, keys and
+    values alone.
 
     Layers have a window where `layer_types` says so; without it, from layer `max_window_layers` on.
     """
-    # Transformers' defaults, which differ from Llama's, and the window that counts only where it is switched on.
+    # Transformers' defaults, which differ from Llama's, and the window that counts only where it is
+    # switched on.
     c = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, **c}
     if not _flag(c, "use_sliding_window", False):
         c["sliding_window"] = None
@@ -435,8 +490,13 @@ def read_qwen2(c: JsonObject) -> ModelConfig:
     if kinds is None:
         first = num_layers if c["sliding_window"] is None else c["max_window_layers"]
         if type(first) is not int:
-            raise UserError(f"config.json has max_window_layers={first!r}; qwen2 needs a whole number.")
-        kinds = ["full_attention" if layer < first else "sliding_attention" for layer in range(num_layers)]
+            raise UserError(
+                f"config.json has max_window_layers={first!r}; qwen2 needs a whole number."
+            )
+        kinds = [
+            "full_attention" if layer < first else "sliding_attention"
+            for layer in range(num_layers)
+        ]
     settings["attention_window"] = _windows(
         c,
         "layer_types",

@@ -1,8 +1,10 @@
-"""A model of Hugging Face as it lies in a folder: settings, tensors and tokenizer, checked against each other.
+"""A model of Hugging Face as it lies in a folder: settings, tensors and tokenizer, checked against
+each other.
 
-Nothing is built here. The header of the weights says what is there, so sizes of a config.json are compared with it
-before anything grows with them: 250 bytes can ask for 100 million layers. Where the file and its config.json disagree
-about a tied output matrix, the file counts, as it does in transformers (`tie_weights`).
+Nothing is built here. The header of the weights says what is there, so sizes of a config.json are
+compared with it before anything grows with them: 250 bytes can ask for 100 million layers. Where
+the file and its config.json disagree about a tied output matrix, the file counts, as it does in
+transformers (`tie_weights`).
 """
 
 import dataclasses
@@ -28,7 +30,9 @@ _ROWS = 4096  # of two matrices that are compared at a time
 
 @dataclasses.dataclass(frozen=True)
 class HfModel:
-    """An opened folder. Texts begin with `start_id`; any of `end_ids` ends one, as the tokenizer's own end does."""
+    """An opened folder. Texts begin with `start_id`; any of `end_ids` ends one, as the tokenizer's
+    own end does.
+    """
 
     family: Family
     model: ModelConfig
@@ -36,7 +40,9 @@ class HfModel:
     tokenizer: Tokenizer
     start_id: int
     end_ids: tuple[int, ...]
-    left_out: tuple[str, ...]  # a line for each kind of tensor or file that is not read: names, and why
+    left_out: tuple[
+        str, ...
+    ]  # a line for each kind of tensor or file that is not read: names, and why
 
     def params(self, mesh: Mesh, fsdp: bool) -> dict:
         """Return our parameters, laid out on `mesh`."""
@@ -50,7 +56,9 @@ def open_hf(folder: str, setting: str, tokenizer: str = "") -> HfModel:
     """
     place = pathlib.Path(folder).expanduser()
     if not place.is_dir():
-        raise UserError(f"{setting} is no folder; download the model first (tinylm fetches nothing by itself).")
+        raise UserError(
+            f"{setting} is no folder; download the model first (tinylm fetches nothing by itself)."
+        )
     family, model, tensors, left_out = read_model(place)
     config = read_json(place / "config.json")
     ends = _special_ids(config, "eos_token_id", model.vocab_size)
@@ -73,17 +81,23 @@ def open_hf(folder: str, setting: str, tokenizer: str = "") -> HfModel:
 
 
 def _special_ids(config: dict[str, Any], key: str, vocab_size: int) -> list[int]:
-    """Return the ids below `vocab_size` that a JSON object gives for `key`: one, or several in a list."""
+    """Return the ids below `vocab_size` that a JSON object gives for `key`: one, or several in a
+    list.
+    """
     found = config.get(key)
     several = found if isinstance(found, list) else [found]
     return [one for one in several if type(one) is int and 0 <= one < vocab_size]
 
 
 def read_model(folder: pathlib.Path) -> tuple[Family, ModelConfig, Tensors, tuple[str, ...]]:
-    """Return family, resolved settings, tensors by the family's names, and a line for each kind of what is left out."""
+    """Return family, resolved settings, tensors by the family's names, and a line for each kind of
+    what is left out.
+    """
     config = read_json(folder / "config.json")
     family = _family_of(config)
-    tensors, left_out = _without_ignored(weights.with_family_names(open_folder(folder), family), family)
+    tensors, left_out = _without_ignored(
+        weights.with_family_names(open_folder(folder), family), family
+    )
     _check_numbers(tensors)
     _check_num_layers(config, family, tensors)
     model = read_settings(config, family)
@@ -108,11 +122,14 @@ def _without_ignored(tensors: Tensors, family: Family) -> tuple[Tensors, dict[st
 
 
 def _check_numbers(tensors: Tensors) -> None:
-    """Raise UserError for a tensor of a type that isn't read, which `open_file` gives as False without its numbers."""
+    """Raise UserError for a tensor of a type that isn't read, which `open_file` gives as False
+    without its numbers.
+    """
     for name, tensor in tensors.items():
         if tensor.dtype == bool:
             raise UserError(
-                f"{name} holds no floating-point numbers (quantized?); tinylm reads F32, F16, BF16 and F64."
+                f"{name} holds no floating-point numbers (quantized?); tinylm reads F32, "
+                "F16, BF16 and F64."
             )
 
 
@@ -122,12 +139,16 @@ def _family_of(config: dict[str, Any]) -> Family:
         return FAMILIES[kind]
     line = f"config.json has model_type={kind!r}; tinylm reads {', '.join(FAMILIES)}"
     if isinstance(kind, str) and kind in RELATIVES:
-        raise UserError(f"{line}, and has no setting for what {kind} has besides: {RELATIVES[kind]}.")
+        raise UserError(
+            f"{line}, and has no setting for what {kind} has besides: {RELATIVES[kind]}."
+        )
     raise UserError(f"{line}{nearest(str(kind), FAMILIES)}.")
 
 
 def read_settings(config: dict[str, Any], family: Family) -> ModelConfig:
-    """Return the resolved and checked settings of a config.json; refusals use the family's own words."""
+    """Return the resolved and checked settings of a config.json; refusals use the family's own
+    words.
+    """
     try:
         model = family.read_config(config)
         model.check()
@@ -138,7 +159,9 @@ def read_settings(config: dict[str, Any], family: Family) -> ModelConfig:
         # What to set instead, behind a semicolon, is no advice for a file of others.
         raise UserError(f"config.json: {fault.partition(';')[0].rstrip('.')}.") from error
     except Exception as error:  # what a value of a wrong kind leads to
-        raise UserError(f"config.json has a value of a wrong kind ({type(error).__name__}: {error}).") from error
+        raise UserError(
+            f"config.json has a value of a wrong kind ({type(error).__name__}: {error})."
+        ) from error
     return model.resolve(model.vocab_size, model.context)
 
 
@@ -153,7 +176,10 @@ def _check_num_layers(config: dict[str, Any], family: Family, tensors: Tensors) 
     numbers = {name.removeprefix(family.layer_prefix).partition(".")[0] for name in tensors}
     there = sum(number.isdecimal() for number in numbers)
     if type(wanted) is int and wanted > there:
-        raise UserError(f"config.json has {family.names['num_layers']}={wanted}, and the weights hold {there} layers.")
+        raise UserError(
+            f"config.json has {family.names['num_layers']}={wanted}, and the weights hold "
+            f"{there} layers."
+        )
 
 
 def _check_largest(model: ModelConfig, family: Family, tensors: Tensors) -> None:
@@ -167,16 +193,25 @@ def _check_largest(model: ModelConfig, family: Family, tensors: Tensors) -> None
     for name, size in sizes.items():
         if size > largest:
             shown = family.names.get(name, name)
-            shown += f" x {family.names.get('head_dim', 'the size of a head')}" if "heads" in name else ""
+            shown += (
+                f" x {family.names.get('head_dim', 'the size of a head')}"
+                if "heads" in name
+                else ""
+            )
             raise UserError(
-                f"config.json has {shown}={size}, and no dimension of any tensor of the weights is above {largest}."
+                f"config.json has {shown}={size}, and no dimension of any tensor of the "
+                f"weights is above {largest}."
             )
 
 
-def _settle_output(tensors: Tensors, family: Family, model: ModelConfig) -> tuple[ModelConfig, dict[str, str]]:
-    """Make tensors and settings agree about the output matrix; return the settings, and what of it is left out.
+def _settle_output(
+    tensors: Tensors, family: Family, model: ModelConfig
+) -> tuple[ModelConfig, dict[str, str]]:
+    """Make tensors and settings agree about the output matrix; return the settings, and what of it
+    is left out.
 
-    A file may hold both matrices of a tied pair, or either. Two that differ are no pair, whatever config.json says.
+    A file may hold both matrices of a tied pair, or either. Two that differ are no pair, whatever
+    config.json says.
     """
     embedding, head = family.name_of("embedding"), family.name_of("head")
     if not model.tie_embeddings or head not in tensors:
@@ -193,11 +228,15 @@ def _settle_output(tensors: Tensors, family: Family, model: ModelConfig) -> tupl
 
 
 def same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
-    """Say whether two matrices, which may be larger than the memory, are equal; read a few rows at a time."""
+    """Say whether two matrices, which may be larger than the memory, are equal; read a few rows at
+    a time.
+    """
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     starts = range(0, len(one), _ROWS)
-    return all(np.array_equal(one[start : start + _ROWS], other[start : start + _ROWS]) for start in starts)
+    return all(
+        np.array_equal(one[start : start + _ROWS], other[start : start + _ROWS]) for start in starts
+    )
 
 
 def _grouped(left_out: dict[str, str]) -> list[str]:
@@ -206,4 +245,7 @@ def _grouped(left_out: dict[str, str]) -> list[str]:
     for name, why in left_out.items():
         group = re.sub(r"\.\d+\.", ".*.", name), why
         groups[group] = groups.get(group, 0) + 1
-    return [f"{name} ({count}): {why}" if count > 1 else f"{name}: {why}" for (name, why), count in groups.items()]
+    return [
+        f"{name} ({count}): {why}" if count > 1 else f"{name}: {why}"
+        for (name, why), count in groups.items()
+    ]

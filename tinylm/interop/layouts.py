@@ -1,8 +1,9 @@
 """How a tensor of theirs holds one or more of ours: the transforms that the families' tables name.
 
-Ours are kernels with a dimension for each logical axis (embed, heads, head_dim); theirs are matrices, input first
-(GPT-2's Conv1D) or output first (nn.Linear), with query, key and value apart or fused. `split` makes views where it
-can, so that a slice of ours reads no more than its part of their file; `join` undoes it exactly.
+Ours are kernels with a dimension for each logical axis (embed, heads, head_dim); theirs are
+matrices, input first (GPT-2's Conv1D) or output first (nn.Linear), with query, key and value apart
+or fused. `split` makes views where it can, so that a slice of ours reads no more than its part of
+their file; `join` undoes it exactly.
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """A run as a model of EleutherAI's harness (Gao et al. 2021), by likelihood and by what it writes.
 
-python -m tinylm.interop.lm_eval run --model=tinylm --model_args=workdir=runs/tales --tasks=lambada_openai
+python -m tinylm.interop.lm_eval run --model=tinylm --model_args=workdir=runs/tales
+--tasks=lambada_openai
 
 Flags are the harness's own; the model is named `tinylm` there. Every text begins as in training.
 Rows are padded to powers of two, so that few programs are compiled.
@@ -33,7 +34,9 @@ Score = tuple[float, bool]  # log probability in nats, whether greedy decoding w
 class TinyLM(_Template):
     """A run as the harness sees a model."""
 
-    def __init__(self, workdir: str, step: str = "best", batch_size: int | str = 8, **_harness_options: Any):
+    def __init__(
+        self, workdir: str, step: str = "best", batch_size: int | str = 8, **_harness_options: Any
+    ):
         """Open the run.
 
         Args:
@@ -54,7 +57,9 @@ class TinyLM(_Template):
             self.run.end_ids,
         )
 
-        def score(params: dict, tokens_BT: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def score(
+            params: dict, tokens_BT: jax.Array, targets_BT: jax.Array
+        ) -> tuple[jax.Array, jax.Array]:
             logits_BTV = nnx.merge(self.run.graph, params)(tokens_BT)
             target_logits_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
             log_p_BT = target_logits_BT1[..., 0] - jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -73,7 +78,9 @@ class TinyLM(_Template):
         """The id that every text begins with."""
         return self.run.start_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_harness_options: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_harness_options: Any
+    ) -> list[int]:
         """Return ids, the begin of a text first unless that is refused."""
         ids = self.tokenizer.encode(string)
         if add_special_tokens is False:
@@ -131,10 +138,14 @@ class TinyLM(_Template):
             scores.append((total, bool(is_greedy_T[scored].all())))
         return scores
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple], **_harness_options: Any) -> list[Score]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple], **_harness_options: Any
+    ) -> list[Score]:
         return self.score_pairs([(context, ids) for _, context, ids in requests])
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """Return log p of whole texts, long ones in windows that together hold each id once."""
         pairs: list[Pair] = []
         num_windows = []

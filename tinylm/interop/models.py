@@ -1,8 +1,9 @@
 """Whole models in and out: a folder of Hugging Face, a file of llama2.c, a folder of a run.
 
-An imported model becomes a run without training: config.json, checkpoints/0 with parameters alone, tokenizer/. An
-exported one is read back from what was written, as any reader would, and must give the same logits bit for bit before
-its folder gets its name; where torch and transformers are installed, theirs must agree too.
+An imported model becomes a run without training: config.json, checkpoints/0 with parameters alone,
+tokenizer/. An exported one is read back from what was written, as any reader would, and must give
+the same logits bit for bit before its folder gets its name; where torch and transformers are
+installed, theirs must agree too.
 """
 
 import dataclasses
@@ -44,8 +45,8 @@ _FURTHEST = 1e-4  # between our logits and transformers', as a part of the large
 class Imported:
     """A model that came from elsewhere, on the mesh.
 
-    Its texts begin with `start_id`; any of `end_ids` ends one, as the tokenizer's own end does. `left_out` has a line
-    for each kind of what was not read.
+    Its texts begin with `start_id`; any of `end_ids` ends one, as the tokenizer's own end does.
+    `left_out` has a line for each kind of what was not read.
     """
 
     model: ModelConfig
@@ -58,23 +59,39 @@ class Imported:
 
 
 def import_hf(folder: str, tokenizer: str = "", mesh_config: MeshConfig | None = None) -> Imported:
-    """Return the model in a local folder of Hugging Face; `tokenizer` is a file, where the folder has none."""
+    """Return the model in a local folder of Hugging Face; `tokenizer` is a file, where the folder
+    has none.
+    """
     opened = open_hf(folder, f"--from_hf={folder}", tokenizer)
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
     params = opened.params(mesh, mesh_config.fsdp)
-    return Imported(opened.model, params, opened.tokenizer, mesh, opened.start_id, opened.end_ids, opened.left_out)
+    return Imported(
+        opened.model,
+        params,
+        opened.tokenizer,
+        mesh,
+        opened.start_id,
+        opened.end_ids,
+        opened.left_out,
+    )
 
 
 def import_llama2c(path: str, tokenizer: str, mesh_config: MeshConfig | None = None) -> Imported:
     """Return the model in a legacy .bin of llama2.c with its tokenizer.bin."""
     model, tensors = open_llama2c(pathlib.Path(path).expanduser())
     if not tokenizer:
-        raise UserError("--from_llama2c needs --tokenizer=FILE, the tokenizer.bin that the model was trained with.")
-    found = find_tokenizer(pathlib.Path(), tokenizer)
-    if found.vocab_size != model.vocab_size:  # llama2.c pads no vocabulary, so another size is another tokenizer
         raise UserError(
-            f"--tokenizer={tokenizer} has {found.vocab_size} ids and the model {model.vocab_size}; name the one that "
+            "--from_llama2c needs --tokenizer=FILE, the tokenizer.bin that the model was "
+            "trained with."
+        )
+    found = find_tokenizer(pathlib.Path(), tokenizer)
+    if (
+        found.vocab_size != model.vocab_size
+    ):  # llama2.c pads no vocabulary, so another size is another tokenizer
+        raise UserError(
+            f"--tokenizer={tokenizer} has {found.vocab_size} ids and the model "
+            f"{model.vocab_size}; name the one that "
             "the model was trained with."
         )
     mesh_config = mesh_config or MeshConfig(fsdp=True)
@@ -96,7 +113,8 @@ def write_run(folder: RunFolder, record: dict[str, Any], imported: Imported) -> 
 def export_hf(run: Run, folder: str) -> dict[str, Any]:
     """Write a run's model into a new folder that `transformers` loads; return what was checked.
 
-    Raises UserError where no family holds the model or the logits of what was written differ from the run's.
+    Raises UserError where no family holds the model or the logits of what was written differ from
+    the run's.
     """
     check_on_disk("--to_hf", folder)
     place = pathlib.Path(folder).expanduser().resolve()
@@ -117,7 +135,9 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
         else:
             part.rename(place)
     except OSError as error:
-        raise StorageError(f"--to_hf={folder} can't be written: {error.strerror or error}.") from error
+        raise StorageError(
+            f"--to_hf={folder} can't be written: {error.strerror or error}."
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return {"folder": str(place), "family": family.model_type, **checked}
@@ -140,14 +160,20 @@ def _write_model(run: Run, family: Family, folder: pathlib.Path) -> None:
 
 
 def fitting_family(model: ModelConfig) -> Family:
-    """Return the family that holds a model; raise UserError with what stands in the way of the nearest one."""
+    """Return the family that holds a model; raise UserError with what stands in the way of the
+    nearest one.
+    """
     misfits = {family.model_type: _misfits(family, model) for family in FAMILIES.values()}
     nearest = min(misfits, key=lambda kind: len(misfits[kind]))
     if misfits[nearest]:
         raise UserError(
-            f"no family of Hugging Face holds this model ({', '.join(FAMILIES)}); the nearest, {nearest}, would need "
-            + ", ".join(misfits[nearest]) + "."
-        )  # fmt: skip
+            (
+                f"no family of Hugging Face holds this model ({', '.join(FAMILIES)}); the "
+                f"nearest, {nearest}, would need "
+            )
+            + ", ".join(misfits[nearest])
+            + "."
+        )
     return FAMILIES[nearest]
 
 
@@ -165,7 +191,9 @@ def _misfits(family: Family, model: ModelConfig) -> list[str]:
 
 
 def check_logits(run: Run, folder: pathlib.Path) -> dict[str, Any]:
-    """Read a written model back and compare its logits with the run's, and with transformers' where it is installed."""
+    """Read a written model back and compare its logits with the run's, and with transformers' where
+    it is installed.
+    """
     family, model, tensors, _ = read_model(folder)
     again = weights.import_params(tensors, family, model, run.mesh, fsdp=True)
     again = jax.device_put(again, jax.tree.map(lambda leaf: leaf.sharding, run.params))
@@ -176,7 +204,8 @@ def check_logits(run: Run, folder: pathlib.Path) -> dict[str, Any]:
         theirs = _logits(model, again, tokens)
     if not np.array_equal(ours, theirs):
         raise UserError(
-            f"nothing was exported: logits of what was written differ by up to {np.abs(ours - theirs).max():.3g}; "
+            "nothing was exported: logits of what was written differ by up to "
+            f"{np.abs(ours - theirs).max():.3g}; "
             "please report this."
         )
     reference = transformers_logits(folder, tokens)
@@ -185,21 +214,26 @@ def check_logits(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     off = float(np.abs(ours - reference).max())
     if not off <= _FURTHEST * max(1.0, float(np.abs(ours).max())):
         raise UserError(
-            f"nothing was exported: transformers' logits differ from ours by up to {off:.3g}; please report this."
+            "nothing was exported: transformers' logits differ from ours by up to "
+            f"{off:.3g}; please report this."
         )
     return {"logits": "equal after reading back", "transformers": off}
 
 
 def _logits(model: ModelConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
     """Return float32 logits over the real vocabulary."""
-    plain = dataclasses.replace(model, compute_dtype="float32", dropout=0.0, remat="none", unroll=1, attention="xla")
+    plain = dataclasses.replace(
+        model, compute_dtype="float32", dropout=0.0, remat="none", unroll=1, attention="xla"
+    )
     logits = _forward(dataclasses.astuple(plain))(params, jnp.asarray(tokens))
     return np.asarray(logits)[..., : model.vocab_size]
 
 
 @functools.cache
 def _forward(settings: tuple) -> Callable:
-    """Return the compiled forward pass of a model's settings, the same program for the same settings."""
+    """Return the compiled forward pass of a model's settings, the same program for the same
+    settings.
+    """
     graph = abstract_transformer(ModelConfig(*settings))[0]
     return jax.jit(lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT))
 

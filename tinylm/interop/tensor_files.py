@@ -1,9 +1,10 @@
 """Safetensors files, read as views and written as a stream.
 
-The format is 8 bytes of length, a JSON header (type, shape, offsets of each tensor) and the raw numbers: nothing in it
-can be run. Tensors are memory-mapped, so transposing and cutting make views, and only what a device needs is read.
-A header is checked before it is believed: its length, its types, and that every tensor lies inside the file.
-Source of the format: github.com/huggingface/safetensors, section "Format".
+The format is 8 bytes of length, a JSON header (type, shape, offsets of each tensor) and the raw
+numbers: nothing in it can be run. Tensors are memory-mapped, so transposing and cutting make views,
+and only what a device needs is read. A header is checked before it is believed: its length, its
+types, and that every tensor lies inside the file. Source of the format:
+github.com/huggingface/safetensors, section "Format".
 """
 
 import json
@@ -29,13 +30,16 @@ Tensors = dict[str, np.ndarray]
 
 
 def open_folder(folder: pathlib.Path) -> Tensors:
-    """Return every tensor of a model's folder by name, memory-mapped; raise UserError for what can't be trusted.
+    """Return every tensor of a model's folder by name, memory-mapped; raise UserError for what
+    can't be trusted.
 
-    Of several files those are read that transformers reads: model.safetensors, or what an index names.
+    Of several files those are read that transformers reads: model.safetensors, or what an index
+    names.
     """
     if (folder / _ADAPTER).exists():
         raise UserError(
-            f"{folder} holds an adapter ({_ADAPTER}), which changes its model; merge it into the model first (peft's "
+            f"{folder} holds an adapter ({_ADAPTER}), which changes its model; merge it "
+            "into the model first (peft's "
             "merge_and_unload), or remove it to read the model alone."
         )
     if (folder / _SINGLE).exists():
@@ -44,14 +48,18 @@ def open_folder(folder: pathlib.Path) -> Tensors:
         return _open_sharded(folder)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) > 1:
-        raise UserError(f"{folder} holds {len(files)} .safetensors files, but no {_SINGLE} or {_INDEX}.")
+        raise UserError(
+            f"{folder} holds {len(files)} .safetensors files, but no {_SINGLE} or {_INDEX}."
+        )
     if files:
         return open_file(files[0])
     pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
     if pickled:
         raise UserError(
-            f"{folder} holds pickled weights alone ({pickled[0]}); reading a pickle can run any code in it, so tinylm "
-            "reads safetensors only: save the model with save_pretrained(..., safe_serialization=True)."
+            f"{folder} holds pickled weights alone ({pickled[0]}); reading a pickle can "
+            "run any code in it, so tinylm "
+            "reads safetensors only: save the model with save_pretrained(..., "
+            "safe_serialization=True)."
         )
     raise UserError(f"{folder} holds no {_SINGLE}.")
 
@@ -80,11 +88,17 @@ def _open_sharded(folder: pathlib.Path) -> Tensors:
     opened: dict[str, Tensors] = {}
     for name in sorted(set(where.values())):
         if pathlib.PurePath(name).name != name or "\\" in name or name == "..":
-            raise UserError(f"{folder / _INDEX} names {name!r}; a file of weights must lie beside its index.")
+            raise UserError(
+                f"{folder / _INDEX} names {name!r}; a file of weights must lie beside its index."
+            )
         opened[name] = open_file(folder / name)
-    missing = [f"{tensor} in {name}" for tensor, name in where.items() if tensor not in opened[name]]
+    missing = [
+        f"{tensor} in {name}" for tensor, name in where.items() if tensor not in opened[name]
+    ]
     if missing:
-        raise UserError(f"{folder / _INDEX} names {missing[0]}, which isn't there ({len(missing)} such).")
+        raise UserError(
+            f"{folder / _INDEX} names {missing[0]}, which isn't there ({len(missing)} such)."
+        )
     return {tensor: opened[name][tensor] for tensor, name in where.items()}
 
 
@@ -103,13 +117,16 @@ def _read_header(path: pathlib.Path, content: np.ndarray) -> tuple[dict, int]:
     length = struct.unpack("<Q", content[:8].tobytes())[0] if len(content) >= 8 else 0
     if not 2 <= length <= min(_MAX_HEADER_BYTES, len(content) - 8):
         raise UserError(
-            f"{path} is no safetensors file: its header would be {length:,} bytes (at most {_MAX_HEADER_BYTES:,}, and "
+            f"{path} is no safetensors file: its header would be {length:,} bytes (at most "
+            f"{_MAX_HEADER_BYTES:,}, and "
             f"the file has {len(content):,})."
         )
     try:
         header = json.loads(content[8 : 8 + length].tobytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no safetensors file: its header is not JSON ({error}).") from error
+        raise UserError(
+            f"{path} is no safetensors file: its header is not JSON ({error})."
+        ) from error
     if not isinstance(header, dict):
         raise UserError(f"{path} is no safetensors file: its header is no object.")
     return header, 8 + length
@@ -119,19 +136,27 @@ def _view(path: pathlib.Path, data: np.ndarray, name: str, entry: dict) -> np.nd
     try:
         kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         dtype = np.dtype(_DTYPES[kind]) if kind in _DTYPES else None
-        fits = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end <= len(data)
+        fits = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end <= len(
+            data
+        )
         fits = fits and len(shape) <= 32 and math.prod(max(n, 1) for n in shape) <= _MAX_NUMBERS
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} describes {name} wrongly: {entry}.") from error
     if not fits or (dtype is not None and end - begin != math.prod(shape) * dtype.itemsize):
-        raise UserError(f"{path} is cut short or altered: {name} {shape} isn't in bytes {begin} to {end}.")
+        raise UserError(
+            f"{path} is cut short or altered: {name} {shape} isn't in bytes {begin} to {end}."
+        )
     if dtype is None:
-        return np.broadcast_to(np.zeros((), bool), shape)  # a mask or a quantized weight, refused where it is wanted
+        return np.broadcast_to(
+            np.zeros((), bool), shape
+        )  # a mask or a quantized weight, refused where it is wanted
     return data[begin:end].view(dtype).reshape(shape)
 
 
 def write_file(
-    path: pathlib.Path, shapes: dict[str, tuple[int, ...]], tensors: Iterable[tuple[str, np.ndarray]]
+    path: pathlib.Path,
+    shapes: dict[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, np.ndarray]],
 ) -> None:
     """Write float32 tensors, which must come in the order of `shapes`, one at a time."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
@@ -145,7 +170,9 @@ def write_file(
         with path.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for (name, tensor), expected in zip(tensors, shapes, strict=True):
-                assert name == expected and tensor.shape == shapes[name], f"{name} {tensor.shape} is out of order"
+                assert name == expected and tensor.shape == shapes[name], (
+                    f"{name} {tensor.shape} is out of order"
+                )
                 file.write(np.ascontiguousarray(tensor, "<f4").data)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}.") from error

@@ -1,7 +1,9 @@
-"""Tokenizers as the files that `transformers` reads, and the tokenizer that lies in a model's folder.
+"""Tokenizers as the files that `transformers` reads, and the tokenizer that lies in a model's
+folder.
 
-Out: our own files, so that we read back exactly what was written, and a tokenizer.json that gives the same ids. In:
-our own files, a tokenizer.json, GPT-2's vocab.json with merges.txt, or a SentencePiece model, whichever is there first.
+Out: our own files, so that we read back exactly what was written, and a tokenizer.json that gives
+the same ids. In: our own files, a tokenizer.json, GPT-2's vocab.json with merges.txt, or a
+SentencePiece model, whichever is there first.
 """
 
 import itertools
@@ -13,20 +15,34 @@ from tinylm.core.errors import UserError
 from tinylm.core.log import say
 from tinylm.data.bpe import byte_chars
 from tinylm.data.cut import CutTokenizer
-from tinylm.data.tokenizers import END, HEADER_FILE, ByteTokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from tinylm.data.tokenizers import (
+    END,
+    HEADER_FILE,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from tinylm.data.vocabularies import Gpt2Tokenizer, HfTokenizer, Llama2cTokenizer, read_vocabulary
 
 _KIND_OF_SUFFIX = {".json": "hf", ".model": "sentencepiece", ".bin": "llama2c"}
-_KIND_OF_FILE = {"tokenizer.json": "hf", "tokenizer.model": "sentencepiece", "tokenizer.bin": "llama2c"}
+_KIND_OF_FILE = {
+    "tokenizer.json": "hf",
+    "tokenizer.model": "sentencepiece",
+    "tokenizer.bin": "llama2c",
+}
 
 
 def find_tokenizer(folder: pathlib.Path, given: str, eot_id: int | None = None) -> Tokenizer:
-    """Return the tokenizer of the file `given`, or else the one in a model's folder, whose texts end with `eot_id`."""
+    """Return the tokenizer of the file `given`, or else the one in a model's folder, whose texts
+    end with `eot_id`.
+    """
     if given:
         kind = _KIND_OF_SUFFIX.get(pathlib.Path(given).suffix)
         if kind is None:
             raise UserError(
-                f"--tokenizer={given} must be a .json (Hugging Face), .model (SentencePiece) or .bin (llama2.c)."
+                f"--tokenizer={given} must be a .json (Hugging Face), .model "
+                "(SentencePiece) or .bin (llama2.c)."
             )
         return read_vocabulary(f"{kind}:{given}", eot_id)
     if (folder / HEADER_FILE).exists():
@@ -38,7 +54,8 @@ def find_tokenizer(folder: pathlib.Path, given: str, eot_id: int | None = None) 
     if (folder / "tokenizer.model").exists():
         return read_vocabulary(f"sentencepiece:{folder / 'tokenizer.model'}")
     raise UserError(
-        f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or tokenizer.model; set --tokenizer=FILE."
+        f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or "
+        "tokenizer.model; set --tokenizer=FILE."
     )
 
 
@@ -46,7 +63,8 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise UserError where the tokenizer has ids that the model has no row for."""
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocabulary {vocab_size}; "
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocabulary "
+            f"{vocab_size}; "
             "set --tokenizer to the one that the model was trained with."
         )
 
@@ -64,16 +82,25 @@ def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path, context: int) ->
     tokenizer.save(folder)
     content = tokenizer_json(tokenizer)
     if content is None:
-        say(f"no tokenizer.json gives the ids of tokenizer {tokenizer.name}; {folder.name} has it for tinylm alone")
+        say(
+            f"no tokenizer.json gives the ids of tokenizer {tokenizer.name}; {folder.name} "
+            "has it for tinylm alone"
+        )
         return
     (folder / "tokenizer.json").write_bytes(content)
     import tokenizers
 
     end = tokenizers.Tokenizer.from_str(content.decode()).id_to_token(tokenizer.eot_id)
     special = {"bos_token": end, "eos_token": end} if end else {}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **special}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        **special,
+    }
     settings["clean_up_tokenization_spaces"] = False
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
@@ -85,7 +112,9 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
     if isinstance(tokenizer, Llama2cTokenizer):
         return tokenizer.inner.to_str().encode()
     if isinstance(tokenizer, ByteTokenizer):
-        return _byte_level({char: byte for byte, char in byte_chars().items()} | {END: tokenizer.eot_id}, [])
+        return _byte_level(
+            {char: byte for byte, char in byte_chars().items()} | {END: tokenizer.eot_id}, []
+        )
     if isinstance(tokenizer, CharTokenizer):
         return _of_chars(tokenizer)
     if isinstance(tokenizer, HfTokenizer) and not tokenizer.eot_name:
@@ -99,7 +128,8 @@ def _with_end(tokenizer: HfTokenizer) -> bytes | None:
 
     inner = tokenizers.Tokenizer.from_str(tokenizer.files["tokenizer.json"].decode())
     inner.add_special_tokens([END])
-    # The library gives it the next id after its own count, which is another one where the file's ids have gaps.
+    # The library gives it the next id after its own count, which is another one where the file's
+    # ids have gaps.
     return inner.to_str().encode() if inner.token_to_id(END) == tokenizer.eot_id else None
 
 
@@ -110,7 +140,9 @@ def _of_merges(folder: pathlib.Path, eot_id: int | None) -> HfTokenizer:
     try:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # the library raises a bare Exception
-        raise UserError(f"{folder} has vocab.json and merges.txt that can't be read: {error}.") from error
+        raise UserError(
+            f"{folder} has vocab.json and merges.txt that can't be read: {error}."
+        ) from error
     return HfTokenizer(_byte_level(vocab, merges), eot_id)
 
 

@@ -1,8 +1,9 @@
 """Weights between a model's files and the mesh, by a family's table.
 
-In: each device asks for its own part of each parameter, and only that part is read from the memory-mapped file and
-converted, so no device ever holds a whole copy. Out: one tensor at a time is gathered to the host. The rows that pad
-our vocabulary are zeros on the way in and are cut on the way out.
+In: each device asks for its own part of each parameter, and only that part is read from the
+memory-mapped file and converted, so no device ever holds a whole copy. Out: one tensor at a time is
+gathered to the host. The rows that pad our vocabulary are zeros on the way in and are cut on the
+way out.
 """
 
 import dataclasses
@@ -25,8 +26,12 @@ from tinylm.model.transformer import abstract_transformer
 Shapes = dict[str, Shape]
 
 
-def import_params(tensors: Tensors, family: Family, config: ModelConfig, mesh: Mesh, fsdp: bool) -> dict:
-    """Return our parameters, laid out on `mesh`, from tensors by their names; raise UserError where these don't fit."""
+def import_params(
+    tensors: Tensors, family: Family, config: ModelConfig, mesh: Mesh, fsdp: bool
+) -> dict:
+    """Return our parameters, laid out on `mesh`, from tensors by their names; raise UserError where
+    these don't fit.
+    """
     _, abstract, axes = abstract_transformer(config)
     cut = unpadded_shapes(config)
     check_tensors(tensors, family, config)
@@ -39,12 +44,16 @@ def import_params(tensors: Tensors, family: Family, config: ModelConfig, mesh: M
     params = {}
     for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items():
         sharding = parameter_sharding(mesh, fsdp, axes[path], leaf.shape)
-        params[path] = jax.make_array_from_callback(leaf.shape, sharding, _reader(layers[path], path, leaf.shape))
+        params[path] = jax.make_array_from_callback(
+            leaf.shape, sharding, _reader(layers[path], path, leaf.shape)
+        )
     return traverse_util.unflatten_dict(params, sep="/")
 
 
 def _reader(views: list[np.ndarray], path: str, shape: Shape):
-    """Return the callback that reads one device's part of a parameter as float32, zeros where theirs ends."""
+    """Return the callback that reads one device's part of a parameter as float32, zeros where
+    theirs ends.
+    """
 
     def part(view: np.ndarray, index: tuple[slice, ...], size: Shape) -> np.ndarray:
         out, found = np.zeros(size, np.float32), view[index]
@@ -65,16 +74,24 @@ def check_tensors(tensors: Tensors, family: Family, config: ModelConfig) -> None
     expected = their_shapes(family, config)
     missing = [name for name in expected if name not in tensors]
     if missing:
-        raise UserError(f"the weights lack {missing[0]}{_more(missing)}, which config.json asks for.")
+        raise UserError(
+            f"the weights lack {missing[0]}{_more(missing)}, which config.json asks for."
+        )
     extra = [name for name in tensors if name not in expected]
     if extra:
-        raise UserError(f"the weights have {extra[0]}{_more(extra)}, which config.json doesn't ask for.")
+        raise UserError(
+            f"the weights have {extra[0]}{_more(extra)}, which config.json doesn't ask for."
+        )
     for name, shape in expected.items():
         if tensors[name].shape != shape:
-            raise UserError(f"{name} has shape {tensors[name].shape}; config.json asks for {shape}.")
+            raise UserError(
+                f"{name} has shape {tensors[name].shape}; config.json asks for {shape}."
+            )
 
 
-def export_tensors(params: dict, family: Family, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+def export_tensors(
+    params: dict, family: Family, config: ModelConfig
+) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (their name, float32 tensor) in the order of `their_shapes`."""
     flat, cut = traverse_util.flatten_dict(params, sep="/"), unpadded_shapes(config)
     gathered: tuple[Row | None, list[np.ndarray]] = None, []
@@ -96,7 +113,9 @@ def their_shapes(family: Family, config: ModelConfig) -> Shapes:
 
 
 def unpadded_shapes(config: ModelConfig) -> Shapes:
-    """Return the shape of every parameter of ours by path, without the rows that pad the vocabulary."""
+    """Return the shape of every parameter of ours by path, without the rows that pad the
+    vocabulary.
+    """
     return _unpadded_shapes(dataclasses.astuple(config))
 
 
@@ -106,7 +125,10 @@ def _unpadded_shapes(settings: tuple) -> Shapes:
     _, abstract, axes = abstract_transformer(config)
     flat = traverse_util.flatten_dict(abstract, sep="/")
     return {
-        path: tuple(config.vocab_size if axis == "vocab" else n for axis, n in zip(axes[path], leaf.shape, strict=True))
+        path: tuple(
+            config.vocab_size if axis == "vocab" else n
+            for axis, n in zip(axes[path], leaf.shape, strict=True)
+        )
         for path, leaf in flat.items()
     }
 
@@ -114,14 +136,16 @@ def _unpadded_shapes(settings: tuple) -> Shapes:
 def with_family_names(tensors: Tensors, family: Family) -> Tensors:
     """Return tensors by the names of the family's table.
 
-    Some versions of transformers name a tensor otherwise, and files of a bare model (published GPT-2's) leave out the
-    prefix.
+    Some versions of transformers name a tensor otherwise, and files of a bare model (published
+    GPT-2's) leave out the prefix.
     """
     named = {family.renamed.get(name, name): tensor for name, tensor in tensors.items()}
     if any(name.startswith(family.prefix) for name in named):
         return named
     outside = {row.theirs for row in family.rows if not row.theirs.startswith(family.prefix)}
-    return {name if name in outside else family.prefix + name: tensor for name, tensor in named.items()}
+    return {
+        name if name in outside else family.prefix + name: tensor for name, tensor in named.items()
+    }
 
 
 def is_stacked(path: str) -> bool:
@@ -139,7 +163,9 @@ def _walk(family: Family, config: ModelConfig) -> Iterator[tuple[Row, int]]:
     shapes = unpadded_shapes(config)
     rows = [row for row in family.rows if all(path in shapes for path in row.ours)]
     covered = {path for row in rows for path in row.ours}
-    assert covered == set(shapes), f"{family.model_type} has no name for {sorted(set(shapes) - covered)}"
+    assert covered == set(shapes), (
+        f"{family.model_type} has no name for {sorted(set(shapes) - covered)}"
+    )
     for row in rows:
         for layer in range(config.num_layers if is_stacked(row.ours[0]) else 1):
             yield row, layer

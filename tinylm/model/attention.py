@@ -46,7 +46,9 @@ def attend(
     platform = target_platform()
     needed = {"cudnn": "gpu", "splash": "tpu"}.get(kernel, platform)
     if needed != platform:
-        raise UserError(f"model.attention={kernel} needs a {needed.upper()}; set model.attention=auto.")
+        raise UserError(
+            f"model.attention={kernel} needs a {needed.upper()}; set model.attention=auto."
+        )
     if options.dropout.active and kernel in ("cudnn", "splash"):
         say_once("attention dropout takes the plain attention kernel: fused ones have none.")
 
@@ -59,7 +61,12 @@ def attend(
 
     num_queries, head_dim = q_BNTH.shape[2:]
     if platform == "gpu" and not options.softcap:
-        fits_cudnn = q_BNTH.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and num_queries % 2 == 0
+        fits_cudnn = (
+            q_BNTH.dtype == jnp.bfloat16
+            and head_dim % 8 == 0
+            and head_dim <= 128
+            and num_queries % 2 == 0
+        )
         if kernel == "cudnn" or fits_cudnn:
             return cudnn_attention(q_BNTH, k_BKSH, v_BKSH, visibility, options)
     if platform == "tpu" and num_queries % _SPLASH_BLOCK == 0:

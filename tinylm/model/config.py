@@ -1,7 +1,9 @@
-"""The model section of the config: one decoder-only transformer whose options cover the families we train.
+"""The model section of the config: one decoder-only transformer whose options cover the families we
+train.
 
-GPT-2, GPT-Neo, GPT-NeoX and Llama differ in a dozen choices (position, norm, mlp, biases, windows). Each choice is a
-setting here, read once when the block is built, so the forward pass has no family in it.
+GPT-2, GPT-Neo, GPT-NeoX and Llama differ in a dozen choices (position, norm, mlp, biases, windows).
+Each choice is a setting here, read once when the block is built, so the forward pass has no family
+in it.
 """
 
 import dataclasses
@@ -14,7 +16,9 @@ VOCAB_MULTIPLE = 128
 
 @dataclasses.dataclass
 class ModelConfig(Section, name="model"):
-    """Sizes and options of the transformer. Sizes that are 0 follow from the others (see `resolve`)."""
+    """Sizes and options of the transformer. Sizes that are 0 follow from the others (see
+    `resolve`).
+    """
 
     vocab_size: int = setting(0, "tokens the model knows (0: the tokenizer's)", least=0)
     context: int = setting(
@@ -110,8 +114,12 @@ class ModelConfig(Section, name="model"):
         "biases in query, key and value projections",
         aliases=("attention_bias", "use_qkv_bias"),
     )
-    mlp_bias: bool = setting(True, "with bias: in the mlp too (Llama's attention_bias alone: False)")
-    out_bias: bool = setting(True, "with bias: in the attention output too (Llama's mlp_bias alone: False)")
+    mlp_bias: bool = setting(
+        True, "with bias: in the mlp too (Llama's attention_bias alone: False)"
+    )
+    out_bias: bool = setting(
+        True, "with bias: in the attention output too (Llama's mlp_bias alone: False)"
+    )
     parallel_residual: bool = setting(
         False,
         "attention and mlp read the same input (GPT-NeoX)",
@@ -123,7 +131,9 @@ class ModelConfig(Section, name="model"):
         least=0,
         aliases=("sliding_window", "window_size", "sliding_window_size", "attention_layers"),
     )
-    local_heads: int = setting(0, "heads that see the window, the others see all (0: all heads)", least=0)
+    local_heads: int = setting(
+        0, "heads that see the window, the others see all (0: all heads)", least=0
+    )
     attention_scale: float = setting(
         0.0,
         "factor on query-key products (0: 1/sqrt(head_dim); GPT-Neo: 1)",
@@ -198,11 +208,15 @@ class ModelConfig(Section, name="model"):
         choices=("none", "dots", "full"),
         aliases=("gradient_checkpointing", "remat_policy", "activation_checkpointing"),
     )
-    unroll: int = setting(1, "layers per iteration of the scan (0: all)", free=True, least=0, aliases=("scan_layers",))
+    unroll: int = setting(
+        1, "layers per iteration of the scan (0: all)", free=True, least=0, aliases=("scan_layers",)
+    )
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the embedding: `vocab_size` rounded up, the same on every mesh, so that the state is too."""
+        """Rows of the embedding: `vocab_size` rounded up, the same on every mesh, so that the state
+        is too.
+        """
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
@@ -229,25 +243,33 @@ class ModelConfig(Section, name="model"):
         self._check_heads()
         self._check_kernel()
         if not self.attention_window:
-            raise UserError("model.attention_window=() must hold at least one size; (0,) is no window.")
+            raise UserError(
+                "model.attention_window=() must hold at least one size; (0,) is no window."
+            )
         if self.num_layers % len(self.attention_window):
             raise UserError(
-                f"model.num_layers={self.num_layers} must be divisible by the {len(self.attention_window)} entries of "
+                f"model.num_layers={self.num_layers} must be divisible by the "
+                f"{len(self.attention_window)} entries of "
                 "model.attention_window."
             )
 
     def _check_heads(self) -> None:
         if not self.head_dim and self.embed_dim % self.num_heads:
             raise UserError(
-                f"model.embed_dim={self.embed_dim} must be divisible by model.num_heads={self.num_heads}; "
+                f"model.embed_dim={self.embed_dim} must be divisible by "
+                f"model.num_heads={self.num_heads}; "
                 "change one of them or set model.head_dim."
             )
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise UserError(
-                f"model.num_heads={self.num_heads} must be divisible by model.num_kv_heads={self.num_kv_heads}."
+                f"model.num_heads={self.num_heads} must be divisible by "
+                f"model.num_kv_heads={self.num_kv_heads}."
             )
         if self.local_heads > self.num_heads:
-            raise UserError(f"model.local_heads={self.local_heads} must be at most model.num_heads={self.num_heads}.")
+            raise UserError(
+                f"model.local_heads={self.local_heads} must be at most "
+                f"model.num_heads={self.num_heads}."
+            )
         head_dim = self.head_dim or self.embed_dim // self.num_heads
         rotating = int(head_dim * self.rotary_fraction)
         if self.position == "rotary" and (rotating % 2 or not rotating):
@@ -263,7 +285,9 @@ class ModelConfig(Section, name="model"):
         if kernel == "cudnn" and self.compute_dtype != "bfloat16":
             misfits.append(f"model.compute_dtype=bfloat16 (here {self.compute_dtype})")
         if kernel == "cudnn" and (head_dim % 8 or head_dim > 128):
-            misfits.append(f"a head size of at most 128 that 8 divides (model.head_dim, here {head_dim})")
+            misfits.append(
+                f"a head size of at most 128 that 8 divides (model.head_dim, here {head_dim})"
+            )
         if kernel == "cudnn" and self.attention_softcap:
             misfits.append(f"model.attention_softcap=0 (here {self.attention_softcap})")
         if kernel in ("cudnn", "splash") and self.dropout:
@@ -271,4 +295,7 @@ class ModelConfig(Section, name="model"):
         if kernel in ("cudnn", "splash") and self.local_heads and any(self.attention_window):
             misfits.append(f"model.local_heads=0 (here {self.local_heads})")
         if misfits:
-            raise UserError(f"model.attention={kernel} needs {' and '.join(misfits)}; or set model.attention=auto.")
+            raise UserError(
+                f"model.attention={kernel} needs {' and '.join(misfits)}; or set "
+                "model.attention=auto."
+            )

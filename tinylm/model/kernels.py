@@ -61,7 +61,9 @@ def plain_attention(
         first_key = max(start + 1 - visibility.window, 0) if all_heads_local else 0
         queries, keys = slice(start, end), slice(first_key, end)
         mask = visibility.allowed(queries, keys, q_BNTH.shape[1])
-        block = _softmax_sum(q_BNTH[:, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], mask, options)
+        block = _softmax_sum(
+            q_BNTH[:, :, queries], k_BKSH[:, :, keys], v_BKSH[:, :, keys], mask, options
+        )
         blocks.append(block)
     return jnp.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]
 
@@ -100,7 +102,9 @@ def cudnn_attention(
     """Attend through cuDNN's flash attention, which has neither soft caps nor dropout."""
     window = (visibility.window - 1, 0) if visibility.window else None
 
-    def on_device(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    def on_device(
+        q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None
+    ) -> jax.Array:
         mask_B1TS = None
         if segments_BT is not None:
             mask_B1TS = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
@@ -135,7 +139,9 @@ def splash_attention(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    def on_device(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    def on_device(
+        q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None
+    ) -> jax.Array:
         num_heads, num_queries = q_BNTH.shape[1:3]
         square = (num_queries, num_queries)
         mask: splash.LocalMask | splash.CausalMask

@@ -33,7 +33,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 GATED = ("swiglu", "geglu")
 
 
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float
+) -> nnx.Param:
     """Return a normally distributed float32 parameter with named axes."""
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
 
@@ -190,7 +192,9 @@ def rotary_angles(positions_BT: jax.Array, rotary_dim: int, base: float) -> Rota
 
 
 def rotate(x_BNTH: jax.Array, rotary: Rotary) -> jax.Array:
-    """Turn the first 2R features of each head by their position; features i and i + R are a pair."""
+    """Turn the first 2R features of each head by their position; features i and i + R are a
+    pair.
+    """
     cos, sin = rotary
     num_pairs = cos.shape[-1]
     first = x_BNTH[..., :num_pairs]

@@ -23,7 +23,9 @@ class LossSums(NamedTuple):
     squared_log_z: jax.Array  # of the squared log normalizer, which z-loss keeps small
 
 
-def next_token_loss(model: Transformer, batch: dict[str, jax.Array], row_keys_B: jax.Array | None = None) -> LossSums:
+def next_token_loss(
+    model: Transformer, batch: dict[str, jax.Array], row_keys_B: jax.Array | None = None
+) -> LossSums:
     """Return the summed loss of a model on a batch.
 
     With `model.loss_chunks` above 1 the logits of one piece of the sequence are made at a time,
@@ -50,7 +52,9 @@ def next_token_loss(model: Transformer, batch: dict[str, jax.Array], row_keys_B:
         return jnp.moveaxis(x_BPT, 1, 0)
 
     @jax.checkpoint
-    def add_piece(total: LossSums, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[LossSums, None]:
+    def add_piece(
+        total: LossSums, piece: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[LossSums, None]:
         x_BTD, targets_BT, weights_BT = piece
         sums = cross_entropy(model.logits(x_BTD), targets_BT, weights_BT)
         return jax.tree.map(jnp.add, total, sums), None

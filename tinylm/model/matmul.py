@@ -17,7 +17,9 @@ from tinylm.core.mesh import target_platform
 
 
 def matmul(x: jax.Array, matrix_EF: jax.Array) -> jax.Array:
-    """Return the product of the last axis of `x` [..., E] with a matrix, as [..., F] in x's type."""
+    """Return the product of the last axis of `x` [..., E] with a matrix, as [..., F] in x's
+    type.
+    """
     if x.dtype == jnp.bfloat16 and target_platform() == "cpu":
         return _bfloat16_matmul_on_cpu(x, matrix_EF)
     return _flat_matmul(x, matrix_EF)

@@ -31,7 +31,9 @@ Cache = list[LayerCache]  # one for each layer
 # What the backward pass finds stored, and what it computes again, by model.remat.
 _REMAT: dict[str, Callable] = {
     "none": lambda body: body,
-    "dots": lambda body: jax.checkpoint(body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": lambda body: jax.checkpoint(
+        body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
     "full": jax.checkpoint,
 }
 
@@ -194,12 +196,18 @@ class Transformer(nnx.Module):
         vocab, embed = c.padded_vocab, c.embed_dim
         self.embedding = layers.weight(rngs, (vocab, embed), ("vocab", "embed"), c.init_std)
         self.positions = (
-            layers.weight(rngs, (c.context, embed), ("seq", "embed"), c.init_std) if c.position == "learned" else None
+            layers.weight(rngs, (c.context, embed), ("seq", "embed"), c.init_std)
+            if c.position == "learned"
+            else None
         )
         keys = jax.random.split(rngs.params(), c.num_layers)
         self.blocks = nnx.vmap(lambda key: Block(c, rngs=nnx.Rngs(params=key)))(keys)
         self.norm = make_norm(c)
-        self.head = None if c.tie_embeddings else layers.weight(rngs, (embed, vocab), ("embed", "vocab"), c.init_std)
+        self.head = (
+            None
+            if c.tie_embeddings
+            else layers.weight(rngs, (embed, vocab), ("embed", "vocab"), c.init_std)
+        )
 
     def __call__(
         self,
@@ -216,7 +224,9 @@ class Transformer(nnx.Module):
           segments_BT, positions_BT: come with packed rows. A token sees those of its own segment.
           row_keys_B: one random key a row; turns dropout on.
         """
-        x_BTD = self.features(tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, row_keys_B=row_keys_B)
+        x_BTD = self.features(
+            tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, row_keys_B=row_keys_B
+        )
         return self.logits(x_BTD)
 
     def features(
@@ -236,12 +246,16 @@ class Transformer(nnx.Module):
         # The place after the last layer is that of the embedding.
         x_BTD = dropout.at(c.num_layers)(self.embed(tokens_BT, positions_BT))
 
-        def without_cache(block: Block, x_BTD: jax.Array, inputs: LayerInputs) -> tuple[jax.Array, None]:
+        def without_cache(
+            block: Block, x_BTD: jax.Array, inputs: LayerInputs
+        ) -> tuple[jax.Array, None]:
             return block(x_BTD, inputs)[0], None
 
         return self._scan(without_cache, x_BTD, inputs)[0]
 
-    def prefill(self, tokens_BT: jax.Array, positions_BT: jax.Array, num_slots: int) -> tuple[jax.Array, Cache]:
+    def prefill(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, num_slots: int
+    ) -> tuple[jax.Array, Cache]:
         """Read prompts, padded on the left up to position 0.
 
         Returns:
@@ -290,7 +304,9 @@ class Transformer(nnx.Module):
             # slot being written. Ages that reach below position 0 belong to slots never written.
             num_slots = layer_cache.num_slots
             age_S = (slot - jnp.arange(num_slots)) % num_slots
-            visibility = dataclasses.replace(inputs.visibility, key_positions_BS=position_B1 - age_S)
+            visibility = dataclasses.replace(
+                inputs.visibility, key_positions_BS=position_B1 - age_S
+            )
             layer_inputs = dataclasses.replace(inputs, visibility=visibility)
             layer_inputs = layer_inputs.of_layer(layer, self.window_of_layer(layer))
             x_B1D, layer_cache = block(x_B1D, layer_inputs, layer_cache)
@@ -306,7 +322,9 @@ class Transformer(nnx.Module):
         else:
             equation = "BTD,DV->BTV"
             matrix = self.head[...]
-        logits_BTV = jnp.einsum(equation, x_BTD, matrix.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+        logits_BTV = jnp.einsum(
+            equation, x_BTD, matrix.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+        )
         logits_BTV = constrain(logits_BTV, "batch", None, "vocab")
         if c.logit_softcap:
             logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
@@ -327,7 +345,9 @@ class Transformer(nnx.Module):
         dropout: layers.Dropout = layers.NO_DROPOUT,
         slot: jax.Array | None = None,
     ) -> LayerInputs:
-        """Return what all layers need to know of tokens at positions; see `LayerInputs.of_layer`."""
+        """Return what all layers need to know of tokens at positions; see
+        `LayerInputs.of_layer`.
+        """
         c = self.config
         rotary = None
         if c.position == "rotary":
@@ -400,7 +420,9 @@ class Transformer(nnx.Module):
 
 def make_norm(config: ModelConfig) -> layers.Norm:
     """Return the norm that the config names."""
-    return layers.Norm(config.embed_dim, kind=config.norm, epsilon=config.norm_epsilon, bias=config.bias)
+    return layers.Norm(
+        config.embed_dim, kind=config.norm, epsilon=config.norm_epsilon, bias=config.bias
+    )
 
 
 def abstract_transformer(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict[str, tuple]]:
@@ -412,7 +434,9 @@ def abstract_transformer(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict[
       axes: the logical axes of each parameter by its path ("blocks/mlp/up/kernel"). Those of the
         stacked blocks begin with `layers`.
     """
-    assert config.is_resolved, f"sizes of the model are still open; use what resolve() returned, not {config}"
+    assert config.is_resolved, (
+        f"sizes of the model are still open; use what resolve() returned, not {config}"
+    )
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
     graph, state = nnx.split(model, nnx.Param)
     axes = {}

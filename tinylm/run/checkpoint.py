@@ -1,9 +1,10 @@
 """Checkpoints: sharded, asynchronous, complete or absent, and verified before they are restored.
 
-The one module that knows Orbax. A step is kept as two items: `params`, which tools read alone, and `train` (optimizer
-state, step, guards), with checksums of all files. While a step is written or removed, `STEP.unfinished` lies beside it:
-a kill at any point leaves a step that is whole, or one that says it isn't. The latest `checkpoint.keep` steps and the
-best by validation loss are kept. A step that fails its checksums is named and passed over for the one before.
+The one module that knows Orbax. A step is kept as two items: `params`, which tools read alone, and
+`train` (optimizer state, step, guards), with checksums of all files. While a step is written or
+removed, `STEP.unfinished` lies beside it: a kill at any point leaves a step that is whole, or one
+that says it isn't. The latest `checkpoint.keep` steps and the best by validation loss are kept. A
+step that fails its checksums is named and passed over for the one before.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ from tinylm.core.storage import failures
 from tinylm.run import checksums
 
 ITEMS = ("params", "train")
-_COMMIT_SECS = 1800  # after which a save is given up: where one process can't write its part, the others wait so long
+# After which a save is given up: where one process can't write its part, the others wait so long.
+_COMMIT_SECS = 1800
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -44,11 +46,20 @@ class CheckpointConfig(Section, name="checkpoint"):
         "steps between checkpoints (0: only the best and the last)",
         free=True,
         least=0,
-        aliases=("save_steps", "save_every", "checkpoint_period", "checkpoint_interval", "save_interval"),
+        aliases=(
+            "save_steps",
+            "save_every",
+            "checkpoint_period",
+            "checkpoint_interval",
+            "save_interval",
+        ),
     )
     dir: str = setting(
         "",
-        "folder, as on scratch storage, in which each run makes one for its checkpoints (empty: in the run's folder)",
+        (
+            "folder, as on scratch storage, in which each run makes one for its checkpoints "
+            "(empty: in the run's folder)"
+        ),
         free=True,
         aliases=("checkpoint_dir", "save_dir", "checkpoint_folder"),
     )
@@ -70,7 +81,9 @@ class CheckpointConfig(Section, name="checkpoint"):
 def finished_steps(folder: epath.Path) -> list[int]:
     """Return the steps in a run's folder of checkpoints that were finished, in order."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    return sorted(int(name) for name in names if name.isdecimal() and f"{name}.unfinished" not in names)
+    return sorted(
+        int(name) for name in names if name.isdecimal() and f"{name}.unfinished" not in names
+    )
 
 
 class Checkpoints:
@@ -81,14 +94,18 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._ocp, self._folder, self._config = ocp, folder, config
-        # Floats hardly get smaller, and compressing takes a copy of them and nearly all the time of a save.
+        # Floats hardly get smaller, and compressing takes a copy of them and nearly all the time of
+        # a save.
         handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
-        # A thread that waits for a folder which a full disk refused would hold up the exit; but where there are several
-        # processes, one alone makes folders, and must not fail between two barriers.
+        # A thread that waits for a folder which a full disk refused would hold up the exit; but
+        # where there are several processes, one alone makes folders, and must not fail between two
+        # barriers.
         waiting = ocp.options.AsyncOptions(
             timeout_secs=_COMMIT_SECS, create_directories_asynchronously=jax.process_count() > 1
         )
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers), async_options=waiting)
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(**handlers), async_options=waiting
+        )
         self._sealer = ThreadPoolExecutor(1)
         self._sealing: Future[None] | None = None
         self._damaged: set[int] = set()
@@ -101,11 +118,16 @@ class Checkpoints:
     def losses(self) -> dict[int, float]:
         """Return the validation loss of each step that has a finite one."""
         found = {step: checksums.read(self._folder / str(step)) for step in self.steps()}
-        losses = {step: facts["loss"] for step, facts in found.items() if facts and facts["loss"] is not None}
+        losses = {
+            step: facts["loss"]
+            for step, facts in found.items()
+            if facts and facts["loss"] is not None
+        }
         return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
 
     def newest(self) -> int | None:
-        """Clear what dead saves left, and return the newest whole step, or None where no step was ever finished.
+        """Clear what dead saves left, and return the newest whole step, or None where no step was
+        ever finished.
 
         Raises StorageError where there are damaged steps alone.
         """
@@ -121,7 +143,8 @@ class Checkpoints:
         return self._first_whole(self.steps()[::-1], ITEMS)
 
     def find(self, step: str, parts: Sequence[str] = ITEMS) -> int:
-        """Return the step that a --step flag means: best (latest where none was evaluated), latest, or a number.
+        """Return the step that a --step flag means: best (latest where none was evaluated), latest,
+        or a number.
 
         The items `parts` of it are whole; best and latest pass over damaged steps.
         """
@@ -137,14 +160,18 @@ class Checkpoints:
             order.sort(key=lambda s: losses.get(s, float("inf")))
         elif step != "latest":
             if step not in map(str, steps):
-                raise UserError(f"--step={step} must be best, latest or one of {', '.join(map(str, steps))}.")
+                raise UserError(
+                    f"--step={step} must be best, latest or one of {', '.join(map(str, steps))}."
+                )
             order = [int(step)]
         found = self._first_whole(order, parts)
         assert found is not None, "there are steps"
         return found
 
     def _first_whole(self, order: list[int], parts: Sequence[str]) -> int | None:
-        """Return the first step of `order` that is as it was written, having named those that aren't."""
+        """Return the first step of `order` that is as it was written, having named those that
+        aren't.
+        """
         named = []
         for step in order:
             damage = checksums.damage(self._folder / str(step), parts)
@@ -154,11 +181,15 @@ class Checkpoints:
             named.append(f"step {step} in {os.fspath(self._folder)} is damaged: {damage}")
             say(f"warning: {named[-1]}")
         if named:
-            raise StorageError(f"no whole checkpoint is left ({named[0]}); remove the folder to start at step 0.")
+            raise StorageError(
+                f"no whole checkpoint is left ({named[0]}); remove the folder to start at step 0."
+            )
         return None
 
     def save(self, state: Any, loss: float | None) -> None:
-        """Begin to save a TrainState under its step; `loss` is the validation loss at it, where there is one."""
+        """Begin to save a TrainState under its step; `loss` is the validation loss at it, where
+        there is one.
+        """
         self._begin(int(state.step), loss, params=state.params, train=_rest(state))
 
     def save_params(self, step: int, params: Any) -> None:
@@ -166,7 +197,9 @@ class Checkpoints:
         self._begin(step, None, params=params)
 
     def _begin(self, step: int, loss: float | None, **items: Any) -> None:
-        """Copy the items and write them in the background; a failure is said, and is final only in `close`."""
+        """Copy the items and write them in the background; a failure is said, and is final only in
+        `close`.
+        """
         self.check(wait=True)
         args = self._ocp.args
         try:
@@ -185,7 +218,9 @@ class Checkpoints:
             raise StorageError(one_line(error)) from error
 
     def _seal(self, step: int, loss: float | None) -> None:
-        """Wait until a step is written, add its checksums, and remove the steps that it replaces."""
+        """Wait until a step is written, add its checksums, and remove the steps that it
+        replaces.
+        """
         self._orbax.wait_until_finished()
         if not is_main():
             return
@@ -193,7 +228,11 @@ class Checkpoints:
         self._mark(step).unlink()
         self._damaged.discard(step)
         steps, losses = self.steps(), self.losses()
-        kept = {*steps[-self._config.keep :], *sorted(losses, key=lambda s: losses[s])[:1]} if self._config else steps
+        kept = (
+            {*steps[-self._config.keep :], *sorted(losses, key=lambda s: losses[s])[:1]}
+            if self._config
+            else steps
+        )
         for old in {*steps, *self._damaged} - {*kept}:
             self._remove(str(old))
 
@@ -209,7 +248,9 @@ class Checkpoints:
             self._mark(step).unlink()
 
     def check(self, wait: bool = False) -> None:
-        """Say how the save in the background failed, if it has ended and did (`wait`: after it has ended)."""
+        """Say how the save in the background failed, if it has ended and did (`wait`: after it has
+        ended).
+        """
         if self._sealing is None or not (wait or self._sealing.done()):
             return
         sealing, self._sealing = self._sealing, None
@@ -241,7 +282,9 @@ class Checkpoints:
             raise StorageError(f"{self._failure}; free space there; the same command goes on.")
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """Return the TrainState saved at `step`, laid out as `abstract` says, whatever the mesh that saved it."""
+        """Return the TrainState saved at `step`, laid out as `abstract` says, whatever the mesh
+        that saved it.
+        """
         found = self._restore(step, params=abstract.params, train=_rest(abstract))
         return dataclasses.replace(abstract, params=found["params"], **found["train"])
 
@@ -251,13 +294,16 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         args, laid_out = self._ocp.args, self._ocp.checkpoint_utils.construct_restore_args
-        wanted = args.Composite(**{name: args.PyTreeRestore(item, laid_out(item)) for name, item in items.items()})
+        wanted = args.Composite(
+            **{name: args.PyTreeRestore(item, laid_out(item)) for name, item in items.items()}
+        )
         try:
             return self._orbax.restore(self._folder / str(step), args=wanted)
         except ValueError as error:
             said = " ".join(str(error).split())
             raise UserError(
-                f"step {step} in {os.fspath(self._folder)} doesn't hold what config.json says: {said:.120}"
+                f"step {step} in {os.fspath(self._folder)} doesn't hold what config.json "
+                f"says: {said:.120}"
             ) from error
 
 

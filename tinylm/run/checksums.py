@@ -1,9 +1,10 @@
 """The checksums of a checkpoint: which files it has, how long they are and what is in them.
 
-Orbax writes a step whole or not at all, but nothing in it tells a flipped bit, a cut file or one that is gone. So when
-a step is complete, each file's size and BLAKE2b are written beside them, and everything is brought safely onto the
-disk; before anything is restored they are compared. The list begins with its own checksum. It guards against
-accidents: who can write a checkpoint can write its list too.
+Orbax writes a step whole or not at all, but nothing in it tells a flipped bit, a cut file or one
+that is gone. So when a step is complete, each file's size and BLAKE2b are written beside them, and
+everything is brought safely onto the disk; before anything is restored they are compared. The list
+begins with its own checksum. It guards against accidents: who can write a checkpoint can write its
+list too.
 """
 
 import contextlib
@@ -22,13 +23,24 @@ _THREADS = 4  # hashing leaves Python's lock
 
 
 def write(folder: epath.Path, **facts: Any) -> None:
-    """Write the list for all files in `folder`, with `facts` beside them, once all is safe on the disk."""
+    """Write the list for all files in `folder`, with `facts` beside them, once all is safe on the
+    disk.
+    """
     files = _files(folder)
     with ThreadPoolExecutor(_THREADS) as threads:
-        content = {"files": dict(zip(files, threads.map(_describe, files.values()), strict=True)), **facts}
+        content = {
+            "files": dict(zip(files, threads.map(_describe, files.values()), strict=True)),
+            **facts,
+        }
     body = json.dumps(content, indent=0).encode()
     (folder / NAME).write_bytes(_digest(body).encode() + b"\n" + body)
-    written = [*files.values(), folder / NAME, *{path.parent for path in files.values()}, folder, folder.parent]
+    written = [
+        *files.values(),
+        folder / NAME,
+        *{path.parent for path in files.values()},
+        folder,
+        folder.parent,
+    ]
     with ThreadPoolExecutor(32) as threads:  # at once, for a disk that takes many in one go
         list(threads.map(_sync, written))
 
@@ -44,7 +56,9 @@ def read(folder: epath.Path) -> dict[str, Any] | None:
 
 
 def damage(folder: epath.Path, parts: Iterable[str]) -> str:
-    """Return what is wrong with the files below `parts` of a step, in words; nothing where all is as it was written."""
+    """Return what is wrong with the files below `parts` of a step, in words; nothing where all is
+    as it was written.
+    """
     content = read(folder)
     if content is None:
         return f"{NAME} is {'altered' if (folder / NAME).exists() else 'missing'}"
@@ -55,7 +69,9 @@ def damage(folder: epath.Path, parts: Iterable[str]) -> str:
         return f"{name} is a link"
     checked = [name for name in wanted if "/" not in name or name.partition("/")[0] in parts]
     with ThreadPoolExecutor(_THREADS) as threads:
-        for name, now in zip(checked, threads.map(lambda name: _describe(found[name]), checked), strict=True):
+        for name, now in zip(
+            checked, threads.map(lambda name: _describe(found[name]), checked), strict=True
+        ):
             match wanted[name]:
                 case [int(size), str()] if size != now[0]:
                     return f"{name} has {now[0]:,} bytes instead of {size:,}"

@@ -1,8 +1,9 @@
 """One run in a workdir at a time: a lease in `lock.json` that says who runs, renewed while it does.
 
-On a disk the file is locked too, which the system ends when its holder dies. Where that doesn't tell (another host, a
-bucket), a newcomer watches the lease for longer than it takes to be renewed: one that doesn't change is a dead one's.
-No two clocks are compared. Process 0 holds it for all processes of its job.
+On a disk the file is locked too, which the system ends when its holder dies. Where that doesn't
+tell (another host, a bucket), a newcomer watches the lease for longer than it takes to be renewed:
+one that doesn't change is a dead one's. No two clocks are compared. Process 0 holds it for all
+processes of its job.
 """
 
 import atexit
@@ -32,8 +33,12 @@ class WorkdirLock:
         self._path, self._renewals, self._ended = folder / "lock.json", 0, threading.Event()
         self._file: Any = None
         free, there = self._lock_file(), self._read()
-        self._me: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "id": os.urandom(8).hex(),
-                                    "since": time.strftime("%Y-%m-%d %H:%M:%S")}  # fmt: skip
+        self._me: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "id": os.urandom(8).hex(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
         if free and (there is None or self._dead(there)):
             there = self._me
             self._write()
@@ -41,8 +46,14 @@ class WorkdirLock:
                 time.sleep(1)
                 there = self._read() or self._me
         if not free or there is None or there["id"] != self._me["id"]:
-            who = f"process {there['pid']} on {there['host']} since {there['since']}" if there else "another process"
-            raise UserError(f"--workdir={os.fspath(folder)} is in use by {who}; wait, stop it, or name another.")
+            who = (
+                f"process {there['pid']} on {there['host']} since {there['since']}"
+                if there
+                else "another process"
+            )
+            raise UserError(
+                f"--workdir={os.fspath(folder)} is in use by {who}; wait, stop it, or name another."
+            )
         threading.Thread(target=self._renew, daemon=True).start()
         atexit.register(self.release)
 
@@ -67,8 +78,12 @@ class WorkdirLock:
         return True
 
     def _dead(self, there: dict[str, Any]) -> bool:
-        """Say whether who wrote a lease is dead: known of this host's processes, seen by waiting for other hosts'."""
-        if there["host"] == socket.gethostname() and (self._file or not pathlib.Path(f"/proc/{there['pid']}").exists()):
+        """Say whether who wrote a lease is dead: known of this host's processes, seen by waiting
+        for other hosts'.
+        """
+        if there["host"] == socket.gethostname() and (
+            self._file or not pathlib.Path(f"/proc/{there['pid']}").exists()
+        ):
             return True
         for _ in range(3 * round(RENEW_SECS)):
             time.sleep(1)
@@ -88,7 +103,9 @@ class WorkdirLock:
     def _write(self) -> None:
         self._renewals += 1
         with contextlib.suppress(*failures()):
-            self._path.write_text(json.dumps({**self._me, "renewals": self._renewals}), encoding="utf-8")
+            self._path.write_text(
+                json.dumps({**self._me, "renewals": self._renewals}), encoding="utf-8"
+            )
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_SECS):

@@ -1,7 +1,7 @@
 """Opening a run: what the commands have, for notebooks and forks too.
 
-Reads the sections of config.json that concern the model and its text; parameters alone are restored, straight onto the
-mesh, so a run opens on any machine whatever trained it.
+Reads the sections of config.json that concern the model and its text; parameters alone are
+restored, straight onto the mesh, so a run opens on any machine whatever trained it.
 """
 
 import dataclasses
@@ -23,7 +23,9 @@ from tinylm.run.folder import RunFolder
 
 @dataclasses.dataclass
 class Run:
-    """An opened run: `config` as in config.json, `model` ready to call, `params` and `graph` for jitted functions."""
+    """An opened run: `config` as in config.json, `model` ready to call, `params` and `graph` for
+    jitted functions.
+    """
 
     folder: RunFolder
     config: dict[str, Any]
@@ -33,8 +35,11 @@ class Run:
     graph: nnx.GraphDef
     params: dict
     tokenizer: Any
-    start_id: int  # what a text begins with: the end of the one before, or what an imported model has for it
-    end_ids: tuple[int, ...] = ()  # what ends a text beside the tokenizer's end, in an imported model
+    # What a text begins with: the end of the one before, or what an imported model has for it.
+    start_id: int
+    end_ids: tuple[
+        int, ...
+    ] = ()  # what ends a text beside the tokenizer's end, in an imported model
 
     @property
     def model(self) -> Transformer:
@@ -43,7 +48,8 @@ class Run:
 
 
 def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = None) -> Run:
-    """Open the run in `workdir` at `step` (best, latest or a number) on a mesh (default: split over all devices).
+    """Open the run in `workdir` at `step` (best, latest or a number) on a mesh (default: split over
+    all devices).
 
     Raises UserError where there is no run, no such checkpoint, or the mesh doesn't fit.
     """
@@ -60,7 +66,9 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     graph, shapes, axes = abstract_transformer(model_config)
 
     def place(path, leaf):
-        sharding = parameter_sharding(mesh, mesh_config.fsdp, axes["/".join(key.key for key in path)], leaf.shape)
+        sharding = parameter_sharding(
+            mesh, mesh_config.fsdp, axes["/".join(key.key for key in path)], leaf.shape
+        )
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     params = checkpoints.restore_params(found, jax.tree_util.tree_map_with_path(place, shapes))
@@ -68,4 +76,6 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     tokenizer = load_tokenizer(str(folder.tokenizer))
     start_id = record.get("start_id", tokenizer.eot_id)
     end_ids = tuple(record.get("end_ids", ()))
-    return Run(folder, config, found, mesh, model_config, graph, params, tokenizer, start_id, end_ids)
+    return Run(
+        folder, config, found, mesh, model_config, graph, params, tokenizer, start_id, end_ids
+    )

@@ -1,7 +1,9 @@
-"""The sections of the config that training owns (optimizer, train, writers), and the whole Config of a run.
+"""The sections of the config that training owns (optimizer, train, writers), and the whole Config
+of a run.
 
-Each other section is the dataclass of the room that uses it; here they are put together, resolved (every size that
-follows from another or from the data becomes a number) and checked against each other.
+Each other section is the dataclass of the room that uses it; here they are put together, resolved
+(every size that follows from another or from the data becomes a number) and checked against each
+other.
 """
 
 import dataclasses
@@ -14,10 +16,10 @@ from tinylm.data.config import DataConfig
 from tinylm.inference.config import EvalConfig, SampleConfig
 from tinylm.model.config import ModelConfig
 from tinylm.run.checkpoint import CheckpointConfig
-from tinylm.train.guard import POLICIES
+from tinylm.train.bad_steps import POLICIES
 
-# The largest decay that float32 tells apart from 1 with some digits to spare: with a decay of 1, the bias correction
-# of Adam divides by 0.
+# The largest decay that float32 tells apart from 1 with some digits to spare: with a decay of 1,
+# the bias correction of Adam divides by 0.
 _SLOWEST_DECAY = 0.999999
 
 
@@ -31,7 +33,9 @@ class OptimizerConfig(Section, name="optimizer"):
         choices=("adamw", "muon"),
         aliases=("optim", "opt_type", "optimizer_type", "optimizer"),
     )
-    learning_rate: float = setting(1e-3, "peak learning rate", above=0, aliases=("lr", "max_lr", "peak_lr"))
+    learning_rate: float = setting(
+        1e-3, "peak learning rate", above=0, aliases=("lr", "max_lr", "peak_lr")
+    )
     min_ratio: float = setting(
         0.1,
         "learning rate at the end, as a part of the peak",
@@ -65,14 +69,26 @@ class OptimizerConfig(Section, name="optimizer"):
         aliases=("adam_weight_decay", "wd"),
     )
     beta1: float = setting(
-        0.9, "decay of the first moment", least=0, most=_SLOWEST_DECAY, aliases=("adam_b1", "adam_beta1", "b1")
+        0.9,
+        "decay of the first moment",
+        least=0,
+        most=_SLOWEST_DECAY,
+        aliases=("adam_b1", "adam_beta1", "b1"),
     )
     beta2: float = setting(
-        0.95, "decay of the second moment", least=0, most=_SLOWEST_DECAY, aliases=("adam_b2", "adam_beta2", "b2")
+        0.95,
+        "decay of the second moment",
+        least=0,
+        most=_SLOWEST_DECAY,
+        aliases=("adam_b2", "adam_beta2", "b2"),
     )
-    # A parameter that has no gradient is divided by this alone, so it must not be 0 in float32 either.
+    # A parameter that has no gradient is divided by this alone, so it must not be 0 in float32
+    # either.
     epsilon: float = setting(
-        1e-8, "added to the root of the second moment", least=1e-30, aliases=("eps", "adam_eps", "adam_epsilon")
+        1e-8,
+        "added to the root of the second moment",
+        least=1e-30,
+        aliases=("eps", "adam_eps", "adam_epsilon"),
     )
     clip_norm: float = setting(
         1.0,
@@ -87,7 +103,11 @@ class OptimizerConfig(Section, name="optimizer"):
         aliases=("embedding_lr", "unembedding_lr"),
     )
     muon_momentum: float = setting(
-        0.95, "decay of the first moment of what muon optimizes", least=0, most=_SLOWEST_DECAY, aliases=("muon_beta",)
+        0.95,
+        "decay of the first moment of what muon optimizes",
+        least=0,
+        most=_SLOWEST_DECAY,
+        aliases=("muon_beta",),
     )
 
 
@@ -124,14 +144,22 @@ class TrainConfig(Section, name="train"):
         least=1,
         aliases=("gradient_accumulation_steps", "grad_accum_steps", "accumulate_grad_batches"),
     )
-    steps_per_dispatch: int = setting(1, "most steps that one call to the device makes", free=True, least=1)
+    steps_per_dispatch: int = setting(
+        1, "most steps that one call to the device makes", free=True, least=1
+    )
     init_from: str = setting(
         "",
         "start from the parameters of another run: its folder, or hf:DIR, a folder of Hugging Face",
-        aliases=("load_parameters_path", "model_name_or_path", "initialize_from", "resume_from_checkpoint"),
+        aliases=(
+            "load_parameters_path",
+            "model_name_or_path",
+            "initialize_from",
+            "resume_from_checkpoint",
+        ),
     )
     init_model: bool = setting(
-        False, "with init_from: take model settings and tokenizer from there too (--config=finetune)"
+        False,
+        "with init_from: take model settings and tokenizer from there too (--config=finetune)",
     )
     init_optimizer: bool = setting(False, "with init_from: take the optimizer's moments as well")
     deterministic: bool = setting(False, "the same bits in every run on GPU and TPU too (slower)")
@@ -155,7 +183,10 @@ class TrainConfig(Section, name="train"):
         choices=POLICIES,
     )
     spike_sigmas: float = setting(
-        0.0, "a loss this many deviations above its mean is a spike (0: none is)", free=True, least=0
+        0.0,
+        "a loss this many deviations above its mean is a spike (0: none is)",
+        free=True,
+        least=0,
     )
     max_bad_steps: int = setting(
         10, "bad steps in a row (rollback: since a checkpoint) that end the run", free=True, least=1
@@ -221,7 +252,8 @@ class Config(Section):
         super().check()
         if self.optimizer.warmup_steps > self.train.num_steps:
             raise UserError(
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be at most the schedule's length "
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be at most the "
+                "schedule's length "
                 f"(train.num_steps={self.train.num_steps}); make one shorter or the other longer."
             )
         if self.eval.patience and not self.eval.every_steps:
@@ -233,20 +265,27 @@ class Config(Section):
             )
         if self.data.seq_len % self.model.loss_chunks:
             raise UserError(
-                f"data.seq_len={self.data.seq_len} must be divisible by model.loss_chunks={self.model.loss_chunks}."
+                f"data.seq_len={self.data.seq_len} must be divisible by "
+                f"model.loss_chunks={self.model.loss_chunks}."
             )
         if self.model.context and self.model.context < self.data.seq_len:
             raise UserError(
-                f"data.seq_len={self.data.seq_len} must be at most model.context={self.model.context}; change one."
+                f"data.seq_len={self.data.seq_len} must be at most "
+                f"model.context={self.model.context}; change one."
             )
-        if self.model.attention == "cudnn" and self.data.packing == "packed" and self.data.seq_len % 2:
+        if (
+            self.model.attention == "cudnn"
+            and self.data.packing == "packed"
+            and self.data.seq_len % 2
+        ):
             raise UserError(
                 f"model.attention=cudnn needs an even data.seq_len with data.packing=packed (here "
                 f"{self.data.seq_len}); or set model.attention=auto."
             )
         if self.model.attention == "splash" and self.data.seq_len % 128:
             raise UserError(
-                f"model.attention=splash needs a data.seq_len that 128 divides (here {self.data.seq_len}); "
+                "model.attention=splash needs a data.seq_len that 128 divides (here "
+                f"{self.data.seq_len}); "
                 "or set model.attention=auto."
             )
 
@@ -254,15 +293,20 @@ class Config(Section):
         """Raise UserError unless the mesh's `batch_shards` divide a micro-batch."""
         if self.micro_batch_rows % batch_shards:
             raise UserError(
-                f"data.batch_size={self.data.batch_size} must be divisible by the data axis ({batch_shards}) times "
-                f"train.accumulation_steps ({self.train.accumulation_steps}); set data.batch_size or mesh.data."
+                f"data.batch_size={self.data.batch_size} must be divisible by the data "
+                f"axis ({batch_shards}) times "
+                f"train.accumulation_steps ({self.train.accumulation_steps}); set "
+                "data.batch_size or mesh.data."
             )
 
     def resolve(self, vocab_size: int) -> "Config":
-        """Return a frozen copy in which every size that was left open is a number; `vocab_size` is the tokenizer's."""
+        """Return a frozen copy in which every size that was left open is a number; `vocab_size` is
+        the tokenizer's.
+        """
         if self.model.vocab_size and self.model.vocab_size < vocab_size:
             raise UserError(
-                f"model.vocab_size={self.model.vocab_size} must be at least the tokenizer's ({vocab_size}), or 0."
+                f"model.vocab_size={self.model.vocab_size} must be at least the "
+                f"tokenizer's ({vocab_size}), or 0."
             )
         resolved = self.editable_copy()
         resolved.model = self.model.resolve(vocab_size, self.data.seq_len)

@@ -1,9 +1,11 @@
-"""Starting a run from what another one learned: its parameters, and if asked its optimizer's memory.
+"""Starting a run from what another one learned: its parameters, and if asked its optimizer's
+memory.
 
-The origin is the folder of a run, or `hf:DIR`, a folder of Hugging Face. The step, the schedule and the guards begin at
-0. What the weights mean must be the same in both, so tokenizer and model settings are compared before anything is
-compiled or written, or taken over (`train.init_model`); dropout, z_loss, precision and (where positions have no
-weights) the context may differ. A run that goes on needs its origin no more: what it took over is in its own folder.
+The origin is the folder of a run, or `hf:DIR`, a folder of Hugging Face. The step, the schedule and
+the guards begin at 0. What the weights mean must be the same in both, so tokenizer and model
+settings are compared before anything is compiled or written, or taken over (`train.init_model`);
+dropout, z_loss, precision and (where positions have no weights) the context may differ. A run that
+goes on needs its origin no more: what it took over is in its own folder.
 """
 
 import dataclasses
@@ -37,7 +39,8 @@ class Origin:
     """What a run starts from; `where` names it in messages.
 
     `tokenizer_spec` is the `data.tokenizer` that comes nearest to reading its tokenizer again.
-    `record` is the config.json of a run, `hf` the opened model of a folder of Hugging Face; one of them is None.
+    `record` is the config.json of a run, `hf` the opened model of a folder of Hugging Face; one of
+    them is None.
     """
 
     where: str
@@ -54,34 +57,46 @@ def open_origin(init_from: str) -> Origin:
     if init_from.startswith(_HF):
         place = init_from.removeprefix(_HF)
         hf = open_hf(place, where)
-        return Origin(where, hf.model, hf.tokenizer, data_tokenizer(hf.tokenizer, pathlib.Path(place)), hf=hf)
+        return Origin(
+            where, hf.model, hf.tokenizer, data_tokenizer(hf.tokenizer, pathlib.Path(place)), hf=hf
+        )
     folder = RunFolder(init_from)
     if not folder.exists():
-        raise UserError(f"{where} holds no run (no config.json); a model of Hugging Face is named hf:DIR.")
+        raise UserError(
+            f"{where} holds no run (no config.json); a model of Hugging Face is named hf:DIR."
+        )
     record = folder.read_config()
     tokenizer = load_tokenizer(str(folder.tokenizer))
     spec = data_tokenizer(tokenizer, folder.tokenizer)
-    return Origin(where, from_dict(ModelConfig, record["config"]["model"]), tokenizer, spec, record=record)
+    return Origin(
+        where, from_dict(ModelConfig, record["config"]["model"]), tokenizer, spec, record=record
+    )
 
 
 def take_over(config: Config, own: RunFolder | None = None) -> tuple[Config, Tokenizer | None]:
-    """Return a config with the model and the tokenizer of its origin where `train.init_model` asks, and that tokenizer.
+    """Return a config with the model and the tokenizer of its origin where `train.init_model` asks,
+    and that tokenizer.
 
-    A run that is in `own` already has both from there. Raises UserError for a setting of the model, or a tokenizer,
-    that the config sets to something else than the origin's.
+    A run that is in `own` already has both from there. Raises UserError for a setting of the model,
+    or a tokenizer, that the config sets to something else than the origin's.
     """
     if not config.train.init_model:
         return config, None
     if not config.train.init_from:
         raise UserError(
-            "train.init_model needs train.init_from: the folder of a run, or hf:DIR, a folder of Hugging Face."
+            "train.init_model needs train.init_from: the folder of a run, or hf:DIR, a "
+            "folder of Hugging Face."
         )
     if own is not None and own.exists():
         record = own.read_config()
         tokenizer = load_tokenizer(str(own.tokenizer))
         spec = record["config"]["data"]["tokenizer"]
         origin = Origin(
-            f"--workdir={own.path}", from_dict(ModelConfig, record["config"]["model"]), tokenizer, spec, record=record
+            f"--workdir={own.path}",
+            from_dict(ModelConfig, record["config"]["model"]),
+            tokenizer,
+            spec,
+            record=record,
         )
     else:
         origin = open_origin(config.train.init_from)
@@ -89,14 +104,19 @@ def take_over(config: Config, own: RunFolder | None = None) -> tuple[Config, Tok
     _take_model(filled.model, origin)
     _take_tokenizer(filled.data, origin)
     if filled.data.seq_len > filled.model.context:
-        say(f"data.seq_len is {filled.model.context}, the context of the model (the config has {filled.data.seq_len})")
+        say(
+            f"data.seq_len is {filled.model.context}, the context of the model (the config "
+            f"has {filled.data.seq_len})"
+        )
         filled.data.seq_len = filled.model.context
     filled.check()
     return filled, origin.tokenizer
 
 
 def _take_model(model: ModelConfig, origin: Origin) -> None:
-    """Write the origin's settings over those that are still at their defaults and have to be alike."""
+    """Write the origin's settings over those that are still at their defaults and have to be
+    alike.
+    """
     defaults = ModelConfig()
     others = []
     for name, field, theirs in settings_of(origin.model):
@@ -109,7 +129,8 @@ def _take_model(model: ModelConfig, origin: Origin) -> None:
         setattr(model, name, theirs)
     if others:
         raise UserError(
-            f"train.init_model takes the model from {origin.where}, and this config sets others: {', '.join(others)}; "
+            f"train.init_model takes the model from {origin.where}, and this config sets "
+            f"others: {', '.join(others)}; "
             "leave them out (--config=finetune does)."
         )
 
@@ -118,7 +139,8 @@ def _take_tokenizer(data: DataConfig, origin: Origin) -> None:
     if data.tokenizer not in (DataConfig().tokenizer, origin.tokenizer_spec) or data.vocab_top_k:
         key = "vocab_top_k" if data.vocab_top_k else "tokenizer"
         raise UserError(
-            f"train.init_model takes the tokenizer from {origin.where}; leave out data.{key}={getattr(data, key)}."
+            f"train.init_model takes the tokenizer from {origin.where}; leave out "
+            f"data.{key}={getattr(data, key)}."
         )
     data.tokenizer = origin.tokenizer_spec
 
@@ -129,19 +151,28 @@ def _free_settings(model: ModelConfig) -> tuple[str, ...]:
 
 
 def check_origin(config: Config, tokenizer: Tokenizer) -> None:
-    """Raise UserError where what `train.init_from` names can't be gone on from with a resolved config."""
+    """Raise UserError where what `train.init_from` names can't be gone on from with a resolved
+    config.
+    """
     if not config.train.init_from:
         if config.train.init_optimizer:
-            raise UserError("train.init_optimizer needs train.init_from, the run whose optimizer to take.")
+            raise UserError(
+                "train.init_optimizer needs train.init_from, the run whose optimizer to take."
+            )
         return
     origin = open_origin(config.train.init_from)
     check_tokenizer(origin, tokenizer)
     free = _free_settings(config.model)
-    differing = [line for line in differing_settings(config.model, origin.model) if line[0] not in free]
+    differing = [
+        line for line in differing_settings(config.model, origin.model) if line[0] not in free
+    ]
     if differing:
-        shown = ", ".join(f"model.{key} (there {there}, here {here})" for key, here, there in differing)
+        shown = ", ".join(
+            f"model.{key} (there {there}, here {here})" for key, here, there in differing
+        )
         raise UserError(
-            f"{origin.where} holds a model of other settings: {shown}; set them alike, or take all with "
+            f"{origin.where} holds a model of other settings: {shown}; set them alike, or "
+            "take all with "
             "--config=finetune (train.init_model)."
         )
     if config.train.init_optimizer:
@@ -149,13 +180,20 @@ def check_origin(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def check_tokenizer(origin: Origin, tokenizer: Tokenizer) -> None:
-    """Raise UserError for another tokenizer; a bpe learned here and the same one read from its file aren't."""
+    """Raise UserError for another tokenizer; a bpe learned here and the same one read from its file
+    aren't.
+    """
     theirs = origin.tokenizer
-    alike = bool(tokenizer.files) and (tokenizer.files, tokenizer.header) == (theirs.files, theirs.header)
+    alike = bool(tokenizer.files) and (tokenizer.files, tokenizer.header) == (
+        theirs.files,
+        theirs.header,
+    )
     if tokenizer.fingerprint != theirs.fingerprint and not alike:
         raise UserError(
-            f"{origin.where} learned with another tokenizer (there {theirs.name} of {theirs.vocab_size} ids, here "
-            f"{tokenizer.name} of {tokenizer.vocab_size}); set data.tokenizer={origin.tokenizer_spec}, or take it with "
+            f"{origin.where} learned with another tokenizer (there {theirs.name} of "
+            f"{theirs.vocab_size} ids, here "
+            f"{tokenizer.name} of {tokenizer.vocab_size}); set "
+            f"data.tokenizer={origin.tokenizer_spec}, or take it with "
             "--config=finetune (train.init_model)."
         )
 
@@ -163,16 +201,22 @@ def check_tokenizer(origin: Origin, tokenizer: Tokenizer) -> None:
 def _check_optimizer(origin: Origin, optimizer: OptimizerConfig) -> None:
     record = origin.record
     if record is None or "imported_from" in record:
-        raise UserError(f"{origin.where} is an imported model, which has no optimizer; set train.init_optimizer=False.")
+        raise UserError(
+            f"{origin.where} is an imported model, which has no optimizer; set "
+            "train.init_optimizer=False."
+        )
     theirs = from_dict(OptimizerConfig, record["config"]["optimizer"])
     if (theirs.name, theirs.clip_norm > 0) != (optimizer.name, optimizer.clip_norm > 0):
         raise UserError(
-            f"{origin.where} has another optimizer ({theirs.name}); set optimizer.name and clip_norm alike."
+            f"{origin.where} has another optimizer ({theirs.name}); set optimizer.name and "
+            "clip_norm alike."
         )
 
 
 def initial_state(config: Config, blueprint: Blueprint) -> TrainState:
-    """Return the state before the first step: freshly drawn, or with the parameters of `train.init_from`."""
+    """Return the state before the first step: freshly drawn, or with the parameters of
+    `train.init_from`.
+    """
     if not config.train.init_from:
         return blueprint.init(config.seed)
     if config.train.init_from.startswith(_HF):
@@ -202,7 +246,9 @@ def _imported_params(config: Config, blueprint: Blueprint) -> dict:
 
 
 def _restart_schedule(opt_state: Any) -> Any:
-    """Return an optimizer state whose learning rate begins at step 0; moments and their counts stay."""
+    """Return an optimizer state whose learning rate begins at step 0; moments and their counts
+    stay.
+    """
 
     def restart(node):
         return node._replace(count=jnp.zeros_like(node.count)) if is_schedule(node) else node

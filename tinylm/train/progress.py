@@ -1,4 +1,6 @@
-"""How far the run is: a bar on a terminal, plain lines elsewhere, and the rate since the last line."""
+"""How far the run is: a bar on a terminal, plain lines elsewhere, and the rate since the last
+line.
+"""
 
 import contextlib
 import dataclasses
@@ -25,7 +27,9 @@ class Outcome:
 
 
 class Progress:
-    """Shows steps as they are done. Time spent outside training (`pause`) doesn't count in the rate."""
+    """Shows steps as they are done. Time spent outside training (`pause`) doesn't count in the
+    rate.
+    """
 
     def __init__(self, first_step: int, last_step: int):
         """Begin at `first_step`."""
@@ -36,7 +40,13 @@ class Progress:
         if sys.stderr.isatty() and is_main():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=last_step, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+            self._bar = tqdm(
+                total=last_step,
+                initial=first_step,
+                unit="step",
+                dynamic_ncols=True,
+                file=sys.stderr,
+            )
 
     def restart(self, step: int) -> None:
         """Measure the rate from `step` and now on."""
@@ -54,7 +64,9 @@ class Progress:
         valid = "" if valid_loss is None else f", valid {valid_loss:.4f}"
         if self._bar is not None:
             with self._on_terminal():
-                self._bar.set_postfix_str(f"{text}{valid}, {tokens_per_sec:,.0f} tokens/s", refresh=False)
+                self._bar.set_postfix_str(
+                    f"{text}{valid}, {tokens_per_sec:,.0f} tokens/s", refresh=False
+                )
                 self._bar.update(step - self._bar.n)
         elif time.perf_counter() - self._shown > _SECS_BETWEEN_LINES or step >= self._last_step:
             self._shown = time.perf_counter()

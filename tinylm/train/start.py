@@ -1,4 +1,6 @@
-"""Starting a run or going on with one: the checks that come before anything is compiled or written."""
+"""Starting a run or going on with one: the checks that come before anything is compiled or
+written.
+"""
 
 import contextlib
 import os
@@ -26,8 +28,8 @@ from tinylm.run.checkpoint import finished_steps
 from tinylm.run.folder import RunFolder
 from tinylm.run.lock import WorkdirLock
 from tinylm.train.config import Config
+from tinylm.train.evaluator import check_evaluation, encode_prompts
 from tinylm.train.init_from import check_origin, take_over
-from tinylm.train.looks import check_evaluation, encode_prompts
 from tinylm.train.loop import Trainer
 from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import make_blueprint
@@ -38,8 +40,9 @@ _VERIFIED_BYTES = 1 << 30  # of a store, when a run goes on; larger ones: prepar
 def start_run(config: Config, workdir: str) -> Trainer:
     """Return the trainer of the run in `workdir`, new or to be resumed.
 
-    Raises UserError for a config that doesn't fit the devices or the data, or that differs from the run's own in an
-    identity setting, and for a workdir in use; this one is the trainer's until the end of its run.
+    Raises UserError for a config that doesn't fit the devices or the data, or that differs from the
+    run's own in an identity setting, and for a workdir in use; this one is the trainer's until the
+    end of its run.
     """
     folder = RunFolder(workdir)
     from_main(folder.check_bucket)
@@ -47,8 +50,15 @@ def start_run(config: Config, workdir: str) -> Trainer:
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
     flag = "--xla_gpu_deterministic_ops=true"
-    if config.train.deterministic and jax.default_backend() == "gpu" and flag not in os.environ.get("XLA_FLAGS", ""):
-        raise UserError(f"train.deterministic on GPU needs XLA_FLAGS={flag} in the environment; set it and retry.")
+    if (
+        config.train.deterministic
+        and jax.default_backend() == "gpu"
+        and flag not in os.environ.get("XLA_FLAGS", "")
+    ):
+        raise UserError(
+            f"train.deterministic on GPU needs XLA_FLAGS={flag} in the environment; set it "
+            "and retry."
+        )
     check_found_run(config, folder)
     data = open_data(config.data, seed=config.seed, is_writer=is_main(), tokenizer=tokenizer)
     config = config.resolve(data.vocab_size)
@@ -57,35 +67,48 @@ def start_run(config: Config, workdir: str) -> Trainer:
     if not folder.exists():
         check_origin(config, data.tokenizer)
     folder.create()
-    with contextlib.ExitStack() as lock:  # let go where something fails, else by the trainer at the end of its run
+    with (
+        contextlib.ExitStack() as lock
+    ):  # let go where something fails, else by the trainer at the end of its run
         from_main(lambda: lock.callback(WorkdirLock(folder.path).release) is None)
         exists = check_found_run(config, folder)
         if exists:
             check_same_tokenizer(data.tokenizer.fingerprint, folder)
             check_same_stores(data, folder)
-        folder.checkpoints = epath.Path(from_main(lambda: folder.place_checkpoints(config.checkpoint.dir)))
+        folder.checkpoints = epath.Path(
+            from_main(lambda: folder.place_checkpoints(config.checkpoint.dir))
+        )
         if is_main():
             if not exists:
                 data.tokenizer.save(str(folder.tokenizer))
-            record = {"config": to_dict(config), "versions": versions(mesh), "token_stores": store_digests(data)}
+            record = {
+                "config": to_dict(config),
+                "versions": versions(mesh),
+                "token_stores": store_digests(data),
+            }
             folder.write_config({**record, **folder.checkpoints_note})
             for store in data.every_store:
                 note_run(store.folder, os.fspath(folder.path))
         jax.set_mesh(mesh)
-        blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
+        blueprint = make_blueprint(
+            config.model, config.optimizer, config.mesh, config.train.num_steps, mesh
+        )
         trainer = Trainer(config, data, mesh, folder, blueprint)
         trainer.lock = lock.pop_all()
     return trainer
 
 
 def check_found_run(config: Config, folder: RunFolder) -> bool:
-    """Return whether there is a run in `folder`; raise UserError where it isn't that of `config`."""
+    """Return whether there is a run in `folder`; raise UserError where it isn't that of
+    `config`.
+    """
     if folder.exists():
         check_same_config(config, folder)
         return True
     if finished_steps(folder.checkpoints):
         raise UserError(
-            f"--workdir={folder.path} holds checkpoints but no config.json, so nothing tells which run they belong to; "
+            f"--workdir={folder.path} holds checkpoints but no config.json, so nothing "
+            "tells which run they belong to; "
             "restore config.json, or use another workdir."
         )
     return False
@@ -94,14 +117,15 @@ def check_found_run(config: Config, folder: RunFolder) -> bool:
 def check_same_config(config: Config, folder: RunFolder) -> None:
     """Raise UserError, naming the keys, where the run in `folder` was made by another config.
 
-    A config that isn't resolved yet is compared as it would be with the vocabulary of that run. With patience, when to
-    evaluate decides when the run ends, so it must stay. Where files lie may differ; `check_same_stores` compares what
-    is in them.
+    A config that isn't resolved yet is compared as it would be with the vocabulary of that run.
+    With patience, when to evaluate decides when the run ends, so it must stay. Where files lie may
+    differ; `check_same_stores` compares what is in them.
     """
     record = folder.read_config()
     if "imported_from" in record:
         raise UserError(
-            f"--workdir={folder.path} holds an imported model; name a new one and set train.init_from={folder.path}."
+            f"--workdir={folder.path} holds an imported model; name a new one and set "
+            f"train.init_from={folder.path}."
         )
     theirs = from_dict(Config, record["config"])
     resolved = config.resolve(config.model.vocab_size or theirs.model.vocab_size)
@@ -115,15 +139,21 @@ def check_same_config(config: Config, folder: RunFolder) -> None:
         check_length(resolved, theirs, folder)
         return
     if differing:
-        shown = ", ".join(f"{key} (there {there!r}, here {here!r})" for key, here, there in differing[:4])
-        raise UserError(f"--workdir={folder.path} holds another run, which differs in {shown}; use another workdir.")
+        shown = ", ".join(
+            f"{key} (there {there!r}, here {here!r})" for key, here, there in differing[:4]
+        )
+        raise UserError(
+            f"--workdir={folder.path} holds another run, which differs in {shown}; use "
+            "another workdir."
+        )
 
 
 def check_length(config: Config, theirs: Config, folder: RunFolder) -> None:
-    """Raise UserError where a run of another length would not have taken the steps that this one has taken.
+    """Raise UserError where a run of another length would not have taken the steps that this one
+    has taken.
 
-    It would where the learning rate of each of them is the same: always with a constant schedule, and with wsd
-    (warm-up, stable, decay) up to the first step at which one of the two decays.
+    It would where the learning rate of each of them is the same: always with a constant schedule,
+    and with wsd (warm-up, stable, decay) up to the first step at which one of the two decays.
     """
     there, here = theirs.train.num_steps, config.train.num_steps
     taken = max(finished_steps(folder.checkpoints), default=0)
@@ -131,14 +161,18 @@ def check_length(config: Config, theirs: Config, folder: RunFolder) -> None:
     steps = jnp.arange(taken or min(there, here))
     rates_there = make_schedule(theirs.optimizer, there)(steps)
     rates_here = make_schedule(config.optimizer, here)(steps)
-    # What counts for patience is an evaluation at the last step too, which a longer run would not have made.
+    # What counts for patience is an evaluation at the last step too, which a longer run would not
+    # have made.
     same_evaluations = not config.eval.patience or taken < there
     if taken <= here and same_evaluations and bool(jnp.all(rates_there == rates_here)):
         return
     raise UserError(
-        f"--workdir={folder.path} holds another run: it has train.num_steps={there} (here {here}), on which the steps "
-        f"that it took depend with optimizer.schedule={theirs.optimizer.schedule}. A run can be made longer with a "
-        "constant schedule, or with wsd before it decays; to go on from these weights, start another run (--workdir) "
+        f"--workdir={folder.path} holds another run: it has train.num_steps={there} (here "
+        f"{here}), on which the steps "
+        f"that it took depend with optimizer.schedule={theirs.optimizer.schedule}. A run "
+        "can be made longer with a "
+        "constant schedule, or with wsd before it decays; to go on from these weights, "
+        "start another run (--workdir) "
         f"with train.init_from={folder.path}."
     )
 
@@ -147,30 +181,38 @@ def check_same_tokenizer(fingerprint: str, folder: RunFolder) -> None:
     """Raise UserError where the run in `folder` learned with another tokenizer."""
     if load_tokenizer(str(folder.tokenizer)).fingerprint != fingerprint:
         raise UserError(
-            f"--workdir={folder.path} holds a run with another tokenizer: the text it learned from changed."
+            f"--workdir={folder.path} holds a run with another tokenizer: the text it "
+            "learned from changed."
         )
 
 
 def check_same_stores(data: Data, folder: RunFolder) -> None:
-    """Raise UserError where the run in `folder` read other tokens, StorageError where their files were altered.
+    """Raise UserError where the run in `folder` read other tokens, StorageError where their files
+    were altered.
 
     What counts is the content of the token stores, not their names or where the text lies.
     """
     record = folder.read_config()
     there = list(record.get("token_stores", {}).values())
     if not there and "stores" in record:
-        say("this run was begun by an older tinylm, which noted its tokens otherwise; they are not compared")
+        say(
+            "this run was begun by an older tinylm, which noted its tokens otherwise; they "
+            "are not compared"
+        )
     here = list(store_digests(data).values())
     for i, store in enumerate(data.every_store):
         if there and there[i : i + 1] != here[i : i + 1]:
             raise UserError(
-                f"{store.spec} doesn't give the tokens that the run in --workdir={folder.path} learned from: its "
+                f"{store.spec} doesn't give the tokens that the run in "
+                f"--workdir={folder.path} learned from: its "
                 "content changed since; restore it, or use another workdir."
             )
         if store.num_bytes < _VERIFIED_BYTES:
             store.verify()
     if there and len(there) != len(here):
-        raise UserError(f"--workdir={folder.path} holds a run that read other data; use another workdir.")
+        raise UserError(
+            f"--workdir={folder.path} holds a run that read other data; use another workdir."
+        )
 
 
 def store_digests(data: Data) -> dict[str, str]:

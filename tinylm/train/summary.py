@@ -3,10 +3,10 @@
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from tinylm.analysis.flops import count_parameters
 from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards
 from tinylm.inference.writing import numbered
+from tinylm.model.flops import count_parameters
 from tinylm.train.loop import Trainer
 from tinylm.train.progress import Outcome
 
@@ -15,13 +15,21 @@ def opening(trainer: Trainer) -> None:
     """Say what is about to be trained, on what, from what."""
     c = trainer.config
     model = c.model
-    shapes = {path: leaf.shape for path, leaf in flatten_dict(trainer.blueprint.abstract.params, sep="/").items()}
+    shapes = {
+        path: leaf.shape
+        for path, leaf in flatten_dict(trainer.blueprint.abstract.params, sep="/").items()
+    }
     say(
-        f"model   {count_parameters(shapes, model) / 1e6:.2f} M parameters: {model.num_layers} layers, "
-        f"{model.num_heads} heads, width {model.embed_dim}, vocabulary {model.vocab_size}, {model.compute_dtype}"
+        f"model   {count_parameters(shapes, model) / 1e6:.2f} M parameters: "
+        f"{model.num_layers} layers, "
+        f"{model.num_heads} heads, width {model.embed_dim}, vocabulary {model.vocab_size}, "
+        f"{model.compute_dtype}"
     )
     say(f"mesh    {mesh_summary(trainer.mesh)}")
-    say(f"data    {c.data.source}, {c.data.tokenizer}: {len(trainer.data.train):,} rows of {c.data.seq_len} tokens")
+    say(
+        f"data    {c.data.source}, {c.data.tokenizer}: {len(trainer.data.train):,} rows of "
+        f"{c.data.seq_len} tokens"
+    )
     say(
         f"train   {c.train.last_step:,} steps of {c.data.tokens_per_step:,} tokens "
         f"into {trainer.folder.path}{expected(trainer)}"
@@ -29,12 +37,17 @@ def opening(trainer: Trainer) -> None:
 
 
 def expected(trainer: Trainer, mfu: float = 0.4) -> str:
-    """Return how long the steps that are left take where the chip's peak is known and a usual part of it is reached."""
+    """Return how long the steps that are left take where the chip's peak is known and a usual part
+    of it is reached.
+    """
     if not trainer.peak_flops:
         return ""
     c = trainer.config
     left = (c.train.last_step - max([0, *trainer.checkpoints.steps()])) * c.data.tokens_per_step
-    return f", about {left * trainer.flops_per_token / trainer.peak_flops / mfu / 60:.1f} min at {mfu:.0%} of the peak"
+    return (
+        f", about {left * trainer.flops_per_token / trainer.peak_flops / mfu / 60:.1f} min at "
+        f"{mfu:.0%} of the peak"
+    )
 
 
 def closing(trainer: Trainer, outcome: Outcome) -> str:
@@ -48,7 +61,9 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
         floor = trainer.data.floor_nats_per_token
         known = "" if floor is None else f"; floor of the corpus {floor:.4f}"
         best = min(outcome.best_loss, outcome.valid_loss)
-        lines.append(f"Validation loss {outcome.valid_loss:.4f} (best {best:.4f}{known}) nats per token.")
+        lines.append(
+            f"Validation loss {outcome.valid_loss:.4f} (best {best:.4f}{known}) nats per token."
+        )
     elif outcome.loss is not None:
         lines.append(f"Training loss {outcome.loss:.4f} nats per token.")
     lines.append(trainer.account.summary(outcome.step))
@@ -64,4 +79,8 @@ def mesh_summary(mesh: Mesh) -> str:
     """Return the mesh in words."""
     sizes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     device = mesh.devices.flat[0].device_kind
-    return f"{mesh.size} x {device}" + (f" ({sizes})" if sizes else "") + f", batch in {batch_shards(mesh)}"
+    return (
+        f"{mesh.size} x {device}"
+        + (f" ({sizes})" if sizes else "")
+        + f", batch in {batch_shards(mesh)}"
+    )

@@ -1,9 +1,11 @@
 """Trackers: a run's metrics, samples and plot in TensorBoard's event files and in Weights & Biases.
 
-A tracker may hang, fill a disk or lose its network; the run must not notice. A thread of process 0 makes every call,
-fed by a queue that the loop never waits for; a tracker that raises is dropped with one line, and metrics.jsonl has all.
+A tracker may hang, fill a disk or lose its network; the run must not notice. A thread of process 0
+makes every call, fed by a queue that the loop never waits for; a tracker that raises is dropped
+with one line, and metrics.jsonl has all.
 
-A tracker is a generator that is sent (kind, step, what): `scalars` by name, samples as `text`, a `picture` by its path.
+A tracker is a generator that is sent (kind, step, what): `scalars` by name, samples as `text`, a
+`picture` by its path.
 """
 
 import json
@@ -29,13 +31,23 @@ HURRY_SECS = 5.0  # where the run was asked to stop
 Tracker = Generator[None, Any, None]
 
 
-def tensorboard(module: Any, folder: RunFolder, settings: dict[str, Any], first_step: int) -> Tracker:
-    """Write event files, without TensorFlow; those of earlier processes are hidden from `first_step` on."""
+def tensorboard(
+    module: Any, folder: RunFolder, settings: dict[str, Any], first_step: int
+) -> Tracker:
+    """Write event files, without TensorFlow; those of earlier processes are hidden from
+    `first_step` on.
+    """
     writer = module.SummaryWriter(
-        str(folder.path / "tensorboard"), purge_step=first_step, flush_secs=10, filename_suffix=f".{first_step}"
+        str(folder.path / "tensorboard"),
+        purge_step=first_step,
+        flush_secs=10,
+        filename_suffix=f".{first_step}",
     )
     writer.add_text("config", f"```json\n{json.dumps(settings, indent=2)}\n```", first_step)
-    plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}
+    plain = {
+        key: value if isinstance(value, bool | int | float) else str(value)
+        for key, value in settings.items()
+    }
     for summary in module.summary.hparams(plain, {"valid/loss": 0.0}):
         writer.file_writer.add_summary(summary)
     try:
@@ -58,11 +70,14 @@ def wandb(module: Any, folder: RunFolder, settings: dict[str, Any], first_step: 
     if not id_file.exists():
         folder.write(id_file, uuid.uuid4().hex[:12])
     run = module.init(
-        project=os.environ.get("WANDB_PROJECT", "tinylm"), name=folder.path.name,
+        project=os.environ.get("WANDB_PROJECT", "tinylm"),
+        name=folder.path.name,
         id=id_file.read_text(encoding="utf-8"),
-        resume="allow", config=settings, settings=module.Settings(silent=True, console="off", login_timeout=1),
+        resume="allow",
+        config=settings,
+        settings=module.Settings(silent=True, console="off", login_timeout=1),
         dir=None if "://" in str(folder.path) else str(folder.path),
-    )  # fmt: skip
+    )
     try:
         while True:
             kind, step, what = yield
@@ -81,7 +96,10 @@ def pixels(path: str) -> np.ndarray:
         return np.round(imread(file)[..., :3] * 255).astype(np.uint8)
 
 
-KINDS: dict[str, tuple[Callable, str]] = {"tensorboard": (tensorboard, "tensorboardX"), "wandb": (wandb, "wandb")}
+KINDS: dict[str, tuple[Callable, str]] = {
+    "tensorboard": (tensorboard, "tensorboardX"),
+    "wandb": (wandb, "wandb"),
+}
 
 
 class Trackers:
@@ -91,7 +109,9 @@ class Trackers:
         """Take a whole Config; raise UserError where a tracker's package is missing."""
         settings = {key: value for key, _, value in settings_of(config)}
         wanted = [name for name in KINDS if getattr(config.writers, name) and is_main()]
-        self._makers = {name: (KINDS[name][0], optional_module(KINDS[name][1], name)) for name in wanted}
+        self._makers = {
+            name: (KINDS[name][0], optional_module(KINDS[name][1], name)) for name in wanted
+        }
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, args=(folder, settings), daemon=True)
         self._thread.start()
@@ -102,8 +122,11 @@ class Trackers:
 
     def record(self, record: dict[str, Any]) -> None:
         """Hand a line of metrics.jsonl over: its numbers, under the name of its split."""
-        values = {f"{record['split']}/{name}": value for name, value in record.items()
-                  if isinstance(value, int | float) and name != "step"}  # fmt: skip
+        values = {
+            f"{record['split']}/{name}": value
+            for name, value in record.items()
+            if isinstance(value, int | float) and name != "step"
+        }
         self.put("scalars", record["step"], values)
 
     def close(self, hurry: Callable[[], bool] = lambda: False) -> None:
@@ -118,7 +141,10 @@ class Trackers:
                 hurry = bool
         if self._thread.is_alive():
             waited = time.monotonic() - start
-            say(f"{' and '.join(self._makers)} did not finish within {waited:.0f} s; metrics.jsonl has all.")
+            say(
+                f"{' and '.join(self._makers)} did not finish within {waited:.0f} s; "
+                "metrics.jsonl has all."
+            )
 
     def _work(self, folder: RunFolder, settings: dict[str, Any]) -> None:
         live: dict[str, Tracker] = {}

@@ -1,7 +1,8 @@
 """The attention weights of a model over a text.
 
-A head's output is its weights times its values. So with an identity matrix for values the output is the weights, by the
-production code itself, whatever its windows, positions, grouped heads and soft limits.
+A head's output is its weights times its values. So with an identity matrix for values the output is
+the weights, by the production code itself, whatever its windows, positions, grouped heads and soft
+limits.
 """
 
 import dataclasses
@@ -21,14 +22,18 @@ MOST_TOKENS = 64
 
 
 def attention_of(run: Run, text: str) -> tuple[list[str], np.ndarray]:
-    """Return the first tokens of `text` after its begin, as strings, and the weights of every head over them."""
+    """Return the first tokens of `text` after its begin, as strings, and the weights of every head
+    over them.
+    """
     ids = [run.start_id, *run.tokenizer.encode(text)][: min(MOST_TOKENS, run.model_config.context)]
     if len(ids) < 2:
         raise UserError("--attention_text has no tokens; give a sentence.")
     config = dataclasses.replace(run.model_config, attention="xla", compute_dtype="float32")
     model = nnx.merge(abstract_transformer(config)[0], run.params)
     with jax.set_mesh(run.mesh):
-        weights = np.asarray(jax.jit(lambda tokens: attention_weights(model, tokens))(jnp.asarray([ids])))
+        weights = np.asarray(
+            jax.jit(lambda tokens: attention_weights(model, tokens))(jnp.asarray([ids]))
+        )
     return ["⏎", *(run.tokenizer.decode([token]) for token in ids[1:])], weights
 
 
@@ -38,7 +43,9 @@ def attention_weights(model: Transformer, tokens_1T: jax.Array) -> jax.Array:
     inputs = model.layer_inputs(positions_1T, Visibility())
     x_BTD = model.embed(tokens_1T, positions_1T)
     weights = []
-    for layer, (block, copy) in enumerate(zip(model.unstacked_blocks(), model.unstacked_blocks(), strict=True)):
+    for layer, (block, copy) in enumerate(
+        zip(model.unstacked_blocks(), model.unstacked_blocks(), strict=True)
+    ):
         layer_inputs = inputs.of_layer(layer, model.window_of_layer(layer))
         weights.append(_weights(copy, x_BTD, layer_inputs)[0])
         x_BTD = block(x_BTD, layer_inputs)[0]

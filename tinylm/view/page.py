@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.run.plot import COLORS, DASHES, PANELS, new_grid, save
+from tinylm.view.plot import COLORS, DASHES, PANELS, new_grid, save
 
 Heads = Sequence[tuple[int, int]]  # (layer, head)
 
@@ -21,7 +21,9 @@ def page(title: str, runs: list[dict[str, Any]]) -> str:
     """Return the HTML of a report."""
     panels = [(title, [name]) for name, title in PANELS.items()]
     data = {"runs": runs, "colors": COLORS, "dashes": DASHES, "panels": panels}
-    inside = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # no text of a run may end the script
+    inside = json.dumps(data, allow_nan=False).replace(
+        "<", "\\u003c"
+    )  # no text of a run may end the script
     template = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("__TITLE__", html.escape(title)).replace("__DATA__", inside)
 
@@ -29,7 +31,9 @@ def page(title: str, runs: list[dict[str, Any]]) -> str:
 def attention_part(tokens: list[str], weights_LNTS: np.ndarray, heads: Heads) -> dict[str, Any]:
     """Return the attention of some heads for the page: 256 grades of weight."""
     grades = np.round(weights_LNTS * 255).astype(np.uint8)
-    maps = {f"layer {i}, head {n}": base64.b64encode(grades[i, n].tobytes()).decode() for i, n in heads}
+    maps = {
+        f"layer {i}, head {n}": base64.b64encode(grades[i, n].tobytes()).decode() for i, n in heads
+    }
     return {"tokens": tokens, "heads": maps}
 
 

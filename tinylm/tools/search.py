@@ -15,15 +15,17 @@ from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
 from tinylm.model.config import ModelConfig
 from tinylm.model.layers import GATED
+from tinylm.tools.plan import by_formula, held_bytes, known_chip, make_plan, roofline_secs
 from tinylm.train.config import Config
-from tinylm.train.planning import by_formula, held_bytes, known_chip, make_plan, roofline_secs
 from tinylm.train.state import make_blueprint
 
 MARGIN = 0.9  # part of the chip's memory that formulas may fill
 REMATS = ("none", "dots", "full")  # cheapest first
 
 
-def search(config: Config, devices: Sequence[jax.Device], compiled: int = 3) -> list[dict[str, Any]]:
+def search(
+    config: Config, devices: Sequence[jax.Device], compiled: int = 3
+) -> list[dict[str, Any]]:
     """Return a row for each mesh and policy that fits a resolved config, fastest first.
 
     Args:
@@ -67,11 +69,17 @@ def _mesh_configs(config: Config, num_devices: int) -> list[MeshConfig]:
     return found
 
 
-def _rows_by_formula(config: Config, mesh_config: MeshConfig, devices: Sequence[jax.Device]) -> list[dict[str, Any]]:
-    """Return a row for each policy with which a row of tokens a device fits, at its largest batch."""
+def _rows_by_formula(
+    config: Config, mesh_config: MeshConfig, devices: Sequence[jax.Device]
+) -> list[dict[str, Any]]:
+    """Return a row for each policy with which a row of tokens a device fits, at its largest
+    batch.
+    """
     mesh = make_mesh(mesh_config, devices)
     chip = known_chip(mesh)
-    blueprint = make_blueprint(config.model, config.optimizer, mesh_config, config.train.num_steps, mesh)
+    blueprint = make_blueprint(
+        config.model, config.optimizer, mesh_config, config.train.num_steps, mesh
+    )
     held = {
         "params": held_bytes(blueprint.abstract.params),
         "optimizer": held_bytes(blueprint.abstract.opt_state),

@@ -21,9 +21,9 @@ import dataclasses
 
 from jax.sharding import Mesh
 
-from tinylm.analysis.programs import Collective
 from tinylm.core.mesh import AXES, MeshConfig, mesh_sizes
 from tinylm.model.config import ModelConfig
+from tinylm.tools.programs import Collective
 
 _FLOAT32_BYTES = 4
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -38,7 +38,9 @@ class Work:
     micro_batches: int
 
 
-def least_collectives(model: ModelConfig, config: MeshConfig, mesh: Mesh, work: Work) -> list[Collective]:
+def least_collectives(
+    model: ModelConfig, config: MeshConfig, mesh: Mesh, work: Work
+) -> list[Collective]:
     """Return the collectives of a step that no layout of this kind can do without."""
     sizes = mesh_sizes(mesh)
     item_bytes = _ITEM_BYTES[model.compute_dtype]

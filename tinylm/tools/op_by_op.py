@@ -1,10 +1,11 @@
-"""A function without its compiler: every operation by itself, in the types that it has or all in float64.
+"""A function without its compiler: every operation by itself, in the types that it has or all in
+float64.
 
-`jax.jit` hands a whole function to XLA, which fuses, reorders and replaces operations. Here the same function is
-traced into its equations, with loops and inner calls unrolled, and each equation is run alone. On the CPU, NumPy runs
-most of them, so that the result doesn't depend on XLA at all, and few have to be compiled. With `wide`, every float
-array is float64: the result is exact for all that float32 can tell. For small arrays: each operation is a call, and
-each array is made.
+`jax.jit` hands a whole function to XLA, which fuses, reorders and replaces operations. Here the
+same function is traced into its equations, with loops and inner calls unrolled, and each equation
+is run alone. On the CPU, NumPy runs most of them, so that the result doesn't depend on XLA at all,
+and few have to be compiled. With `wide`, every float array is float64: the result is exact for all
+that float32 can tell. For small arrays: each operation is a call, and each array is made.
 """
 
 import dataclasses
@@ -16,9 +17,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-_CALLS = ("pjit", "jit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call",
-          "custom_vjp_call")  # fmt: skip
-_UNCHANGED = ("sharding_constraint", "optimization_barrier", "reduce_precision", "copy", "copy_p", "stop_gradient")
+_CALLS = (
+    "pjit",
+    "jit",
+    "closed_call",
+    "core_call",
+    "checkpoint",
+    "remat",
+    "remat2",
+    "custom_jvp_call",
+    "custom_vjp_call",
+)
+_UNCHANGED = (
+    "sharding_constraint",
+    "optimization_barrier",
+    "reduce_precision",
+    "copy",
+    "copy_p",
+    "stop_gradient",
+)
 _TYPES = ("new_dtype", "dtype", "preferred_element_type", "accum_dtype")
 
 
@@ -30,7 +47,9 @@ class Operations:
     result: Any
 
     def run(self, *arguments: Any, wide: bool = False) -> Any:
-        """Return the function's result as NumPy arrays; with `wide`, floats are float64 throughout, on the CPU."""
+        """Return the function's result as NumPy arrays; with `wide`, floats are float64 throughout,
+        on the CPU.
+        """
         device = jax.local_devices(backend="cpu")[0] if wide else jax.local_devices()[0]
         with jax.default_device(device), jax.enable_x64(wide):
             runner = _Runner(wide, uses_numpy=device.platform == "cpu")
@@ -50,7 +69,9 @@ def operations_of(function: Callable, *arguments: Any) -> Operations:
 
 
 def _dot_general(x: np.ndarray, y: np.ndarray, params: dict[str, Any]) -> np.ndarray:
-    """Return `jax.lax.dot_general` of two arrays: batch axes, then the free axes of `x`, then those of `y`."""
+    """Return `jax.lax.dot_general` of two arrays: batch axes, then the free axes of `x`, then those
+    of `y`.
+    """
     (x_summed, y_summed), (x_batch, y_batch) = params["dimension_numbers"]
     x_free = [axis for axis in range(x.ndim) if axis not in (*x_summed, *x_batch)]
     y_free = [axis for axis in range(y.ndim) if axis not in (*y_summed, *y_batch)]
@@ -121,24 +142,36 @@ class _Runner:
     """Runs equations one by one, in the types that they have or all in float64."""
 
     def __init__(self, wide: bool, uses_numpy: bool):
-        """Choose the types, and whether NumPy may take the place of the platform's own operations."""
+        """Choose the types, and whether NumPy may take the place of the platform's own
+        operations.
+        """
         self.wide = wide
         self.uses_numpy = uses_numpy
 
     def array(self, x: Any) -> Any:
-        """Return a value as an array on the host, a float one as float64 where all are; random keys stay."""
+        """Return a value as an array on the host, a float one as float64 where all are; random keys
+        stay.
+        """
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
         host = np.asarray(x)
         return host.astype(self._type(host.dtype), copy=False)
 
     def evaluate(self, jaxpr: Any, consts: list, inputs: list) -> list:
-        """Return what the equations of `jaxpr` make of `inputs`; an array is let go after its last use."""
-        values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+        """Return what the equations of `jaxpr` make of `inputs`; an array is let go after its last
+        use.
+        """
+        values: dict[Any, Any] = dict(
+            zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True)
+        )
         last_use: dict[Any, int] = {}
         for number, equation in enumerate(jaxpr.eqns):
-            last_use.update({var: number for var in equation.invars if not isinstance(var, core.Literal)})
-        last_use.update({var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, core.Literal)})
+            last_use.update(
+                {var: number for var in equation.invars if not isinstance(var, core.Literal)}
+            )
+        last_use.update(
+            {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, core.Literal)}
+        )
 
         def read(var: Any) -> Any:
             if not isinstance(var, core.Literal):
@@ -158,27 +191,43 @@ class _Runner:
         """Return the results of one equation."""
         name, params = equation.primitive.name, dict(equation.params)
         if name in _CALLS:
-            inner = next(value for value in params.values() if isinstance(value, core.ClosedJaxpr | core.Jaxpr))
+            inner = next(
+                value
+                for value in params.values()
+                if isinstance(value, core.ClosedJaxpr | core.Jaxpr)
+            )
             consts = [self.array(x) for x in getattr(inner, "consts", ())]
             return self.evaluate(getattr(inner, "jaxpr", inner), consts, operands)
         if name in _UNCHANGED:
             return operands
         if self.uses_numpy and name in _OF_FLOATS and all(map(_is_float, operands)):
-            return [self._in_numpy(_OF_FLOATS[name], operands, params, equation.outvars[0].aval.dtype)]
+            return [
+                self._in_numpy(_OF_FLOATS[name], operands, params, equation.outvars[0].aval.dtype)
+            ]
         if self.uses_numpy and name in _OF_ANY and all(isinstance(x, np.ndarray) for x in operands):
             return [self._in_numpy(_OF_ANY[name], operands, params, equation.outvars[0].aval.dtype)]
-        if self.wide and name == "scatter-add":  # its parameters hold an addition of the narrow type
+        if (
+            self.wide and name == "scatter-add"
+        ):  # its parameters hold an addition of the narrow type
             params.pop("update_jaxpr")
             params.pop("update_consts")
             array, indices, updates = map(jnp.asarray, operands)
             return [self.array(jax.lax.scatter_add(array, indices, updates, **params))]
         params |= {key: self._type(params[key]) for key in _TYPES if key in params}
         results = equation.primitive.bind(*map(jnp.asarray, operands), **params)
-        return [self.array(x) for x in (results if equation.primitive.multiple_results else [results])]
+        return [
+            self.array(x) for x in (results if equation.primitive.multiple_results else [results])
+        ]
 
-    def _in_numpy(self, function: Callable, operands: list, params: dict[str, Any], dtype: Any) -> np.ndarray:
-        """Return an operation's result in its type; one of narrow floats is made in float32, then rounded."""
-        operands = [x.astype(np.float32) if _is_float(x) and x.dtype.itemsize < 4 else x for x in operands]
+    def _in_numpy(
+        self, function: Callable, operands: list, params: dict[str, Any], dtype: Any
+    ) -> np.ndarray:
+        """Return an operation's result in its type; one of narrow floats is made in float32, then
+        rounded.
+        """
+        operands = [
+            x.astype(np.float32) if _is_float(x) and x.dtype.itemsize < 4 else x for x in operands
+        ]
         with np.errstate(all="ignore"):
             return np.asarray(function(*operands, params)).astype(self._type(dtype), copy=False)
 

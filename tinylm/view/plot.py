@@ -1,7 +1,8 @@
 """Pictures of runs: curves against steps, as PNGs.
 
-Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; runs differ in their dashes too, for print.
-Drawn without pyplot, whose backend belongs to the notebook that it is used in.
+Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; runs differ in their
+dashes too, for print. Drawn without pyplot, whose backend belongs to the notebook that it is used
+in.
 """
 
 import io
@@ -12,7 +13,7 @@ from typing import Any
 from tinylm.core.errors import one_line
 from tinylm.core.log import say, say_once
 from tinylm.run.folder import RunFolder
-from tinylm.run.gather import gather
+from tinylm.view.history import gather
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("", "7 3", "2 3", "10 3 2 3", "5 2", "1 2", "12 4")
@@ -26,9 +27,16 @@ PANELS = {
 }
 
 
-def draw_curves(runs: Sequence[dict[str, Any]], path: Any, names: Sequence[str] = tuple(PANELS)) -> None:
-    """Draw the panels `names` that have data into the PNG at `path`; runs are as `gather` gives them."""
-    found = {name: [curve for i, run in enumerate(runs) for curve in _curves(i, run, name)] for name in names}
+def draw_curves(
+    runs: Sequence[dict[str, Any]], path: Any, names: Sequence[str] = tuple(PANELS)
+) -> None:
+    """Draw the panels `names` that have data into the PNG at `path`; runs are as `gather` gives
+    them.
+    """
+    found = {
+        name: [curve for i, run in enumerate(runs) for curve in _curves(i, run, name)]
+        for name in names
+    }
     shown = {name: drawn for name, drawn in found.items() if drawn}
     figure, grid = new_grid(max(1, len(shown)), 2, (7, 4))
     for axes, (name, drawn) in zip(grid, shown.items(), strict=False):
@@ -36,8 +44,12 @@ def draw_curves(runs: Sequence[dict[str, Any]], path: Any, names: Sequence[str] 
             axes.plot(steps, values, **look)
         for floor in {run["floor"] for run in runs if name == "loss"} - {None}:
             axes.axhline(floor, color="#555555", ls=":", label=f"floor of the corpus ({floor:.3f})")
-        late = [value for steps, values, _ in drawn for step, value in zip(steps, values, strict=True)
-                if step > steps[-1] / 20]  # fmt: skip
+        late = [
+            value
+            for steps, values, _ in drawn
+            for step, value in zip(steps, values, strict=True)
+            if step > steps[-1] / 20
+        ]
         if name in ("loss", "grad_norm") and late:  # the first steps would flatten all that follows
             axes.set_ylim(top=max(late) + 0.05 * (max(late) - min(late)) + 1e-9)
         axes.set(title=PANELS[name], xlabel="step")
@@ -62,19 +74,29 @@ def draw_loss(folder: RunFolder) -> bool:
 def _curves(i: int, run: dict[str, Any], name: str) -> list[tuple[Any, ...]]:
     """Return (steps, values, look) of a run's training and validation curve, without gaps."""
     found: list[tuple[Any, ...]] = []
-    for split, look in (("train", {"lw": 1, "alpha": 0.7}), ("valid", {"lw": 2, "marker": "o", "ms": 4})):
+    for split, look in (
+        ("train", {"lw": 1, "alpha": 0.7}),
+        ("valid", {"lw": 2, "marker": "o", "ms": 4}),
+    ):
         pairs = zip(run[split].get("step", ()), run[split].get(name, ()), strict=False)
         points = [(step, value) for step, value in pairs if value is not None]
         if points:
-            label = f"{run['name']}, {split} (last {points[-1][1]:.3f})".replace("$", r"\$")  # or it begins a formula
-            found.append((*map(list, zip(*points, strict=True)), {**line_style(i), **look, "label": label}))
+            label = f"{run['name']}, {split} (last {points[-1][1]:.3f})".replace(
+                "$", r"\$"
+            )  # or it begins a formula
+            found.append(
+                (*map(list, zip(*points, strict=True)), {**line_style(i), **look, "label": label})
+            )
     return found
 
 
 def line_style(i: int) -> dict[str, Any]:
     """Return the colour and dashes of the i-th run."""
     dash = DASHES[i % len(DASHES)]
-    return {"color": COLORS[i % len(COLORS)], "ls": (0, tuple(map(int, dash.split()))) if dash else "-"}
+    return {
+        "color": COLORS[i % len(COLORS)],
+        "ls": (0, tuple(map(int, dash.split()))) if dash else "-",
+    }
 
 
 def new_grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:

@@ -1,8 +1,8 @@
 """Where a program's time goes: operations of a profile added up by kind.
 
-XLA marks the event of each operation that it runs with `hlo_op`, on every platform; an operation's name tells what was
-fused in it. Loops and calls contain the operations that they run, so they are left out. Where operations run side by
-side, their times add up to more than the clock's.
+XLA marks the event of each operation that it runs with `hlo_op`, on every platform; an operation's
+name tells what was fused in it. Loops and calls contain the operations that they run, so they are
+left out. Where operations run side by side, their times add up to more than the clock's.
 """
 
 import collections
@@ -24,7 +24,9 @@ _KINDS = {
 
 
 def secs_by_kind(folder: str) -> dict[str, float]:
-    """Return the seconds spent in each kind of operation, the largest first, from the traces in `folder`."""
+    """Return the seconds spent in each kind of operation, the largest first, from the traces in
+    `folder`.
+    """
     secs: dict[str, float] = collections.defaultdict(float)
     for path in pathlib.Path(folder).rglob("*.xplane.pb"):
         for plane in ProfileData.from_file(str(path)).planes:
@@ -37,6 +39,10 @@ def secs_by_kind(folder: str) -> dict[str, float]:
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of an operation by its name in the compiled program, such as `transpose_copy_fusion.3`."""
+    """Return the kind of an operation by its name in the compiled program, such as
+    `transpose_copy_fusion.3`.
+    """
     bare = re.sub(r"[.\d]+$", "", name)
-    return next((kind for kind, known in _KINDS.items() if known.search(bare)), "element by element")
+    return next(
+        (kind for kind, known in _KINDS.items() if known.search(bare)), "element by element"
+    )

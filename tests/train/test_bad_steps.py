@@ -1,4 +1,6 @@
-"""Bad batches by each policy: parameters untouched, the batch named, counts in the state, no bad checkpoint."""
+"""Bad batches by each policy: parameters untouched, the batch named, counts in the state, no bad
+checkpoint.
+"""
 
 import hashlib
 import json
@@ -19,19 +21,29 @@ from tinylm.train import loop
 from tinylm.train.start import start_run
 
 FLAGS = [flag.removeprefix("--config.") for flag in SMALL[1:]]
-FEW = ["train.num_steps=12", "eval.every_steps=4", "checkpoint.every_steps=4", "sample.max_tokens=0", "mesh.data=1",
-       "writers.plot=False", "model.num_layers=1"]  # fmt: skip
+FEW = [
+    "train.num_steps=12",
+    "eval.every_steps=4",
+    "checkpoint.every_steps=4",
+    "sample.max_tokens=0",
+    "mesh.data=1",
+    "writers.plot=False",
+    "model.num_layers=1",
+]
 
 
 def poison(monkeypatch, bad: dict[int, float], interrupt_at: int = -1):
-    """Make each batch of `bad` give that value times its loss; send this process SIGTERM before a batch."""
+    """Make each batch of `bad` give that value times its loss; send this process SIGTERM before a
+    batch.
+    """
 
     def batches(*arguments, **kwargs):
         for index, batch in pipeline.train_batches(*arguments, **kwargs):
             if index == interrupt_at:
                 signal.raise_signal(signal.SIGTERM)
             if index in bad:
-                # As (sum, count) are of the weights, a target that is off the vocabulary's end can't do this.
+                # As (sum, count) are of the weights, a target that is off the vocabulary's end
+                # can't do this.
                 batch = {**batch, "weights": batch["weights"] * np.float32(bad[index])}
             yield index, batch
 
@@ -48,18 +60,24 @@ def run(workdir, *overrides):
 
 def bad_lines(workdir):
     records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line["batch"], line["loss"]) for line in records if line["split"] == "bad"]
+    return [
+        (line["step"], line["batch"], line["loss"]) for line in records if line["split"] == "bad"
+    ]
 
 
 def test_halt_names_the_batch_and_saves_nothing_bad(tmp_path, monkeypatch):
     poison(monkeypatch, {5: math.nan})
-    with pytest.raises(NumericError, match=r"step 6 is bad: batch 5 has loss nan .* Set train.on_bad_step") as caught:
+    with pytest.raises(
+        NumericError, match=r"step 6 is bad: batch 5 has loss nan .* Set train.on_bad_step"
+    ) as caught:
         run(tmp_path)
     assert caught.value.exit_code == 3
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4"]
     assert bad_lines(tmp_path) == [(5, 5, None)]
     poison(monkeypatch, {5: math.nan})
-    assert run(tmp_path, "train.on_bad_step=skip").step == 12, "the same run goes on with another policy"
+    assert run(tmp_path, "train.on_bad_step=skip").step == 12, (
+        "the same run goes on with another policy"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +95,14 @@ def test_skip_leaves_a_batch_out_and_every_step_is_taken(skipped, tmp_path, monk
     assert sorted(lines(skipped)) == list(range(1, 13))
     assert sorted(lines(skipped, "valid")) == [4, 8, 12]
 
-    def without(*arguments, start, **kwargs):  # the same batches, numbered as if the bad ones had never been
-        good = (batch for batch in pipeline.train_batches(*arguments, start=0, **kwargs) if batch[0] not in (5, 6, 9))
+    def without(
+        *arguments, start, **kwargs
+    ):  # the same batches, numbered as if the bad ones had never been
+        good = (
+            batch
+            for batch in pipeline.train_batches(*arguments, start=0, **kwargs)
+            if batch[0] not in (5, 6, 9)
+        )
         return (batch for place, batch in enumerate(good) if place >= start)
 
     monkeypatch.setattr(loop, "train_batches", lambda *a, **k: Closing(without(*a, **k)))
@@ -115,9 +139,13 @@ def test_skipping_is_bitwise_the_same_for_many_steps_a_dispatch_and_after_a_stop
 
 
 @pytest.mark.parametrize("per_dispatch", [1, 10**8])
-def test_rollback_goes_on_from_the_last_checkpoint_past_the_bad_batch(tmp_path, monkeypatch, per_dispatch):
+def test_rollback_goes_on_from_the_last_checkpoint_past_the_bad_batch(
+    tmp_path, monkeypatch, per_dispatch
+):
     poison(monkeypatch, {6: math.nan})
-    outcome = run(tmp_path, "train.on_bad_step=rollback", f"train.steps_per_dispatch={per_dispatch}")
+    outcome = run(
+        tmp_path, "train.on_bad_step=rollback", f"train.steps_per_dispatch={per_dispatch}"
+    )
     assert outcome.step == 12
     assert bad_lines(tmp_path) == [(6, 6, None)]
     records = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
@@ -125,8 +153,12 @@ def test_rollback_goes_on_from_the_last_checkpoint_past_the_bad_batch(tmp_path, 
     restored = loop.Checkpoints(loop.RunFolder(str(tmp_path)).checkpoints)
     assert restored.newest() == 12
 
-    def past(*arguments, start, **kwargs):  # batches 4, 5 and 6 are left out, as if they had never been
-        for index, batch in pipeline.train_batches(*arguments, start=start if start < 4 else start + 3, **kwargs):
+    def past(
+        *arguments, start, **kwargs
+    ):  # batches 4, 5 and 6 are left out, as if they had never been
+        for index, batch in pipeline.train_batches(
+            *arguments, start=start if start < 4 else start + 3, **kwargs
+        ):
             yield from ((index, batch),) if index < 4 or index > 6 else ()
 
     monkeypatch.setattr(loop, "train_batches", past)
@@ -145,7 +177,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
 
 
 def test_a_spike_is_bad_and_what_it_would_have_taught_is_left_out(tmp_path):
-    from tinylm.train.guard import judge, new_guard
+    from tinylm.train.bad_steps import judge, new_guard
 
     guard, rng = new_guard(), np.random.default_rng(0)
     step = jax.jit(lambda guard, loss: judge(guard, loss, 1.0, False, 6.0, True))
@@ -156,7 +188,11 @@ def test_a_spike_is_bad_and_what_it_would_have_taught_is_left_out(tmp_path):
     assert mean == pytest.approx(2, abs=0.1)
     bad, guard = step(guard, np.float32(3.5))
     assert bad
-    assert (int(guard["skipped"]), int(guard["bad_in_row"]), float(guard["loss_mean"])) == (1, 1, mean)
+    assert (int(guard["skipped"]), int(guard["bad_in_row"]), float(guard["loss_mean"])) == (
+        1,
+        1,
+        mean,
+    )
     bad, guard = step(guard, np.float32(2.1))
     assert (bool(bad), int(guard["bad_in_row"]), int(guard["skipped"])) == (False, 0, 1)
 
@@ -174,20 +210,34 @@ def before_batch(monkeypatch, index, fault):
 
 
 @pytest.mark.parametrize(
-    "how", ["cut", *(pytest.param(how, marks=pytest.mark.slow) for how in ("altered", "thread ends"))]
+    "how",
+    ["cut", *(pytest.param(how, marks=pytest.mark.slow) for how in ("altered", "thread ends"))],
 )
-def test_data_that_fails_under_a_run_is_one_line_and_no_batch_is_lost_or_repeated(tmp_path, monkeypatch, how):
+def test_data_that_fails_under_a_run_is_one_line_and_no_batch_is_lost_or_repeated(
+    tmp_path, monkeypatch, how
+):
     flags = [f"data.store_dir={tmp_path / 'stores'}", "train.num_steps=24"]
     run(tmp_path / "whole", *flags)
     shard = next((tmp_path / "stores").glob("*/tokens-*.bin"))
     content = shard.read_bytes()
-    wanted = (HangError, "thread") if how == "thread ends" else (StorageError, "was changed while it was read")
+    wanted = (
+        (HangError, "thread")
+        if how == "thread ends"
+        else (StorageError, "was changed while it was read")
+    )
     with monkeypatch.context() as patched:
         if how == "thread ends":
             read = pipeline._Runs.__getitem__  # of eight batches
-            patched.setattr(pipeline._Runs, "__getitem__", lambda *args: sys.exit() if args[1] == 2 else read(*args))
+            patched.setattr(
+                pipeline._Runs,
+                "__getitem__",
+                lambda *args: sys.exit() if args[1] == 2 else read(*args),
+            )
         else:
-            change = {"cut": lambda: os.truncate(shard, 1000), "altered": lambda: shard.write_bytes(content[::-1])}
+            change = {
+                "cut": lambda: os.truncate(shard, 1000),
+                "altered": lambda: shard.write_bytes(content[::-1]),
+            }
             before_batch(patched, 5, change[how])
         with pytest.raises(wanted[0], match=wanted[1]):
             run(tmp_path / "run", *flags)
@@ -211,7 +261,12 @@ def test_another_mesh_goes_on_with_the_same_state_batches_and_losses(tmp_path, m
     monkeypatch.setattr(loop, "train_batches", batches)
     run(tmp_path / "one")
     for stop, (data, model) in zip((4, 8, 12), ((8, 1), (4, 2), (1, 8)), strict=True):
-        mesh = [f"mesh.data={data}", f"mesh.model={model}", "mesh.fsdp=True", f"train.stop_step={stop}"]
+        mesh = [
+            f"mesh.data={data}",
+            f"mesh.model={model}",
+            "mesh.fsdp=True",
+            f"train.stop_step={stop}",
+        ]
         trainer = start_run(load_config("tales", [*FLAGS, *FEW, *mesh]), str(tmp_path / "run"))
         if stop > 4:
             digest = state_digest(tmp_path / "run", stop - 4)
@@ -238,7 +293,13 @@ def test_a_store_that_changed_is_refused_when_the_run_goes_on(tmp_path, how):
     shard.write_bytes(content[:-1] if how == "cut" else content)
     if how == "another":  # whole by itself, but of other tokens
         manifest = shard.parent / "manifest.json"
-        manifest.write_text(manifest.read_text().replace(before, hashlib.sha256(content).hexdigest()))
-    wanted = {"altered": "differs from its checksum", "cut": "bytes", "another": "doesn't give the tokens that"}[how]
+        manifest.write_text(
+            manifest.read_text().replace(before, hashlib.sha256(content).hexdigest())
+        )
+    wanted = {
+        "altered": "differs from its checksum",
+        "cut": "bytes",
+        "another": "doesn't give the tokens that",
+    }[how]
     with pytest.raises(UserError, match=wanted):
         start_run(config, str(tmp_path / "run"))

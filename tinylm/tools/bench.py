@@ -1,8 +1,8 @@
 """How fast a config trains: the trainer's own step and pipeline on random tokens, timed.
 
-The cold and the warm start are two in one process, with an empty compile cache and with what the first one left in it;
-both count the processor time of the process before it, its imports. Dispatches are timed by the clock, the device kept
-busy as in training.
+The cold and the warm start are two in one process, with an empty compile cache and with what the
+first one left in it; both count the processor time of the process before it, its imports.
+Dispatches are timed by the clock, the device kept busy as in training.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from tinylm.analysis.chips import peak_flops
-from tinylm.analysis.flops import train_flops_per_token
-from tinylm.analysis.profile import secs_by_kind
+from tinylm.core.chips import peak_flops
 from tinylm.core.mesh import owned_rows, place_batch
 from tinylm.data.pipeline import train_batches
+from tinylm.model.flops import train_flops_per_token
+from tinylm.tools.profile import secs_by_kind
 from tinylm.train.config import Config
 from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import TrainState, make_blueprint
@@ -41,7 +41,11 @@ class RandomRows:
         """Return examples that depend on their indices alone."""
         shape, top = (len(indices), self.config.data.seq_len + 1), self.config.model.vocab_size
         ids = np.random.default_rng(indices).integers(0, top, shape, np.int32)
-        rows = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "weights": np.ones(ids[:, 1:].shape, np.float32)}
+        rows = {
+            "tokens": ids[:, :-1],
+            "targets": ids[:, 1:],
+            "weights": np.ones(ids[:, 1:].shape, np.float32),
+        }
         if self.config.data.packing == "packed":
             rows["segments"] = np.ones_like(rows["tokens"])
             rows["positions"] = np.cumsum(rows["segments"], axis=1, dtype=np.int32) - 1
@@ -56,10 +60,14 @@ class Workload:
         c, self.config, self.mesh = config, config, mesh
         self.count, micro = c.train.steps_per_dispatch, c.train.accumulation_steps
         self.blueprint = make_blueprint(c.model, c.optimizer, c.mesh, c.train.num_steps, mesh)
-        self.steps = make_train_steps(self.blueprint, make_schedule(c.optimizer, c.train.num_steps), c.train)
+        self.steps = make_train_steps(
+            self.blueprint, make_schedule(c.optimizer, c.train.num_steps), c.train
+        )
         self.rows = c.micro_batch_rows
         self.owned = owned_rows(mesh, self.rows)
-        self.batches = train_batches(RandomRows(c), batch_shape=(micro, self.rows), owned_rows=self.owned)
+        self.batches = train_batches(
+            RandomRows(c), batch_shape=(micro, self.rows), owned_rows=self.owned
+        )
 
     def place(self) -> dict[str, jax.Array]:
         """Put the batches of the next dispatch onto the mesh."""
@@ -67,13 +75,17 @@ class Workload:
         stacked = {name: np.stack([batch[name] for batch in host]) for name in host[0]}
         return place_batch(self.mesh, stacked, self.owned, self.rows, 2)
 
-    def run(self, state: TrainState, placed: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def run(
+        self, state: TrainState, placed: dict[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Dispatch; return the state to be, and its metrics."""
         return self.steps(state, placed, self.count, self.config.seed)
 
 
 def measure(config: Config, mesh: Mesh, dispatches: int = 20, profile: str = "") -> dict[str, Any]:
-    """Return the figures of a resolved config as plain values; a trace is left in `profile` where that is named."""
+    """Return the figures of a resolved config as plain values; a trace is left in `profile` where
+    that is named.
+    """
     jax.set_mesh(mesh)
     before, (work, state, cold, warm) = time.process_time(), _starts(config, mesh)
     with contextlib.closing(work.batches), tempfile.TemporaryDirectory() as scratch:
@@ -104,7 +116,9 @@ def measure(config: Config, mesh: Mesh, dispatches: int = 20, profile: str = "")
 
 
 def _starts(config: Config, mesh: Mesh) -> tuple[Workload, TrainState, float, float]:
-    """Return a workload, its state, and the seconds from nothing to its first dispatch done: cold, then warm."""
+    """Return a workload, its state, and the seconds from nothing to its first dispatch done: cold,
+    then warm.
+    """
     kept, secs = jax.config.values["jax_compilation_cache_dir"], []
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
@@ -113,7 +127,9 @@ def _starts(config: Config, mesh: Mesh) -> tuple[Workload, TrainState, float, fl
             compilation_cache.reset_cache()
             begun = time.perf_counter()
             work = Workload(config, mesh)
-            state, _ = jax.block_until_ready(work.run(work.blueprint.init(config.seed), work.place()))
+            state, _ = jax.block_until_ready(
+                work.run(work.blueprint.init(config.seed), work.place())
+            )
             secs.append(time.perf_counter() - begun)
     jax.config.update("jax_compilation_cache_dir", kept)
     compilation_cache.reset_cache()
@@ -123,7 +139,8 @@ def _starts(config: Config, mesh: Mesh) -> tuple[Workload, TrainState, float, fl
 def _steady(
     work: Workload, state: TrainState, dispatches: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, TrainState]:
-    """Return seconds a step of each dispatch, of waiting for input and of all host work in it; and the state.
+    """Return seconds a step of each dispatch, of waiting for input and of all host work in it; and
+    the state.
 
     A dispatch is waited for when the next one is under way, as in the trainer's loop.
     """

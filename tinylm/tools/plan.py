@@ -14,12 +14,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tinylm.analysis.chips import SLICE_BYTES_PER_SEC, Chip, find_chip
-from tinylm.analysis.flops import train_flops_per_token
-from tinylm.analysis.programs import Collective, read_collectives
-from tinylm.analysis.traffic import Work, least_collectives
+from tinylm.core.chips import SLICE_BYTES_PER_SEC, Chip, find_chip
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import AXES, activation_sharding, mesh_sizes, replicated
+from tinylm.model.flops import train_flops_per_token
+from tinylm.tools.programs import Collective, read_collectives
+from tinylm.tools.traffic import Work, least_collectives
 from tinylm.train.config import Config
 from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import Blueprint, TrainState, make_blueprint
@@ -35,7 +35,9 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
     """
     jax.set_mesh(mesh)
     chip = known_chip(mesh)
-    blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
+    blueprint = make_blueprint(
+        config.model, config.optimizer, config.mesh, config.train.num_steps, mesh
+    )
     compiled = None
     refused_bytes = 0
     try:
@@ -68,7 +70,9 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def by_formula(config: Config, abstract: TrainState, mesh: Mesh) -> tuple[int, float, list[Collective]]:
+def by_formula(
+    config: Config, abstract: TrainState, mesh: Mesh
+) -> tuple[int, float, list[Collective]]:
     """Return the tokens of a step, its FLOPs, and the least that it must communicate."""
     tokens = config.data.tokens_per_step
     flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
@@ -83,7 +87,9 @@ def known_chip(mesh: Mesh) -> Chip:
     device = mesh.devices.flat[0]
     chip = find_chip(device, mesh.size)
     if chip is None:
-        raise UserError(f"no data about {device.device_kind} in tinylm/analysis/chips.py; add its line there.")
+        raise UserError(
+            f"no data about {device.device_kind} in tinylm/core/chips.py; add its line there."
+        )
     return chip
 
 
@@ -95,7 +101,10 @@ def compile_step(config: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages
     dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32"}
     if config.data.packing == "packed":
         dtypes |= {"segments": "int32", "positions": "int32"}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in dtypes.items()
+    }
     number = jax.ShapeDtypeStruct((), "int32", sharding=replicated(mesh))
     schedule = make_schedule(config.optimizer, config.train.num_steps)
     train_steps: Any = make_train_steps(blueprint, schedule)

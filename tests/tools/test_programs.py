@@ -1,12 +1,14 @@
-"""Traffic is read right from compiled programs: against formulas, and in each way in which compilers write groups."""
+"""Traffic is read right from compiled programs: against formulas, and in each way in which
+compilers write groups.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tinylm.analysis.programs import read_collectives
 from tinylm.core.mesh import MeshConfig, activation_sharding, make_mesh, replicated
+from tinylm.tools.programs import read_collectives
 
 
 @pytest.fixture
@@ -36,7 +38,9 @@ def test_an_all_reduce_sends_twice_its_array(mesh):
         return jnp.sum(jnp.dot(x, w) ** 2)
 
     w = jax.ShapeDtypeStruct((32, 32), jnp.float32, sharding=replicated(mesh))
-    x = jax.ShapeDtypeStruct((8, 32), jnp.float32, sharding=activation_sharding(mesh, ("batch", None), (8, 32)))
+    x = jax.ShapeDtypeStruct(
+        (8, 32), jnp.float32, sharding=activation_sharding(mesh, ("batch", None), (8, 32))
+    )
     compiled = jax.jit(jax.grad(loss), out_shardings=replicated(mesh)).lower(w, x).compile()
     (one,) = read_collectives(compiled.as_text(), mesh)
     assert (one.kind, one.axis) == ("all-reduce", "data")
@@ -62,7 +66,10 @@ def test_groups_are_read_in_every_notation(mesh, groups, axis, members):
 
 
 def test_pieces_of_one_channel_count_once(mesh):
-    line = "  %g.{} = (bf16[10]{{0}}, bf16[100]{{0}}) all-gather-start(%x), channel_id=7, replica_groups=[4,2]<=[8]\n"
+    line = (
+        "  %g.{} = (bf16[10]{{0}}, bf16[100]{{0}}) all-gather-start(%x), channel_id=7, "
+        "replica_groups=[4,2]<=[8]\n"
+    )
     text = "ENTRY %main (x: bf16[2]) -> bf16[8] {\n" + line.format(1) + line.format(2) + "}"
     (one,) = read_collectives(text, mesh)
     assert one.bytes_per_step == 200 * 1 / 2
@@ -79,10 +86,15 @@ def test_sums_by_hand_share_a_channel_and_each_counts(mesh):
 def test_a_permutation_lies_on_the_axis_of_its_pairs(mesh):
     text = (
         "ENTRY %main (x: f32[2]) -> f32[8] {\n"
-        "  ROOT %p = f32[4]{0} collective-permute(%x), channel_id=1, source_target_pairs={{1,1},{0,2},{2,4}}\n}"
+        "  ROOT %p = f32[4]{0} collective-permute(%x), channel_id=1, "
+        "source_target_pairs={{1,1},{0,2},{2,4}}\n}"
     )
     (one,) = read_collectives(text, mesh)
-    assert (one.kind, one.axis, one.bytes_per_step) == ("collective-permute", "data", np.float32(16))
+    assert (one.kind, one.axis, one.bytes_per_step) == (
+        "collective-permute",
+        "data",
+        np.float32(16),
+    )
 
 
 LOOP = """%body (p: (bf16[10], u32[])) -> (bf16[10], u32[]) {

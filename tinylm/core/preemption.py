@@ -1,9 +1,10 @@
 """Being asked to stop: by a terminal or a scheduler, a run ends at the next step boundary, saved.
 
-One process notes the signal itself. Several must stop at the same point, so there JAX's coordination service carries
-the SIGTERM of any of them to all, and names the point; other signals are passed on to it as SIGTERM. Before anything
-was trained there is nothing to save: the program ends at once, also while JAX compiles or a process waits for another,
-when Python can't run handlers: a thread reads the signal's number from a pipe, into which the system's handler writes.
+One process notes the signal itself. Several must stop at the same point, so there JAX's
+coordination service carries the SIGTERM of any of them to all, and names the point; other signals
+are passed on to it as SIGTERM. Before anything was trained there is nothing to save: the program
+ends at once, also while JAX compiles or a process waits for another, when Python can't run
+handlers: a thread reads the signal's number from a pipe, into which the system's handler writes.
 """
 
 import contextlib
@@ -26,7 +27,9 @@ class StopRequest:
     def __init__(self) -> None:
         """Install the handlers."""
         self.nothing_to_save = True
-        self.signalled = False  # this process, which in a job of several doesn't yet mean that the run stops
+        self.signalled = (
+            False  # this process, which in a job of several doesn't yet mean that the run stops
+        )
         self._stopping = False
         self._asked = 0
         self._interrupts = False
@@ -43,7 +46,9 @@ class StopRequest:
         threading.Thread(target=self._act_at_once, args=(reader,), daemon=True).start()
 
     def _note(self, *_: object) -> None:
-        """Handle a signal: Python calls this in the main thread, between two of its instructions."""
+        """Handle a signal: Python calls this in the main thread, between two of its
+        instructions.
+        """
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.signalled = True
         if self._alone:
@@ -83,7 +88,9 @@ class StopRequest:
             from jax.experimental import multihost_utils
 
             self._asked += 1
-            self._stopping = self._stopping or multihost_utils.reached_preemption_sync_point(self._asked)
+            self._stopping = self._stopping or multihost_utils.reached_preemption_sync_point(
+                self._asked
+            )
         return self._stopping
 
     def check(self) -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 _ADVICE = {
     "params": "split parameters over more devices (mesh.fsdp=true, or a larger mesh.model)",
-    "optimizer": "split the optimizer's state over more devices (mesh.fsdp=true, or a larger mesh.data)",
+    "optimizer": "split the optimizer's state over more devices (mesh.fsdp=true, or a larger "
+    "mesh.data)",
     "gradients": "split gradients over more devices (mesh.fsdp=true, or a larger mesh.model)",
     "activations": "recompute more (model.remat=full), take smaller micro-batches "
     "(train.accumulation_steps), a smaller data.batch_size, or a larger mesh.model",
@@ -69,7 +70,9 @@ def _time_lines(plan: dict[str, Any]) -> list[str]:
 def describe_search(rows: list[dict[str, Any]], shown: int = 12) -> str:
     """Return the best rows of a search as a table, and the flags of the first one that fits."""
     heads = ("memory", "compiled", "tokens/s", "compiled")
-    lines = [f"{'mesh':<20}{'fsdp':<6}{'remat':<7}{'batch':>8}" + "".join(f"{h:>13}" for h in heads)]
+    lines = [
+        f"{'mesh':<20}{'fsdp':<6}{'remat':<7}{'batch':>8}" + "".join(f"{h:>13}" for h in heads)
+    ]
     for row in rows[:shown]:
         compiled = _bytes(row["compiled_bytes"]) if row["compiled_bytes"] else "-"
         figures = (

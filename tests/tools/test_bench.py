@@ -1,4 +1,6 @@
-"""The benchmark measures the trainer's own step; and what makes a step slow is counted, for time can't be tested."""
+"""The benchmark measures the trainer's own step; and what makes a step slow is counted, for time
+can't be tested.
+"""
 
 import contextlib
 import math
@@ -10,18 +12,25 @@ import pytest
 from flax import traverse_util
 from helpers import random_batch, tiny_model
 
-from tinylm.analysis.flops import count_parameters, train_flops_per_token
-from tinylm.analysis.profile import kind_of
 from tinylm.bench import text_of
 from tinylm.config import load_config
 from tinylm.core.mesh import make_mesh
+from tinylm.model.flops import count_parameters, train_flops_per_token
 from tinylm.model.transformer import abstract_transformer
-from tinylm.train.benchmark import Workload, measure
-from tinylm.train.planning import compile_step
+from tinylm.tools.bench import Workload, measure
+from tinylm.tools.plan import compile_step
+from tinylm.tools.profile import kind_of
 from tinylm.train.step import accumulate
 
-TINY = ["model.vocab_size=65", "model.embed_dim=32", "model.num_layers=2", "data.seq_len=16", "data.batch_size=8",
-        "train.steps_per_dispatch=2", "mesh.data=1"]  # fmt: skip
+TINY = [
+    "model.vocab_size=65",
+    "model.embed_dim=32",
+    "model.num_layers=2",
+    "data.seq_len=16",
+    "data.batch_size=8",
+    "train.steps_per_dispatch=2",
+    "mesh.data=1",
+]
 
 
 def tiny_config(*overrides):
@@ -84,7 +93,9 @@ def compilations():
 
 
 def test_steps_compile_once_wait_for_nothing_and_are_not_copied(compilations):
-    """A shorter dispatch is the same program, metrics stay on the device, and the state is given away."""
+    """A shorter dispatch is the same program, metrics stay on the device, and the state is given
+    away.
+    """
     config = tiny_config("model.num_layers=1")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
@@ -95,7 +106,9 @@ def test_steps_compile_once_wait_for_nothing_and_are_not_copied(compilations):
                 before = jax.tree.leaves(state)
                 with jax.transfer_guard_device_to_host("disallow"):
                     state, metrics = work.run(state, placed)
-                assert all(leaf.is_deleted() for leaf in before), "the state is copied at every dispatch"
+                assert all(leaf.is_deleted() for leaf in before), (
+                    "the state is copied at every dispatch"
+                )
     assert all(isinstance(metric, jax.Array) for metric in metrics.values())
     assert len(compilations) == 2, compilations  # one program makes the state, one the steps
 
@@ -107,24 +120,34 @@ def dot_flops(jaxpr, times=1):
         if eqn.primitive.name == "dot_general":
             (contracting, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
-            total += 2 * times * eqn.outvars[0].aval.size * math.prod(shape[dim] for dim in contracting)
+            total += (
+                2 * times * eqn.outvars[0].aval.size * math.prod(shape[dim] for dim in contracting)
+            )
         inside = times * eqn.params.get("length", 1)
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
             value = getattr(value, "jaxpr", value)
             total += dot_flops(value, inside) if hasattr(value, "eqns") else 0
     return total
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2, "mlp": "swiglu"}, {"tie_embeddings": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_kv_heads": 2, "mlp": "swiglu"}, {"tie_embeddings": False}]
+)
 def test_a_step_multiplies_as_much_as_the_formula_says(changes):
-    """The formula leaves out the hidden half of attention and the padding of the vocabulary, which are computed."""
+    """The formula leaves out the hidden half of attention and the padding of the vocabulary, which
+    are computed.
+    """
     config = tiny_config()
     config.model = tiny_model(**changes)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         blueprint = Workload(config, mesh).blueprint
         batch, key = jax.tree.map(jnp.asarray, random_batch(0)), jax.random.key(0)
-        program = jax.make_jaxpr(lambda params: accumulate(blueprint, params, batch, key))(blueprint.abstract.params)
+        program = jax.make_jaxpr(lambda params: accumulate(blueprint, params, batch, key))(
+            blueprint.abstract.params
+        )
     c, tokens = config.model, batch["tokens"].size
     hidden = c.num_layers * 4 * c.num_heads * c.head_dim * (16 - 1) / 2
     padding = 2 * c.embed_dim * (c.padded_vocab - c.vocab_size)
@@ -133,12 +156,16 @@ def test_a_step_multiplies_as_much_as_the_formula_says(changes):
 
 
 def test_the_compiled_step_transposes_and_communicates_no_more_than_it_did():
-    """The count is that of jax 0.10 on CPU; lower it when the step gets better, and ask why when it gets worse."""
+    """The count is that of jax 0.10 on CPU; lower it when the step gets better, and ask why when it
+    gets worse.
+    """
     config = tiny_config("model.unroll=1", "train.steps_per_dispatch=1")
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         text = compile_step(config, Workload(config, mesh).blueprint, mesh).as_text()
-    assert not re.search(r"all-(gather|reduce|to-all)|reduce-scatter|collective-permute|infeed|outfeed|send\(", text)
+    assert not re.search(
+        r"all-(gather|reduce|to-all)|reduce-scatter|collective-permute|infeed|outfeed|send\(", text
+    )
     assert len(re.findall(r" transpose\(", text)) <= 17
 
 
@@ -146,6 +173,11 @@ def test_the_best_config_keeps_to_the_budget_that_it_names():
     config = load_config("shakespeare_char_best")
     config = config.resolve(65)
     shapes = traverse_util.flatten_dict(abstract_transformer(config.model)[1], sep="/")
-    assert count_parameters({path: leaf.shape for path, leaf in shapes.items()}, config.model) <= 830_000
+    assert (
+        count_parameters({path: leaf.shape for path, leaf in shapes.items()}, config.model)
+        <= 830_000
+    )
     assert config.train.num_steps * config.data.batch_size * config.data.seq_len <= 2000 * 768
-    assert config.eval.max_batches == 0, "the loss that it names is that of the whole validation tenth"
+    assert config.eval.max_batches == 0, (
+        "the loss that it names is that of the whole validation tenth"
+    )

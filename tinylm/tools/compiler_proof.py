@@ -1,12 +1,14 @@
 """The proof that this machine's compiler makes of the train step what its operations say.
 
-The step is compiled as the trainer compiles it, on the config's mesh, and run. Then its operations are run one by one
-on one device: in their own types, and in float64, which is exact for all that float32 can tell. Rounding explains as
-much as the single operations themselves are off the exact step; the compiled step may be off a few times as far, since
-it adds up in another order. What is compared are loss, gradient norm, gradients (as the optimizer's first moments hold
-them), second moments, parameters, and the metrics of the step.
+The step is compiled as the trainer compiles it, on the config's mesh, and run. Then its operations
+are run one by one on one device: in their own types, and in float64, which is exact for all that
+float32 can tell. Rounding explains as much as the single operations themselves are off the exact
+step; the compiled step may be off a few times as far, since it adds up in another order. What is
+compared are loss, gradient norm, gradients (as the optimizer's first moments hold them), second
+moments, parameters, and the metrics of the step.
 
-A wrong fusion needs certain shapes, which a config may not have: so the programs of known faults are compiled, too.
+A wrong fusion needs certain shapes, which a config may not have: so the programs of known faults
+are compiled, too.
 """
 
 import dataclasses
@@ -18,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinylm.analysis.flops import train_flops_per_token
-from tinylm.analysis.op_by_op import operations_of
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh, owned_rows, place_batch
+from tinylm.model.flops import train_flops_per_token
+from tinylm.tools.op_by_op import operations_of
+from tinylm.tools.prove import Proof
 from tinylm.train.config import Config
 from tinylm.train.optimizer import make_schedule
-from tinylm.train.proofs import Proof
 from tinylm.train.state import TrainState, make_blueprint
 from tinylm.train.step import make_train_steps
 
@@ -32,13 +34,15 @@ from tinylm.train.step import make_train_steps
 # the last place of float32, in which it is kept and its kind added up.
 RATIO = 8.0
 LAST_PLACES = 16
-# A single number, as the loss, may by chance be exact where operations run one by one; this much is always allowed.
+# A single number, as the loss, may by chance be exact where operations run one by one; this much is
+# always allowed.
 OF_NUMBERS = {"float32": 2e-6, "bfloat16": 2e-3}
 # Single operations that are farther off than this are themselves wrong.
 SOUND = {"float32": 1e-3, "bfloat16": 0.3}
 # What a step may cost to be run in NumPy's float64 within seconds on two cores.
 MOST_FLOPS = 1e10
-WARM_STEPS = 2  # before the step that is compared, so that moments, biases and scales are not what they begin as
+# Before the step that is compared, so that moments, biases and scales are not what they begin as.
+WARM_STEPS = 2
 ROWS, LENGTH, VOCAB, HEADS, HEAD_DIM = 8, 128, 512, 4, 32
 
 
@@ -59,18 +63,30 @@ class Comparison:
 
 
 def prove_compiler(config: Config) -> Proof:
-    """Compare the compiled step of a config whose vocabulary is known with its operations one by one."""
+    """Compare the compiled step of a config whose vocabulary is known with its operations one by
+    one.
+    """
     devices = batch_shards(make_mesh(config.mesh))
     config, scaled = scaled_down(config, devices)
     found = [*known_programs(), *compare_step(config)]
     rows = [("", "compiled, off the exact", "one by one, off the exact", "allowed", "")]
     for kind in dict.fromkeys(one.kind for one in found):
         worst = max((one for one in found if one.kind == kind), key=lambda one: _excess(one))
-        rows.append((kind, f"{worst.compiled:.1e}", f"{worst.single:.1e}", f"{worst.limit:.1e}",
-                     worst.name if worst.holds else f"{worst.name}: WRONG"))  # fmt: skip
+        rows.append(
+            (
+                kind,
+                f"{worst.compiled:.1e}",
+                f"{worst.single:.1e}",
+                f"{worst.limit:.1e}",
+                worst.name if worst.holds else f"{worst.name}: WRONG",
+            )
+        )
     size = f"scaled down to {', '.join(scaled)}" if scaled else "at its own size"
-    return Proof(f"the compiled step of this config ({size}) does what its operations say, up to rounding",
-                 all(one.holds for one in found), rows)  # fmt: skip
+    return Proof(
+        f"the compiled step of this config ({size}) does what its operations say, up to rounding",
+        all(one.holds for one in found),
+        rows,
+    )
 
 
 def _excess(one: Comparison) -> float:
@@ -79,7 +95,9 @@ def _excess(one: Comparison) -> float:
 
 
 def known_programs() -> list[Comparison]:
-    """Compile the programs that a version of jaxlib is known to get wrong (tinylm.core.platform) on this machine."""
+    """Compile the programs that a version of jaxlib is known to get wrong (tinylm.core.platform) on
+    this machine.
+    """
     rows_NH = np.stack([np.arange(32_769.0), np.zeros(32_769), np.zeros(32_769)], axis=1)
     a_BTK = np.arange(65 * 31 * 5.0).reshape(65, 31, 5) % 7
     b_BK1 = np.arange(65 * 5.0).reshape(65, 5, 1) % 5
@@ -91,13 +109,25 @@ def known_programs() -> list[Comparison]:
         return jnp.sum(a_BTK @ jnp.broadcast_to(b_BK1, (65, 5, 8)), axis=2)
 
     programs: tuple[tuple[str, Callable, list[np.ndarray], np.ndarray], ...] = (
-        ("sum of squares of a product (jax#39103)", sum_of_squares, [rows_NH], np.sum(rows_NH**2, axis=1)),
-        ("sum over a product with a broadcast operand", sum_of_columns, [a_BTK, b_BK1], 8 * (a_BTK @ b_BK1)[..., 0]),
+        (
+            "sum of squares of a product (jax#39103)",
+            sum_of_squares,
+            [rows_NH],
+            np.sum(rows_NH**2, axis=1),
+        ),
+        (
+            "sum over a product with a broadcast operand",
+            sum_of_columns,
+            [a_BTK, b_BK1],
+            8 * (a_BTK @ b_BK1)[..., 0],
+        ),
     )
     found = []
     for name, function, arguments, exact in programs:
         narrow = [x.astype(np.float32) for x in arguments]
-        apart = float(np.max(np.abs(np.asarray(jax.jit(function)(*narrow)) - exact)) / np.max(exact))
+        apart = float(
+            np.max(np.abs(np.asarray(jax.jit(function)(*narrow)) - exact)) / np.max(exact)
+        )
         # Accelerators multiply in shorter floats by default.
         limit = 1e-6 if jax.default_backend() == "cpu" else 1e-2
         found.append(Comparison("known fault", name, apart, 0.0, limit))
@@ -105,7 +135,9 @@ def known_programs() -> list[Comparison]:
 
 
 def compare_step(config: Config) -> list[Comparison]:
-    """Return how far each array of a resolved config's compiled step is off, after WARM_STEPS steps."""
+    """Return how far each array of a resolved config's compiled step is off, after WARM_STEPS
+    steps.
+    """
     batches = [random_batch(config, seed) for seed in range(WARM_STEPS + 1)]
     before, compiled = _compiled_step(config, batches)
     single_config = config.editable_copy()
@@ -115,7 +147,9 @@ def compare_step(config: Config) -> list[Comparison]:
     with jax.set_mesh(mesh):
         steps = _train_steps(single_config, mesh)[1]
         placed = {name: x[None] for name, x in batches[-1].items()}
-        operations = operations_of(lambda state, batch: steps(state, batch, 1, config.seed), before, placed)
+        operations = operations_of(
+            lambda state, batch: steps(state, batch, 1, config.seed), before, placed
+        )
         single = operations.run(before, placed)
         exact = operations.run(before, placed, wide=True)
     return compare(before, compiled, single, exact, config.model.compute_dtype)
@@ -123,13 +157,17 @@ def compare_step(config: Config) -> list[Comparison]:
 
 def _train_steps(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Callable]:
     """Return the blueprint of a config on a mesh, and its steps as the trainer makes them."""
-    blueprint = make_blueprint(config.model, config.optimizer, config.mesh, config.train.num_steps, mesh)
+    blueprint = make_blueprint(
+        config.model, config.optimizer, config.mesh, config.train.num_steps, mesh
+    )
     schedule = make_schedule(config.optimizer, config.train.num_steps)
     return blueprint, make_train_steps(blueprint, schedule, config.train)
 
 
 def _compiled_step(config: Config, batches: list[dict[str, np.ndarray]]) -> tuple[TrainState, Any]:
-    """Take a step for each batch on the config's mesh; return the state before the last one, and what that gave."""
+    """Take a step for each batch on the config's mesh; return the state before the last one, and
+    what that gave.
+    """
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
     rows = config.micro_batch_rows
@@ -137,8 +175,11 @@ def _compiled_step(config: Config, batches: list[dict[str, np.ndarray]]) -> tupl
         blueprint, steps = _train_steps(config, mesh)
         state = blueprint.init(config.seed)
         for batch in batches:
-            # The trainer's program takes as many batches as a dispatch has steps, and makes the first of them here.
-            stacked = {name: np.stack([x] * config.train.steps_per_dispatch) for name, x in batch.items()}
+            # The trainer's program takes as many batches as a dispatch has steps, and makes the
+            # first of them here.
+            stacked = {
+                name: np.stack([x] * config.train.steps_per_dispatch) for name, x in batch.items()
+            }
             placed = place_batch(mesh, stacked, owned_rows(mesh, rows), rows, 2)
             before = jax.device_get(state)
             state, metrics = steps(state, placed, 1, config.seed)
@@ -146,7 +187,9 @@ def _compiled_step(config: Config, batches: list[dict[str, np.ndarray]]) -> tupl
 
 
 def random_batch(config: Config, seed: int) -> dict[str, np.ndarray]:
-    """Return the micro-batches of a step: random tokens, of which one in eight is no target; packed, of two texts."""
+    """Return the micro-batches of a step: random tokens, of which one in eight is no target;
+    packed, of two texts.
+    """
     rng = np.random.default_rng(seed)
     shape = (config.train.accumulation_steps, config.micro_batch_rows, config.data.seq_len)
     ids = rng.integers(0, config.model.vocab_size, (*shape[:2], shape[2] + 1)).astype(np.int32)
@@ -161,19 +204,25 @@ def random_batch(config: Config, seed: int) -> dict[str, np.ndarray]:
     return batch
 
 
-def compare(before: TrainState, compiled: Any, single: Any, exact: Any, compute_dtype: str) -> list[Comparison]:
+def compare(
+    before: TrainState, compiled: Any, single: Any, exact: Any, compute_dtype: str
+) -> list[Comparison]:
     """Return a comparison for each array of floats of (state, metrics).
 
-    Differences count in parts of what the step changes in an array, or in parts of a metric. Where a gradient is zero
-    but for rounding, as that of the bias of keys, they count in thousandths of the largest change of its kind.
+    Differences count in parts of what the step changes in an array, or in parts of a metric. Where
+    a gradient is zero but for rounding, as that of the bias of keys, they count in thousandths of
+    the largest change of its kind.
     """
     epsilon = float(np.finfo(np.float32).eps)
     olds = [*jax.tree.leaves(before), *([0.0] * len(jax.tree.leaves(compiled[1])))]
     arrays = []
     for (path, new), one, true, old in zip(
-        jax.tree_util.tree_leaves_with_path(compiled), jax.tree.leaves(single), jax.tree.leaves(exact), olds,
+        jax.tree_util.tree_leaves_with_path(compiled),
+        jax.tree.leaves(single),
+        jax.tree.leaves(exact),
+        olds,
         strict=True,
-    ):  # fmt: skip
+    ):
         if np.issubdtype(np.asarray(new).dtype, np.floating) and np.all(np.isfinite(old)):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             new, one, true, old = (np.asarray(x, np.float64) for x in (new, one, true, old))
@@ -188,10 +237,14 @@ def compare(before: TrainState, compiled: Any, single: Any, exact: Any, compute_
             continue
         off_single = float(np.max(np.abs(one - true))) / unit
         places = LAST_PLACES * epsilon * max(float(np.max(np.abs(true))) / unit, 1.0)
-        limit = RATIO * off_single + max(places, OF_NUMBERS[compute_dtype] if new.size == 1 else 0.0)
+        limit = RATIO * off_single + max(
+            places, OF_NUMBERS[compute_dtype] if new.size == 1 else 0.0
+        )
         if kind in ("loss", "gradient norm", "gradients"):
             limit = min(limit, SOUND[compute_dtype])
-        found.append(Comparison(kind, name, float(np.max(np.abs(new - true))) / unit, off_single, limit))
+        found.append(
+            Comparison(kind, name, float(np.max(np.abs(new - true))) / unit, off_single, limit)
+        )
     return found
 
 
@@ -209,10 +262,11 @@ def _kind(name: str) -> str:
 
 
 def scaled_down(config: Config, shards: int) -> tuple[Config, list[str]]:
-    """Return a resolved config that costs at most MOST_FLOPS a step, and the settings that were lowered for it.
+    """Return a resolved config that costs at most MOST_FLOPS a step, and the settings that were
+    lowered for it.
 
-    First go rows, then length, vocabulary, layers and width, each only where the step still costs too much; a micro-
-    batch keeps a multiple of the `shards` that the mesh makes of it.
+    First go rows, then length, vocabulary, layers and width, each only where the step still costs
+    too much; a micro- batch keeps a multiple of the `shards` that the mesh makes of it.
     """
     small = config.editable_copy()
     lowered: dict[str, Any] = {}
@@ -225,8 +279,11 @@ def scaled_down(config: Config, shards: int) -> tuple[Config, list[str]]:
             section, name = key.split(".")
             setattr(getattr(small, section), name, value)
     small = small.resolve(small.model.vocab_size)
-    changed = [f"{key}={value}" for key, value in lowered.items()
-               if value != getattr(getattr(config, key.split(".")[0]), key.split(".")[1])]  # fmt: skip
+    changed = [
+        f"{key}={value}"
+        for key, value in lowered.items()
+        if value != getattr(getattr(config, key.split(".")[0]), key.split(".")[1])
+    ]
     return small, changed
 
 
@@ -240,8 +297,12 @@ def _fewer_rows(config: Config, shards: int) -> dict[str, Any]:
 def _shorter(config: Config, _: int) -> dict[str, Any]:
     length = min(config.data.seq_len, LENGTH)
     windows = tuple(min(window, length // 2) for window in config.model.attention_window)
-    return {"data.seq_len": length, "model.context": length, "model.attention_window": windows,
-            "model.loss_chunks": math.gcd(config.model.loss_chunks, length)}  # fmt: skip
+    return {
+        "data.seq_len": length,
+        "model.context": length,
+        "model.attention_window": windows,
+        "model.loss_chunks": math.gcd(config.model.loss_chunks, length),
+    }
 
 
 def _fewer_tokens(config: Config, _: int) -> dict[str, Any]:

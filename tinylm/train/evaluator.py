@@ -1,4 +1,6 @@
-"""Looking at the model while it trains: its validation loss, pairs answered exactly, what it makes of fixed prompts."""
+"""Looking at the model while it trains: its validation loss, pairs answered exactly, what it makes
+of fixed prompts.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +11,13 @@ from jax.sharding import Mesh
 from tinylm.core.errors import UserError
 from tinylm.data import Validation
 from tinylm.inference.decode import Decoder, check_prompts
-from tinylm.inference.evaluation import check_pairs, evaluate, exact_match, final_answers, make_eval_step
+from tinylm.inference.evaluation import (
+    check_pairs,
+    evaluate,
+    exact_match,
+    final_answers,
+    make_eval_step,
+)
 from tinylm.train.config import Config
 from tinylm.train.state import Blueprint
 
@@ -21,12 +29,15 @@ class Looks:
         """Take the parts; compile nothing yet."""
         self.config, self.data, self.mesh = config, data, mesh
         self.eval_step = make_eval_step(blueprint.graph)
-        self.decoder = Decoder(blueprint.graph, config.model.context, data.tokenizer.eot_id, data.vocab_size)
+        self.decoder = Decoder(
+            blueprint.graph, config.model.context, data.tokenizer.eot_id, data.vocab_size
+        )
         self.prompts = encode_prompts(config, data.tokenizer)
         self.pairs = check_evaluation(config, data)
 
     def evaluate(self, params: dict, before_batch: Callable[[], None]) -> dict[str, float]:
-        """Return `loss` over the validation split, nats per target token, and the share of exact answers if asked for.
+        """Return `loss` over the validation split, nats per target token, and the share of exact
+        answers if asked for.
 
         There is no `loss` where the batches hold no target token.
         `before_batch` is called before each batch, by every process equally often.
@@ -57,7 +68,9 @@ class Looks:
             self.pairs,
             start_id=tokenizer.eot_id,
             rows=c.data.batch_size,
-            is_right=final_answers(tokenizer, c.eval.answer_pattern) if c.eval.answer_pattern else None,
+            is_right=final_answers(tokenizer, c.eval.answer_pattern)
+            if c.eval.answer_pattern
+            else None,
             before_batch=before_batch,
         )
         return {**found, "exact_match": share}
@@ -80,7 +93,8 @@ def check_evaluation(config: Config, data: Validation) -> list[tuple[np.ndarray,
     c = config.eval
     if c.patience and not data.valid:
         raise UserError(
-            f"eval.patience={c.patience} needs a validation split; set data.valid_fraction or data.valid_source."
+            f"eval.patience={c.patience} needs a validation split; set data.valid_fraction "
+            "or data.valid_source."
         )
     if not (c.exact_match and c.every_steps):
         return []
@@ -91,7 +105,9 @@ def check_evaluation(config: Config, data: Validation) -> list[tuple[np.ndarray,
 
 
 def encode_prompts(config: Config, tokenizer: Any) -> list[list[int]]:
-    """Return the ids of `sample.prompts`, each after an end of text; raise UserError for one that can't be used."""
+    """Return the ids of `sample.prompts`, each after an end of text; raise UserError for one that
+    can't be used.
+    """
     texts = config.sample.prompts if config.sample.max_tokens else ()
     prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in texts]
     check_prompts(prompts, config.model.context)

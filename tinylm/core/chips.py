@@ -1,7 +1,9 @@
-"""What chips can do, for model FLOPs utilization and for plans: a table for GPUs and TPUs, a measurement for CPUs.
+"""What chips can do, for model FLOPs utilization and for plans: a table for GPUs and TPUs, a
+measurement for CPUs.
 
-From the makers' data sheets: dense bfloat16 FLOP/s, bytes of memory, bytes/s of memory, and bytes/s that one chip can
-send to its neighbours (TPU: all links one way; GPU: NVLink one way). JAX calls devices by these names.
+From the makers' data sheets: dense bfloat16 FLOP/s, bytes of memory, bytes/s of memory, and bytes/s
+that one chip can send to its neighbours (TPU: all links one way; GPU: NVLink one way). JAX calls
+devices by these names.
 """
 
 import dataclasses
@@ -48,8 +50,12 @@ def find_chip(device: jax.Device, devices_here: int = 1) -> Chip | None:
     """
     if device.platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Chip(measured_cpu_flops() / devices_here, memory / devices_here, 20e9 / devices_here, 0)
-    kinds = [name for name in CHIPS if f"{device.device_kind} ".replace("-", " ").startswith(f"{name} ")]
+        return Chip(
+            measured_cpu_flops() / devices_here, memory / devices_here, 20e9 / devices_here, 0
+        )
+    kinds = [
+        name for name in CHIPS if f"{device.device_kind} ".replace("-", " ").startswith(f"{name} ")
+    ]
     return CHIPS[max(kinds, key=len)] if kinds else None
 
 
@@ -64,7 +70,9 @@ def peak_flops(devices: list[jax.Device]) -> float | None:
 
 @functools.cache
 def measured_cpu_flops(size: int = 1024, tries: int = 5) -> float:
-    """Return the best float32 FLOP/s of this machine's CPU over a few square matrix products (NumPy's)."""
+    """Return the best float32 FLOP/s of this machine's CPU over a few square matrix products
+    (NumPy's).
+    """
     a = np.ones((size, size), np.float32)
     seconds = []
     for _ in range(tries):

@@ -1,10 +1,12 @@
-"""A chip is found by the name that JAX gives it, and another model of its maker isn't taken for it."""
+"""A chip is found by the name that JAX gives it, and another model of its maker isn't taken for
+it.
+"""
 
 from types import SimpleNamespace
 
 import pytest
 
-from tinylm.analysis.chips import CHIPS, find_chip
+from tinylm.core.chips import CHIPS, find_chip
 
 
 @pytest.mark.parametrize(

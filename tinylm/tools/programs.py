@@ -79,7 +79,10 @@ def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
             if found is None:
                 continue
             channel = _channel(line) or (name, number)
-            if channel not in by_channel or found.bytes_per_step < by_channel[channel].bytes_per_step:
+            if (
+                channel not in by_channel
+                or found.bytes_per_step < by_channel[channel].bytes_per_step
+            ):
                 by_channel[channel] = found
     totals: dict[tuple[str, str], float] = collections.defaultdict(float)
     for one in by_channel.values():
@@ -102,7 +105,9 @@ def _split_into_computations(text: str) -> Computations:
 
 
 def _read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Collective | None:
-    """Return the collective of a line that runs `trips` times a step; None where it sends nothing."""
+    """Return the collective of a line that runs `trips` times a step; None where it sends
+    nothing.
+    """
     found = _COLLECTIVE.search(line)
     if found is None:
         return None

@@ -1,5 +1,6 @@
-"""The proofs that a user can run on a config: another mesh takes the same step, a killed run has the same losses, any
-number of processes reads the same batches. Each returns a table; none touches a run of the user's.
+"""The proofs that a user can run on a config: another mesh takes the same step, a killed run has
+the same losses, any number of processes reads the same batches. Each returns a table; none touches
+a run of the user's.
 
 The killed run is real processes of the training command, ended by SIGKILL; the others run here.
 """
@@ -31,7 +32,10 @@ from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import make_blueprint
 from tinylm.train.step import make_train_steps
 
-MESH_LIMIT = {"float32": 1e-5, "bfloat16": 1e-2}  # relative difference of the loss that rounding may make in a step
+MESH_LIMIT = {
+    "float32": 1e-5,
+    "bfloat16": 1e-2,
+}  # relative difference of the loss that rounding may make in a step
 NORM_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}  # and of the gradient's norm
 RESUME_STEPS, RESUME_SAVE = 40, 5
 MOVED_STEPS = 15  # on another mesh, after which rounding may have grown beyond MESH_LIMIT
@@ -59,14 +63,30 @@ def prove_mesh(config: Config) -> Proof:
         loss, norm, params = _one_step(config, mesh, batch)
         losses_apart.append(abs(loss / one_loss - 1))
         norms_apart.append(abs(norm / one_norm - 1))
-        furthest = max(float(np.max(np.abs(a - b))) for a, b in zip(params, one_params, strict=True))
+        furthest = max(
+            float(np.max(np.abs(a - b))) for a, b in zip(params, one_params, strict=True)
+        )
         name = f"data {mesh.data} x model {mesh.model}{', fsdp' if mesh.fsdp else ''}"
-        rows.append((name, f"{loss:.7f}", f"{losses_apart[-1]:.1e}", f"{norms_apart[-1]:.1e}", f"{furthest:.1e}"))
-    limit, norm_limit = MESH_LIMIT[config.model.compute_dtype], NORM_LIMIT[config.model.compute_dtype]
+        rows.append(
+            (
+                name,
+                f"{loss:.7f}",
+                f"{losses_apart[-1]:.1e}",
+                f"{norms_apart[-1]:.1e}",
+                f"{furthest:.1e}",
+            )
+        )
+    limit, norm_limit = (
+        MESH_LIMIT[config.model.compute_dtype],
+        NORM_LIMIT[config.model.compute_dtype],
+    )
     # A difference that is NaN is no difference within the limit.
-    same = all(ratio <= limit for ratio in losses_apart) and all(ratio <= norm_limit for ratio in norms_apart)
+    same = all(ratio <= limit for ratio in losses_apart) and all(
+        ratio <= norm_limit for ratio in norms_apart
+    )
     claim = (
-        f"a step has the same loss on every mesh as on one device, within {limit:g}, and the same gradient norm, "
+        f"a step has the same loss on every mesh as on one device, within {limit:g}, and "
+        "the same gradient norm, "
         f"within {norm_limit:g}"
     )
     return Proof(claim, same, rows)
@@ -75,42 +95,65 @@ def prove_mesh(config: Config) -> Proof:
 def _meshes(devices: int, rows: int) -> list[MeshConfig]:
     """Return the shapes of all devices whose data axis divides the rows, plain and with fsdp."""
     shapes = [(devices // model, model) for model in range(1, devices + 1) if devices % model == 0]
-    return [MeshConfig(data=d, model=m, fsdp=fsdp) for d, m in shapes if rows % d == 0 for fsdp in {False, d > 1}]
+    return [
+        MeshConfig(data=d, model=m, fsdp=fsdp)
+        for d, m in shapes
+        if rows % d == 0
+        for fsdp in {False, d > 1}
+    ]
 
 
-def _one_step(config: Config, mesh_config: MeshConfig, batch: dict[str, np.ndarray]) -> tuple[float, float, list]:
+def _one_step(
+    config: Config, mesh_config: MeshConfig, batch: dict[str, np.ndarray]
+) -> tuple[float, float, list]:
     """Return loss, gradient norm and updated parameters of the first step on a mesh."""
     mesh = make_mesh(mesh_config)
     config.check_mesh(batch_shards(mesh))
     rows = config.micro_batch_rows
     with jax.set_mesh(mesh):
-        blueprint = make_blueprint(config.model, config.optimizer, mesh_config, config.train.num_steps, mesh)
+        blueprint = make_blueprint(
+            config.model, config.optimizer, mesh_config, config.train.num_steps, mesh
+        )
         steps = make_train_steps(blueprint, make_schedule(config.optimizer, config.train.num_steps))
-        placed = place_batch(mesh, {name: x[None] for name, x in batch.items()}, owned_rows(mesh, rows), rows, 2)
+        placed = place_batch(
+            mesh, {name: x[None] for name, x in batch.items()}, owned_rows(mesh, rows), rows, 2
+        )
         state, metrics = steps(blueprint.init(config.seed), placed, 1, config.seed)
         params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
     return float(metrics["loss"][0]), float(metrics["grad_norm"][0]), params
 
 
 def prove_hosts(config: Config) -> Proof:
-    """Make the first batches as 1, 2, 4, ... processes would, each its rows alone, and compare their hashes."""
+    """Make the first batches as 1, 2, 4, ... processes would, each its rows alone, and compare
+    their hashes.
+    """
     data = open_data(config.data, seed=config.seed, tokenizer=take_over(config)[1])
     rows = config.micro_batch_rows
     counts = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0]
     table = {count: _hashes(config, data, count) for count in counts}
     heads = ("processes", *(f"batch {step}" for step in range(HOSTS_STEPS)))
     same = all(hashes == table[1] for hashes in table.values())
-    return Proof("the batches don't depend on the number of processes", same,
-                 [heads, *((str(count), *hashes) for count, hashes in table.items())])  # fmt: skip
+    return Proof(
+        "the batches don't depend on the number of processes",
+        same,
+        [heads, *((str(count), *hashes) for count, hashes in table.items())],
+    )
 
 
 def _hashes(config: Config, data: Any, processes: int) -> list[str]:
-    """Return a hash of each of the first batches, put together from the parts that `processes` make."""
-    parts = [_batches(config, data, owned) for owned in np.split(np.arange(config.micro_batch_rows), processes)]
+    """Return a hash of each of the first batches, put together from the parts that `processes`
+    make.
+    """
+    parts = [
+        _batches(config, data, owned)
+        for owned in np.split(np.arange(config.micro_batch_rows), processes)
+    ]
     hashes = []
     for _ in range(HOSTS_STEPS):
         arrays = [next(part)[1] for part in parts]
-        whole = [np.concatenate([array[name] for array in arrays], axis=1) for name in sorted(arrays[0])]
+        whole = [
+            np.concatenate([array[name] for array in arrays], axis=1) for name in sorted(arrays[0])
+        ]
         hashes.append(hashlib.sha256(b"".join(array.tobytes() for array in whole)).hexdigest()[:12])
     for part in parts:
         part.close()
@@ -123,10 +166,11 @@ def _batches(config: Config, data: Any, owned: np.ndarray):
 
 
 def prove_resume(config: Config, arguments: list[str]) -> Proof:
-    """Train RESUME_STEPS steps with the training command; again with two SIGKILLs, each once another checkpoint is
-    whole, and resumed on the same mesh and on another.
+    """Train RESUME_STEPS steps with the training command; again with two SIGKILLs, each once
+    another checkpoint is whole, and resumed on the same mesh and on another.
 
-    Twice, since what is restored right may be saved wrong: then only the second resumption starts over.
+    Twice, since what is restored right may be saved wrong: then only the second resumption starts
+    over.
     """
     with tempfile.TemporaryDirectory() as folder:
         whole, killed, moved = (pathlib.Path(folder, name) for name in ("whole", "killed", "moved"))
@@ -139,18 +183,34 @@ def prove_resume(config: Config, arguments: list[str]) -> Proof:
         _finish(_train([*arguments, *other], moved))
         ours, theirs, there = _losses(whole), _losses(killed), _losses(moved)
     rows = [("step", "whole", "killed and resumed", f"resumed with {' '.join(other)}", "apart")]
-    rows += [(str(step), repr(loss), repr(theirs.get(step)), repr(there.get(step)),
-              f"{abs(there.get(step, 0.0) / loss - 1):.1e}") for step, loss in ours.items()]  # fmt: skip
+    rows += [
+        (
+            str(step),
+            repr(loss),
+            repr(theirs.get(step)),
+            repr(there.get(step)),
+            f"{abs(there.get(step, 0.0) / loss - 1):.1e}",
+        )
+        for step, loss in ours.items()
+    ]
     limit = MESH_LIMIT[config.model.compute_dtype]
     compared = {step: loss for step, loss in ours.items() if step <= second + MOVED_STEPS}
-    near = ours.keys() == there.keys() and all(abs(there[step] / loss - 1) <= limit for step, loss in compared.items())
-    return Proof(f"a run that was killed once step {first} was saved, and again once step {second} was, has the same "
-                 f"losses, bit for bit, and within {limit:g} for {MOVED_STEPS} steps on another mesh",
-                 ours == theirs and near, rows)  # fmt: skip
+    near = ours.keys() == there.keys() and all(
+        abs(there[step] / loss - 1) <= limit for step, loss in compared.items()
+    )
+    return Proof(
+        f"a run that was killed once step {first} was saved, and again once step {second} "
+        "was, has the same "
+        f"losses, bit for bit, and within {limit:g} for {MOVED_STEPS} steps on another mesh",
+        ours == theirs and near,
+        rows,
+    )
 
 
 def _kill_after_save(arguments: list[str], workdir: pathlib.Path, after: int) -> int:
-    """Train until a checkpoint of a later step than `after` is whole, then send SIGKILL; return that step."""
+    """Train until a checkpoint of a later step than `after` is whole, then send SIGKILL; return
+    that step.
+    """
     process = _train(arguments, workdir)
     kept = Checkpoints(RunFolder(str(workdir)).checkpoints)
     while max(kept.steps(), default=0) <= after and process.poll() is None:
@@ -161,13 +221,19 @@ def _kill_after_save(arguments: list[str], workdir: pathlib.Path, after: int) ->
     error = process.communicate()[1]
     if process.returncode != -signal.SIGKILL:
         last = (error.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        why = last if process.returncode else f"its {RESUME_STEPS} steps were over too soon; use a larger model"
+        why = (
+            last
+            if process.returncode
+            else f"its {RESUME_STEPS} steps were over too soon; use a larger model"
+        )
         raise UserError(f"the run could not be killed after a save: {why}")
     return saved
 
 
 def _other_mesh(config: Config) -> list[str]:
-    """Return the flags of another mesh: one device where the run has several, two simulated ones where it has one."""
+    """Return the flags of another mesh: one device where the run has several, two simulated ones
+    where it has one.
+    """
     if np.prod(config.mesh.sizes(jax.device_count())) > 1:
         return [f"--config.mesh.{axis}=1" for axis in ("replica", "data", "model")]
     return ["--cpu_devices=2", "--config.mesh.data=1", "--config.mesh.model=2"]
@@ -187,7 +253,11 @@ def _train(arguments: list[str], workdir: pathlib.Path) -> subprocess.Popen:
     settings = [f"--config.{key}={value}" for key, value in short.items()]
     command = [sys.executable, "-m", "tinylm.main", *arguments, *settings, f"--workdir={workdir}"]
     return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
     )
 
 
@@ -202,4 +272,8 @@ def _finish(process: subprocess.Popen) -> None:
 def _losses(workdir: pathlib.Path) -> dict[int, float]:
     """Return the train loss of each step."""
     metrics = RunFolder(str(workdir)).metrics()
-    return {line["step"]: line["loss"] for line in metrics if line["split"] == "train" and "loss" in line}
+    return {
+        line["step"]: line["loss"]
+        for line in metrics
+        if line["split"] == "train" and "loss" in line
+    }
