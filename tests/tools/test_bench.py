@@ -139,7 +139,7 @@ def test_a_step_multiplies_as_much_as_the_formula_says(changes):
     """The formula leaves out the hidden half of attention and the padding of the vocabulary, which
     are computed.
     """
-    config = tiny_config()
+    config = tiny_config().editable_copy()
     config.model = tiny_model(**changes)
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
