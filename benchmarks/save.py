@@ -20,7 +20,6 @@ from tinylm.config import load_config
 from tinylm.core.mesh import make_mesh, owned_rows, place_batch
 from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
 from tinylm.run.folder import RunFolder
-from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import make_blueprint
 from tinylm.train.step import make_train_steps
 
@@ -37,10 +36,8 @@ def main() -> None:
     )
     batch = {"tokens": ids, "targets": ids, "weights": np.ones(ids.shape, np.float32)}
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-        blueprint = make_blueprint(
-            config.model, config.optimizer, config.mesh, config.train.num_steps, mesh
-        )
-        step = make_train_steps(blueprint, make_schedule(config.optimizer, config.train.num_steps))
+        blueprint = make_blueprint(config, mesh)
+        step = make_train_steps(blueprint)
         placed = place_batch(mesh, batch, owned_rows(mesh, ROWS), ROWS, 2)
         state = blueprint.init(0)
 

@@ -25,7 +25,7 @@ def state() -> None:
     config = config.resolve(0)
     for devices in 1, 2, 8, 64, 256, 1024:
         mesh = AbstractMesh((1, devices, 1), AXES, axis_types=(AxisType.Auto,) * 3)
-        abstract = make_blueprint(config.model, config.optimizer, config.mesh, 10, mesh).abstract
+        abstract = make_blueprint(config, mesh).abstract
         whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
         print(
             f"| {devices:,} | {held_bytes(abstract):,} | "

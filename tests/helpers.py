@@ -16,8 +16,7 @@ import numpy as np
 
 from tinylm.core.mesh import MeshConfig, make_mesh, owned_rows, place_batch
 from tinylm.model.config import ModelConfig
-from tinylm.train.config import OptimizerConfig
-from tinylm.train.optimizer import make_schedule
+from tinylm.train.config import Config, OptimizerConfig, TrainConfig
 from tinylm.train.state import make_blueprint
 from tinylm.train.step import make_train_steps
 
@@ -85,10 +84,13 @@ def train(
     the host.
     """
     optimizer = OptimizerConfig(**{"learning_rate": 1e-3, "warmup_steps": 2, **kwargs})
+    config = Config(
+        model=model, optimizer=optimizer, mesh=mesh_config, train=TrainConfig(num_steps=20)
+    )
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
-        blueprint = make_blueprint(model, optimizer, mesh_config, 20, mesh)
-        steps = make_train_steps(blueprint, make_schedule(optimizer, 20))
+        blueprint = make_blueprint(config, mesh)
+        steps = make_train_steps(blueprint)
         if compiler_options:
             steps = jax.jit(steps, donate_argnums=0, compiler_options=compiler_options)
         state, losses, norms = blueprint.init(3), [], []

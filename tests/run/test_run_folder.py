@@ -13,8 +13,8 @@ from tinylm.core.settings import to_dict
 from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.run.open_run import open_run
+from tinylm.train.clock import Clock
 from tinylm.train.config import Config
-from tinylm.train.goodput import Account
 from tinylm.view.history import gather
 
 
@@ -218,7 +218,7 @@ def test_lines_and_samples_that_no_run_wrote_are_passed_over(tmp_path):
         [2.0],
         "\N{REPLACEMENT CHARACTER}",
     )
-    assert "Goodput" in Account(folder).summary(1)
+    assert "Goodput" in Clock(folder).summary(1)
 
 
 def test_the_latest_and_the_best_stay(tmp_path):

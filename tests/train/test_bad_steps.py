@@ -17,7 +17,7 @@ from helpers import SMALL, lines, state_digest
 from tinylm.config import load_config
 from tinylm.core.errors import HangError, NumericError, Preempted, StorageError, UserError
 from tinylm.data import pipeline
-from tinylm.train import loop
+from tinylm.train import feed, loop
 from tinylm.train.start import start_run
 
 FLAGS = [flag.removeprefix("--config.") for flag in SMALL[1:]]
@@ -47,7 +47,7 @@ def poison(monkeypatch, bad: dict[int, float], interrupt_at: int = -1):
                 batch = {**batch, "weights": batch["weights"] * np.float32(bad[index])}
             yield index, batch
 
-    monkeypatch.setattr(loop, "train_batches", batches)
+    monkeypatch.setattr(feed, "train_batches", batches)
 
 
 def run(workdir, *overrides):
@@ -105,7 +105,7 @@ def test_skip_leaves_a_batch_out_and_every_step_is_taken(skipped, tmp_path, monk
         )
         return (batch for place, batch in enumerate(good) if place >= start)
 
-    monkeypatch.setattr(loop, "train_batches", lambda *a, **k: Closing(without(*a, **k)))
+    monkeypatch.setattr(feed, "train_batches", lambda *a, **k: Closing(without(*a, **k)))
     run(tmp_path / "without", "train.steps_per_dispatch=1")
     assert lines(skipped) == lines(tmp_path / "without")
 
@@ -161,7 +161,7 @@ def test_rollback_goes_on_from_the_last_checkpoint_past_the_bad_batch(
         ):
             yield from ((index, batch),) if index < 4 or index > 6 else ()
 
-    monkeypatch.setattr(loop, "train_batches", past)
+    monkeypatch.setattr(feed, "train_batches", past)
     # Under the same policy, which is a part of the program: another program may round otherwise.
     run(tmp_path / "past", "train.on_bad_step=rollback", f"train.steps_per_dispatch={per_dispatch}")
     assert lines(tmp_path) == lines(tmp_path / "past")
@@ -185,17 +185,17 @@ def test_a_spike_is_bad_and_what_it_would_have_taught_is_left_out(tmp_path):
     for _ in range(50):
         bad, guard = step(guard, np.float32(2 + rng.normal() / 10))
         assert not bad
-    mean = float(guard["loss_mean"])
+    mean = float(guard.loss_mean)
     assert mean == pytest.approx(2, abs=0.1)
     bad, guard = step(guard, np.float32(3.5))
     assert bad
-    assert (int(guard["skipped"]), int(guard["bad_in_row"]), float(guard["loss_mean"])) == (
+    assert (int(guard.skipped), int(guard.bad_in_row), float(guard.loss_mean)) == (
         1,
         1,
         mean,
     )
     bad, guard = step(guard, np.float32(2.1))
-    assert (bool(bad), int(guard["bad_in_row"]), int(guard["skipped"])) == (False, 0, 1)
+    assert (bool(bad), int(guard.bad_in_row), int(guard.skipped)) == (False, 0, 1)
 
 
 def before_batch(monkeypatch, index, fault):
@@ -207,7 +207,7 @@ def before_batch(monkeypatch, index, fault):
                 fault()
             yield number, batch
 
-    monkeypatch.setattr(loop, "train_batches", batches)
+    monkeypatch.setattr(feed, "train_batches", batches)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_another_mesh_goes_on_with_the_same_state_batches_and_losses(tmp_path, m
             read.setdefault(index, set()).add(hashlib.sha256(batch["tokens"].tobytes()).hexdigest())
             yield index, batch
 
-    monkeypatch.setattr(loop, "train_batches", batches)
+    monkeypatch.setattr(feed, "train_batches", batches)
     run(tmp_path / "one")
     for stop, (data, model) in zip((4, 8, 12), ((8, 1), (4, 2), (1, 8)), strict=True):
         mesh = [

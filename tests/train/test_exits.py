@@ -14,9 +14,10 @@ import pytest
 from tinylm.config import load_config
 from tinylm.core.errors import Preempted
 from tinylm.core.preemption import StopRequest
-from tinylm.run import checksums, plot
-from tinylm.train import start
+from tinylm.run import checksums
+from tinylm.train import feed, loop, start
 from tinylm.train.progress import Progress
+from tinylm.view import plot
 
 SMALL = [
     "data.source=tales:200",
@@ -72,7 +73,7 @@ def test_asked_to_stop_during_the_last_evaluation_it_is_taken_when_the_run_goes_
 ):
     flags = ["eval.every_steps=2"]
     trainer = begin(tmp_path, *flags)
-    trainer.looks.evaluate = signalled(trainer.looks.evaluate, number)
+    trainer.evaluator.evaluate = signalled(trainer.evaluator.evaluate, number)
     with pytest.raises(Preempted, match="step 2 is saved") as caught:
         trainer.run()
     assert caught.value.exit_code == 75
@@ -85,7 +86,7 @@ def test_asked_to_stop_during_the_last_evaluation_it_is_taken_when_the_run_goes_
 def test_asked_to_stop_during_the_last_samples_they_are_written_when_the_run_goes_on(tmp_path):
     flags = ["sample.max_tokens=4", "sample.prompts=('a',)"]
     trainer = begin(tmp_path, *flags)
-    trainer.looks.samples = signalled(trainer.looks.samples, signal.SIGTERM)
+    trainer.evaluator.samples = signalled(trainer.evaluator.samples, signal.SIGTERM)
     with pytest.raises(Preempted, match="step 2 is saved"):
         trainer.run()
     assert not trainer.folder.samples_file.exists()
@@ -93,19 +94,18 @@ def test_asked_to_stop_during_the_last_samples_they_are_written_when_the_run_goe
     assert "--- step 2 ---" in trainer.folder.samples_file.read_text()
 
 
-def test_asked_to_stop_while_it_waits_for_data_it_is_saved(tmp_path):
+def test_asked_to_stop_while_it_waits_for_data_it_is_saved(tmp_path, monkeypatch):
     trainer = begin(tmp_path, "train.num_steps=20")
-    place, seen = trainer._place, []
+    load = feed.Feed.load
 
-    def stuck_at_the_third(host):
-        seen.append(host)
-        if len(seen) == 3:
+    def stuck_at_the_third(self, first_batch, count):
+        if first_batch == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
             pytest.fail("the wait was not interrupted")
-        return place(host)
+        return load(self, first_batch, count)
 
-    trainer._place = stuck_at_the_third
+    monkeypatch.setattr(feed.Feed, "load", stuck_at_the_third)
     with pytest.raises(Preempted, match="step 2 is saved"):
         trainer.run()
     assert trainer.checkpoints.newest() == 2
@@ -119,13 +119,15 @@ def test_a_save_under_way_is_finished_whatever_the_end_is_for(tmp_path, monkeypa
         time.sleep(1)
         return write(*arguments, **kwargs)
 
-    def fails():
-        if trainer.step == 2:
+    load = feed.Feed.load
+
+    def fails_at_the_third(self, first_batch, count):
+        if first_batch == 2:
             raise ZeroDivisionError("a bug")
+        return load(self, first_batch, count)
 
     monkeypatch.setattr(checksums, "write", slow)
-    dispatch = trainer._dispatch
-    trainer._dispatch = lambda state: (fails(), dispatch(state))[1]
+    monkeypatch.setattr(feed.Feed, "load", fails_at_the_third)
     with pytest.raises(ZeroDivisionError):
         trainer.run()
     assert trainer.checkpoints.steps() == [2]
@@ -138,7 +140,7 @@ def test_samples_that_fail_are_left_out_with_one_line(tmp_path, monkeypatch):
         tmp_path, "sample.max_tokens=4", "sample.every_steps=1", "sample.prompts=('a',)"
     )
     monkeypatch.setattr("tinylm.train.progress.say", said.append)
-    monkeypatch.setattr(trainer.looks.decoder, "write", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(trainer.evaluator.decoder, "write", lambda *_, **__: 1 / 0)
     assert trainer.run().step == 2
     warnings = [line for line in said if line.startswith("warning")]
     assert warnings[0] == "warning: the samples of step 1 are left out: division by zero"
@@ -179,14 +181,17 @@ def test_a_bar_goes_on_without_its_terminal(monkeypatch):
 def test_a_launcher_is_told_of_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYLM_FIRST_STEP_FILE", str(tmp_path / "first_step"))
     trainer = begin(tmp_path / "run")
-    dispatch, seen = trainer.train_steps, []
+    make_train_steps, seen = loop.make_train_steps, []
 
     class Compiles:
+        def __init__(self, blueprint):
+            self.program = make_train_steps(blueprint)
+
         def lower(self, *arguments):
             seen.append((tmp_path / "first_step").exists())
-            return dispatch.lower(*arguments)
+            return self.program.lower(*arguments)
 
-    trainer.train_steps = Compiles()
+    monkeypatch.setattr(loop, "make_train_steps", Compiles)
     trainer.run(StopRequest())
     assert seen == [False]
     assert (tmp_path / "first_step").exists()

@@ -75,7 +75,7 @@ def test_parameters_are_taken_over_and_the_rest_is_new(first, tmp_path):
     ).restore_or_init()
     theirs = state_of(first)
     assert int(state.step) == 0 and int(theirs.step) == 3
-    assert np.isinf(float(state.guard["best_loss"]))
+    assert np.isinf(float(state.guard.best_loss))
     assert all(map(np.array_equal, jax.tree.leaves(state.params), jax.tree.leaves(theirs.params)))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
 

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from tinylm.core.mesh import AXES, MeshConfig, look_up, make_mesh
 from tinylm.tools.plan import held_bytes
-from tinylm.train.config import OptimizerConfig
+from tinylm.train.config import Config
 from tinylm.train.state import make_blueprint
 
 BATCHES = [random_batch(seed) for seed in range(20)]
@@ -122,7 +122,7 @@ def test_state_is_known_before_it_exists():
     config, mesh_config = tiny_model(), MeshConfig(data=4, model=2, fsdp=True)
     mesh = make_mesh(mesh_config)
     with jax.set_mesh(mesh):
-        blueprint = make_blueprint(config, OptimizerConfig(), mesh_config, 10, mesh)
+        blueprint = make_blueprint(Config(model=config, mesh=mesh_config), mesh)
         state = blueprint.init(0)
 
     def same(abstract, leaf):
@@ -140,7 +140,7 @@ def test_fsdp_splits_the_state(devices):
     mesh = AbstractMesh((1, devices, 1), AXES, axis_types=(AxisType.Auto,) * 3)
     config = tiny_model(embed_dim=1024, num_heads=16)
     abstract = make_blueprint(
-        config, OptimizerConfig(), MeshConfig(data=devices, fsdp=True), 10, mesh
+        Config(model=config, mesh=MeshConfig(data=devices, fsdp=True)), mesh
     ).abstract
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     assert held_bytes(abstract) <= 1.05 * whole / devices
@@ -151,7 +151,7 @@ def test_initial_values_do_not_depend_on_the_mesh():
     for mesh_config in (MeshConfig(data=1), MeshConfig(data=2, model=4, fsdp=True)):
         mesh = make_mesh(mesh_config)
         with jax.set_mesh(mesh):
-            state = make_blueprint(tiny_model(), OptimizerConfig(), mesh_config, 10, mesh).init(0)
+            state = make_blueprint(Config(model=tiny_model(), mesh=mesh_config), mesh).init(0)
         states.append(jax.tree.map(np.asarray, state))
     assert all(map(np.array_equal, *map(jax.tree.leaves, states)))
 
@@ -193,7 +193,7 @@ def test_a_step_with_nothing_to_learn_learns_nothing(name):
     losses, norms, after = train(mesh, model, [first, empty], **settings)
     assert np.isnan(losses[1])
     assert norms[1] == 0
-    assert (after.step, after.guard["skipped"], after.guard["bad_in_row"]) == (2, 0, 0)
+    assert (after.step, after.guard.skipped, after.guard.bad_in_row) == (2, 0, 0)
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     counts = [
         int(node.count)

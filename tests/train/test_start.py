@@ -69,8 +69,7 @@ def test_an_evaluation_reads_as_many_rows_whatever_the_micro_batches(tmp_path):
     for count in (1, 4):
         many = f"train.accumulation_steps={count}"
         trainer = begin(tmp_path / many, many, "eval.every_steps=2", "eval.max_batches=1")
-        trainer.run()
-        losses.append(trainer.valid_loss)
+        losses.append(trainer.run().valid_loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 

@@ -22,7 +22,6 @@ from tinylm.data.pipeline import train_batches
 from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.profile import secs_by_kind
 from tinylm.train.config import Config
-from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import TrainState, make_blueprint
 from tinylm.train.step import make_train_steps
 
@@ -59,10 +58,8 @@ class Workload:
         """Take the parts; compile nothing yet."""
         c, self.config, self.mesh = config, config, mesh
         self.count, micro = c.train.steps_per_dispatch, c.train.accumulation_steps
-        self.blueprint = make_blueprint(c.model, c.optimizer, c.mesh, c.train.num_steps, mesh)
-        self.steps = make_train_steps(
-            self.blueprint, make_schedule(c.optimizer, c.train.num_steps), c.train
-        )
+        self.blueprint = make_blueprint(config, mesh)
+        self.steps = make_train_steps(self.blueprint)
         self.rows = c.micro_batch_rows
         self.owned = owned_rows(mesh, self.rows)
         self.batches = train_batches(

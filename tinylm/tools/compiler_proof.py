@@ -25,7 +25,6 @@ from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.op_by_op import operations_of
 from tinylm.tools.prove import Proof
 from tinylm.train.config import Config
-from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import TrainState, make_blueprint
 from tinylm.train.step import make_train_steps
 
@@ -157,11 +156,8 @@ def compare_step(config: Config) -> list[Comparison]:
 
 def _train_steps(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Callable]:
     """Return the blueprint of a config on a mesh, and its steps as the trainer makes them."""
-    blueprint = make_blueprint(
-        config.model, config.optimizer, config.mesh, config.train.num_steps, mesh
-    )
-    schedule = make_schedule(config.optimizer, config.train.num_steps)
-    return blueprint, make_train_steps(blueprint, schedule, config.train)
+    blueprint = make_blueprint(config, mesh)
+    return blueprint, make_train_steps(blueprint)
 
 
 def _compiled_step(config: Config, batches: list[dict[str, np.ndarray]]) -> tuple[TrainState, Any]:

@@ -21,7 +21,6 @@ from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.programs import Collective, read_collectives
 from tinylm.tools.traffic import Work, least_collectives
 from tinylm.train.config import Config
-from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import Blueprint, TrainState, make_blueprint
 from tinylm.train.step import make_train_steps
 
@@ -35,9 +34,7 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
     """
     jax.set_mesh(mesh)
     chip = known_chip(mesh)
-    blueprint = make_blueprint(
-        config.model, config.optimizer, config.mesh, config.train.num_steps, mesh
-    )
+    blueprint = make_blueprint(config, mesh)
     compiled = None
     refused_bytes = 0
     try:
@@ -106,8 +103,7 @@ def compile_step(config: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages
         for name, dtype in dtypes.items()
     }
     number = jax.ShapeDtypeStruct((), "int32", sharding=replicated(mesh))
-    schedule = make_schedule(config.optimizer, config.train.num_steps)
-    train_steps: Any = make_train_steps(blueprint, schedule)
+    train_steps: Any = make_train_steps(blueprint)
     return train_steps.lower(blueprint.abstract, batch, number, number).compile()
 
 

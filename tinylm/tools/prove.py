@@ -28,7 +28,6 @@ from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
 from tinylm.train.init_from import take_over
-from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import make_blueprint
 from tinylm.train.step import make_train_steps
 
@@ -111,10 +110,8 @@ def _one_step(
     config.check_mesh(batch_shards(mesh))
     rows = config.micro_batch_rows
     with jax.set_mesh(mesh):
-        blueprint = make_blueprint(
-            config.model, config.optimizer, mesh_config, config.train.num_steps, mesh
-        )
-        steps = make_train_steps(blueprint, make_schedule(config.optimizer, config.train.num_steps))
+        blueprint = make_blueprint(dataclasses.replace(config, mesh=mesh_config), mesh)
+        steps = make_train_steps(blueprint)
         placed = place_batch(
             mesh, {name: x[None] for name, x in batch.items()}, owned_rows(mesh, rows), rows, 2
         )

@@ -6,6 +6,7 @@ time is the plan's roofline. The best few are then compiled, and where one doesn
 its batch is halved until it does.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,9 +78,7 @@ def _rows_by_formula(
     """
     mesh = make_mesh(mesh_config, devices)
     chip = known_chip(mesh)
-    blueprint = make_blueprint(
-        config.model, config.optimizer, mesh_config, config.train.num_steps, mesh
-    )
+    blueprint = make_blueprint(dataclasses.replace(config, mesh=mesh_config), mesh)
     held = {
         "params": held_bytes(blueprint.abstract.params),
         "optimizer": held_bytes(blueprint.abstract.opt_state),

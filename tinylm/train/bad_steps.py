@@ -1,13 +1,19 @@
-"""The guard of a run: what keeps one bad batch from spoiling it, and remembers evaluations for
-patience.
+"""What keeps one bad batch from spoiling a run, and what a run remembers of its evaluations.
 
 A step is bad where the loss or the gradient's norm is not finite, or (with `train.spike_sigmas`)
 where the loss lies that many standard deviations above its running mean. The step program itself
-leaves the state untouched by a bad step and takes the next batch in its place; the host, one
-dispatch later, does what `train.on_bad_step` says. All counts are in the state, so they survive a
-kill: the batch of a step is the step plus the batches skipped before it.
+leaves parameters and moments untouched by a bad step, and takes the next batch in its place. The
+host, which learns of it one dispatch later, does what `train.on_bad_step` says:
+
+    halt        the run ends, with exit code 3
+    skip        the run goes on; too many bad steps in a row end it
+    rollback    the run goes on from the last checkpoint, past the bad batch
+
+All counts are in the state, so they survive a kill: the batch of a step is the step plus the
+batches that were skipped before it.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -16,20 +22,63 @@ import numpy as np
 
 from tinylm.core.errors import NumericError
 
-Guard = dict[str, jax.Array]
 POLICIES = ("halt", "skip", "rollback")
-_SLOWEST = (
-    0.02  # the running mean forgets a step's loss at this rate, or faster while it has seen few
-)
+
+# The running mean forgets a step's loss at this rate, or faster while it has seen few.
+_SLOWEST = 0.02
+# Steps that the running mean must have seen before a loss can be a spike.
 _LEAST_SEEN = 20
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Counts and losses that a run must not forget. On the host the same fields hold numbers."""
+
+    # Bad steps: batches passed over, and how many of them in a row up to now.
+    skipped: Any
+    bad_in_row: Any
+    # The running statistics of the loss: steps seen, mean and variance.
+    seen: Any
+    loss_mean: Any
+    loss_variance: Any
+    # Evaluations: the step of the last one, the best loss, how many came after that.
+    evaluated_step: Any
+    best_loss: Any
+    evals_since_best: Any
+
+    def on_host(self) -> "Guard":
+        """Return the guard with Python's numbers, waiting for the device."""
+        return jax.tree.map(lambda value: value.item(), jax.device_get(self))
+
+    def on_device_with(self, **values: float) -> "Guard":
+        """Return the guard, on the device, with these numbers in it."""
+        arrays = {}
+        for name, value in values.items():
+            old = getattr(self, name)
+            arrays[name] = jax.device_put(np.asarray(value, old.dtype), old.sharding)
+        return dataclasses.replace(self, **arrays)
 
 
 def new_guard() -> Guard:
     """Return the guard before the first step."""
-    counts = ("evals_since_best", "evaluated_step", "skipped", "bad_in_row", "seen")
-    zeros = {name: jnp.zeros((), jnp.int32) for name in counts}
-    sums = {"best_loss": jnp.inf, "loss_mean": 0.0, "loss_variance": 0.0}
-    return zeros | {name: jnp.asarray(value, jnp.float32) for name, value in sums.items()}
+
+    def count() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    def number(value: float) -> jax.Array:
+        return jnp.asarray(value, jnp.float32)
+
+    return Guard(
+        skipped=count(),
+        bad_in_row=count(),
+        seen=count(),
+        loss_mean=number(0.0),
+        loss_variance=number(0.0),
+        evaluated_step=count(),
+        best_loss=number(jnp.inf),
+        evals_since_best=count(),
+    )
 
 
 def judge(
@@ -40,54 +89,58 @@ def judge(
     sigmas: float,
     forgive: bool,
 ) -> tuple[jax.Array, Guard]:
-    """Return whether a step is bad, and the guard after it.
+    """Return whether a step is bad, and the guard after it; part of the step program.
 
-    Args: guard: The guard before the step. loss: The loss of the step, in nats per target token.
-        grad_norm: The norm of its gradient. empty: Whether the step has no target token. It is
-        neither good nor bad, and the guard stays as it is. sigmas: How many standard deviations
-        above its mean a loss is a spike; 0: none is. forgive: Whether a good step ends a row of bad
-        ones.
+    Args:
+      guard: before the step.
+      loss: of the step, in nats per target token.
+      grad_norm: the norm of its gradient.
+      empty: whether the step has no target token. It is neither good nor bad, and the guard stays
+        as it is.
+      sigmas: how many standard deviations above its mean a loss is a spike; 0: none is.
+      forgive: whether a good step ends a row of bad ones.
     """
-    bad = ~jnp.isfinite(loss + grad_norm) & ~jnp.asarray(empty)
-    after = {} if not forgive else {"bad_in_row": jnp.zeros_like(guard["seen"])}
+    empty = jnp.asarray(empty)
+    bad = ~jnp.isfinite(loss + grad_norm) & ~empty
     if sigmas:
-        mean, variance, seen = guard["loss_mean"], guard["loss_variance"], guard["seen"]
-        bad |= (
-            (seen >= _LEAST_SEEN)
-            & (loss > mean + sigmas * jnp.sqrt(variance))
-            & ~jnp.asarray(empty)
+        spike = guard.loss_mean + sigmas * jnp.sqrt(guard.loss_variance)
+        bad |= (guard.seen >= _LEAST_SEEN) & (loss > spike) & ~empty
+
+    after_bad = dataclasses.replace(
+        guard, skipped=guard.skipped + 1, bad_in_row=guard.bad_in_row + 1
+    )
+    after_good = guard
+    if forgive:
+        after_good = dataclasses.replace(after_good, bad_in_row=jnp.zeros_like(guard.bad_in_row))
+    if sigmas:
+        # Welford's update with a floor under the rate, so that old losses are forgotten.
+        rate = jnp.maximum(1 / (guard.seen + 1), _SLOWEST)
+        distance = loss - guard.loss_mean
+        after_good = dataclasses.replace(
+            after_good,
+            seen=guard.seen + 1,
+            loss_mean=guard.loss_mean + rate * distance,
+            loss_variance=(1 - rate) * (guard.loss_variance + rate * distance**2),
         )
-        rate = jnp.maximum(1 / (seen + 1), _SLOWEST)
-        after["loss_mean"] = mean + rate * (loss - mean)
-        after["loss_variance"] = (1 - rate) * (variance + rate * (loss - mean) ** 2)
-        after["seen"] = seen + 1
-    spoiled = {"skipped": guard["skipped"] + 1, "bad_in_row": guard["bad_in_row"] + 1}
-    new = {}
-    for name, old in guard.items():
-        unless_bad = jnp.where(empty, old, after.get(name, old))
-        new[name] = jnp.where(bad, spoiled.get(name, old), unless_bad)
-    return bad, new
 
+    def choose(before: jax.Array, good: jax.Array, spoiled: jax.Array) -> jax.Array:
+        return jnp.where(bad, spoiled, jnp.where(empty, before, good))
 
-def on_host(guard: Guard) -> dict[str, Any]:
-    """Return the guard as plain numbers."""
-    return {name: value.item() for name, value in jax.device_get(guard).items()}
-
-
-def with_values(guard: Guard, values: dict[str, Any]) -> Guard:
-    """Return the guard with these plain numbers in it."""
-    new = {name: np.asarray(value, guard[name].dtype) for name, value in values.items()}
-    return guard | {
-        name: jax.device_put(value, guard[name].sharding) for name, value in new.items()
-    }
+    return bad, jax.tree.map(choose, guard, after_good, after_bad)
 
 
 def verdict(policy: str, limit: int, in_row: int, bad: dict[str, Any]) -> str:
-    """Return the line about a bad step; raise it as NumericError where the run must not go on."""
+    """Return the line about a bad step; raise it as NumericError where the run must not go on.
+
+    Args:
+      policy: train.on_bad_step.
+      limit: train.max_bad_steps.
+      in_row: how many steps in a row are bad, with this one.
+      bad: `step` (steps taken before it), `batch`, `loss` and `grad_norm`.
+    """
     line = (
-        f"step {bad['step'] + 1} is bad: batch {bad['batch']} has loss {bad['loss']:.4g} "
-        "and gradient norm "
-        f"{bad['grad_norm']:.4g}; parameters are untouched"
+        f"step {bad['step'] + 1} is bad: batch {bad['batch']} has loss {bad['loss']:.4g} and "
+        f"gradient norm {bad['grad_norm']:.4g}; parameters are untouched"
     )
     if policy == "halt":
         raise NumericError(

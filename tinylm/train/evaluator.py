@@ -1,15 +1,16 @@
-"""Looking at the model while it trains: its validation loss, pairs answered exactly, what it makes
-of fixed prompts.
+"""What a run learns about its model while it trains: the loss over the validation split, the share
+of pairs that are answered exactly, and samples of what the model makes of fixed prompts.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from tinylm.core.errors import UserError
-from tinylm.data import Validation
+from tinylm.data import Data, Validation
 from tinylm.inference.decode import Decoder, check_prompts
 from tinylm.inference.evaluation import (
     check_pairs,
@@ -22,12 +23,14 @@ from tinylm.train.config import Config
 from tinylm.train.state import Blueprint
 
 
-class Looks:
+class Evaluator:
     """The compiled programs of one run that read its parameters."""
 
-    def __init__(self, config: Config, data: Any, mesh: Mesh, blueprint: Blueprint):
-        """Take the parts; compile nothing yet."""
-        self.config, self.data, self.mesh = config, data, mesh
+    def __init__(self, config: Config, data: Data, mesh: Mesh, blueprint: Blueprint):
+        """Put the parts together; compile nothing yet."""
+        self.config = config
+        self.data = data
+        self.mesh = mesh
         self.eval_step = make_eval_step(blueprint.graph)
         self.decoder = Decoder(
             blueprint.graph, config.model.context, data.tokenizer.eot_id, data.vocab_size
@@ -36,44 +39,55 @@ class Looks:
         self.pairs = check_evaluation(config, data)
 
     def evaluate(self, params: dict, before_batch: Callable[[], None]) -> dict[str, float]:
-        """Return `loss` over the validation split, nats per target token, and the share of exact
-        answers if asked for.
+        """Evaluate as the `eval` section says.
 
-        There is no `loss` where the batches hold no target token.
-        `before_batch` is called before each batch, by every process equally often.
+        Args:
+          params: of the model.
+          before_batch: called before each batch, by every process equally often. What it raises
+            ends the evaluation.
+
+        Returns:
+          `loss` over the validation split, in nats per target token (left out where the batches
+          hold none), and `exact_match`, the share of pairs answered exactly, where it is asked for.
         """
+        c = self.config
+        assert self.data.valid is not None, "an evaluation needs a validation split"
 
-        def step(*arguments):
+        def eval_step(*arguments: Any) -> tuple[jax.Array, jax.Array]:
             before_batch()
             return self.eval_step(*arguments)
 
-        c = self.config
-        rows = c.micro_batch_rows
         nats, count = evaluate(
-            step,
+            eval_step,
             params,
             self.data.valid,
             self.mesh,
-            rows=rows,
+            rows=c.micro_batch_rows,
             micro_batches=c.train.accumulation_steps,
             max_batches=c.eval.max_batches,
         )
-        found = {"loss": nats / count} if count else {}
-        if not self.pairs:
-            return found
+        found = {}
+        if count:
+            found["loss"] = nats / count
+        if self.pairs:
+            found["exact_match"] = self._exact_match(params, before_batch)
+        return found
+
+    def _exact_match(self, params: dict, before_batch: Callable[[], None]) -> float:
+        """Return the share of pairs that the model answers exactly."""
         tokenizer = self.data.tokenizer
-        share = exact_match(
+        is_right = None
+        if self.config.eval.answer_pattern:
+            is_right = final_answers(tokenizer, self.config.eval.answer_pattern)
+        return exact_match(
             self.decoder,
             params,
             self.pairs,
             start_id=tokenizer.eot_id,
-            rows=c.data.batch_size,
-            is_right=final_answers(tokenizer, c.eval.answer_pattern)
-            if c.eval.answer_pattern
-            else None,
+            rows=self.config.data.batch_size,
+            is_right=is_right,
             before_batch=before_batch,
         )
-        return {**found, "exact_match": share}
 
     def samples(self, params: dict) -> list[str]:
         """Return each prompt with what the model makes of it."""
@@ -81,8 +95,10 @@ class Looks:
         rows = self.decoder.write(
             params, self.prompts, max_tokens=c.max_tokens, sampler=c.sampler, seed=self.config.seed
         )
-        texts = map(self.data.tokenizer.decode_after, self.prompts, rows)
-        return [prompt + text for prompt, text in zip(c.prompts, texts, strict=True)]
+        samples = []
+        for text, prompt, written in zip(c.prompts, self.prompts, rows, strict=True):
+            samples.append(text + self.data.tokenizer.decode_after(prompt, written))
+        return samples
 
 
 def check_evaluation(config: Config, data: Validation) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -93,8 +109,8 @@ def check_evaluation(config: Config, data: Validation) -> list[tuple[np.ndarray,
     c = config.eval
     if c.patience and not data.valid:
         raise UserError(
-            f"eval.patience={c.patience} needs a validation split; set data.valid_fraction "
-            "or data.valid_source."
+            f"eval.patience={c.patience} needs a validation split; set data.valid_fraction or "
+            "data.valid_source."
         )
     if not (c.exact_match and c.every_steps):
         return []
@@ -105,10 +121,12 @@ def check_evaluation(config: Config, data: Validation) -> list[tuple[np.ndarray,
 
 
 def encode_prompts(config: Config, tokenizer: Any) -> list[list[int]]:
-    """Return the ids of `sample.prompts`, each after an end of text; raise UserError for one that
-    can't be used.
+    """Return the ids of `sample.prompts`, each after an end of text.
+
+    Raises UserError for a prompt that can't be used.
     """
-    texts = config.sample.prompts if config.sample.max_tokens else ()
-    prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in texts]
+    if not config.sample.max_tokens:
+        return []
+    prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in config.sample.prompts]
     check_prompts(prompts, config.model.context)
     return prompts

@@ -242,7 +242,7 @@ def _imported_params(config: Config, blueprint: Blueprint) -> dict:
     for line in hf.left_out:
         say(f"left out {line}")
     mesh = jax.tree.leaves(blueprint.shardings.params)[0].mesh
-    return import_params(hf.tensors, hf.family, config.model, mesh, blueprint.fsdp)
+    return import_params(hf.tensors, hf.family, config.model, mesh, config.mesh.fsdp)
 
 
 def _restart_schedule(opt_state: Any) -> Any:

@@ -5,30 +5,42 @@ of the blocks and Adam with Nesterov momentum (Dozat 2016) for the rest, without
 matrix is read from the logical axes, since stacked layers add an axis to every parameter.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import optax
 
 from tinylm.train.config import OptimizerConfig
 
-Axes = dict[str, tuple]
+Axes = dict[str, tuple]  # the logical axes of each parameter by its path
 
 
 def make_schedule(
     config: OptimizerConfig, num_steps: int, peak: float | None = None
 ) -> optax.Schedule:
-    """Return learning rate as a function of the step: linear warm-up, then what
-    `optimizer.schedule` names.
+    """Return the learning rate as a function of the step.
+
+    Linear warm-up, then what `optimizer.schedule` names.
+
+    Args:
+      config: the optimizer section.
+      num_steps: length of the schedule, warm-up included.
+      peak: highest learning rate; None: `optimizer.learning_rate`.
     """
-    peak = config.learning_rate if peak is None else peak
-    end, left = peak * config.min_ratio, max(1, num_steps - config.warmup_steps)
+    if peak is None:
+        peak = config.learning_rate
+    end = peak * config.min_ratio
+    steps_after_warmup = max(1, num_steps - config.warmup_steps)
     match config.schedule:
         case "cosine":
-            main = optax.cosine_decay_schedule(peak, left, config.min_ratio)
+            main = optax.cosine_decay_schedule(peak, steps_after_warmup, config.min_ratio)
         case "linear":
-            main = optax.linear_schedule(peak, end, left)
+            main = optax.linear_schedule(peak, end, steps_after_warmup)
         case "wsd":
-            decay = max(1, round(left * config.decay_fraction))
-            main = optax.linear_schedule(peak, end, decay, transition_begin=left - decay)
+            decay_steps = max(1, round(steps_after_warmup * config.decay_fraction))
+            stable_steps = steps_after_warmup - decay_steps
+            main = optax.linear_schedule(peak, end, decay_steps, transition_begin=stable_steps)
         case "constant":
             main = optax.constant_schedule(peak)
         case other:
@@ -38,7 +50,8 @@ def make_schedule(
     if not config.warmup_steps:
         return main
 
-    def warm_up(step):
+    def warm_up(step: jax.Array) -> jax.Array:
+        # The first step has a learning rate above 0, too.
         return peak * (step + 1) / config.warmup_steps
 
     return optax.join_schedules([warm_up, main], [config.warmup_steps])
@@ -47,16 +60,19 @@ def make_schedule(
 def make_optimizer(
     config: OptimizerConfig, num_steps: int, axes: Axes
 ) -> optax.GradientTransformation:
-    """Return clipping, then what `optimizer.name` names; `axes` are the logical axes of each
-    parameter by path.
+    """Return clipping of the gradient, then what `optimizer.name` names.
+
+    Args:
+      config: the optimizer section.
+      num_steps: length of the schedule.
+      axes: tell which parameters are matrices.
     """
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     schedule = make_schedule(config, num_steps)
     shared = {"weight_decay": config.weight_decay, "eps": config.epsilon}
     match config.name:
         case "adamw":
-            decayed = _by_path(lambda path: is_matrix(axes[path]))
-            update = optax.adamw(schedule, config.beta1, config.beta2, mask=decayed, **shared)
+            is_decayed = _for_each_parameter(lambda path: is_matrix(axes[path]))
+            update = optax.adamw(schedule, config.beta1, config.beta2, mask=is_decayed, **shared)
         case "muon":
             # Optax hands `nesterov`, which is on, to the Adam of the other parameters as well.
             update = optax.contrib.muon(
@@ -67,37 +83,46 @@ def make_optimizer(
                 adam_learning_rate=make_schedule(
                     config, num_steps, config.adam_learning_rate or None
                 ),
-                muon_weight_dimension_numbers=_by_path(lambda path: _muon_dimensions(axes[path])),
+                muon_weight_dimension_numbers=_for_each_parameter(
+                    lambda path: _muon_dimensions(axes[path])
+                ),
                 **shared,
             )
         case other:
             raise ValueError(f"optimizer.name={other!r} has no optimizer here; add a case for it.")
-    return optax.chain(*clip, update)
+    if not config.clip_norm:
+        return optax.chain(update)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
-def _by_path(function):
-    """Return a function of the parameters that gives `function(path)` for each, path like
-    "blocks/mlp/up/kernel".
-    """
-    return lambda params: jax.tree_util.tree_map_with_path(
-        lambda path, _: function("/".join(str(key.key) for key in path)), params
-    )
+def _for_each_parameter(function: Callable[[str], Any]) -> Callable[[dict], dict]:
+    """Return what maps parameters to `function(path)`, path like "blocks/mlp/up/kernel"."""
+
+    def of_leaf(path: tuple, _: Any) -> Any:
+        return function("/".join(str(key.key) for key in path))
+
+    return lambda params: jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
 def _muon_dimensions(axes: tuple) -> optax.contrib.MuonDimensionNumbers | None:
-    """Return which dimensions of a kernel are inputs and outputs; None for what Adam optimizes."""
+    """Return which dimensions of a kernel are inputs and outputs; None for what Adam optimizes.
+
+    All axes of a kernel other than `embed` lie on its other side: ("embed", "heads", "head_dim")
+    maps one input dimension to two output dimensions.
+    """
     if not is_matrix(axes) or "vocab" in axes or "seq" in axes:
         return None
-    inner = range(axes.count("layers"), len(axes))
+    num_stacked = axes.count("layers")
     embed = axes.index("embed")
-    others = tuple(dim for dim in inner if dim != embed)
-    inputs, outputs = ((embed,), others) if embed == inner[0] else (others, (embed,))
-    return optax.contrib.MuonDimensionNumbers(inputs, outputs)
+    others = tuple(dim for dim in range(num_stacked, len(axes)) if dim != embed)
+    embed_is_input = embed == num_stacked
+    if embed_is_input:
+        return optax.contrib.MuonDimensionNumbers((embed,), others)
+    return optax.contrib.MuonDimensionNumbers(others, (embed,))
 
 
 def is_matrix(axes: tuple) -> bool:
-    """Say whether a parameter with these logical axes is a matrix (weights, embeddings), not a
-    scale or a bias.
+    """Say whether a parameter is a matrix (weights, embeddings), not a scale or a bias.
 
     The kernels of attention have three axes, one of them split in heads; a bias over heads has two,
     both outputs; the taps of a convolution are scales of features.

@@ -1,9 +1,6 @@
-"""How far the run is: a bar on a terminal, plain lines elsewhere, and the rate since the last
-line.
-"""
+"""Showing how far a run is: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
-import dataclasses
 import sys
 import time
 from collections.abc import Iterator
@@ -14,28 +11,13 @@ from tinylm.core.log import say
 _SECS_BETWEEN_LINES = 5.0
 
 
-@dataclasses.dataclass
-class Outcome:
-    """How a run ended."""
-
-    step: int
-    loss: float | None  # last training loss logged, nats per target token
-    valid_loss: float | None  # of the last evaluation
-    best_loss: float
-    seconds: float
-    reason: str
-
-
 class Progress:
-    """Shows steps as they are done. Time spent outside training (`pause`) doesn't count in the
-    rate.
-    """
+    """Shows steps as they are done."""
 
     def __init__(self, first_step: int, last_step: int):
         """Begin at `first_step`."""
         self._last_step = last_step
-        self.restart(first_step)
-        self._shown = 0.0
+        self._shown_at = 0.0
         self._bar = None
         if sys.stderr.isatty() and is_main():
             from tqdm import tqdm
@@ -48,53 +30,36 @@ class Progress:
                 file=sys.stderr,
             )
 
-    def restart(self, step: int) -> None:
-        """Measure the rate from `step` and now on."""
-        self._mark_step, self._mark_time = step, time.perf_counter()
-
-    def tokens_per_sec(self, step: int, tokens_per_step: int) -> float:
-        """Return the rate since the last call, tokens a second."""
-        now = time.perf_counter()
-        rate = (step - self._mark_step) * tokens_per_step / max(now - self._mark_time, 1e-9)
-        self._mark_step, self._mark_time = step, now
-        return rate
-
     def show(self, step: int, text: str, tokens_per_sec: float, valid_loss: float | None) -> None:
         """Show the metrics of a step: on the bar, or as a line every few seconds."""
-        valid = "" if valid_loss is None else f", valid {valid_loss:.4f}"
+        speed = f"{tokens_per_sec:,.0f} tokens/s"
         if self._bar is not None:
-            with self._on_terminal():
-                self._bar.set_postfix_str(
-                    f"{text}{valid}, {tokens_per_sec:,.0f} tokens/s", refresh=False
-                )
+            valid = "" if valid_loss is None else f", valid {valid_loss:.4f}"
+            with self._unless_terminal_is_gone():
+                self._bar.set_postfix_str(f"{text}{valid}, {speed}", refresh=False)
                 self._bar.update(step - self._bar.n)
-        elif time.perf_counter() - self._shown > _SECS_BETWEEN_LINES or step >= self._last_step:
-            self._shown = time.perf_counter()
-            say(f"step {step}/{self._last_step}  {text}  {tokens_per_sec:,.0f} tokens/s")
+            return
+        now = time.perf_counter()
+        if now - self._shown_at > _SECS_BETWEEN_LINES or step >= self._last_step:
+            self._shown_at = now
+            say(f"step {step}/{self._last_step}  {text}  {speed}")
 
     def note(self, line: str) -> None:
         """Show a line that stays."""
         if self._bar is None:
             say(line)
-        else:
-            with self._on_terminal():
-                self._bar.write(line, file=sys.stderr)
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the time spent inside out of the rate."""
-        start = time.perf_counter()
-        yield
-        self._mark_time += time.perf_counter() - start
+            return
+        with self._unless_terminal_is_gone():
+            self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """End the bar."""
         if self._bar is not None:
-            with self._on_terminal():
+            with self._unless_terminal_is_gone():
                 self._bar.close()
 
     @contextlib.contextmanager
-    def _on_terminal(self) -> Iterator[None]:
+    def _unless_terminal_is_gone(self) -> Iterator[None]:
         """Do without the bar from here on where its terminal is gone: training goes on."""
         try:
             yield

@@ -1,5 +1,8 @@
-"""Starting a run or going on with one: the checks that come before anything is compiled or
-written.
+"""Starting a run or going on with one: the checks that come before anything is compiled.
+
+Mistakes are found before anything is written, and another run in the same workdir is never
+touched: a resumed run must have the config (in all that changes its numbers), the tokenizer and the
+tokens that it was begun with.
 """
 
 import contextlib
@@ -34,82 +37,96 @@ from tinylm.train.loop import Trainer
 from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import make_blueprint
 
-_VERIFIED_BYTES = 1 << 30  # of a store, when a run goes on; larger ones: prepare --verify
+# Stores up to this size are verified whenever a run goes on; larger ones by prepare --verify.
+_VERIFIED_BYTES = 1 << 30
+_DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 
 
 def start_run(config: Config, workdir: str) -> Trainer:
     """Return the trainer of the run in `workdir`, new or to be resumed.
 
-    Raises UserError for a config that doesn't fit the devices or the data, or that differs from the
-    run's own in an identity setting, and for a workdir in use; this one is the trainer's until the
-    end of its run.
+    Args:
+      config: checked; it needn't be resolved.
+      workdir: a folder, or an address in a bucket. It is the trainer's alone until its run ends.
+
+    Raises:
+      UserError: for a config that doesn't fit the devices or the data, or that differs from the
+        run's own in an identity setting, and for a workdir in use.
     """
+    # What needs neither data nor the workdir's lock comes first; nothing is written yet.
     folder = RunFolder(workdir)
     from_main(folder.check_bucket)
     config, tokenizer = take_over(config, folder)
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
-    flag = "--xla_gpu_deterministic_ops=true"
-    if (
-        config.train.deterministic
-        and jax.default_backend() == "gpu"
-        and flag not in os.environ.get("XLA_FLAGS", "")
-    ):
-        raise UserError(
-            f"train.deterministic on GPU needs XLA_FLAGS={flag} in the environment; set it "
-            "and retry."
-        )
+    check_deterministic(config)
     check_found_run(config, folder)
+
     data = open_data(config.data, seed=config.seed, is_writer=is_main(), tokenizer=tokenizer)
     config = config.resolve(data.vocab_size)
     encode_prompts(config, data.tokenizer)
     check_evaluation(config, data)
     if not folder.exists():
         check_origin(config, data.tokenizer)
+
     folder.create()
-    with (
-        contextlib.ExitStack() as lock
-    ):  # let go where something fails, else by the trainer at the end of its run
-        from_main(lambda: lock.callback(WorkdirLock(folder.path).release) is None)
+    # The lock is let go where something fails, or else by the trainer at the end of its run.
+    with contextlib.ExitStack() as lock:
+        from_main(lambda: take_lock(folder, lock))
+        # Between the first look and the lock another process may have begun a run here.
         exists = check_found_run(config, folder)
         if exists:
             check_same_tokenizer(data.tokenizer.fingerprint, folder)
             check_same_stores(data, folder)
-        folder.checkpoints = epath.Path(
-            from_main(lambda: folder.place_checkpoints(config.checkpoint.dir))
-        )
+        checkpoints = from_main(lambda: folder.place_checkpoints(config.checkpoint.dir))
+        folder.checkpoints = epath.Path(checkpoints)
         if is_main():
             if not exists:
                 data.tokenizer.save(str(folder.tokenizer))
-            record = {
-                "config": to_dict(config),
-                "versions": versions(mesh),
-                "token_stores": store_digests(data),
-            }
-            folder.write_config({**record, **folder.checkpoints_note})
-            for store in data.every_store:
-                note_run(store.folder, os.fspath(folder.path))
+            write_record(config, data, mesh, folder)
         jax.set_mesh(mesh)
-        blueprint = make_blueprint(
-            config.model, config.optimizer, config.mesh, config.train.num_steps, mesh
-        )
-        trainer = Trainer(config, data, mesh, folder, blueprint)
+        trainer = Trainer(config, data, mesh, folder, make_blueprint(config, mesh))
         trainer.lock = lock.pop_all()
     return trainer
 
 
+def take_lock(folder: RunFolder, lock: contextlib.ExitStack) -> None:
+    """Lock the workdir until `lock` is closed; raise UserError where it is in use."""
+    lock.callback(WorkdirLock(folder.path).release)
+
+
+def write_record(config: Config, data: Data, mesh: Mesh, folder: RunFolder) -> None:
+    """Write config.json: the resolved config, and what else the run's numbers depend on."""
+    record = {
+        "config": to_dict(config),
+        "versions": versions(mesh),
+        "token_stores": store_digests(data),
+    }
+    folder.write_config({**record, **folder.checkpoints_note})
+    for store in data.every_store:
+        note_run(store.folder, os.fspath(folder.path))
+
+
+def check_deterministic(config: Config) -> None:
+    """Raise UserError where bits are to be the same on a GPU, and XLA isn't told so."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    is_needed = config.train.deterministic and jax.default_backend() == "gpu"
+    if is_needed and _DETERMINISTIC_FLAG not in flags:
+        raise UserError(
+            f"train.deterministic on GPU needs XLA_FLAGS={_DETERMINISTIC_FLAG} in the "
+            "environment; set it and retry."
+        )
+
+
 def check_found_run(config: Config, folder: RunFolder) -> bool:
-    """Return whether there is a run in `folder`; raise UserError where it isn't that of
-    `config`.
-    """
+    """Say whether there is a run in `folder`; raise UserError where it isn't that of `config`."""
     if folder.exists():
         check_same_config(config, folder)
         return True
     if finished_steps(folder.checkpoints):
         raise UserError(
-            f"--workdir={folder.path} holds checkpoints but no config.json, so nothing "
-            "tells which run they belong to; "
-            "restore config.json, or use another workdir."
+            f"--workdir={folder.path} holds checkpoints but no config.json, so nothing tells "
+            "which run they belong to; restore config.json, or use another workdir."
         )
     return False
 
@@ -149,13 +166,13 @@ def check_same_config(config: Config, folder: RunFolder) -> None:
 
 
 def check_length(config: Config, theirs: Config, folder: RunFolder) -> None:
-    """Raise UserError where a run of another length would not have taken the steps that this one
-    has taken.
+    """Raise UserError unless a run of another length would have taken the same steps up to here.
 
     It would where the learning rate of each of them is the same: always with a constant schedule,
     and with wsd (warm-up, stable, decay) up to the first step at which one of the two decays.
     """
-    there, here = theirs.train.num_steps, config.train.num_steps
+    there = theirs.train.num_steps
+    here = config.train.num_steps
     taken = max(finished_steps(folder.checkpoints), default=0)
     # Where nothing was saved, metrics of steps that were lost are there all the same.
     steps = jnp.arange(taken or min(there, here))
@@ -168,12 +185,10 @@ def check_length(config: Config, theirs: Config, folder: RunFolder) -> None:
         return
     raise UserError(
         f"--workdir={folder.path} holds another run: it has train.num_steps={there} (here "
-        f"{here}), on which the steps "
-        f"that it took depend with optimizer.schedule={theirs.optimizer.schedule}. A run "
-        "can be made longer with a "
-        "constant schedule, or with wsd before it decays; to go on from these weights, "
-        "start another run (--workdir) "
-        f"with train.init_from={folder.path}."
+        f"{here}), on which the steps that it took depend with "
+        f"optimizer.schedule={theirs.optimizer.schedule}. A run can be made longer with a "
+        "constant schedule, or with wsd before it decays; to go on from these weights, start "
+        f"another run (--workdir) with train.init_from={folder.path}."
     )
 
 
@@ -196,16 +211,15 @@ def check_same_stores(data: Data, folder: RunFolder) -> None:
     there = list(record.get("token_stores", {}).values())
     if not there and "stores" in record:
         say(
-            "this run was begun by an older tinylm, which noted its tokens otherwise; they "
-            "are not compared"
+            "this run was begun by an older tinylm, which noted its tokens in another way; "
+            "they are not compared"
         )
     here = list(store_digests(data).values())
     for i, store in enumerate(data.every_store):
         if there and there[i : i + 1] != here[i : i + 1]:
             raise UserError(
-                f"{store.spec} doesn't give the tokens that the run in "
-                f"--workdir={folder.path} learned from: its "
-                "content changed since; restore it, or use another workdir."
+                f"{store.spec} doesn't give the tokens that the run in --workdir={folder.path} "
+                "learned from: its content changed since; restore it, or use another workdir."
             )
         if store.num_bytes < _VERIFIED_BYTES:
             store.verify()
@@ -221,7 +235,7 @@ def store_digests(data: Data) -> dict[str, str]:
 
 
 def versions(mesh: Mesh) -> dict[str, Any]:
-    """Return what a run's numbers depend on beside its config."""
+    """Return what a run's numbers depend on besides its config."""
     return {
         "tinylm": __version__,
         "jax": jax.__version__,

@@ -13,22 +13,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from tinylm.core.mesh import MeshConfig, parameter_sharding, replicated
-from tinylm.model.config import ModelConfig
+from tinylm.core.mesh import parameter_sharding, replicated
 from tinylm.model.transformer import abstract_transformer, init_parameters
 from tinylm.train.bad_steps import Guard, new_guard
-from tinylm.train.config import OptimizerConfig
-from tinylm.train.optimizer import make_optimizer
+from tinylm.train.config import Config
+from tinylm.train.optimizer import make_optimizer, make_schedule
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Everything a run needs to go on: how far it is, what it has learned, and what its guards
-    remember.
-    """
+    """Everything a run needs to go on."""
 
     step: jax.Array  # int32: steps taken
     params: dict
@@ -38,16 +35,14 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """What a state is made from and trained with: the model's graph, the optimizer, and the
-    abstract state.
-    """
+    """What a state is made from and trained with."""
 
-    graph: nnx.GraphDef
+    config: Config  # resolved
+    graph: nnx.GraphDef  # of the model
     optimizer: optax.GradientTransformation
-    abstract: TrainState
-    axes: dict[str, tuple]
-    model: ModelConfig
-    fsdp: bool
+    schedule: optax.Schedule  # of the learning rate
+    abstract: TrainState  # shape, dtype and sharding of each leaf
+    axes: dict[str, tuple]  # logical axes of each parameter by its path
 
     @property
     def shardings(self) -> TrainState:
@@ -56,61 +51,55 @@ class Blueprint:
 
     def init(self, seed: int) -> TrainState:
         """Return the state before the first step, each device making its own part."""
-        make = jax.jit(
-            lambda seed: _new_state(init_parameters(self.model, seed), self.optimizer),
-            out_shardings=self.shardings,
-        )
-        return make(seed)
+
+        def make(seed: jax.Array) -> TrainState:
+            return _new_state(init_parameters(self.config.model, seed), self.optimizer)
+
+        return jax.jit(make, out_shardings=self.shardings)(seed)
 
     def start_from(self, params: dict) -> TrainState:
-        """Return the state before the first step around parameters that are there already, which it
-        takes over.
-        """
-        make = jax.jit(
-            lambda params: _new_state(params, self.optimizer),
-            out_shardings=self.shardings,
-            donate_argnums=0,
-        )
-        return make(params)
+        """Return the state before the first step around parameters, which it takes over."""
+
+        def make(params: dict) -> TrainState:
+            return _new_state(params, self.optimizer)
+
+        return jax.jit(make, out_shardings=self.shardings, donate_argnums=0)(params)
 
 
-def make_blueprint(
-    model: ModelConfig,
-    optimizer: OptimizerConfig,
-    mesh_config: MeshConfig,
-    num_steps: int,
-    mesh: Mesh,
-) -> Blueprint:
-    """Work out the abstract state of a run on `mesh`, without making an array."""
-    graph, params, axes = abstract_transformer(model)
-    transform = make_optimizer(optimizer, num_steps, axes)
-    shapes = jax.eval_shape(lambda p: _new_state(p, transform), params)
+def make_blueprint(config: Config, mesh: Mesh) -> Blueprint:
+    """Work out the abstract state of a run on `mesh`, without making an array.
 
-    def place(path, leaf):
+    Args:
+      config: resolved.
+      mesh: its devices may be those of a topology that isn't here.
+    """
+    num_steps = config.train.num_steps
+    graph, params, axes = abstract_transformer(config.model)
+    optimizer = make_optimizer(config.optimizer, num_steps, axes)
+    shapes = jax.eval_shape(lambda params: _new_state(params, optimizer), params)
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding: NamedSharding = replicated(mesh)
         leaf_axes = axes_of(axes, path, leaf.shape)
-        sharding = (
-            parameter_sharding(mesh, mesh_config.fsdp, leaf_axes, leaf.shape)
-            if leaf_axes
-            else replicated(mesh)
-        )
+        if leaf_axes:
+            sharding = parameter_sharding(mesh, config.mesh.fsdp, leaf_axes, leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return Blueprint(
-        graph,
-        transform,
-        jax.tree_util.tree_map_with_path(place, shapes),
-        axes,
-        model,
-        mesh_config.fsdp,
+        config=config,
+        graph=graph,
+        optimizer=optimizer,
+        schedule=make_schedule(config.optimizer, num_steps),
+        abstract=jax.tree_util.tree_map_with_path(place, shapes),
+        axes=axes,
     )
 
 
 def axes_of(axes: dict[str, tuple], path: tuple, shape: tuple[int, ...]) -> tuple | None:
-    """Return the logical axes of a leaf of the state: those of the parameter whose path its own
-    path ends with.
+    """Return the logical axes of a leaf of the state.
 
-    So a moment of the optimizer lies where its parameter lies; counters, which belong to none, give
-    None.
+    They are those of the parameter that the leaf's path ends with: a moment of the optimizer lies
+    where its parameter lies. Counters, which belong to none, give None.
     """
     names = [
         str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path

@@ -5,6 +5,8 @@ A batch is a dict of arrays [A, B/A, T]: A micro-batches whose rows are split ov
 accumulation needs no resharding. One call takes K batches stacked in front and makes the first
 `count` steps of them; `count` is traced, so the loop can stop at any step without another
 compilation, and the bits don't depend on how steps are grouped.
+
+Axes: K steps of a call, A micro-batches, B rows, T tokens.
 """
 
 import math
@@ -19,87 +21,152 @@ from flax import nnx, traverse_util
 from tinylm.core.mesh import in_each_replica, sum_over_rows
 from tinylm.model.losses import next_token_loss
 from tinylm.train.bad_steps import judge
-from tinylm.train.config import TrainConfig
 from tinylm.train.state import Blueprint, TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
-def make_train_steps(
-    blueprint: Blueprint, schedule: optax.Schedule, guarded: TrainConfig | None = None
-) -> Callable:
-    """Return jitted `(state, batches [K, A, B/A, T], count, seed) -> (state, metrics [K])`; the
-    state is donated.
+def make_train_steps(blueprint: Blueprint) -> Callable:
+    """Return the jitted program of a dispatch; it takes over (donates) the state.
 
-    Metrics are `loss` (nats per target token; NaN where there is none), `grad_norm` (before
-    clipping), `learning_rate`, for each part of the model `update_ratio/PART`, the norm of the
-    update over that of the weights, and `bad`: 1 where the guard left the state as it was, by the
-    settings `guarded` (default: where the loss isn't finite). A step whose batch has no target
-    token learns nothing: it leaves parameters and moments as they are, and is counted.
+    The program is `(state, batches [K, A, B/A, T], count, seed) -> (state, metrics [K])`. Its
+    metrics, of which the first `count` numbers mean something, are
+
+    - `loss`, nats per target token; NaN where a batch has none. Such a step learns nothing: it
+      leaves parameters and moments as they are, and is counted.
+    - `grad_norm`, before clipping
+    - `learning_rate`
+    - `update_ratio/PART` for each part of the model: the norm of the update over that of the
+      weights
+    - `bad`, 1 where the guard left the state as it was
     """
-    sigmas, forgive = (
-        (guarded.spike_sigmas, guarded.on_bad_step != "rollback") if guarded else (0.0, True)
-    )
-    ratios = [
-        f"update_ratio/{part}" for part in dict.fromkeys(part_of(path) for path in blueprint.axes)
-    ]
-    names = ("loss", "grad_norm", "learning_rate", *ratios, "bad")
+    train = blueprint.config.train
+    good_steps_forgive = train.on_bad_step != "rollback"
+    parts = dict.fromkeys(part_of(path) for path in blueprint.axes)
+    ratio_names = [f"update_ratio/{part}" for part in parts]
+    names = ["loss", "grad_norm", "learning_rate", *ratio_names, "bad"]
 
-    def one_step(state: TrainState, batch: Batch, seed) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, seed: jax.Array) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, nats, count = accumulate(blueprint, state.params, batch, step_key)
         # A batch without a target token, such as one of prompts alone, has a loss and a gradient of
         # 0 here.
-        empty = count == 0
-        grads = jax.tree.map(lambda g: g / jnp.maximum(count, 1.0), grads)
-        update = in_each_replica(
-            blueprint.optimizer.update
-        )  # the partitioner would spread Muon's products over slices
+        is_empty = count == 0
+        num_targets = jnp.maximum(count, 1.0)
+        loss = nats / num_targets
+        grads = jax.tree.map(lambda g: g / num_targets, grads)
+        # Computed in each replica: the partitioner would spread Muon's products over slices.
+        update = in_each_replica(blueprint.optimizer.update)
         updates, opt_state = update(grads, state.opt_state, state.params)
-        loss, grad_norm = nats / jnp.maximum(count, 1.0), optax.tree.norm(grads)
-        bad, guard = judge(state.guard, loss, grad_norm, empty, sigmas, forgive)
-        learned = optax.apply_updates(state.params, updates)
-        params = _kept_where(bad | empty, state.params, learned)
-        opt_state = _after_update(state.opt_state, opt_state, bad, empty)
-        metrics = {
-            "loss": jnp.where(empty, jnp.nan, loss),
-            "grad_norm": grad_norm,
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            **{
-                f"update_ratio/{part}": ratio
-                for part, ratio in _update_ratios(updates, state.params, empty).items()
-            },
-            "bad": bad.astype(jnp.float32),
-        }
-        return TrainState(state.step + 1 - bad, params, opt_state, guard), metrics
 
-    def train_steps(state: TrainState, batches: Batch, count, seed):
-        most = batches["tokens"].shape[0]
-        metrics = {name: jnp.zeros(most, jnp.float32) for name in names}
+        grad_norm = optax.tree.norm(grads)
+        is_bad, guard = judge(
+            state.guard, loss, grad_norm, is_empty, train.spike_sigmas, good_steps_forgive
+        )
+        params = optax.apply_updates(state.params, updates)
+        new_state = TrainState(
+            step=state.step + 1 - is_bad,
+            params=_kept_where(is_bad | is_empty, state.params, params),
+            opt_state=_after_update(state.opt_state, opt_state, is_bad, is_empty),
+            guard=guard,
+        )
+        metrics = {
+            "loss": jnp.where(is_empty, jnp.nan, loss),
+            "grad_norm": grad_norm,
+            "learning_rate": jnp.asarray(blueprint.schedule(state.step), jnp.float32),
+            **_update_ratios(updates, state.params, is_empty),
+            "bad": is_bad.astype(jnp.float32),
+        }
+        return new_state, metrics
+
+    def train_steps(
+        state: TrainState, batches: Batch, count: jax.Array, seed: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        most_steps = batches["tokens"].shape[0]
+        metrics = {name: jnp.zeros(most_steps, jnp.float32) for name in names}
         # Of a single batch XLA drops the index, fuses in another way, and adds up the loss in
         # another order.
-        if most == 1:
+        if most_steps == 1:
             batches = jax.tree.map(lambda x: jnp.concatenate([x, x]), batches)
 
-        def body(i, carry):
+        def one_more(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, metrics = carry
             batch = jax.tree.map(lambda x: x[i], batches)
-            state, new = one_step(state, batch, seed)
-            return state, {name: metrics[name].at[i].set(new[name]) for name in names}
+            state, of_step = train_step(state, batch, seed)
+            metrics = {name: metrics[name].at[i].set(of_step[name]) for name in names}
+            return state, metrics
 
-        return jax.lax.fori_loop(0, count, body, (state, metrics))
+        return jax.lax.fori_loop(0, count, one_more, (state, metrics))
 
     everywhere = blueprint.shardings.step
     return jax.jit(train_steps, donate_argnums=0, out_shardings=(blueprint.shardings, everywhere))
 
 
-def _kept_where(kept: jax.Array, old: Any, new: Any) -> Any:
-    """Return the old leaves of a tree where `kept` is true, else the new ones."""
-    return jax.tree.map(lambda old, new: jnp.where(kept, old, new), old, new)
+def accumulate(
+    blueprint: Blueprint, params: dict, batch: Batch, step_key: jax.Array
+) -> tuple[dict, jax.Array, jax.Array]:
+    """Add up gradients and losses over the micro-batches of a batch.
+
+    Args:
+      blueprint: of the run.
+      params: of the model.
+      batch: arrays [A, B/A, T].
+      step_key: the random key of the step, for dropout.
+
+    Returns:
+      The gradient of the summed loss, the summed loss in nats, the number of target tokens.
+    """
+    model_config = blueprint.config.model
+
+    def loss_sums(
+        params: dict, key: jax.Array, micro_batch: Batch, rows_B: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        model = nnx.merge(blueprint.graph, params)
+        row_keys_B = None
+        if model_config.dropout:
+            row_keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
+        sums = next_token_loss(model, micro_batch, row_keys_B)
+        trained = sums.nats
+        if model_config.z_loss:
+            trained = trained + model_config.z_loss * sums.squared_log_z
+        return trained, (sums.nats, sums.num_targets)
+
+    gradient_of = jax.value_and_grad(loss_sums, has_aux=True)
+
+    def sum_up(
+        params: dict, key: jax.Array, micro_batches: Batch, rows: jax.Array
+    ) -> tuple[dict, jax.Array, jax.Array]:
+        def of_one(micro_batch_and_rows: tuple) -> tuple[dict, jax.Array, jax.Array]:
+            (_, (nats, count)), grads = gradient_of(params, key, *micro_batch_and_rows)
+            return grads, nats, count
+
+        if len(rows) == 1:
+            return of_one(jax.tree.map(lambda x: x[0], (micro_batches, rows)))
+
+        def add(total: tuple, micro_batch_and_rows: tuple) -> tuple[tuple, None]:
+            return jax.tree.map(jnp.add, total, of_one(micro_batch_and_rows)), None
+
+        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
+        return jax.lax.scan(add, zeros, (micro_batches, rows))[0]
+
+    # The number of each row in the whole batch, so that its dropout doesn't depend on where it is.
+    shape = batch["tokens"].shape[:2]
+    rows = jnp.arange(math.prod(shape)).reshape(shape)
+    return sum_over_rows(sum_up, (params, step_key), (batch, rows), blueprint.config.mesh.fsdp)
 
 
-def _after_update(old: Any, new: Any, bad: jax.Array, empty: jax.Array) -> Any:
+def part_of(path: str) -> str:
+    """Return the part of the model that a parameter belongs to: embedding, attention, mlp, ..."""
+    return path.removeprefix("blocks/").split("/")[0]
+
+
+def _kept_where(is_kept: jax.Array, old: Any, new: Any) -> Any:
+    """Return the old leaves of a tree where `is_kept`, or else the new ones."""
+    return jax.tree.map(lambda old, new: jnp.where(is_kept, old, new), old, new)
+
+
+def _after_update(old: Any, new: Any, is_bad: jax.Array, is_empty: jax.Array) -> Any:
     """Return the optimizer's state after a step: as it was where the step is bad or empty.
 
     An empty step is a step of the schedule, so the schedule's own counts go on.
@@ -109,68 +176,29 @@ def _after_update(old: Any, new: Any, bad: jax.Array, empty: jax.Array) -> Any:
         return isinstance(node, optax.ScaleByScheduleState)
 
     def after(old: Any, new: Any) -> Any:
-        return _kept_where(bad if is_schedule(old) else bad | empty, old, new)
+        is_kept = is_bad if is_schedule(old) else is_bad | is_empty
+        return _kept_where(is_kept, old, new)
 
     return jax.tree.map(after, old, new, is_leaf=is_schedule)
 
 
-def part_of(path: str) -> str:
-    """Return the part of the model that the parameter at `path` belongs to: embedding, attention,
-    mlp, a norm, ...
-    """
-    return path.removeprefix("blocks/").split("/")[0]
+def _update_ratios(updates: dict, params: dict, is_empty: jax.Array) -> Metrics:
+    """Return the norm of the update over that of the weights for each part of the model.
 
-
-def _update_ratios(updates: dict, params: dict, empty: jax.Array) -> dict[str, jax.Array]:
-    """Return the norm of the update over that of the weights for each part; 0 where no update was
-    made.
+    It is 0 where no update was made.
     """
-    weights = _norms(params)
-    return {
-        part: jnp.where(empty, 0.0, norm / weights[part]) for part, norm in _norms(updates).items()
-    }
+    update_norms = _norms(updates)
+    weight_norms = _norms(params)
+    ratios = {}
+    for part, norm in update_norms.items():
+        ratios[f"update_ratio/{part}"] = jnp.where(is_empty, 0.0, norm / weight_norms[part])
+    return ratios
 
 
 def _norms(params: dict) -> dict[str, jax.Array]:
-    """Return the Euclidean norm of each part."""
+    """Return the Euclidean norm of each part of the model."""
     squares: dict[str, jax.Array] = {}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-        squares[part_of(path)] = squares.get(part_of(path), jnp.zeros(())) + jnp.sum(
-            jnp.square(leaf)
-        )
+        so_far = squares.get(part_of(path), jnp.zeros(()))
+        squares[part_of(path)] = so_far + jnp.sum(jnp.square(leaf))
     return {part: jnp.sqrt(total) for part, total in squares.items()}
-
-
-def accumulate(blueprint: Blueprint, params: dict, batch: Batch, step_key: jax.Array):
-    """Return (gradient of the summed loss, summed loss in nats, target tokens) over the
-    micro-batches of `batch`.
-    """
-
-    def loss_sums(params, key, micro, rows_B):
-        model = nnx.merge(blueprint.graph, params)
-        keys_B = (
-            jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
-            if blueprint.model.dropout
-            else None
-        )
-        nats, count, squares = next_token_loss(model, micro, keys_B)
-        z_loss = blueprint.model.z_loss
-        return (nats + z_loss * squares if z_loss else nats), (nats, count)
-
-    def sums(params, key, batch, rows):
-        def one(xs):
-            (_, sums), grads = jax.value_and_grad(loss_sums, has_aux=True)(params, key, *xs)
-            return grads, *sums
-
-        if len(rows) == 1:
-            return one(jax.tree.map(lambda x: x[0], (batch, rows)))
-        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
-        return jax.lax.scan(
-            lambda total, xs: (jax.tree.map(jnp.add, total, one(xs)), None), zeros, (batch, rows)
-        )[0]
-
-    shape = batch["tokens"].shape[:2]
-    rows = jnp.arange(math.prod(shape)).reshape(
-        shape
-    )  # so that a row's dropout doesn't depend on where it is
-    return sum_over_rows(sums, (params, step_key), (batch, rows), blueprint.fsdp)

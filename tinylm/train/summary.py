@@ -7,8 +7,7 @@ from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards
 from tinylm.inference.writing import numbered
 from tinylm.model.flops import count_parameters
-from tinylm.train.loop import Trainer
-from tinylm.train.progress import Outcome
+from tinylm.train.loop import Outcome, Trainer
 
 
 def opening(trainer: Trainer) -> None:
@@ -54,8 +53,8 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
     """Return where everything is and what to do next."""
     folder = trainer.folder
     lines = []
-    if trainer.last_samples:
-        lines += [numbered([text.strip() for text in trainer.last_samples]), ""]
+    if outcome.samples:
+        lines += [numbered([text.strip() for text in outcome.samples]), ""]
     lines.append(f"Done in {outcome.seconds:.0f} s: step {outcome.step}, {outcome.reason}.")
     if outcome.valid_loss is not None:
         floor = trainer.data.floor_nats_per_token
@@ -66,7 +65,7 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
         )
     elif outcome.loss is not None:
         lines.append(f"Training loss {outcome.loss:.4f} nats per token.")
-    lines.append(trainer.account.summary(outcome.step))
+    lines.append(trainer.clock.summary(outcome.step))
     lines.append(f"Plot, metrics, samples and checkpoints: {folder.path}")
     if outcome.reason.startswith("train.stop_step"):
         lines.append("Go on: the same command with a later train.stop_step, or 0.")
