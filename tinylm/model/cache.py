@@ -50,10 +50,12 @@ class LayerCache(NamedTuple):
         place = slot % self.num_slots
         keys = _write(self.keys_BKSH, k_BK1H, place)
         values = _write(self.values_BKSH, v_BK1H, place)
-        batch_and_heads = k_BK1H.shape[:2]
-        k_BKSH = keys.reshape(*batch_and_heads, *keys.shape[-2:])
-        v_BKSH = values.reshape(*batch_and_heads, *values.shape[-2:])
-        return self._replace(keys_BKSH=keys, values_BKSH=values), k_BKSH, v_BKSH
+        batch_size, num_heads, _, head_dim = k_BK1H.shape
+        whole_shape = (batch_size, num_heads, self.num_slots, head_dim)
+        k_BKSH = keys.reshape(whole_shape)
+        v_BKSH = values.reshape(whole_shape)
+        cache = self._replace(keys_BKSH=keys, values_BKSH=values)
+        return cache, k_BKSH, v_BKSH
 
 
 def store_prompt(prompt: LayerCache, num_slots: int) -> LayerCache:
@@ -71,9 +73,10 @@ def store_prompt(prompt: LayerCache, num_slots: int) -> LayerCache:
 
 def _write(cached: jax.Array, new_BK1H: jax.Array, place: jax.Array) -> jax.Array:
     """Replace the slot `place` of keys or values, from which axes of size 1 may be missing."""
-    new = new_BK1H.reshape(*cached.shape[:-2], 1, cached.shape[-1])
-    leading_zeros = [0] * (cached.ndim - 2)
-    return jax.lax.dynamic_update_slice(cached, new, (*leading_zeros, place, 0))
+    *leading, _, head_dim = cached.shape
+    new = new_BK1H.reshape(*leading, 1, head_dim)
+    origin = [0 for _ in leading]
+    return jax.lax.dynamic_update_slice(cached, new, (*origin, place, 0))
 
 
 def _store(prompt_BKTH: jax.Array, num_slots: int) -> jax.Array:
@@ -81,10 +84,12 @@ def _store(prompt_BKTH: jax.Array, num_slots: int) -> jax.Array:
     num_positions = prompt_BKTH.shape[2]
     kept_BKSH = prompt_BKTH[:, :, -num_slots:]
     missing = num_slots - kept_BKSH.shape[2]
-    kept_BKSH = jnp.pad(kept_BKSH, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    no_padding = (0, 0)
+    kept_BKSH = jnp.pad(kept_BKSH, (no_padding, no_padding, (0, missing), no_padding))
     if num_positions > num_slots:
         # The first kept position is num_positions - num_slots; its slot is that modulo num_slots.
         kept_BKSH = jnp.roll(kept_BKSH, num_positions, axis=2)
     kept_BKSH = constrain(kept_BKSH, "batch", "kv_heads", None, "head_dim")
-    leading = [size for size in kept_BKSH.shape[:2] if size > 1]
-    return kept_BKSH.reshape(*leading, *kept_BKSH.shape[2:])
+    *leading, num_slots, head_dim = kept_BKSH.shape
+    leading = [size for size in leading if size > 1]
+    return kept_BKSH.reshape(*leading, num_slots, head_dim)

@@ -19,15 +19,16 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """Return FLOPs of the forward pass for one token; causal attention counts the visible half."""
     c = config
-    query_dim = c.num_heads * c.head_dim
-    kv_dim = c.num_kv_heads * c.head_dim
+    query_and_output = 2 * c.num_heads * c.head_dim
+    key_and_value = 2 * c.num_kv_heads * c.head_dim
     mlp_maps = 3 if c.mlp in GATED else 2
-    # Query and output maps, key and value maps, the maps of the mlp.
-    maps = 2 * c.embed_dim * (2 * query_dim + 2 * kv_dim + mlp_maps * c.mlp_dim)
+    mapped_features = query_and_output + key_and_value + mlp_maps * c.mlp_dim
+    maps = 2 * c.embed_dim * mapped_features
     # Each tap of a convolution, before attention and before the mlp, is a multiply-add a feature.
     convolutions = 2 * 2 * c.conv_taps * c.embed_dim
     attention = [_attention_flops(c, seq_len, window) for window in c.attention_window]
-    layer = maps + convolutions + sum(attention) / len(attention)
+    mean_attention = sum(attention) / len(attention)
+    layer = maps + convolutions + mean_attention
     output_map = 2 * c.embed_dim * c.vocab_size
     return c.num_layers * layer + output_map
 

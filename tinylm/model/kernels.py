@@ -86,8 +86,9 @@ def _softmax_sum(
     if options.softcap:
         logits_BNTS = options.softcap * jnp.tanh(logits_BNTS / options.softcap)
     logits_BNTS = jnp.where(mask, logits_BNTS, MASKED_LOGIT)
-    weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1).astype(v_BKSH.dtype)
-    weights_BKMS = options.dropout(weights_BNTS).reshape(B, K, M, S)
+    weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1)
+    weights_BNTS = options.dropout(weights_BNTS.astype(v_BKSH.dtype))
+    weights_BKMS = weights_BNTS.reshape(B, K, M, S)
     o_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH)
     return o_BKMH.reshape(B, N, T, -1)
 

@@ -64,9 +64,10 @@ class Linear(nnx.Module):
           std: standard deviation of the initial weights. The bias starts at 0.
         """
         self.num_inputs = len(inputs)
-        shape = (*inputs.values(), *outputs.values())
-        self.kernel = weight(rngs, shape, (*inputs, *outputs), std)
-        self.bias = constant(0.0, tuple(outputs.values()), tuple(outputs)) if bias else None
+        input_shape = tuple(inputs.values())
+        output_shape = tuple(outputs.values())
+        self.kernel = weight(rngs, input_shape + output_shape, (*inputs, *outputs), std)
+        self.bias = constant(0.0, output_shape, tuple(outputs)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map [..., *inputs] to [..., *outputs], in the type of `x`."""
@@ -200,7 +201,9 @@ def rotate(x_BNTH: jax.Array, rotary: Rotary) -> jax.Array:
     first = x_BNTH[..., :num_pairs]
     second = x_BNTH[..., num_pairs : 2 * num_pairs]
     unturned = x_BNTH[..., 2 * num_pairs :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    turned_first = first * cos - second * sin
+    turned_second = second * cos + first * sin
+    turned = jnp.concatenate([turned_first, turned_second], axis=-1)
     turned = turned.astype(x_BNTH.dtype)
     if unturned.shape[-1] == 0:
         return turned

@@ -48,9 +48,11 @@ def _backward(operands: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax
     dy_MF = dy.reshape(-1, dy.shape[-1])
     dx_ME = jnp.einsum("MF,EF->ME", dy_MF, matrix_EF, preferred_element_type=jnp.float32)
     # The barrier keeps XLA from merging the transpose into the product, which would widen it.
-    x_EM = jax.lax.optimization_barrier(jnp.moveaxis(x, -1, 0).reshape(x.shape[-1], -1))
+    x_EM = jnp.moveaxis(x, -1, 0).reshape(x.shape[-1], -1)
+    x_EM = jax.lax.optimization_barrier(x_EM)
     dmatrix_EF = _flat_matmul(x_EM, dy_MF, jnp.float32)
-    return dx_ME.reshape(x.shape).astype(x.dtype), dmatrix_EF.astype(matrix_EF.dtype)
+    dx = dx_ME.reshape(x.shape).astype(x.dtype)
+    return dx, dmatrix_EF.astype(matrix_EF.dtype)
 
 
 _bfloat16_matmul_on_cpu.defvjp(_forward, _backward)

@@ -62,7 +62,11 @@ class Attention(nnx.Module):
         embed = {"embed": c.embed_dim}
         heads = {"heads": c.num_heads, "head_dim": c.head_dim}
         kv_heads = {"kv_heads": c.num_kv_heads, "head_dim": c.head_dim}
-        qkv: dict[str, Any] = {"std": c.init_std, "bias": c.qkv_bias, "rngs": rngs}
+        qkv: dict[str, Any] = {
+            "std": c.init_std,
+            "bias": c.qkv_bias,
+            "rngs": rngs,
+        }
         self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
         self.query = layers.Linear(embed, heads, **qkv)
         self.key = layers.Linear(embed, kv_heads, **qkv)
@@ -120,13 +124,17 @@ class Mlp(nnx.Module):
         c = config
         embed = {"embed": c.embed_dim}
         mlp = {"mlp": c.mlp_dim}
-        bias = c.bias and c.mlp_bias
-        inner: dict[str, Any] = {"std": c.init_std, "bias": bias, "rngs": rngs}
+        inner: dict[str, Any] = {
+            "std": c.init_std,
+            "bias": c.bias and c.mlp_bias,
+            "rngs": rngs,
+        }
         self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
         self.activation = layers.ACTIVATIONS[c.mlp]
         self.up = layers.Linear(embed, mlp, **inner)
         self.gate = layers.Linear(embed, mlp, **inner) if c.mlp in layers.GATED else None
-        self.down = layers.Linear(mlp, embed, std=_output_std(c), bias=bias, rngs=rngs)
+        outer: dict[str, Any] = {**inner, "std": _output_std(c)}
+        self.down = layers.Linear(mlp, embed, **outer)
 
     def __call__(
         self,
@@ -441,9 +449,12 @@ def abstract_transformer(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict[
     graph, state = nnx.split(model, nnx.Param)
     axes = {}
     for path, param in nnx.to_flat_state(state):
-        num_stacked = len(param.get_value().shape) - len(param.axes)
-        axes["/".join(map(str, path))] = ("layers",) * num_stacked + param.axes
-    return graph, nnx.to_pure_dict(state), axes
+        name = "/".join(map(str, path))
+        num_axes = len(param.get_value().shape)
+        is_stacked = num_axes > len(param.axes)
+        axes[name] = ("layers", *param.axes) if is_stacked else param.axes
+    parameters = nnx.to_pure_dict(state)
+    return graph, parameters, axes
 
 
 def init_parameters(config: ModelConfig, seed: jax.Array | int) -> dict:

@@ -37,13 +37,14 @@ class Visibility:
         if self.window:
             near_BNTS = distance_B1TS < self.window
             if self.local_heads:
-                is_global_N11 = (jnp.arange(num_heads) >= self.local_heads)[:, None, None]
-                near_BNTS = near_BNTS | is_global_N11
+                is_global_N = jnp.arange(num_heads) >= self.local_heads
+                near_BNTS = near_BNTS | is_global_N[:, None, None]
             allowed_BNTS = allowed_BNTS & near_BNTS
         if self.segments_BT is not None:
             query_segments_B1T1 = self.segments_BT[:, queries][:, None, :, None]
             key_segments_B11S = self.segments_BT[:, keys][:, None, None, :]
-            allowed_BNTS = allowed_BNTS & (query_segments_B1T1 == key_segments_B11S)
+            is_same_B1TS = query_segments_B1T1 == key_segments_B11S
+            allowed_BNTS = allowed_BNTS & is_same_B1TS
         return allowed_BNTS
 
 

@@ -138,17 +138,22 @@ def accumulate(
         params: dict, key: jax.Array, micro_batches: Batch, rows: jax.Array
     ) -> tuple[dict, jax.Array, jax.Array]:
         def of_one(micro_batch_and_rows: tuple) -> tuple[dict, jax.Array, jax.Array]:
-            (_, (nats, count)), grads = gradient_of(params, key, *micro_batch_and_rows)
+            micro_batch, rows_B = micro_batch_and_rows
+            (_, (nats, count)), grads = gradient_of(params, key, micro_batch, rows_B)
             return grads, nats, count
 
         if len(rows) == 1:
-            return of_one(jax.tree.map(lambda x: x[0], (micro_batches, rows)))
+            only = jax.tree.map(lambda x: x[0], (micro_batches, rows))
+            return of_one(only)
 
         def add(total: tuple, micro_batch_and_rows: tuple) -> tuple[tuple, None]:
-            return jax.tree.map(jnp.add, total, of_one(micro_batch_and_rows)), None
+            sums = of_one(micro_batch_and_rows)
+            return jax.tree.map(jnp.add, total, sums), None
 
-        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), jnp.zeros(()))
-        return jax.lax.scan(add, zeros, (micro_batches, rows))[0]
+        no_grads = jax.tree.map(jnp.zeros_like, params)
+        zeros = (no_grads, jnp.zeros(()), jnp.zeros(()))
+        total, _ = jax.lax.scan(add, zeros, (micro_batches, rows))
+        return total
 
     # The number of each row in the whole batch, so that its dropout doesn't depend on where it is.
     shape = batch["tokens"].shape[:2]
