@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from tinylm.config import load_config
-from tinylm.core.mesh import make_mesh, owned_rows, place_batch
+from tinylm.core.batch import BatchRows
+from tinylm.core.mesh import make_mesh
 from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.train.state import make_blueprint
@@ -38,7 +39,7 @@ def main() -> None:
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         blueprint = make_blueprint(config, mesh)
         step = make_train_steps(blueprint)
-        placed = place_batch(mesh, batch, owned_rows(mesh, ROWS), ROWS, 2)
+        placed = BatchRows(mesh, ROWS).place(batch)
         state = blueprint.init(0)
 
         def steps(state):

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinylm.core.mesh import MeshConfig, make_mesh, owned_rows, place_batch
+from tinylm.core.batch import BatchRows, HostBatch, batch_of_ids, stack_steps
+from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.model.config import ModelConfig
 from tinylm.train.config import Config, OptimizerConfig, TrainConfig
 from tinylm.train.state import make_blueprint
@@ -57,9 +58,7 @@ def tiny_model(**changes) -> ModelConfig:
     return config
 
 
-def random_batch(
-    seed: int, rows: int = 8, length: int = 16, micro: int = 1
-) -> dict[str, np.ndarray]:
+def random_batch(seed: int, rows: int = 8, length: int = 16, micro: int = 1) -> HostBatch:
     """Return a host batch [micro, rows / micro, length] with a different number of targets in each
     row.
     """
@@ -68,13 +67,13 @@ def random_batch(
     weights = (np.arange(length) >= rng.integers(0, length // 2, (*ids.shape[:2], 1))).astype(
         np.float32
     )
-    return {"tokens": ids[..., :-1], "targets": ids[..., 1:], "weights": weights}
+    return batch_of_ids(ids, weights)
 
 
 def train(
     mesh_config: MeshConfig,
     model: ModelConfig,
-    batches: list[dict[str, np.ndarray]],
+    batches: list[HostBatch],
     *,
     group: int = 1,
     compiler_options: dict[str, bool] | None = None,
@@ -96,9 +95,8 @@ def train(
         state, losses, norms = blueprint.init(3), [], []
         for start in range(0, len(batches), group):
             part = batches[start : start + group]
-            stacked = {name: np.stack([batch[name] for batch in part]) for name in part[0]}
-            rows = stacked["tokens"].shape[2]
-            placed = place_batch(mesh, stacked, owned_rows(mesh, rows), rows, 2)
+            num_rows = part[0]["tokens"].shape[1]
+            placed = BatchRows(mesh, num_rows).place(stack_steps(part))
             state, metrics = steps(state, placed, len(part), 7)
             losses += np.asarray(metrics["loss"])[: len(part)].tolist()
             norms += np.asarray(metrics["grad_norm"])[: len(part)].tolist()

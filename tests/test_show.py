@@ -10,8 +10,8 @@ import pytest
 from helpers import run_command
 
 from tinylm.config import load_config, shipped_configs
-from tinylm.core.layout import describe_parameter
 from tinylm.core.mesh import MeshConfig, make_mesh, parameter_sharding
+from tinylm.core.placement import describe_parameter
 from tinylm.core.settings import to_dict
 from tinylm.run.folder import RunFolder
 from tinylm.show import describe, text_of
@@ -117,11 +117,9 @@ def test_bytes_are_those_of_the_shards():
     ],
 )
 def test_a_dimension_that_does_not_divide_is_told(axes, shape, split_by, note):
-    layout = describe_parameter(
-        make_mesh(MeshConfig(data=4, model=2, fsdp=True)), True, axes, shape
-    )
-    assert layout.split_by == split_by
-    assert note in layout.notes
+    place = describe_parameter(make_mesh(MeshConfig(data=4, model=2, fsdp=True)), True, axes, shape)
+    assert place.split_by == split_by
+    assert note in place.notes
 
 
 def test_the_command_needs_no_data():

@@ -61,7 +61,7 @@ def describe(config: Config, mesh: Any) -> dict[str, Any]:
     """Return a row for each parameter of a resolved config on a mesh, and totals."""
     from flax import traverse_util
 
-    from tinylm.core.layout import describe_parameter
+    from tinylm.core.placement import describe_parameter
     from tinylm.model.flops import count_parameters
     from tinylm.model.transformer import abstract_transformer
 

@@ -12,7 +12,8 @@ import pytest
 from helpers import random_batch, tiny_model, train
 from jax.sharding import AbstractMesh, AxisType
 
-from tinylm.core.mesh import AXES, MeshConfig, look_up, make_mesh
+from tinylm.core.collectives import look_up
+from tinylm.core.mesh import AXES, MeshConfig, make_mesh
 from tinylm.tools.plan import held_bytes
 from tinylm.train.config import Config
 from tinylm.train.state import make_blueprint

@@ -14,10 +14,12 @@ from typing import Protocol
 
 import numpy as np
 
+from tinylm.core.batch import HostBatch
 from tinylm.data.plans import DocumentPlan, Pieces, StreamPlan
 from tinylm.data.store import Store, TokenArray
 
-Examples = dict[str, np.ndarray]
+# One row of a batch for each index that was asked for; `core.batch` has the names and types.
+Examples = HostBatch
 
 
 class Rows(Protocol):

@@ -15,8 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from tinylm.core.batch import BatchRows
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import constrain, owned_rows, place_batch
+from tinylm.core.mesh import constrain
 from tinylm.data.pipeline import eval_batches
 from tinylm.data.rows import Rows
 from tinylm.inference.decode import Decoder
@@ -60,13 +61,13 @@ def evaluate(
     Returns:
         The two sums; both are 0 where no batch holds a target token.
     """
-    owned = owned_rows(mesh, rows)
+    batch_rows = BatchRows(mesh, rows)
     batches = eval_batches(
-        split, batch_size=rows, owned_rows=owned, max_batches=max_batches * micro_batches
+        split, batch_size=rows, owned_rows=batch_rows.owned, max_batches=max_batches * micro_batches
     )
     sums: list[tuple[jax.Array, jax.Array]] = []
     for batch in batches:
-        sums.append(eval_step(params, place_batch(mesh, batch, owned, rows, 0)))
+        sums.append(eval_step(params, batch_rows.place(batch, rows_dim=0)))
         jax.block_until_ready(
             sums[-2:][0]
         )  # programs that wait for other processes, many at a time, block each other

@@ -7,9 +7,10 @@ head, H head size.
 import jax
 import jax.numpy as jnp
 
+from tinylm.core.collectives import is_partly_manual
 from tinylm.core.errors import UserError
 from tinylm.core.log import say_once
-from tinylm.core.mesh import is_partly_manual, target_platform
+from tinylm.core.mesh import target_platform
 from tinylm.model.kernels import (
     AttentionOptions,
     cudnn_attention,

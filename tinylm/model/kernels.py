@@ -14,7 +14,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from tinylm.core.mesh import layout, on_shards
+from tinylm.core.collectives import on_shards
+from tinylm.core.mesh import activation_spec
 from tinylm.model.layers import MASKED_LOGIT, NO_DROPOUT, Dropout
 from tinylm.model.visibility import Visibility
 
@@ -186,7 +187,7 @@ def _on_each_device(
     q_axes = ("batch", "heads", None, "head_dim")
     kv_axes = ("batch", "kv_heads", None, "head_dim")
     heads_axis = 1
-    if layout(q_BNTH, q_axes)[heads_axis] != layout(k_BKSH, kv_axes)[heads_axis]:
+    if activation_spec(q_BNTH, q_axes)[heads_axis] != activation_spec(k_BKSH, kv_axes)[heads_axis]:
         # The mesh splits the query heads but doesn't divide the kv heads, so a device would hold
         # query heads without their kv heads: each query head gets a copy of its own.
         group_size = q_BNTH.shape[1] // k_BKSH.shape[1]

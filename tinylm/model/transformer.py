@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tinylm.core.collectives import look_up
 from tinylm.core.log import say_once
-from tinylm.core.mesh import constrain, look_up
+from tinylm.core.mesh import constrain
 from tinylm.model import layers
 from tinylm.model.attention import attend, can_be_unrolled
 from tinylm.model.cache import LayerCache, store_prompt

@@ -16,8 +16,8 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from tinylm.core.batch import BatchRows, HostBatch, batch_of_ids, stack_steps
 from tinylm.core.chips import peak_flops
-from tinylm.core.mesh import owned_rows, place_batch
 from tinylm.data.pipeline import train_batches
 from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.profile import secs_by_kind
@@ -36,15 +36,11 @@ class RandomRows:
     def __len__(self) -> int:
         return 1 << 30
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def read(self, indices: np.ndarray) -> HostBatch:
         """Return examples that depend on their indices alone."""
         shape, top = (len(indices), self.config.data.seq_len + 1), self.config.model.vocab_size
         ids = np.random.default_rng(indices).integers(0, top, shape, np.int32)
-        rows = {
-            "tokens": ids[:, :-1],
-            "targets": ids[:, 1:],
-            "weights": np.ones(ids[:, 1:].shape, np.float32),
-        }
+        rows = batch_of_ids(ids, np.ones(ids[:, 1:].shape, np.float32))
         if self.config.data.packing == "packed":
             rows["segments"] = np.ones_like(rows["tokens"])
             rows["positions"] = np.cumsum(rows["segments"], axis=1, dtype=np.int32) - 1
@@ -60,17 +56,17 @@ class Workload:
         self.count, micro = c.train.steps_per_dispatch, c.train.accumulation_steps
         self.blueprint = make_blueprint(config, mesh)
         self.steps = make_train_steps(self.blueprint)
-        self.rows = c.micro_batch_rows
-        self.owned = owned_rows(mesh, self.rows)
+        self.batch_rows = BatchRows(mesh, c.micro_batch_rows)
         self.batches = train_batches(
-            RandomRows(c), batch_shape=(micro, self.rows), owned_rows=self.owned
+            RandomRows(c),
+            batch_shape=(micro, c.micro_batch_rows),
+            owned_rows=self.batch_rows.owned,
         )
 
     def place(self) -> dict[str, jax.Array]:
         """Put the batches of the next dispatch onto the mesh."""
         host = [next(self.batches)[1] for _ in range(self.count)]
-        stacked = {name: np.stack([batch[name] for batch in host]) for name in host[0]}
-        return place_batch(self.mesh, stacked, self.owned, self.rows, 2)
+        return self.batch_rows.place(stack_steps(host))
 
     def run(
         self, state: TrainState, placed: dict[str, jax.Array]

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh, owned_rows, place_batch
+from tinylm.core.batch import BatchRows, HostBatch, batch_of_ids, stack_steps
+from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
 from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.op_by_op import operations_of
 from tinylm.tools.prove import Proof
@@ -166,23 +167,20 @@ def _compiled_step(config: Config, batches: list[dict[str, np.ndarray]]) -> tupl
     """
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
-    rows = config.micro_batch_rows
+    batch_rows = BatchRows(mesh, config.micro_batch_rows)
     with jax.set_mesh(mesh):
         blueprint, steps = _train_steps(config, mesh)
         state = blueprint.init(config.seed)
         for batch in batches:
             # The trainer's program takes as many batches as a dispatch has steps, and makes the
             # first of them here.
-            stacked = {
-                name: np.stack([x] * config.train.steps_per_dispatch) for name, x in batch.items()
-            }
-            placed = place_batch(mesh, stacked, owned_rows(mesh, rows), rows, 2)
+            placed = batch_rows.place(stack_steps([batch] * config.train.steps_per_dispatch))
             before = jax.device_get(state)
             state, metrics = steps(state, placed, 1, config.seed)
     return before, jax.device_get((state, {name: x[:1] for name, x in metrics.items()}))
 
 
-def random_batch(config: Config, seed: int) -> dict[str, np.ndarray]:
+def random_batch(config: Config, seed: int) -> HostBatch:
     """Return the micro-batches of a step: random tokens, of which one in eight is no target;
     packed, of two texts.
     """
@@ -190,7 +188,7 @@ def random_batch(config: Config, seed: int) -> dict[str, np.ndarray]:
     shape = (config.train.accumulation_steps, config.micro_batch_rows, config.data.seq_len)
     ids = rng.integers(0, config.model.vocab_size, (*shape[:2], shape[2] + 1)).astype(np.int32)
     weights = (rng.random(shape) < 7 / 8).astype(np.float32)
-    batch = {"tokens": ids[..., :-1], "targets": ids[..., 1:], "weights": weights}
+    batch = batch_of_ids(ids, weights)
     if config.data.packing == "packed":
         starts = rng.integers(1, shape[2], (*shape[:2], 1))
         positions = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)

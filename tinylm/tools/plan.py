@@ -14,9 +14,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tinylm.core.batch import abstract_batch
 from tinylm.core.chips import SLICE_BYTES_PER_SEC, Chip, find_chip
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import AXES, activation_sharding, mesh_sizes, replicated
+from tinylm.core.mesh import AXES, mesh_sizes, replicated
 from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.programs import Collective, read_collectives
 from tinylm.tools.traffic import Work, least_collectives
@@ -94,14 +95,7 @@ def compile_step(config: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages
     """Compile the train step that the trainer runs, one step a call; nothing is allocated."""
     micro_batches = config.train.accumulation_steps
     shape = (1, micro_batches, config.micro_batch_rows, config.data.seq_len)
-    sharding = activation_sharding(mesh, (None, None, "batch", None), shape)
-    dtypes = {"tokens": "int32", "targets": "int32", "weights": "float32"}
-    if config.data.packing == "packed":
-        dtypes |= {"segments": "int32", "positions": "int32"}
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in dtypes.items()
-    }
+    batch = abstract_batch(mesh, shape, packed=config.data.packing == "packed")
     number = jax.ShapeDtypeStruct((), "int32", sharding=replicated(mesh))
     train_steps: Any = make_train_steps(blueprint)
     return train_steps.lower(blueprint.abstract, batch, number, number).compile()

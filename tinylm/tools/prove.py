@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from tinylm.core.batch import BatchRows, HostBatch, stack_steps
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh, owned_rows, place_batch
+from tinylm.core.mesh import AXES, MeshConfig, batch_shards, make_mesh
 from tinylm.data import open_data
 from tinylm.data.pipeline import train_batches
 from tinylm.run.checkpoint import Checkpoints
@@ -103,18 +104,16 @@ def _meshes(devices: int, rows: int) -> list[MeshConfig]:
 
 
 def _one_step(
-    config: Config, mesh_config: MeshConfig, batch: dict[str, np.ndarray]
+    config: Config, mesh_config: MeshConfig, batch: HostBatch
 ) -> tuple[float, float, list]:
     """Return loss, gradient norm and updated parameters of the first step on a mesh."""
     mesh = make_mesh(mesh_config)
     config.check_mesh(batch_shards(mesh))
-    rows = config.micro_batch_rows
+    batch_rows = BatchRows(mesh, config.micro_batch_rows)
     with jax.set_mesh(mesh):
         blueprint = make_blueprint(dataclasses.replace(config, mesh=mesh_config), mesh)
         steps = make_train_steps(blueprint)
-        placed = place_batch(
-            mesh, {name: x[None] for name, x in batch.items()}, owned_rows(mesh, rows), rows, 2
-        )
+        placed = batch_rows.place(stack_steps([batch]))
         state, metrics = steps(blueprint.init(config.seed), placed, 1, config.seed)
         params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
     return float(metrics["loss"][0]), float(metrics["grad_norm"][0]), params
@@ -232,8 +231,12 @@ def _other_mesh(config: Config) -> list[str]:
     where it has one.
     """
     if np.prod(config.mesh.sizes(jax.device_count())) > 1:
-        return [f"--config.mesh.{axis}=1" for axis in ("replica", "data", "model")]
-    return ["--cpu_devices=2", "--config.mesh.data=1", "--config.mesh.model=2"]
+        return [f"--config.mesh.{axis}=1" for axis in AXES]
+    return [
+        "--cpu_devices=2",
+        f"--config.mesh.{AXES.data}=1",
+        f"--config.mesh.{AXES.model}=2",
+    ]
 
 
 def _train(arguments: list[str], workdir: pathlib.Path) -> subprocess.Popen:

@@ -7,17 +7,12 @@ starts them again.
 
 from collections.abc import Generator
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from tinylm.core.mesh import owned_rows, place_batch
+from tinylm.core.batch import Batch, BatchRows, stack_steps
 from tinylm.data.pipeline import train_batches
 from tinylm.data.rows import Examples, Rows
 from tinylm.train.config import Config
-
-# Dimensions of a dispatch: K steps, A micro-batches, rows of a micro-batch, T tokens.
-_ROWS_DIM = 2
 
 
 class Feed:
@@ -33,18 +28,15 @@ class Feed:
           most_steps: the most steps of one dispatch. All dispatches have room for as many, so that
             one program serves all.
         """
-        self._mesh = mesh
         self._rows = rows
         self._most_steps = most_steps
-        self._micro_rows = config.micro_batch_rows
-        self._batch_shape = (config.train.accumulation_steps, self._micro_rows)
-        # The rows of a micro-batch that the devices of this process hold.
-        self._owned_rows = owned_rows(mesh, self._micro_rows)
+        self._batch_shape = (config.train.accumulation_steps, config.micro_batch_rows)
+        self._batch_rows = BatchRows(mesh, config.micro_batch_rows)
         self._batches: Generator[tuple[int, Examples], None, None] | None = None
         self._next = -1
 
-    def load(self, first_batch: int, count: int) -> dict[str, jax.Array]:
-        """Return `count` batches from `first_batch` on, as [K, A, rows, T] on the mesh.
+    def load(self, first_batch: int, count: int) -> Batch:
+        """Return `count` batches from `first_batch` on, as [K, A, B/A, T] on the mesh.
 
         K is always `most_steps`; what lies behind `count` repeats the last batch and is not read.
         """
@@ -53,16 +45,13 @@ class Feed:
             self._batches = train_batches(
                 self._rows,
                 batch_shape=self._batch_shape,
-                owned_rows=self._owned_rows,
+                owned_rows=self._batch_rows.owned,
                 start=first_batch,
             )
         host = [next(self._batches)[1] for _ in range(count)]
         self._next = first_batch + count
         host += [host[-1]] * (self._most_steps - count)
-        stacked = {name: np.stack([batch[name] for batch in host]) for name in host[0]}
-        return place_batch(
-            self._mesh, stacked, self._owned_rows, self._micro_rows, batch_dim=_ROWS_DIM
-        )
+        return self._batch_rows.place(stack_steps(host))
 
     def close(self) -> None:
         """End the threads that read ahead."""

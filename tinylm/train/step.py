@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, traverse_util
 
-from tinylm.core.mesh import in_each_replica, sum_over_rows
+from tinylm.core.collectives import in_each_replica, sum_over_rows
 from tinylm.model.losses import next_token_loss
 from tinylm.train.bad_steps import judge
 from tinylm.train.state import Blueprint, TrainState

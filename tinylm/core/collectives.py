@@ -1,0 +1,144 @@
+"""What is done by hand on the parts of arrays, where the partitioner would do worse.
+
+XLA's partitioner places almost everything from the few constraints of `mesh`. These functions take
+an axis out of its hands with `shard_map`: the body sees one device's part and says itself what
+crosses the mesh. docs/scaling.md has what each saves.
+
+With the letters of model/ (B rows, T positions, V vocabulary, D embedding).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from tinylm.core.mesh import AXES, activation_spec, sizes_in_use
+
+R = TypeVar("R")
+
+# Kernels written in Pallas don't pass shard_map's check of what differs along which axis.
+_shard_map = functools.partial(jax.shard_map, check_vma=False)
+
+
+def is_partly_manual() -> bool:
+    """Say whether some axes of the mesh in use are split by hand here (`sum_over_rows`), and others
+    are not.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return bool(manual) and max(sizes_in_use().values()) > 1
+
+
+def sum_over_rows(function: Callable[..., R], whole: tuple, by_rows: Any, fsdp: bool) -> R:
+    """Return `function(*whole, *by_rows)`, which is a sum over rows.
+
+    Each device adds up its own rows, and all sums meet once, at the end; the partitioner would
+    communicate in each micro-batch. Only the other axes of the mesh are left to it. With fsdp no
+    device has room for whole sums, so then only replicas are split by hand.
+
+    Args:
+      function: returns a tree of sums.
+      whole: arguments that every device has whole, or split along the axes left to the partitioner.
+      by_rows: trees of arrays [A, rows, ...], split by rows.
+      fsdp: whether parameters are split over the data axis.
+    """
+    sizes = sizes_in_use()
+    candidates = (AXES.replica,) if fsdp else (AXES.replica, AXES.data)
+    split_axes = tuple(axis for axis in candidates if sizes[axis] > 1)
+    if not split_axes:
+        return function(*whole, *by_rows)
+
+    # Axes of size 1 are by hand as well: nothing is left to place along them.
+    mesh = jax.sharding.get_abstract_mesh()
+    manual_axes = {axis for axis in AXES if axis in split_axes or mesh.shape[axis] == 1}
+
+    def sum_on_device(whole: tuple, by_rows: Any) -> R:
+        return jax.lax.psum(function(*whole, *by_rows), split_axes)
+
+    everywhere = PartitionSpec()
+    rows_split = PartitionSpec(None, split_axes)
+    on_mesh = _shard_map(
+        sum_on_device,
+        in_specs=(everywhere, rows_split),
+        out_specs=everywhere,
+        axis_names=manual_axes,
+    )
+    return on_mesh(whole, by_rows)
+
+
+def on_shards(
+    function: Callable[..., jax.Array], *parts: tuple[jax.Array, Sequence[str | None]]
+) -> jax.Array:
+    """Call `function` on each device's own part of the arrays.
+
+    Args:
+      function: of one argument a part, such as a kernel that the partitioner can't split.
+      *parts: (array, its logical axes).
+
+    Returns:
+      Its result, split as the first array is.
+    """
+    arrays = [x for x, _ in parts]
+    if max(sizes_in_use().values()) == 1:
+        return function(*arrays)
+    specs = tuple(activation_spec(x, axes) for x, axes in parts)
+    manual_axes = set(jax.sharding.get_abstract_mesh().auto_axes)
+    on_mesh = _shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=manual_axes)
+    return on_mesh(*arrays)
+
+
+def in_each_replica(function: Callable[..., R]) -> Callable[..., R]:
+    """Return `function` of arrays that all replicas hold alike, computed in each of them.
+
+    So nothing crosses between slices, where the partitioner may share out the work of the optimizer
+    among the replicas and gather the results.
+    """
+    if sizes_in_use()[AXES.replica] == 1:
+        return function
+    everywhere = PartitionSpec()
+    return _shard_map(
+        function, in_specs=everywhere, out_specs=everywhere, axis_names={AXES.replica}
+    )
+
+
+def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:
+    """Return the rows `ids_BT` of a table as x_BTD, laid out as a batch of sequences.
+
+    Where the table is split by vocabulary, each device finds the ids that it has, and they meet in
+    the type `sent_as` (Shoeybi et al. 2019, section 3): the partitioner would move rows, and
+    float32 gradients, over all axes.
+    """
+    vocab_axis = activation_spec(table_VD, ("vocab", None))[0]
+    if vocab_axis is None:
+        return table_VD[ids_BT]
+    # The embedding stays whole, so its size doesn't matter.
+    some_BT1 = jax.ShapeDtypeStruct((*ids_BT.shape, 1), sent_as)
+    out_spec = activation_spec(some_BT1, ("batch", "seq", None))
+    splits_seq = out_spec[1] is not None
+
+    def look_up_here(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
+        # Each device has V rows of the table, from this one on.
+        size = len(table_VD)
+        first_id = jax.lax.axis_index(vocab_axis) * size
+        local_BT = ids_BT - first_id
+        here_BT = (local_BT >= 0) & (local_BT < size)
+        # In float32, so that the gradients of a row add up in it.
+        rows_BTD = table_VD.astype(jnp.float32)[local_BT % size]
+        x_BTD = jnp.where(here_BT[..., None], rows_BTD, 0).astype(sent_as)
+        # One device has the row, the others 0: the sum is exact.
+        if splits_seq:
+            return jax.lax.psum_scatter(x_BTD, vocab_axis, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(x_BTD, vocab_axis)
+
+    table_spec = PartitionSpec(vocab_axis)
+    ids_spec = activation_spec(ids_BT, ("batch", None))
+    on_mesh = _shard_map(
+        look_up_here,
+        in_specs=(table_spec, ids_spec),
+        out_specs=out_spec,
+        axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
+    )
+    x_BTD = on_mesh(table_VD.astype(sent_as), ids_BT)
+    return x_BTD.astype(table_VD.dtype)
