@@ -89,7 +89,7 @@ def remove(store: pathlib.Path) -> bool:
     """Remove a store and its lock; return False where another process is making it right now."""
     lock = store.with_name(f"{store.name}.lock")
     try:
-        with lock.open("a") as file:
+        with lock.open("ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -110,7 +110,7 @@ def remove_leftovers(folder: pathlib.Path) -> int:
     freed = 0
     for left in folder.glob(f"*.{socket.gethostname()}.*.tmp"):
         name = left.name.split(".", 1)[0]
-        with (folder / f"{name}.lock").open("a") as file, contextlib.suppress(BlockingIOError):
+        with (folder / f"{name}.lock").open("ab") as file, contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             freed += sum(path.stat().st_size for path in left.rglob("*") if path.is_file())
             shutil.rmtree(left, ignore_errors=True)
