@@ -29,10 +29,12 @@ from tinylm.train.config import Config
 from tinylm.train.state import TrainState, make_blueprint
 from tinylm.train.step import make_train_steps
 
-# An array of the compiled step may be this many times as far off as that of its single operations
-# (seen over configs that ship, on three meshes: at most 3.1 times), and farther by some units in
-# the last place of float32, in which it is kept and its kind added up.
-RATIO = 8.0
+# An array of the compiled step may be this many times as far off as that of its single operations,
+# and farther by some units in the last place of float32, in which it is kept and its kind added up.
+# Seen over the configs that ship, on three meshes: at most 3.1 times in float32. In bfloat16, where
+# gradients of biases are long sums of rounded terms, at most 12.5 times (with XLA's optimizations
+# off; 7.4 times with them).
+RATIO = {"float32": 8.0, "bfloat16": 16.0}
 LAST_PLACES = 16
 # A single number, as the loss, may by chance be exact where operations run one by one; this much is
 # always allowed.
@@ -231,7 +233,7 @@ def compare(
             continue
         off_single = float(np.max(np.abs(one - true))) / unit
         places = LAST_PLACES * epsilon * max(float(np.max(np.abs(true))) / unit, 1.0)
-        limit = RATIO * off_single + max(
+        limit = RATIO[compute_dtype] * off_single + max(
             places, OF_NUMBERS[compute_dtype] if new.size == 1 else 0.0
         )
         if kind in ("loss", "gradient norm", "gradients"):
