@@ -61,6 +61,7 @@ def describe(config: Config, mesh: Any) -> dict[str, Any]:
     """Return a row for each parameter of a resolved config on a mesh, and totals."""
     from flax import traverse_util
 
+    from tinylm.core.mesh import sizes_by_name
     from tinylm.core.placement import describe_parameter
     from tinylm.model.flops import count_parameters
     from tinylm.model.transformer import abstract_transformer
@@ -89,7 +90,7 @@ def describe(config: Config, mesh: Any) -> dict[str, Any]:
         "padding_rows": config.model.padded_vocab - config.model.vocab_size,
         "bytes": sum(row["bytes"] for row in rows),
         "bytes_per_device": sum(row["bytes_per_device"] for row in rows),
-        "mesh": dict(mesh.shape),
+        "mesh": sizes_by_name(mesh),
         "devices": mesh.size,
     }
 

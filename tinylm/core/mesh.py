@@ -193,6 +193,21 @@ def mesh_sizes(mesh: Mesh) -> PerAxis[int]:
     return PerAxis(*(mesh.shape[name] for name in AXES))
 
 
+def sizes_by_name(mesh: Mesh) -> dict[str, int]:
+    """Return the number of devices along each axis by its name, for people to read."""
+    return {name: mesh.shape[name] for name in AXES}
+
+
+def axes_spanned(mesh: Mesh, devices: np.ndarray) -> list[str]:
+    """Return the axes along which some devices, given by their numbers in the mesh, differ."""
+    coordinates = PerAxis(*np.unravel_index(devices, mesh.devices.shape))
+    spanned = []
+    for name, along_axis in zip(AXES, coordinates, strict=True):
+        if len(set(along_axis.tolist())) > 1:
+            spanned.append(name)
+    return spanned
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Return into how many parts the mesh splits the batch."""
     sizes = mesh_sizes(mesh)

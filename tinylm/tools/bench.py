@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from tinylm.core.batch import BatchRows, HostBatch, batch_of_ids, stack_steps
 from tinylm.core.chips import peak_flops
+from tinylm.core.mesh import sizes_by_name
 from tinylm.data.pipeline import train_batches
 from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.profile import secs_by_kind
@@ -91,7 +92,7 @@ def measure(config: Config, mesh: Mesh, dispatches: int = 20, profile: str = "")
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "device": device.device_kind,
-        "mesh": dict(mesh.shape),
+        "mesh": sizes_by_name(mesh),
         "tokens_per_sec": tokens / median,
         "step_ms": 1e3 * median,
         "step_ms_p10": 1e3 * low,

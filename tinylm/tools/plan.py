@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from tinylm.core.batch import abstract_batch
 from tinylm.core.chips import SLICE_BYTES_PER_SEC, Chip, find_chip
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import AXES, mesh_sizes, replicated
+from tinylm.core.mesh import AXES, mesh_sizes, replicated, sizes_by_name
 from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.programs import Collective, read_collectives
 from tinylm.tools.traffic import Work, least_collectives
@@ -52,7 +52,7 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
     step_secs = max(secs.values())
     return {
         "device": mesh.devices.flat[0].device_kind,
-        "mesh": dict(mesh.shape),
+        "mesh": sizes_by_name(mesh),
         "per_device_bytes": memory,
         "chip_bytes": int(chip.memory_bytes),
         "fits": not refused_bytes and memory["total"] <= chip.memory_bytes,

@@ -31,6 +31,8 @@ import re
 import numpy as np
 from jax.sharding import Mesh
 
+from tinylm.core.mesh import axes_spanned
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 # `%body (p: f32[8]) -> f32[8] {` or `ENTRY %main (x: f32[8]) -> f32[8] {`
@@ -114,7 +116,7 @@ def _read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Col
     group = _first_group(line, mesh.size)
     if len(group) == 1:
         return None
-    axis = _spanned_axes(group, mesh)
+    axis = "+".join(axes_spanned(mesh, group))
     sent = _sent_bytes(found, len(group)) * trips
     if computation.startswith("all-reduce-scatter"):
         return Collective("reduce-scatter", axis, sent / 2)
@@ -233,16 +235,6 @@ def _array_bytes(dtype: str, dims: str) -> float:
     default_bits = int(width.group()) if width else 32
     bits = _ITEM_BITS.get(dtype, default_bits)
     return math.prod(int(dim) for dim in dims.split(",") if dim) * bits / 8
-
-
-def _spanned_axes(group: np.ndarray, mesh: Mesh) -> str:
-    """Return the mesh axes along which the devices of a group differ, "+" between them."""
-    coordinates = np.unravel_index(group, mesh.devices.shape)
-    spanned = []
-    for name, along_axis in zip(mesh.axis_names, coordinates, strict=True):
-        if len(set(along_axis.tolist())) > 1:
-            spanned.append(name)
-    return "+".join(spanned)
 
 
 def _first_group(line: str, num_devices: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
+from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh, sizes_by_name
 from tinylm.model.config import ModelConfig
 from tinylm.model.layers import GATED
 from tinylm.tools.plan import by_formula, held_bytes, known_chip, make_plan, roofline_secs
@@ -106,7 +106,7 @@ def _rows_by_formula(
         step_secs = 0.9 * max(secs.values()) + 0.1 * sum(secs.values())
         rows.append(
             {
-                "mesh": dict(mesh.shape),
+                "mesh": sizes_by_name(mesh),
                 "fsdp": mesh_config.fsdp,
                 "remat": remat,
                 "batch_size": trial.data.batch_size,

@@ -21,7 +21,7 @@ from tinylm import __version__
 from tinylm.core.distributed import from_main, is_main
 from tinylm.core.errors import UserError
 from tinylm.core.log import say
-from tinylm.core.mesh import batch_shards, make_mesh
+from tinylm.core.mesh import batch_shards, make_mesh, sizes_by_name
 from tinylm.core.settings import differing_settings, from_dict, to_dict
 from tinylm.data import Data, open_data
 from tinylm.data.config import differ_in_place
@@ -244,5 +244,5 @@ def versions(mesh: Mesh) -> dict[str, Any]:
         "flax": flax.__version__,
         "optax": optax.__version__,
         "device": mesh.devices.flat[0].device_kind,
-        "mesh": dict(mesh.shape),
+        "mesh": sizes_by_name(mesh),
     }
