@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from tinylm import cli
+from tinylm.core import text
 from tinylm.core.distributed import is_main
 from tinylm.core.errors import StorageError
 
@@ -44,7 +45,7 @@ def main() -> None:
 def text_of(found: dict[str, Any]) -> str:
     """Return the figures as aligned lines."""
     f = {name: value for name, value in found.items() if value is not None}
-    f["axes"] = " x ".join(f"{name} {size}" for name, size in f["mesh"].items())
+    f["axes"] = text.mesh_text(f["mesh"])
     known = (
         "{mfu:.1%} of {peak_flops:.3g} FLOP/s"
         if "mfu" in f
@@ -61,12 +62,13 @@ def text_of(found: dict[str, Any]) -> str:
         "host": "{host_ms:.2f} ms a step, {input_wait_ms:.2f} of it for input",
         "peak memory, bytes": "{peak_memory_bytes:,}",
     }
-    text = [f"{name:<24}{line.format(**f)}" for name, line in lines.items()]
-    text += [
-        f"  {kind:<22}{part:.1%} of the operations' time"
-        for kind, part in f["time_by_kind"].items()
-    ]
-    return "\n".join(text + ["The machine was too noisy for small differences."] * f["noisy"])
+    rows = [(name, line.format(**f)) for name, line in lines.items()]
+    for kind, part in f["time_by_kind"].items():
+        rows.append((f"  {kind}", f"{part:.1%} of the operations' time"))
+    printed = [text.columns(row, (24, 0)) for row in rows]
+    if f["noisy"]:
+        printed.append("The machine was too noisy for small differences.")
+    return "\n".join(printed)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from tinylm import cli
+from tinylm.core import text
 from tinylm.core.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -40,9 +41,9 @@ def main() -> None:
         print(json.dumps(result))
         return
     left_out = result.pop("left_out", [])
-    print("\n".join(f"{name:<14}{value}" for name, value in result.items()))
-    for line in left_out:
-        print(f"{'left out':<14}{line}")
+    rows = [*result.items(), *(("left out", line) for line in left_out)]
+    for name, value in rows:
+        print(text.columns((name, str(value)), (14, 0)))
 
 
 def bring_in(folder: Any) -> dict[str, Any]:

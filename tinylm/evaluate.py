@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from tinylm import cli
+from tinylm.core import text
 from tinylm.core.errors import UserError
 from tinylm.data.config import DataConfig
 
@@ -249,16 +250,17 @@ def is_imported(run: Any) -> bool:
 
 
 def text_of(result: dict[str, Any]) -> str:
-    """Return scores as aligned lines; measures of stories with those of the corpus beside them."""
+    """Return scores as aligned lines; measures of stories with those of the corpus next to them."""
     corpus = result.get("corpus", {})
+    widths = (16, -12, -12)
     lines = []
     for name, value in result.items():
         if name in corpus:
             if name == next(iter(corpus)):
-                lines.append(f"{'':<16}{'the model':>12}{'the texts':>12}")
-            lines.append(f"{name:<16}{shown(value):>12}{shown(corpus[name]):>12}")
+                lines.append(text.columns(("", "the model", "the texts"), widths))
+            lines.append(text.columns((name, shown(value), shown(corpus[name])), widths))
         elif name != "corpus":
-            lines.append(f"{name:<16}{shown(value)}")
+            lines.append(text.columns((name, shown(value)), (16, 0)))
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 
 from tinylm import cli
+from tinylm.core import text
 from tinylm.core.distributed import is_main
 from tinylm.core.errors import UserError
 
@@ -143,12 +144,10 @@ def text_of(result: dict[str, Any]) -> str:
     """Return a line for each key, and for each batch and store."""
     lines = []
     for name, value in result.items():
-        values = (
-            value
-            if isinstance(value, list)
-            else [f"{value:,}" if isinstance(value, int) else value]
-        )
-        lines += [f"{name if i == 0 else '':<16}{one}" for i, one in enumerate(values)]
+        values = value if isinstance(value, list) else [value]
+        for number, one in enumerate(values):
+            shown = f"{one:,}" if isinstance(one, int) else str(one)
+            lines.append(text.columns((name if number == 0 else "", shown), (16, 0)))
     return "\n".join(lines)
 
 

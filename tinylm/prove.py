@@ -16,6 +16,7 @@ within seconds is scaled down, and it says how. The others read the config's dat
 import sys
 
 from tinylm import cli
+from tinylm.core import text
 
 PROOFS = ("compiler", "mesh", "resume", "hosts")
 
@@ -34,11 +35,7 @@ def main(name: str, arguments: list[str]) -> None:
         proof = proofs.prove_resume(config, arguments)
     else:
         proof = (proofs.prove_mesh if name == "mesh" else proofs.prove_hosts)(config)
-    widths = [max(map(len, column)) for column in zip(*proof.rows, strict=True)]
-    for row in proof.rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+    print("\n".join(text.table(proof.rows)))
     print(f"{'proved' if proof.holds else 'NOT proved'}: {proof.claim}.")
     sys.exit(0 if proof.holds else 1)
 

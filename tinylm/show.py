@@ -16,11 +16,11 @@ from absl import flags
 
 from tinylm import cli
 from tinylm.config import Config
+from tinylm.core import text
 from tinylm.core.errors import UserError
 
 FLAGS = flags.FLAGS
 _COLUMNS = ("parameter", "axes", "shape", "dtype", "split by", "bytes", "per device")
-_PADS = (*[str.ljust] * 5, *[str.rjust] * 2)
 
 
 def main() -> None:
@@ -97,28 +97,30 @@ def describe(config: Config, mesh: Any) -> dict[str, Any]:
 
 def text_of(table: dict[str, Any]) -> str:
     """Return the table as aligned text, its notes and totals below."""
-    lines = [_COLUMNS]
+    rows = [_COLUMNS]
     for row in table["parameters"]:
-        split = " ".join(by or "-" for by in row["split_by"])
-        shape = " ".join(map(str, row["shape"]))
-        sizes = f"{row['bytes']:,}", f"{row['bytes_per_device']:,}"
-        lines.append((row["parameter"], " ".join(row["axes"]), shape, row["dtype"], split, *sizes))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-    text = [
-        "  ".join(pad(cell, w) for pad, cell, w in zip(_PADS, line, widths, strict=True))
-        for line in lines
-    ]
+        rows.append(
+            (
+                row["parameter"],
+                " ".join(row["axes"]),
+                " ".join(map(str, row["shape"])),
+                row["dtype"],
+                " ".join(by or "-" for by in row["split_by"]),
+                f"{row['bytes']:,}",
+                f"{row['bytes_per_device']:,}",
+            )
+        )
+    lines = text.table(rows, num_right=2)
     notes = collections.Counter(note for row in table["parameters"] for note in row["notes"])
-    text += [
-        f"note: {note} ({count} parameter{'s' * (count > 1)})" for note, count in notes.items()
-    ]
-    mesh = " x ".join(f"{name} {size}" for name, size in table["mesh"].items())
+    for note, count in notes.items():
+        parameters = "1 parameter" if count == 1 else f"{count} parameters"
+        lines.append(f"note: {note} ({parameters})")
     padding = f" and {table['padding_rows']} padding rows" if table["padding_rows"] else ""
-    text.append(
+    lines.append(
         f"{table['num_parameters']:,} parameters{padding}; {table['bytes']:,} bytes in all, "
-        f"{table['bytes_per_device']:,} per device on {mesh}"
+        f"{table['bytes_per_device']:,} per device on {text.mesh_text(table['mesh'])}"
     )
-    return "\n".join(text)
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from absl import flags
 
 from tinylm import cli
 from tinylm.config import load_config
+from tinylm.core import text
 from tinylm.core.errors import Preempted, UserError, one_line
 from tinylm.core.log import say
 from tinylm.core.signals import SIGNALS, is_ignored
@@ -206,8 +207,7 @@ def text_of(rows: Sequence[dict[str, Any]]) -> str:
         (*rows[0]["point"], "result"),
         *((*row["point"].values(), row["result"]) for row in rows),
     ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+    return "\n".join(text.table(table))
 
 
 def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:

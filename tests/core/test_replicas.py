@@ -47,7 +47,6 @@ def test_the_device_with_a_flipped_bit_is_named(sizes, minority):
         device = mesh.devices[0, 1, 0]
         with pytest.raises(NumericError) as caught:
             check(placed(mesh, device, bit))
-        assert (
-            str(caught.value).count("['split']") == minority
-        )  # of two copies nobody can say which one is right
-        assert f"{device} (['split'])" in str(caught.value)
+        # Of two copies nobody can say which one is right.
+        assert str(caught.value).count("(split)") == minority
+        assert f"{device} (split)" in str(caught.value)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tinylm.core.errors import NumericError
 from tinylm.core.mesh import AXES, replicated
+from tinylm.core.text import path_text
 
 _MOST_NAMED = 4  # devices in an error
 
@@ -49,7 +50,7 @@ def make_replica_check(mesh: Mesh, abstract: Any) -> Callable[[Any], None]:
         corrupt: dict[jax.Device, str] = {}
         for number, (path, leaf) in enumerate(leaves):
             for device in _differing_devices(mesh, leaf, sums[..., number]):
-                corrupt.setdefault(device, f"{device} ({jax.tree_util.keystr(path)})")
+                corrupt.setdefault(device, f"{device} ({path_text(path)})")
         if corrupt:
             named = ", ".join(list(corrupt.values())[:_MOST_NAMED])
             raise NumericError(

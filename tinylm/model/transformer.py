@@ -20,6 +20,7 @@ from flax import nnx
 from tinylm.core.collectives import look_up
 from tinylm.core.log import say_once
 from tinylm.core.mesh import constrain
+from tinylm.core.text import path_text
 from tinylm.model import layers
 from tinylm.model.attention import attend, can_be_unrolled
 from tinylm.model.cache import LayerCache, store_prompt
@@ -450,7 +451,7 @@ def abstract_transformer(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict[
     graph, state = nnx.split(model, nnx.Param)
     axes = {}
     for path, param in nnx.to_flat_state(state):
-        name = "/".join(map(str, path))
+        name = path_text(path)
         num_axes = len(param.get_value().shape)
         is_stacked = num_axes > len(param.axes)
         axes[name] = ("layers", *param.axes) if is_stacked else param.axes

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from tinylm.core.mesh import MeshConfig, make_mesh, parameter_sharding
 from tinylm.core.platform import refuse_faulty
 from tinylm.core.settings import from_dict
+from tinylm.core.text import path_text
 from tinylm.data.tokenizers import load_tokenizer
 from tinylm.model.config import ModelConfig
 from tinylm.model.transformer import Transformer, abstract_transformer
@@ -66,9 +67,7 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     graph, shapes, axes = abstract_transformer(model_config)
 
     def place(path, leaf):
-        sharding = parameter_sharding(
-            mesh, mesh_config.fsdp, axes["/".join(key.key for key in path)], leaf.shape
-        )
+        sharding = parameter_sharding(mesh, mesh_config.fsdp, axes[path_text(path)], leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     params = checkpoints.restore_params(found, jax.tree_util.tree_map_with_path(place, shapes))

@@ -22,6 +22,7 @@ import numpy as np
 
 from tinylm.core.batch import BatchRows, HostBatch, batch_of_ids, stack_steps
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
+from tinylm.core.text import path_text
 from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.op_by_op import operations_of
 from tinylm.tools.prove import Proof
@@ -220,7 +221,7 @@ def compare(
         strict=True,
     ):
         if np.issubdtype(np.asarray(new).dtype, np.floating) and np.all(np.isfinite(old)):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = path_text(path)
             new, one, true, old = (np.asarray(x, np.float64) for x in (new, one, true, old))
             arrays.append((_kind(name), name, new, one, true, float(np.max(np.abs(true - old)))))
     largest: dict[str, float] = {}

@@ -2,6 +2,14 @@
 
 from typing import Any
 
+from tinylm.core.text import bytes_text, columns, mesh_text, secs_text
+
+# Widths of columns: what, axis, figures (negative: aligned to the right).
+_MEMORY = (28, -14)
+_TRAFFIC = (28, 14, -14, -14)
+_TIME = (28, -14, 0)
+_SEARCH = (20, 6, 7, -8, -13, -13, -13, -13, 0)
+
 _ADVICE = {
     "params": "split parameters over more devices (mesh.fsdp=true, or a larger mesh.model)",
     "optimizer": "split the optimizer's state over more devices (mesh.fsdp=true, or a larger "
@@ -15,8 +23,7 @@ _ADVICE = {
 
 def describe(plan: dict[str, Any]) -> str:
     """Return a plan as lines to print."""
-    mesh = " x ".join(f"{name} {size}" for name, size in plan["mesh"].items())
-    parts = [[f"{plan['device']}, mesh {mesh}"], _memory_lines(plan)]
+    parts = [[f"{plan['device']}, mesh {mesh_text(plan['mesh'])}"], _memory_lines(plan)]
     if plan["collectives"]:
         parts.append(_traffic_lines(plan))
     parts.append(_time_lines(plan))
@@ -24,11 +31,11 @@ def describe(plan: dict[str, Any]) -> str:
 
 
 def _memory_lines(plan: dict[str, Any]) -> list[str]:
-    lines = [f"{'memory of a device':<28}{'bytes':>14}"]
+    lines = [columns(("memory of a device", "bytes"), _MEMORY)]
     for kind, count in plan["per_device_bytes"].items():
         if count:
-            lines.append(f"  {kind:<26}{_bytes(count):>14}")
-    lines.append(f"  {'the chip has':<26}{_bytes(plan['chip_bytes']):>14}")
+            lines.append(columns((f"  {kind}", bytes_text(count)), _MEMORY))
+    lines.append(columns(("  the chip has", bytes_text(plan["chip_bytes"])), _MEMORY))
     lines.append(f"  {_verdict(plan)}")
     return lines
 
@@ -38,57 +45,57 @@ def _verdict(plan: dict[str, Any]) -> str:
     memory = plan["per_device_bytes"]
     if plan["fits"]:
         return f"fits: {memory['total'] / plan['chip_bytes']:.0%} of the chip's memory"
-    too_much = _bytes(memory["total"] - plan["chip_bytes"])
+    too_much = bytes_text(memory["total"] - plan["chip_bytes"])
     largest = sorted((kind for kind in memory if kind in _ADVICE), key=lambda kind: -memory[kind])
-    advice = [f"{kind} {_bytes(memory[kind])}: {_ADVICE[kind]}" for kind in largest[:2]]
+    advice = [f"{kind} {bytes_text(memory[kind])}: {_ADVICE[kind]}" for kind in largest[:2]]
     return f"does not fit: {too_much} too much. {'; '.join(advice)}."
 
 
 def _traffic_lines(plan: dict[str, Any]) -> list[str]:
-    lines = [f"{'traffic a step':<28}{'axis':<14}{'sent':>14}{'needed':>14}"]
+    lines = [columns(("traffic a step", "axis", "sent", "needed"), _TRAFFIC)]
     for row in plan["collectives"]:
-        sent = _bytes(row["bytes_per_step"])
-        needed = _bytes(row["minimum_bytes"])
-        lines.append(f"  {row['kind']:<26}{row['axis']:<14}{sent:>14}{needed:>14}")
+        sent = bytes_text(row["bytes_per_step"])
+        needed = bytes_text(row["minimum_bytes"])
+        lines.append(columns((f"  {row['kind']}", row["axis"], sent, needed), _TRAFFIC))
     lines.append(f"  bytes that a device sends, from the {plan['traffic_from']}")
     return lines
 
 
 def _time_lines(plan: dict[str, Any]) -> list[str]:
-    step_secs = _secs(plan["step_secs_estimate"])
-    lines = [f"{'time of a step, at least':<28}{step_secs:>14}  bound by {plan['bound_by']}"]
+    step_secs = secs_text(plan["step_secs_estimate"])
+    bound_by = f"  bound by {plan['bound_by']}"
+    lines = [columns(("time of a step, at least", step_secs, bound_by), _TIME)]
     for name, secs in plan["secs"].items():
         if secs:
-            lines.append(f"  {name:<26}{_secs(secs):>14}")
+            lines.append(columns((f"  {name}", secs_text(secs), ""), _TIME))
     flops = f"{plan['flops_per_step']:.3g}"
-    lines.append(f"  {'FLOPs of a step':<26}{flops:>14}  MFU at most {plan['mfu_bound']:.0%}")
-    train_secs = _secs(plan["train_secs_estimate"])
-    lines.append(f"{'time for the tokens':<28}{train_secs:>14}  {plan['tokens']:,} tokens")
+    mfu = f"  MFU at most {plan['mfu_bound']:.0%}"
+    lines.append(columns(("  FLOPs of a step", flops, mfu), _TIME))
+    train_secs = secs_text(plan["train_secs_estimate"])
+    tokens = f"  {plan['tokens']:,} tokens"
+    lines.append(columns(("time for the tokens", train_secs, tokens), _TIME))
     return lines
 
 
 def describe_search(rows: list[dict[str, Any]], shown: int = 12) -> str:
     """Return the best rows of a search as a table, and the flags of the first one that fits."""
-    heads = ("memory", "compiled", "tokens/s", "compiled")
-    lines = [
-        f"{'mesh':<20}{'fsdp':<6}{'remat':<7}{'batch':>8}" + "".join(f"{h:>13}" for h in heads)
-    ]
+    heads = ("mesh", "fsdp", "remat", "batch", "memory", "compiled", "tokens/s", "compiled", "")
+    lines = [columns(heads, _SEARCH)]
     for row in rows[:shown]:
-        compiled = _bytes(row["compiled_bytes"]) if row["compiled_bytes"] else "-"
+        compiled = bytes_text(row["compiled_bytes"]) if row["compiled_bytes"] else "-"
         figures = (
-            _bytes(row["bytes"]),
+            bytes_text(row["bytes"]),
             compiled,
             _rate(row["secs_per_token"]),
             _rate(row["compiled_secs_per_token"]),
         )
         mesh = " x ".join(map(str, row["mesh"].values()))
         fsdp = "yes" if row["fsdp"] else "no"
-        line = f"{mesh:<20}{fsdp:<6}{row['remat']:<7}{row['batch_size']:>8}"
-        line += "".join(f"{figure:>13}" for figure in figures)
-        line += f"  {row['bound_by']}"
+        bound_by = f"  {row['bound_by']}"
         if not row.get("fits", True):
-            line += ", does not fit"
-        lines.append(line)
+            bound_by += ", does not fit"
+        cells = (mesh, fsdp, row["remat"], str(row["batch_size"]), *figures, bound_by)
+        lines.append(columns(cells, _SEARCH))
     if len(rows) > shown:
         lines.append(f"{len(rows) - shown} more")
     lines.append(f"mesh: {' x '.join(rows[0]['mesh'])}; the last column is what bounds a step")
@@ -106,17 +113,3 @@ def describe_search(rows: list[dict[str, Any]], shown: int = 12) -> str:
 
 def _rate(secs_per_token: float | None) -> str:
     return f"{1 / secs_per_token:,.0f}" if secs_per_token else "-"
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
-def _secs(secs: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("s", 1), ("ms", 1e-3)):
-        if secs >= size:
-            return f"{secs / size:.2f} {unit}"
-    return f"{secs * 1e6:.2f} us"

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import optax
 
+from tinylm.core.text import path_text
 from tinylm.train.config import OptimizerConfig
 
 Axes = dict[str, tuple]  # the logical axes of each parameter by its path
@@ -99,7 +100,7 @@ def _for_each_parameter(function: Callable[[str], Any]) -> Callable[[dict], dict
     """Return what maps parameters to `function(path)`, path like "blocks/mlp/up/kernel"."""
 
     def of_leaf(path: tuple, _: Any) -> Any:
-        return function("/".join(str(key.key) for key in path))
+        return function(path_text(path))
 
     return lambda params: jax.tree_util.tree_map_with_path(of_leaf, params)
 

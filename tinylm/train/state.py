@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from tinylm.core.mesh import parameter_sharding, replicated
+from tinylm.core.text import path_text
 from tinylm.model.transformer import abstract_transformer, init_parameters
 from tinylm.train.bad_steps import Guard, new_guard
 from tinylm.train.config import Config
@@ -101,11 +102,8 @@ def axes_of(axes: dict[str, tuple], path: tuple, shape: tuple[int, ...]) -> tupl
     They are those of the parameter that the leaf's path ends with: a moment of the optimizer lies
     where its parameter lies. Counters, which belong to none, give None.
     """
-    names = [
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path
-    ]
-    for start in range(len(names)):
-        found = axes.get("/".join(names[start:]))
+    for start in range(len(path)):
+        found = axes.get(path_text(path[start:]))
         if found is not None and len(found) == len(shape):
             return found
     return None
