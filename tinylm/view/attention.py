@@ -3,6 +3,8 @@
 A head's output is its weights times its values. So with an identity matrix for values the output is
 the weights, by the production code itself, whatever its windows, positions, grouped heads and soft
 limits.
+
+Axes: B batch, T query positions, S key positions, D embed, N query heads, K kv heads, L layers.
 """
 
 import dataclasses
@@ -22,19 +24,31 @@ MOST_TOKENS = 64
 
 
 def attention_of(run: Run, text: str) -> tuple[list[str], np.ndarray]:
-    """Return the first tokens of `text` after its begin, as strings, and the weights of every head
-    over them.
+    """Return how the heads of a run's model look at a text.
+
+    Args:
+      run: an opened run.
+      text: its first MOST_TOKENS tokens are looked at, after the begin of a text.
+
+    Returns:
+      The tokens as strings, and weights_LNTS.
     """
-    ids = [run.start_id, *run.tokenizer.encode(text)][: min(MOST_TOKENS, run.model_config.context)]
+    most_tokens = min(MOST_TOKENS, run.model_config.context)
+    ids = [run.start_id, *run.tokenizer.encode(text)][:most_tokens]
     if len(ids) < 2:
         raise UserError("--attention_text has no tokens; give a sentence.")
+    tokens = [run.tokenizer.decode([token]) for token in ids[1:]]
+    # The plain kernel, since the fused ones have no weights to show.
     config = dataclasses.replace(run.model_config, attention="xla", compute_dtype="float32")
-    model = nnx.merge(abstract_transformer(config)[0], run.params)
+    graph, _, _ = abstract_transformer(config)
+
+    @jax.jit
+    def weights_of(params: dict, tokens_1T: jax.Array) -> jax.Array:
+        return attention_weights(nnx.merge(graph, params), tokens_1T)
+
     with jax.set_mesh(run.mesh):
-        weights = np.asarray(
-            jax.jit(lambda tokens: attention_weights(model, tokens))(jnp.asarray([ids]))
-        )
-    return ["⏎", *(run.tokenizer.decode([token]) for token in ids[1:])], weights
+        weights_LNTS = np.asarray(weights_of(run.params, jnp.asarray([ids])))
+    return ["⏎", *tokens], weights_LNTS
 
 
 def attention_weights(model: Transformer, tokens_1T: jax.Array) -> jax.Array:
@@ -42,13 +56,15 @@ def attention_weights(model: Transformer, tokens_1T: jax.Array) -> jax.Array:
     positions_1T = jnp.arange(tokens_1T.shape[1])[None]
     inputs = model.layer_inputs(positions_1T, Visibility())
     x_BTD = model.embed(tokens_1T, positions_1T)
+    blocks = model.unstacked_blocks()
+    # Of the second copies the values are replaced.
+    copies = model.unstacked_blocks()
     weights = []
-    for layer, (block, copy) in enumerate(
-        zip(model.unstacked_blocks(), model.unstacked_blocks(), strict=True)
-    ):
+    for layer, (block, copy) in enumerate(zip(blocks, copies, strict=True)):
         layer_inputs = inputs.of_layer(layer, model.window_of_layer(layer))
-        weights.append(_weights(copy, x_BTD, layer_inputs)[0])
-        x_BTD = block(x_BTD, layer_inputs)[0]
+        weights_BNTS = _weights(copy, x_BTD, layer_inputs)
+        weights.append(weights_BNTS[0])
+        x_BTD, _ = block(x_BTD, layer_inputs)
     return jnp.stack(weights)
 
 

@@ -18,45 +18,53 @@ _SAMPLE = re.compile(r"^--- step (\d{1,18}) ---\n", re.MULTILINE)
 
 
 def _readable(name: str) -> str:
-    """Return a name of a file as its bytes read in UTF-8: under another locale Python holds them as
-    escapes.
-    """
+    """Return a name of a file as UTF-8 has it: under another locale Python holds its bytes."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def gather(workdir: str) -> dict[str, Any]:
     """Return a run as plain values, ready for JSON; raise UserError where there is none."""
     folder = RunFolder(workdir)
-    record, lines = folder.read_config(), folder.metrics()
-    config, start = (
-        record["config"],
-        min((line["unix_secs"] for line in lines if "unix_secs" in line), default=0.0),
-    )
+    record = folder.read_config()
+    lines = folder.metrics()
+    config = record["config"]
+    start = min((line["unix_secs"] for line in lines if "unix_secs" in line), default=0.0)
+    floors = [line["floor"] for line in lines if "floor" in line]
+    prompts = config["sample"]["prompts"]
     return {
         "name": _readable(folder.path.name),
         "path": _readable(str(folder.path)),
         "tokens_per_step": from_dict(DataConfig, config["data"]).tokens_per_step,
-        "floor": next((line["floor"] for line in reversed(lines) if "floor" in line), None),
+        "floor": floors[-1] if floors else None,
         "train": curves(lines, "train", start),
         "valid": curves(lines, "valid", start),
         "time": seconds_by_kind(lines),
-        "prompts": config["sample"]["prompts"],
-        "samples": samples(folder, max(1, len(config["sample"]["prompts"]))),
+        "prompts": prompts,
+        "samples": samples(folder, max(1, len(prompts))),
         "settings": _flat({**config, "versions": record["versions"]}),
     }
 
 
 def curves(lines: list[dict[str, Any]], split: str, start: float) -> dict[str, list[float | None]]:
-    """Return {name: values} over the steps of a split, `secs` counted from `start`; what a line
-    lacks is None.
+    """Return {name: values} over the steps of a split; what a line lacks is None.
+
+    Args:
+      lines: of metrics.jsonl.
+      split: train or valid.
+      start: `secs` of a point counts from this time, in seconds of Unix time.
     """
-    lines = [line for line in lines if line.get("split") == split]
-    kept = np.linspace(0, len(lines) - 1, min(len(lines), MOST_POINTS)).astype(int).tolist()
-    lines = [{**lines[i], "secs": lines[i].get("unix_secs", start) - start} for i in kept]
-    names = dict.fromkeys(
-        name for line in lines for name in line if name not in ("split", "unix_secs")
-    )
-    return {name: [_rounded(line.get(name)) for line in lines] for name in names}
+    of_split = [line for line in lines if line.get("split") == split]
+    num_points = min(len(of_split), MOST_POINTS)
+    kept = np.linspace(0, len(of_split) - 1, num_points).astype(int).tolist()
+    points = []
+    for i in kept:
+        secs = of_split[i].get("unix_secs", start) - start
+        points.append({**of_split[i], "secs": secs})
+    names: dict[str, None] = {}
+    for point in points:
+        names.update(dict.fromkeys(point))
+    shown = [name for name in names if name not in ("split", "unix_secs")]
+    return {name: [_rounded(point.get(name)) for point in points] for name in shown}
 
 
 def _rounded(value: Any) -> float | None:
@@ -64,39 +72,42 @@ def _rounded(value: Any) -> float | None:
 
 
 def seconds_by_kind(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Return where the time of a run went, over all its processes: the last account of each
-    counts.
+    """Return where the time of a run went, over all its processes.
+
+    Each process wrote its account several times; the last one counts.
     """
-    last = {line.get("process"): line for line in lines if line.get("split") == "time"}
-    kinds = dict.fromkeys(name for line in last.values() for name in line if name.endswith("_secs"))
-    return {
-        name.removesuffix("_secs"): sum(line.get(name, 0.0) for line in last.values())
-        for name in kinds
-        if name not in ("total_secs", "unix_secs")
-    }
+    accounts = {line.get("process"): line for line in lines if line.get("split") == "time"}
+    secs: dict[str, float] = collections.defaultdict(float)
+    for account in accounts.values():
+        for name, value in account.items():
+            if name.endswith("_secs") and name not in ("total_secs", "unix_secs"):
+                secs[name.removesuffix("_secs")] += value
+    return dict(secs)
 
 
-def samples(folder: RunFolder, prompts: int) -> list[dict[str, Any]]:
+def samples(folder: RunFolder, num_prompts: int) -> list[dict[str, Any]]:
     """Return [{step, texts}] in order; of a step written twice, the last texts."""
-    text = (
-        folder.samples_file.read_bytes().decode(errors="replace")
-        if folder.samples_file.exists()
-        else ""
-    )
-    parts, found = _SAMPLE.split(text)[1:], collections.defaultdict(list)
+    if not folder.samples_file.exists():
+        return []
+    text = folder.samples_file.read_bytes().decode(errors="replace")
+    # Split by a pattern with one group, the parts are: what comes before, step, text, step, ...
+    parts = _SAMPLE.split(text)[1:]
+    texts_of: dict[int, list[str]] = collections.defaultdict(list)
     for step, sample in zip(parts[::2], parts[1::2], strict=True):
-        found[int(step)].append(sample.strip("\n"))
-    return [{"step": step, "texts": found[step][-prompts:]} for step in sorted(found)]
+        texts_of[int(step)].append(sample.strip("\n"))
+    return [{"step": step, "texts": texts_of[step][-num_prompts:]} for step in sorted(texts_of)]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted key; what is not finite, which JSON can't hold, becomes
-    text.
-    """
+    """Return nested settings by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        value = str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
+        key = prefix + name
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{key}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            # JSON can't hold it as a number.
+            flat[key] = str(value)
+        else:
+            flat[key] = value
     return flat

@@ -21,30 +21,33 @@ def page(title: str, runs: list[dict[str, Any]]) -> str:
     """Return the HTML of a report."""
     panels = [(title, [name]) for name, title in PANELS.items()]
     data = {"runs": runs, "colors": COLORS, "dashes": DASHES, "panels": panels}
-    inside = json.dumps(data, allow_nan=False).replace(
-        "<", "\\u003c"
-    )  # no text of a run may end the script
+    # No text of a run may end the script that the data is in.
+    inside = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     template = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("__TITLE__", html.escape(title)).replace("__DATA__", inside)
 
 
 def attention_part(tokens: list[str], weights_LNTS: np.ndarray, heads: Heads) -> dict[str, Any]:
     """Return the attention of some heads for the page: 256 grades of weight."""
-    grades = np.round(weights_LNTS * 255).astype(np.uint8)
-    maps = {
-        f"layer {i}, head {n}": base64.b64encode(grades[i, n].tobytes()).decode() for i, n in heads
-    }
+    grades_LNTS = np.round(weights_LNTS * 255).astype(np.uint8)
+    maps = {}
+    for layer, head in heads:
+        content = grades_LNTS[layer, head].tobytes()
+        maps[f"layer {layer}, head {head}"] = base64.b64encode(content).decode()
     return {"tokens": tokens, "heads": maps}
 
 
 def draw_attention(tokens: list[str], weights_LNTS: np.ndarray, heads: Heads, path: Any) -> None:
     """Draw heads over a text as a PNG: a row for each query, a column for each key."""
-    size = max(2.6, 0.16 * len(tokens))
-    figure, grid = new_grid(len(heads), 4, (size, size))
+    # Inches: a line of small text for each token.
+    side = max(2.6, 0.16 * len(tokens))
+    figure, grid = new_grid(len(heads), columns=4, size=(side, side))
+    # A dollar sign would begin a formula.
     labels = [token.replace("\n", "⏎").replace("$", r"\$") for token in tokens]
+    ticks = range(len(labels))
     for axes, (layer, head) in zip(grid, heads, strict=True):
         axes.imshow(weights_LNTS[layer, head], cmap="Blues", vmin=0, vmax=1)
         axes.set_title(f"layer {layer}, head {head}", fontsize=9)
-        axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6)
-        axes.set_yticks(range(len(labels)), labels, fontsize=6)
+        axes.set_xticks(ticks, labels, rotation=90, fontsize=6)
+        axes.set_yticks(ticks, labels, fontsize=6)
     save(figure, path)

@@ -8,7 +8,7 @@ in.
 import io
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinylm.core.errors import one_line
 from tinylm.core.log import say, say_once
@@ -27,35 +27,55 @@ PANELS = {
 }
 
 
+class Curve(NamedTuple):
+    """A line in a panel."""
+
+    steps: list[int]
+    values: list[float]
+    look: dict[str, Any]  # what matplotlib's `plot` takes
+
+
 def draw_curves(
     runs: Sequence[dict[str, Any]], path: Any, names: Sequence[str] = tuple(PANELS)
 ) -> None:
-    """Draw the panels `names` that have data into the PNG at `path`; runs are as `gather` gives
-    them.
+    """Draw the panels that have data into a PNG.
+
+    Args:
+      runs: as `gather` gives them.
+      path: of the PNG.
+      names: of the panels.
     """
-    found = {
-        name: [curve for i, run in enumerate(runs) for curve in _curves(i, run, name)]
-        for name in names
-    }
-    shown = {name: drawn for name, drawn in found.items() if drawn}
-    figure, grid = new_grid(max(1, len(shown)), 2, (7, 4))
-    for axes, (name, drawn) in zip(grid, shown.items(), strict=False):
-        for steps, values, look in drawn:
-            axes.plot(steps, values, **look)
-        for floor in {run["floor"] for run in runs if name == "loss"} - {None}:
-            axes.axhline(floor, color="#555555", ls=":", label=f"floor of the corpus ({floor:.3f})")
-        late = [
-            value
-            for steps, values, _ in drawn
-            for step, value in zip(steps, values, strict=True)
-            if step > steps[-1] / 20
-        ]
-        if name in ("loss", "grad_norm") and late:  # the first steps would flatten all that follows
-            axes.set_ylim(top=max(late) + 0.05 * (max(late) - min(late)) + 1e-9)
+    panels: dict[str, list[Curve]] = {}
+    for name in names:
+        curves = [curve for i, run in enumerate(runs) for curve in _curves(i, run, name)]
+        if curves:
+            panels[name] = curves
+    figure, grid = new_grid(max(1, len(panels)), columns=2, size=(7, 4))
+    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+        for curve in curves:
+            axes.plot(curve.steps, curve.values, **curve.look)
+        if name == "loss":
+            for floor in {run["floor"] for run in runs} - {None}:
+                label = f"floor of the corpus ({floor:.3f})"
+                axes.axhline(floor, color="#555555", ls=":", label=label)
+        if name in ("loss", "grad_norm"):
+            _leave_first_steps_out(axes, curves)
         axes.set(title=PANELS[name], xlabel="step")
         axes.grid(alpha=0.3)
     grid[0].legend(fontsize=8)
     save(figure, path)
+
+
+def _leave_first_steps_out(axes: Any, curves: Sequence[Curve]) -> None:
+    """End the axis above what comes after the first twentieth, which would flatten the rest."""
+    late = []
+    for curve in curves:
+        first = curve.steps[-1] / 20
+        points = zip(curve.steps, curve.values, strict=True)
+        late += [value for step, value in points if step > first]
+    if late:
+        margin = 0.05 * (max(late) - min(late)) + 1e-9
+        axes.set_ylim(top=max(late) + margin)
 
 
 def draw_loss(folder: RunFolder) -> bool:
@@ -71,32 +91,33 @@ def draw_loss(folder: RunFolder) -> bool:
     return True
 
 
-def _curves(i: int, run: dict[str, Any], name: str) -> list[tuple[Any, ...]]:
-    """Return (steps, values, look) of a run's training and validation curve, without gaps."""
-    found: list[tuple[Any, ...]] = []
-    for split, look in (
-        ("train", {"lw": 1, "alpha": 0.7}),
-        ("valid", {"lw": 2, "marker": "o", "ms": 4}),
-    ):
+_LOOK_OF_SPLIT: dict[str, dict[str, Any]] = {
+    "train": {"lw": 1, "alpha": 0.7},
+    "valid": {"lw": 2, "marker": "o", "ms": 4},
+}
+
+
+def _curves(i: int, run: dict[str, Any], name: str) -> list[Curve]:
+    """Return the training and the validation curve of the i-th run, without gaps."""
+    found = []
+    for split, look in _LOOK_OF_SPLIT.items():
         pairs = zip(run[split].get("step", ()), run[split].get(name, ()), strict=False)
         points = [(step, value) for step, value in pairs if value is not None]
-        if points:
-            label = f"{run['name']}, {split} (last {points[-1][1]:.3f})".replace(
-                "$", r"\$"
-            )  # or it begins a formula
-            found.append(
-                (*map(list, zip(*points, strict=True)), {**line_style(i), **look, "label": label})
-            )
+        if not points:
+            continue
+        steps = [step for step, _ in points]
+        values = [value for _, value in points]
+        # A dollar sign would begin a formula.
+        label = f"{run['name']}, {split} (last {values[-1]:.3f})".replace("$", r"\$")
+        found.append(Curve(steps, values, {**line_style(i), **look, "label": label}))
     return found
 
 
 def line_style(i: int) -> dict[str, Any]:
     """Return the colour and dashes of the i-th run."""
     dash = DASHES[i % len(DASHES)]
-    return {
-        "color": COLORS[i % len(COLORS)],
-        "ls": (0, tuple(map(int, dash.split()))) if dash else "-",
-    }
+    lengths = tuple(int(length) for length in dash.split())
+    return {"color": COLORS[i % len(COLORS)], "ls": (0, lengths) if lengths else "-"}
 
 
 def new_grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
@@ -105,8 +126,10 @@ def new_grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Any, 
 
     columns = min(columns, count)
     rows = math.ceil(count / columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
-    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    width, height = size
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    grid = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    return figure, grid
 
 
 def save(figure: Any, path: Any) -> None:
