@@ -9,7 +9,6 @@ command, config and code.
 import faulthandler
 import io
 import os
-import pathlib
 import signal
 import sys
 import traceback
@@ -22,6 +21,7 @@ from absl import flags
 from tinylm import config as config_lib
 from tinylm.core import distributed, log, platform
 from tinylm.core.errors import PeerLost, UserError
+from tinylm.core.files import user_cache
 from tinylm.core.settings import settings_of
 
 FLAGS = flags.FLAGS
@@ -239,8 +239,10 @@ def use_compile_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = pathlib.Path(base) / "tinylm" / "xla"
+    cache = user_cache()
+    if cache is None:
+        return
+    folder = cache / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)

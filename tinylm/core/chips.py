@@ -1,6 +1,6 @@
-"""What chips can do, for model FLOPs utilization and for plans: a table for GPUs and TPUs, a
-measurement for CPUs.
+"""What chips can do, for model FLOPs utilization and for plans.
 
+GPUs and TPUs are in a table, a CPU is measured.
 From the makers' data sheets: dense bfloat16 FLOP/s, bytes of memory, bytes/s of memory, and bytes/s
 that one chip can send to its neighbours (TPU: all links one way; GPU: NVLink one way). JAX calls
 devices by these names.
@@ -17,12 +17,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device as JAX counts them; `link_bytes_per_sec` is 0 where devices share a memory."""
+    """One device as JAX counts them."""
 
-    peak_flops: float
+    peak_flops: float  # a second
     memory_bytes: float
     memory_bytes_per_sec: float
-    link_bytes_per_sec: float
+    link_bytes_per_sec: float  # 0 where devices share a memory
 
 
 CHIPS = {
@@ -40,7 +40,10 @@ CHIPS = {
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.64e12, 200e9),
     "TPU v6e": Chip(918e12, 32 * 2**30, 1.64e12, 200e9),
 }
-SLICE_BYTES_PER_SEC = 6e9  # what one chip can send to another slice over the data center's network
+# What one chip can send to another slice over the data center's network.
+SLICE_BYTES_PER_SEC = 6e9
+# A usual machine's memory.
+_CPU_MEMORY_BYTES_PER_SEC = 20e9
 
 
 def find_chip(device: jax.Device, devices_here: int = 1) -> Chip | None:
@@ -49,14 +52,20 @@ def find_chip(device: jax.Device, devices_here: int = 1) -> Chip | None:
     `devices_here` simulated CPU devices share one machine: each has its part of it.
     """
     if device.platform == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Chip(
-            measured_cpu_flops() / devices_here, memory / devices_here, 20e9 / devices_here, 0
+            peak_flops=measured_cpu_flops() / devices_here,
+            memory_bytes=memory_bytes / devices_here,
+            memory_bytes_per_sec=_CPU_MEMORY_BYTES_PER_SEC / devices_here,
+            link_bytes_per_sec=0,
         )
-    kinds = [
-        name for name in CHIPS if f"{device.device_kind} ".replace("-", " ").startswith(f"{name} ")
-    ]
-    return CHIPS[max(kinds, key=len)] if kinds else None
+    # "NVIDIA A100-SXM4-80GB" is an "NVIDIA A100". Of two names that fit, the longer one is meant:
+    # "TPU v5 lite" is no "TPU v5".
+    words = device.device_kind.replace("-", " ") + " "
+    kinds = [name for name in CHIPS if words.startswith(name + " ")]
+    if not kinds:
+        return None
+    return CHIPS[max(kinds, key=len)]
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
@@ -65,18 +74,23 @@ def peak_flops(devices: list[jax.Device]) -> float | None:
     Simulated CPU devices share the machine, so together they have what it measures once.
     """
     chip = find_chip(devices[0], len(devices))
-    return chip.peak_flops * len(devices) if chip else None
+    if chip is None:
+        return None
+    return chip.peak_flops * len(devices)
 
 
 @functools.cache
 def measured_cpu_flops(size: int = 1024, tries: int = 5) -> float:
-    """Return the best float32 FLOP/s of this machine's CPU over a few square matrix products
-    (NumPy's).
+    """Return the best float32 FLOP/s of this machine's CPU over `tries` matrix products of NumPy.
+
+    Args:
+      size: of the square matrices.
+      tries: the fastest one counts.
     """
-    a = np.ones((size, size), np.float32)
-    seconds = []
+    matrix = np.ones((size, size), np.float32)
+    secs = []
     for _ in range(tries):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+        begun = time.perf_counter()
+        matrix @ matrix
+        secs.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(secs)

@@ -1,14 +1,22 @@
 """Starting JAX on one machine or many, and the few things that processes must agree on.
 
 The platform and the number of simulated CPU devices are fixed before the first use of a backend,
-which is why commands call `start` first. A cluster (Slurm, Cloud TPU, Open MPI) is detected by JAX,
-for `tinylm.main`; explicit flags win. Waiting always has a time limit: a peer that died must not
-hang the others. JAX aborts a process whose peers don't come (exit code 134, a stack trace), so a
-timer of ours is first, with one line. Processes compare how they were started through the key-value
-store of JAX's coordination service, which needs no device and knows time limits.
+which is why commands call `start` first. A job starts like this:
+
+    process 0   start --- coordinator listens ---+--- devices of all --- agree: "what I run" ---+
+                                                 |                                              |
+    process 1   start ------ joins --------------+--- devices of all --- agree: compares -------+-->
+                |<--------- at most start_secs ------------>|       |<--- at most start_secs --->|
+
+A cluster (Slurm, Cloud TPU, Open MPI) is detected by JAX, for `tinylm.main`; explicit flags win.
+Waiting always has a time limit: a peer that died must not hang the others. JAX aborts a process
+that waits for its peers too long (exit code 134, a stack trace), so a timer of ours is first, with
+one line. Processes compare how they were started through the key-value store of JAX's coordination
+service, which needs no device and knows time limits.
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -29,15 +37,40 @@ import jax
 from tinylm.core import errors
 from tinylm.core.errors import HangError, UserError
 
-# Of Slurm the tasks of the step, which srun alone sets: SLURM_NTASKS is there in the shell of an
-# allocation, too.
-_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-_COORDINATORS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 START_SECS = 50.0
 BARRIER_SECS = 600.0
 LEAVE_SECS = 10.0
+# JAX's own limit is so much later than ours, whose line a user can act on.
+_JAX_LATER_SECS = 30
+
+# Of Slurm the tasks of the step, which only srun sets: the shell of an allocation has SLURM_NTASKS,
+# too.
+_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+_COORDINATORS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
+# What the numbers of a run depend on.
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# In a message that says how processes differ.
+_MOST_DIFFERENCES = 3
+# Numbers the calls of `from_main`, which all processes make in the same order.
 _calls = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """A job of several processes as the flags give it; an empty coordinator leaves it to JAX."""
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+
+    def is_complete(self) -> bool:
+        """Say whether the flags describe one process of a job."""
+        has_port = re.fullmatch(r".+:\d{1,5}", self.coordinator, re.ASCII) is not None
+        return has_port and 0 <= self.process_id < self.num_processes
+
+    def is_empty(self) -> bool:
+        """Say whether none of the flags is given."""
+        return not self.coordinator and not self.num_processes and self.process_id == -1
 
 
 def start(
@@ -51,51 +84,56 @@ def start(
 ) -> None:
     """Set platform and devices, and join the job's other processes where there are any.
 
-    `cpu_devices` > 0 asks for that many simulated CPU devices per process. The job is the one that
-    `coordinator` and the two numbers describe, or where `coordinator` is "auto", or `joins_cluster`
-    and it is empty, the cluster. Ends the program with one line and exit code 2 where not all
-    processes have joined within `secs` (0: START_SECS).
+    Ends the program with one line and exit code 2 where not all processes have joined in time.
+
+    Args:
+      cpu_devices: simulated CPU devices of each process (0: the devices that are there).
+      coordinator: HOST:PORT of process 0; "auto" for the cluster, which must be there.
+      num_processes: of the job.
+      process_id: which of them this is, from 0.
+      secs: how long to wait for the others (0: START_SECS).
+      joins_cluster: whether an empty `coordinator` means the cluster, where there is one.
     """
     if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    complete = (
-        re.fullmatch(r".+:\d{1,5}", coordinator, re.ASCII) and 0 <= process_id < num_processes
-    )
+
     from_cluster = coordinator == "auto" or (joins_cluster and not coordinator)
     if coordinator == "auto":
         coordinator = ""
         if not _in_cluster():
             raise UserError(
                 "--coordinator=auto finds no job of several processes (Slurm's srun, Open "
-                "MPI, a TPU pod); start the "
-                "command with srun, or give --coordinator=HOST:PORT, --num_processes and "
-                "--process_id."
+                "MPI, a TPU pod); start the command with srun, or give --coordinator=HOST:PORT, "
+                "--num_processes and --process_id."
             )
-    if (coordinator or num_processes or process_id != -1) and not complete:
+    job = _Job(coordinator, num_processes, process_id)
+    if not job.is_empty() and not job.is_complete():
         raise UserError(
             "--coordinator=HOST:PORT, --num_processes and --process_id, numbered from 0, "
-            "need each other; found "
-            f"--coordinator={coordinator} --num_processes={num_processes} "
-            f"--process_id={process_id}."
+            f"need each other; found --coordinator={coordinator} "
+            f"--num_processes={num_processes} --process_id={process_id}."
         )
-    if not coordinator and not (from_cluster and _in_cluster()):
-        return
-    if process_id == 0:
-        _check_port_is_free(coordinator)
-    arguments: dict[str, Any] = (
-        {}
-        if not coordinator
-        else {
-            "coordinator_address": coordinator,
-            "num_processes": num_processes,
-            "process_id": process_id,
+    if coordinator or (from_cluster and _in_cluster()):
+        _join(job, secs or START_SECS)
+
+
+def _join(job: _Job, secs: float) -> None:
+    """Join the other processes, or end the program with one line after `secs`."""
+    if job.process_id == 0:
+        _check_port_is_free(job.coordinator)
+    arguments: dict[str, Any] = {}
+    if job.coordinator:
+        arguments = {
+            "coordinator_address": job.coordinator,
+            "num_processes": job.num_processes,
+            "process_id": job.process_id,
         }
-    )
-    secs = secs or START_SECS
-    with time_limit(secs, lambda: _nobody_came(coordinator, num_processes, process_id, secs)):
+    with time_limit(secs, lambda: _nobody_came(job, secs)):
         try:
-            jax.distributed.initialize(**arguments, initialization_timeout=int(secs) + 30)
+            jax.distributed.initialize(
+                **arguments, initialization_timeout=int(secs) + _JAX_LATER_SECS
+            )
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"{host()} could not join the job: {str(error).splitlines()[0]}"
@@ -107,12 +145,11 @@ def start(
 def _in_cluster() -> bool:
     """Say whether the environment names a job of several processes."""
     sizes = [os.environ.get(name, "") for name in _SIZES]
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    return (
-        any(s.isdigit() and int(s) > 1 for s in sizes)
-        or "," in hosts
-        or any(name in os.environ for name in _COORDINATORS)
-    )
+    if any(size.isdigit() and int(size) > 1 for size in sizes):
+        return True
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        return True
+    return any(name in os.environ for name in _COORDINATORS)
 
 
 def is_shell_of_slurm() -> bool:
@@ -120,11 +157,8 @@ def is_shell_of_slurm() -> bool:
     one of them.
     """
     tasks = os.environ.get("SLURM_NTASKS", "")
-    return (
-        tasks.isdigit()
-        and int(tasks) > 1
-        and not (jax.distributed.is_initialized() or _in_cluster())
-    )
+    has_several_tasks = tasks.isdigit() and int(tasks) > 1
+    return has_several_tasks and not jax.distributed.is_initialized() and not _in_cluster()
 
 
 def _check_port_is_free(coordinator: str) -> None:
@@ -141,8 +175,7 @@ def _check_port_is_free(coordinator: str) -> None:
         except (OSError, OverflowError) as error:
             raise UserError(
                 f"--coordinator={coordinator}: port {port} of {host()} cannot be used "
-                f"({error}); another program may "
-                "have it: give all processes another port."
+                f"({error}); another program may have it: give all processes another port."
             ) from error
 
 
@@ -151,32 +184,31 @@ def host() -> str:
     return f"host {socket.gethostname()}"
 
 
-def _nobody_came(coordinator: str, num_processes: int, process_id: int, secs: float) -> str:
-    """Return the line for a process that waited for its job in vain."""
-    if not coordinator:
+def _nobody_came(job: _Job, secs: float) -> str:
+    """Return the line of a process that has waited `secs` for the rest of its job."""
+    if not job.coordinator:
         return (
             f"{host()} waited {secs:.0f} s for the other hosts that the cluster names; "
-            "start this command on all of "
-            "them, or raise --start_secs where they start far apart."
+            "start this command on all of them, or raise --start_secs where they start far apart."
         )
-    who = f"process {process_id} of {num_processes} on {host()}"
-    if process_id and not _reachable(coordinator):
+    who = f"process {job.process_id} of {job.num_processes} on {host()}"
+    if job.process_id and not _is_reachable(job.coordinator):
         return (
-            f"{who} found nobody at --coordinator={coordinator} for {secs:.0f} s; is process 0 "
-            "running there?"
+            f"{who} found nobody at --coordinator={job.coordinator} for {secs:.0f} s; is "
+            "process 0 running there?"
         )
     return (
-        f"{who} waited {secs:.0f} s, but not all {num_processes} processes came; start "
-        "this command on every host with "
-        "the same --coordinator and --num_processes and each its own --process_id."
+        f"{who} waited {secs:.0f} s, but not all {job.num_processes} processes came; start "
+        "this command on every host with the same --coordinator and --num_processes and each "
+        "its own --process_id."
     )
 
 
-def _reachable(address: str) -> bool:
+def _is_reachable(address: str) -> bool:
     """Say whether something listens at host:port."""
-    host, _, port = address.rpartition(":")
+    name, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=2).close()
+        socket.create_connection((name, int(port)), timeout=2).close()
     except (OSError, ValueError):
         return False
     return True
@@ -186,10 +218,14 @@ def _reachable(address: str) -> bool:
 def time_limit(
     secs: float, line: Callable[[], str], error: type[UserError] = UserError
 ) -> Iterator[None]:
-    """End the program with one line and the exit code of `error` where the body takes longer than
-    `secs`.
+    """End the program where the body takes longer than `secs`.
 
-    A timer on a thread, for nothing in Python interrupts a wait inside JAX.
+    A timer on a thread does it, for nothing in Python interrupts a wait inside JAX.
+
+    Args:
+      secs: the limit.
+      line: makes the one line that is printed.
+      error: the kind of error, which has the exit code.
     """
 
     def give_up() -> None:
@@ -211,8 +247,9 @@ def is_main() -> bool:
 
 
 def speaker() -> str:
-    """Return what an error line of this process begins with: nothing, or its number and host in a
-    job of several.
+    """Return what an error line of this process begins with.
+
+    In a job of several that is its number and host; alone it is nothing.
     """
     if not jax.distributed.is_initialized():
         return ""
@@ -221,12 +258,11 @@ def speaker() -> str:
 
 def lost_peer(error: Exception) -> bool:
     """Say whether an error of JAX came from a process of this job that is no longer there."""
+    if not jax.distributed.is_initialized() or not isinstance(error, RuntimeError):
+        return False
+    message = str(error).lower()
     signs = ("peer", "gloo", "nccl", "connection", "heartbeat", "unavailable")
-    return (
-        jax.distributed.is_initialized()
-        and isinstance(error, RuntimeError)
-        and any(sign in str(error).lower() for sign in signs)
-    )
+    return any(sign in message for sign in signs)
 
 
 def note_first_step() -> None:
@@ -246,6 +282,7 @@ def leave(exit_code: int) -> None:
     """End this process after an error, within LEAVE_SECS though its peers may not know of it."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()
+        # At exit JAX waits for its peers, which may wait for this process.
         timer = threading.Timer(LEAVE_SECS, lambda: os._exit(exit_code))
         timer.daemon = True
         timer.start()
@@ -254,8 +291,9 @@ def leave(exit_code: int) -> None:
 
 @functools.cache
 def client() -> Any:
-    """Return the client of JAX's coordination service; JAX itself has no public name for it, Orbax
-    has.
+    """Return the client of JAX's coordination service.
+
+    JAX itself has no public name for it; Orbax has.
     """
     from orbax.checkpoint import multihost
 
@@ -263,8 +301,9 @@ def client() -> Any:
 
 
 def barrier(name: str, secs: float = BARRIER_SECS) -> None:
-    """Wait until all processes have come to the point `name`, once in a program; raise HangError
-    after `secs`.
+    """Wait until all processes have come to the point `name`, once in a program.
+
+    Raises HangError after `secs`.
     """
     if jax.process_count() == 1:
         return
@@ -274,7 +313,7 @@ def barrier(name: str, secs: float = BARRIER_SECS) -> None:
 
 @contextlib.contextmanager
 def _waiting(line: str) -> Iterator[None]:
-    """Raise HangError with `line` where a call of the coordination service has waited in vain."""
+    """Raise HangError with `line` where a call of the coordination service gives up waiting."""
     try:
         yield
     except RuntimeError as error:
@@ -288,24 +327,35 @@ def _from_0(key: str, secs: float) -> Any:
 
 
 def from_main(make: Callable[[], Any], secs: float = BARRIER_SECS) -> Any:
-    """Return on every process what `make` returns on process 0, plain values; a UserError there is
-    raised on all.
+    """Return on every process what `make` returns on process 0.
+
+    All processes must call this equally often.
+
+    Args:
+      make: returns plain values, as JSON has them.
+      secs: how long the others wait for it.
+
+    Raises:
+      UserError: on all processes, where `make` raises it.
+      HangError: where process 0 doesn't answer in time.
     """
     if jax.process_count() == 1:
         return make()
-    key, service = f"tinylm/from_main/{next(_calls)}", client()
+    key = f"tinylm/from_main/{next(_calls)}"
+    # The answer is [value], or [name of the error, its line].
     if is_main():
         try:
             value = make()
         except UserError as error:
-            service.key_value_set(key, json.dumps([type(error).__name__, str(error)]))
+            client().key_value_set(key, json.dumps([type(error).__name__, str(error)]))
             raise
-        service.key_value_set(key, json.dumps([value]))
+        client().key_value_set(key, json.dumps([value]))
         return value
-    found = _from_0(key, secs)
-    if len(found) > 1:
-        raise getattr(errors, found[0])(found[1])
-    return found[0]
+    answer = _from_0(key, secs)
+    if len(answer) == 1:
+        return answer[0]
+    name, line = answer
+    raise getattr(errors, name)(line)
 
 
 def agree(facts: dict[str, Any], secs: float = START_SECS) -> None:
@@ -316,31 +366,36 @@ def agree(facts: dict[str, Any], secs: float = START_SECS) -> None:
     """
     if jax.process_count() == 1:
         return
-    process, service = jax.process_index(), client()
-    ours = json.dumps([host(), {name: repr(fact) for name, fact in facts.items()}])
+    process = jax.process_index()
+    ours = {name: repr(fact) for name, fact in facts.items()}
     if process == 0:
-        service.key_value_set("tinylm/facts", ours)
+        client().key_value_set("tinylm/facts", json.dumps([host(), ours]))
     else:
         their_host, theirs = _from_0("tinylm/facts", secs)
-        differing = _differing(json.loads(ours)[1], theirs)
+        differing = _differing(ours, theirs)
         if differing:
-            service.key_value_set(
+            client().key_value_set(
                 f"tinylm/differing/{process:06}",
                 f"process {process} on {host()} was started otherwise than process 0 on "
-                f"{their_host}: {differing}; "
-                "start every host with the same command, files and versions.",
+                f"{their_host}: {differing}; start every host with the same command, files and "
+                "versions.",
             )
     barrier("comparing how processes were started", secs)
-    complaints = sorted(service.key_value_dir_get("tinylm/differing/"))
+    # In the order of the processes, so that all name the same one.
+    complaints = sorted(client().key_value_dir_get("tinylm/differing/"))
     if complaints:
-        raise UserError(complaints[0][1])
+        _, line = complaints[0]
+        raise UserError(line)
 
 
 def _differing(ours: dict[str, str], theirs: dict[str, str]) -> str:
-    """Return "X=a instead of b" for the facts that differ, the first three of them."""
+    """Return "X=a instead of b" for the facts that differ, the first few of them."""
     names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
-    shown = [f"{name}={ours.get(name)} instead of {theirs.get(name)}" for name in names[:3]]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = names[:_MOST_DIFFERENCES]
+    text = ", ".join(f"{name}={ours.get(name)} instead of {theirs.get(name)}" for name in shown)
+    if len(names) > len(shown):
+        text += f" and {len(names) - len(shown)} more"
+    return text
 
 
 def code_versions() -> dict[str, str]:
@@ -350,6 +405,8 @@ def code_versions() -> dict[str, str]:
     package = pathlib.Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
-        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+        digest.update(str(path.relative_to(package)).encode())
+        digest.update(b"\0")
+        digest.update(path.read_bytes())
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"tinylm code": digest.hexdigest()[:12], "python": platform.python_version(), **versions}

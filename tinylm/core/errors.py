@@ -1,8 +1,8 @@
 """What can go wrong for a user, and the exit code that tells it apart.
 
 Every mistake ends in one clear line: what was required, what was found, which key or flag to
-change. Errors of this module carry that line and the exit code; `tinylm.cli.run` prints the one and
-exits with the other. Any other exception is a bug of ours and keeps its traceback.
+change. Errors of this module carry that line and the exit code; `tinylm.cli.run` prints the line
+and exits with the code. Any other exception is a bug of ours and keeps its traceback.
 """
 
 
@@ -31,9 +31,7 @@ class StorageError(UserError):
 
 
 class Preempted(UserError):
-    """The run was asked to stop, has saved, and can be resumed by the same command. Exit code
-    75.
-    """
+    """The run was asked to stop, has saved, and goes on with the same command. Exit code 75."""
 
     exit_code = 75
 
@@ -51,6 +49,8 @@ RESUMABLE = frozenset(error.exit_code for error in (HangError, PeerLost, Preempt
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error of a library says, in one line."""
+    """Return what an error of a library says, in one line of at most 200 characters."""
+    # Of an OSError the text without its number and file, which our line names already.
     reason = getattr(error, "strerror", None) or str(error)
-    return " ".join(str(reason).split())[:200] or type(error).__name__
+    line = " ".join(str(reason).split())
+    return line[:200] or type(error).__name__

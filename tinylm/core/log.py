@@ -16,8 +16,25 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+# What these libraries raise is printed once, by us.
+_SILENCED = (
+    "absl",
+    "asyncio",
+    "jax",
+    "orbax",
+    "etils",
+    "gcsfs",
+    "fsspec",
+    "s3fs",
+    "google",
+    "urllib3",
+    "aiohttp",
+)
+_LONGEST_PAUSE_SECS = 60.0
+
 _logger = logging.getLogger("tinylm")
 _lines: queue.Queue = queue.Queue()
+_said_once: set[str] = set()
 
 
 def start(is_main: bool = True) -> None:
@@ -27,30 +44,23 @@ def start(is_main: bool = True) -> None:
     _logger.handlers = [logging.handlers.QueueHandler(_lines)]
     logging.handlers.QueueListener(_lines, handler).start()
     atexit.register(flush)
-    logging.raiseExceptions = False  # a pipe that broke is nobody's news
+    # A pipe that broke is no news to anybody.
+    logging.raiseExceptions = False
     _logger.propagate = False
     _logger.setLevel(logging.INFO if is_main else logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
-    for name in (
-        "absl",
-        "asyncio",
-        "jax",
-        "orbax",
-        "etils",
-        "gcsfs",
-        "fsspec",
-        "s3fs",
-        "google",
-        "urllib3",
-        "aiohttp",
-    ):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what is raised is said once, by us
+    for name in _SILENCED:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore")
     sys.unraisablehook = _unraisable
 
 
 def _unraisable(found: Any) -> None:
-    """Say what nobody could catch; not that of a save that failed further writes ended later."""
+    """Print an error that nobody could catch, as Python does, with one exception.
+
+    After a save that failed, libraries for buckets end their other writes when their event loop is
+    closed already.
+    """
     if str(found.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(found)
 
@@ -67,20 +77,21 @@ def say(line: str, from_all: bool = False) -> None:
     _logger.log(logging.ERROR if from_all else logging.INFO, line)
 
 
-def say_once(line: str, _said: set[str] = set()) -> None:  # noqa: B006
+def say_once(line: str) -> None:
     """Log one line to the user, the first time only."""
-    if line not in _said:
-        _said.add(line)
+    if line not in _said_once:
+        _said_once.add(line)
         say(line)
 
 
 @contextlib.contextmanager
 def alive(describe: Callable[[], str], after_secs: float = 5.0) -> Iterator[None]:
-    """Say what is going on where it takes longer than `after_secs`, then more and more rarely, but
-    every minute.
+    """Say what is going on where it takes long: after `after_secs`, then ever more rarely.
 
-    `describe` is called on another thread, so the work inside has to let go of the interpreter now
-    and then.
+    Args:
+      describe: returns a line. It is called on another thread, so the work inside has to let go of
+        the interpreter now and then.
+      after_secs: the first pause; each next one is twice as long, up to a minute.
     """
     done = threading.Event()
     started = time.monotonic()
@@ -89,7 +100,7 @@ def alive(describe: Callable[[], str], after_secs: float = 5.0) -> Iterator[None
         pause = after_secs
         while not done.wait(pause):
             say(f"{describe()} ... {time.monotonic() - started:.0f} s")
-            pause = min(2 * pause, 60.0)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECS)
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()

@@ -27,9 +27,8 @@ class StopRequest:
     def __init__(self) -> None:
         """Install the handlers."""
         self.nothing_to_save = True
-        self.signalled = (
-            False  # this process, which in a job of several doesn't yet mean that the run stops
-        )
+        # This process got a signal, which in a job of several doesn't yet mean that the run stops.
+        self.signalled = False
         self._stopping = False
         self._asked = 0
         self._interrupts = False

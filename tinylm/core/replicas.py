@@ -19,7 +19,8 @@ from tinylm.core.errors import NumericError
 from tinylm.core.mesh import AXES, replicated
 from tinylm.core.text import path_text
 
-_MOST_NAMED = 4  # devices in an error
+# Devices in an error.
+_MOST_NAMED = 4
 
 
 def make_replica_check(mesh: Mesh, abstract: Any) -> Callable[[Any], None]:
@@ -45,14 +46,17 @@ def make_replica_check(mesh: Mesh, abstract: Any) -> Callable[[Any], None]:
     sums_of = jax.jit(add_up, out_shardings=replicated(mesh))
 
     def check(tree: Any) -> None:
-        # Shaped like the mesh, with the leaves behind.
+        # Shaped like the mesh, with one more axis, of the leaves.
         sums = np.asarray(sums_of(*jax.tree.leaves(tree)))
+        # For each device the first of its leaves that differs.
         corrupt: dict[jax.Device, str] = {}
         for number, (path, leaf) in enumerate(leaves):
-            for device in _differing_devices(mesh, leaf, sums[..., number]):
+            differing = _differing_devices(mesh, leaf, sums[..., number])
+            for device in differing:
                 corrupt.setdefault(device, f"{device} ({path_text(path)})")
         if corrupt:
-            named = ", ".join(list(corrupt.values())[:_MOST_NAMED])
+            lines = list(corrupt.values())
+            named = ", ".join(lines[:_MOST_NAMED])
             raise NumericError(
                 f"a copy of the parameters is corrupt on {named}; go on without that device."
             )
@@ -60,7 +64,9 @@ def make_replica_check(mesh: Mesh, abstract: Any) -> Callable[[Any], None]:
     return check
 
 
-def _differing_devices(mesh: Mesh, leaf: jax.ShapeDtypeStruct, sums: np.ndarray) -> list:
+def _differing_devices(
+    mesh: Mesh, leaf: jax.ShapeDtypeStruct, sums: np.ndarray
+) -> list[jax.Device]:
     """Return the devices whose copy of a part of a leaf is not that of most devices with it.
 
     Args:
@@ -69,15 +75,19 @@ def _differing_devices(mesh: Mesh, leaf: jax.ShapeDtypeStruct, sums: np.ndarray)
       sums: of the bits that each device holds of it, shaped like the mesh.
     """
     part_of = leaf.sharding.devices_indices_map(leaf.shape)
-    copies: dict[str, list[tuple[Any, int]]] = {}
+    # The copies of each part: a device with its sum. A slice has no hash, so its text is the key.
+    copies: dict[str, list[tuple[jax.Device, int]]] = {}
     for place, device in np.ndenumerate(mesh.devices):
-        copies.setdefault(str(part_of[device]), []).append((device, int(sums[place])))
+        part = str(part_of[device])
+        copies.setdefault(part, []).append((device, int(sums[place])))
+
     differing = []
     for group in copies.values():
-        [(common_sum, count)] = Counter(value for _, value in group).most_common(1)
+        counts = Counter(copy_sum for _, copy_sum in group)
+        common_sum, count = counts.most_common(1)[0]
         has_majority = 2 * count > len(group)
-        for device, value in group:
-            if value != common_sum or not has_majority:
+        for device, copy_sum in group:
+            if copy_sum != common_sum or not has_majority:
                 differing.append(device)
     return differing
 

@@ -33,8 +33,9 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Which values a setting takes: numbers within limits, one of some choices, or one of the
-    values in `also`.
+    """Which values a setting takes: numbers within limits, one of some choices, or one of `also`.
+
+    For a tuple, they hold for each of its entries.
     """
 
     least: float | None = None
@@ -158,8 +159,7 @@ class Section:
         if self.is_frozen:
             raise dataclasses.FrozenInstanceError(
                 f"{key} can't change: this config is resolved; change the one it was "
-                "resolved from, or an "
-                "editable_copy() of it."
+                "resolved from, or an editable_copy() of it."
             )
         object.__setattr__(self, name, _converted(key, value, _fields(type(self))[name].type))
 
@@ -208,9 +208,12 @@ class Section:
             if isinstance(value, float) and not abs(value) <= _LARGEST_FLOAT32:
                 raise UserError(f"{key}={value} must be a finite number that float32 can hold.")
             bounds = field.metadata["bounds"]
-            if not bounds.admits(value):
-                hint = nearest(value, bounds.choices) if isinstance(value, str) else ""
-                raise UserError(f"{key}={value!r} must be {bounds}{hint or '.'}")
+            if bounds.admits(value):
+                continue
+            hint = ""
+            if isinstance(value, str):
+                hint = nearest(value, bounds.choices)
+            raise UserError(f"{key}={value!r} must be {bounds}{hint or '.'}")
 
 
 def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
@@ -232,12 +235,14 @@ def differing_settings(
 
     Free settings count only where `decisive` names them.
     """
-    pairs = zip(settings_of(section), settings_of(other), strict=True)
-    return [
-        (key, a, b)
-        for (key, field, a), (_, _, b) in pairs
-        if a != b and (key in decisive or not field.metadata["free"])
-    ]
+    differing = []
+    for ours, theirs in zip(settings_of(section), settings_of(other), strict=True):
+        key, field, value = ours
+        _, _, other_value = theirs
+        counts = key in decisive or not field.metadata["free"]
+        if counts and value != other_value:
+            differing.append((key, value, other_value))
+    return differing
 
 
 def to_dict(section: Any) -> dict[str, Any]:
@@ -252,22 +257,17 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     """
     if not isinstance(values, dict):
         raise UserError(f"config.json: {cls.__name__} is {values!r:.60}, not an object.")
-    arguments: dict[str, Any] = {}
+    # A name that isn't a setting goes to the constructor as well, which refuses it.
+    arguments = dict(values)
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name in values:
-            value = values[field.name]
-            is_section = field.default_factory is not dataclasses.MISSING
-            arguments[field.name] = (
-                from_dict(typing.cast(type, field.type), value) if is_section else value
-            )
+        is_section = field.default_factory is not dataclasses.MISSING
+        if is_section and field.name in values:
+            section = typing.cast(type, field.type)
+            arguments[field.name] = from_dict(section, values[field.name])
     try:
-        # A name that isn't a setting goes to the constructor as well, which refuses it.
-        return cls(**{**values, **arguments})
+        return cls(**arguments)
     except UserError as error:
-        text = str(error)
-        raise UserError(
-            text if text.startswith("config.json: ") else f"config.json: {text}"
-        ) from error
+        raise UserError(f"config.json: {error}") from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -283,18 +283,22 @@ def nearest_setting(key: str) -> str:
     meant = meant_setting(key)
     if meant:
         return f"; did you mean {meant!r}?"
-    return nearest(key, [*_all_keys(), *(section.section_name for section in _all_sections())])
+    section_names = [section.section_name for section in _all_sections()]
+    return nearest(key, _all_keys() + section_names)
 
 
 def meant_setting(key: str) -> str:
-    """Return the setting that another program calls so, or that stands in another section; "" where
-    there is none.
+    """Return the setting that a wrong key means, or "".
+
+    That is one of the same name in another section, or one that another program calls so.
     """
     section_name, _, name = key.rpartition(".")
     elsewhere = [known for known in _all_keys() if known.rpartition(".")[2] == name]
+    if elsewhere and section_name:
+        # Of several sections that have it, the one with the most similar name.
+        return difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.0)[0]
     if elsewhere:
-        close = difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.0)
-        return close[0] if section_name else elsewhere[0]
+        return elsewhere[0]
     for section in _all_sections():
         for own_name, field in _fields(section).items():
             if name in field.metadata.get("aliases", ()):
@@ -304,12 +308,12 @@ def meant_setting(key: str) -> str:
 
 def _all_keys() -> list[str]:
     """Return the dotted keys of all settings."""
-    return [
-        _key(section, name)
-        for section in _all_sections()
-        for name, field in _fields(section).items()
-        if not dataclasses.is_dataclass(field.type)
-    ]
+    keys = []
+    for section in _all_sections():
+        for name, field in _fields(section).items():
+            if not dataclasses.is_dataclass(field.type):
+                keys.append(_key(section, name))
+    return keys
 
 
 def _all_sections() -> list[type[Section]]:
@@ -318,10 +322,12 @@ def _all_sections() -> list[type[Section]]:
 
 
 def _fields(cls: type) -> dict[str, dataclasses.Field]:
+    """Return the fields of a dataclass by name."""
     return {field.name: field for field in dataclasses.fields(cls)}
 
 
 def _sections_in(section: Any) -> dict[str, Section]:
+    """Return the sections inside a section, by name."""
     values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
     return {name: value for name, value in values.items() if isinstance(value, Section)}
 
@@ -332,14 +338,16 @@ def _key(cls: type[Section], name: str) -> str:
 
 
 def _check_name(cls: type[Section], name: str) -> None:
+    """Raise UserError for a name that isn't a setting, with the one that may be meant."""
     if name not in _fields(cls):
         key = _key(cls, name)
         raise UserError(f"{key} is not a setting{nearest_setting(key) or '.'}")
 
 
 def _converted(key: str, value: Any, kind: Any) -> Any:
-    """Return a value as a setting of type `kind` holds it; raise UserError where it is of another
-    type.
+    """Return a value as a setting of type `kind` holds it.
+
+    Raises UserError where the value is of another type.
 
     A whole number serves as a float, NumPy's numbers as Python's, a list as a tuple, and a single
     value as a tuple of one (so that a text never counts as a list of its letters, and the command
@@ -349,17 +357,20 @@ def _converted(key: str, value: Any, kind: Any) -> Any:
         entry_kind = typing.get_args(kind)[0]
         entries = value if isinstance(value, list | tuple) else [value]
         return tuple(_converted(key, entry, entry_kind) for entry in entries)
-    is_bool = isinstance(value, bool)
-    # Whole numbers that no float can hold are left out; an infinite float, which may come here,
-    # `check` refuses.
-    if kind is float and isinstance(value, numbers.Real) and not is_bool and not _is_huge(value):
+
+    # True and False are numbers to Python, but not to us.
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if kind is float and is_number and not _is_huge(value):
+        # An infinite float may come here, which `check` refuses.
         return float(value)
-    if kind is int and isinstance(value, numbers.Integral) and not is_bool:
+    if kind is int and is_number and isinstance(value, numbers.Integral):
         return int(value)
     if kind in (bool, str) and isinstance(value, kind):
         return value
-    if isinstance(kind, type) and issubclass(kind, Section) and isinstance(value, kind):
+    is_section = isinstance(kind, type) and issubclass(kind, Section)
+    if is_section and isinstance(value, kind):
         return value
+
     required = _KINDS.get(kind) or f"a {kind.__name__}"
     hint = ""
     if kind is int and isinstance(value, float) and value.is_integer():
@@ -368,4 +379,5 @@ def _converted(key: str, value: Any, kind: Any) -> Any:
 
 
 def _is_huge(value: Any) -> bool:
+    """Say whether a value is a whole number that no float can hold."""
     return isinstance(value, numbers.Integral) and abs(int(value)).bit_length() > 1000

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tinylm.core.errors import UserError
+from tinylm.core.files import replace_text
 
 _CHUNK_BYTES = 1 << 22
 
@@ -79,8 +80,6 @@ def _read(notes: pathlib.Path) -> dict[str, Any]:
 
 def _write(notes: pathlib.Path, found: dict[str, Any]) -> None:
     """Write notes in one step; a folder that only its owner can write to goes without."""
-    temporary = notes.with_name(f"{notes.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         notes.parent.mkdir(exist_ok=True, mode=0o700)
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-        temporary.replace(notes)
+        replace_text(notes, json.dumps(found), suffix=f".{os.getpid()}.tmp")

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import StorageError, UserError
+from tinylm.core.files import sync, user_cache
 from tinylm.core.log import alive, say
 from tinylm.data import splits as splits_of
 from tinylm.data.config import DataConfig, split_spec
@@ -44,9 +45,8 @@ def store_folder(config: DataConfig) -> pathlib.Path:
     if config.store_dir:
         candidates = [pathlib.Path(config.store_dir).expanduser()]
     else:
-        home = os.environ.get("HOME", "")
-        cache = os.environ.get("XDG_CACHE_HOME") or (os.path.join(home, ".cache") if home else "")
-        candidates = [pathlib.Path(cache, "tinylm", "stores")] if cache else []
+        cache = user_cache()
+        candidates = [cache / "stores"] if cache is not None else []
         candidates.append(pathlib.Path(tempfile.gettempdir(), f"tinylm-{os.getuid()}", "stores"))
     for folder in candidates:
         with contextlib.suppress(OSError):
@@ -102,13 +102,13 @@ def make(
             temporary.mkdir(parents=True)
             fill(temporary)
             for path in [*temporary.rglob("*"), temporary]:
-                _sync(path)
+                sync(path)
             try:
                 os.rename(temporary, folder)
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-            _sync(folder.parent)
+            sync(folder.parent)
     except OSError as error:
         where = error.filename or folder.parent
         raise StorageError(
@@ -134,15 +134,6 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
             for left in folder.parent.glob(f"{folder.name}.{socket.gethostname()}.*.tmp"):
                 shutil.rmtree(left, ignore_errors=True)
         yield
-
-
-def _sync(path: pathlib.Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def wait_for(folder: pathlib.Path, wait_secs: float) -> None:

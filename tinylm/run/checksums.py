@@ -17,6 +17,9 @@ from typing import Any
 
 from etils import epath
 
+from tinylm.core.files import sync
+from tinylm.core.storage import in_bucket
+
 NAME = "checksums"
 _CHUNK_BYTES = 1 << 22
 _THREADS = 4  # hashing leaves Python's lock
@@ -82,11 +85,8 @@ def damage(folder: epath.Path, parts: Iterable[str]) -> str:
 
 def _sync(path: epath.Path) -> None:
     """Bring a file or a folder onto the disk, where it is on one."""
-    if "://" not in os.fspath(path):
-        descriptor = os.open(path, os.O_RDONLY)
-        with contextlib.suppress(OSError):  # a file system that can't
-            os.fsync(descriptor)
-        os.close(descriptor)
+    if not in_bucket(path):
+        sync(path, required=False)
 
 
 def _files(folder: epath.Path) -> dict[str, epath.Path]:

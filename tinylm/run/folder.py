@@ -18,6 +18,7 @@ from etils import epath
 
 from tinylm.core import storage
 from tinylm.core.errors import StorageError, UserError, one_line
+from tinylm.core.files import replace_text
 from tinylm.core.log import say
 from tinylm.core.paths import check_address
 
@@ -258,10 +259,8 @@ class RunFolder:
 
     def write(self, path: epath.Path, text: str) -> None:
         """Replace a small file in one step."""
-        temporary = path.parent / (path.name + ".tmp")
         try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            replace_text(path, text)
         except storage.failures() as error:
             raise StorageError(f"{path} cannot be written: {one_line(error)}.") from error
 
