@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from tinylm.data import open_data, plans
+from tinylm.data import open_data
 from tinylm.data.config import DataConfig
+from tinylm.data.packing import StreamPlan
 from tinylm.data.pipeline import train_batches
 from tinylm.data.rows import Rows, SplitRows
 from tinylm.data.sources import make_source
@@ -145,7 +146,7 @@ def bench_large(folder: str) -> None:
         sparse_store(place, num_tokens)
         begun = time.perf_counter()
         store = Store(place)
-        rows = SplitRows(store, "train", plans.StreamPlan(num_tokens, 1024), 1024, seed=0)
+        rows = SplitRows(store, "train", StreamPlan(num_tokens, 1024), 1024, seed=0)
         opened = time.perf_counter() - begun
         rows.read(np.arange(8))
         first, again = [], []

@@ -52,7 +52,6 @@ def clean() -> None:
     """Show all token stores, and remove those that no run refers to."""
     from tinylm.config import Config
     from tinylm.data import stores
-    from tinylm.data.preparing import store_folder
     from tinylm.run.folder import RunFolder
 
     def refers(workdir: str, name: str) -> bool:
@@ -69,7 +68,7 @@ def clean() -> None:
         except (UserError, OSError):
             return False
 
-    folder = store_folder((FLAGS.config or Config()).data)
+    folder = stores.store_folder((FLAGS.config or Config()).data)
     removed: list[dict[str, Any]] = []
     kept: list[dict[str, Any]] = []
     for store in stores.find_stores(folder, refers, exists):
@@ -101,7 +100,7 @@ def clean() -> None:
 
 def summary(data: Any) -> dict[str, Any]:
     """Return counts over all stores of a run, and where they are."""
-    from tinylm.data.preparing import SKIPPED
+    from tinylm.data.prepare import SKIPPED
 
     stores = data.every_store
     manifests = [store.manifest for store in stores]

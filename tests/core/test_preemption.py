@@ -59,7 +59,7 @@ def test_what_the_caller_ignores_stays_ignored_as_under_nohup(stop):
 WAITS = """
 import pathlib, sys, time
 from tinylm.core.preemption import StopRequest
-from tinylm.data.preparing import wait_for
+from tinylm.data.stores import wait_for
 StopRequest()
 print("ready", flush=True)
 wait_for(pathlib.Path("a store that nobody makes"), 1800)

@@ -5,7 +5,7 @@ entropy, exactly.
 import math
 from collections.abc import Iterator
 
-from tinylm.data.tales import _SYMBOLS, Env, Grammar, Parts, Slot
+from tinylm.data.sources.tales import _SYMBOLS, Env, Grammar, Parts, Slot
 
 
 class ParsedGrammar(Grammar):

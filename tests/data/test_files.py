@@ -15,9 +15,9 @@ import zstandard
 
 from tinylm.core import log
 from tinylm.core.errors import UserError
-from tinylm.data import files, open_data, preparing
+from tinylm.data import open_data, prepare
 from tinylm.data.config import DataConfig
-from tinylm.data.sources import make_source
+from tinylm.data.sources import files, make_source
 
 STORY = "Once upon a time there was a cat. Она спала.\n"
 
@@ -269,7 +269,7 @@ def test_lower_case_and_its_floor(tmp_path):
 @pytest.fixture
 def told(monkeypatch):
     lines = []
-    monkeypatch.setattr(preparing, "say", lines.append)
+    monkeypatch.setattr(prepare, "say", lines.append)
     return lines
 
 
@@ -298,7 +298,7 @@ def test_what_was_skipped_is_told_with_its_place_and_the_rest_is_listed(tmp_path
     assert "skipped 12 documents (data.on_bad_text=skip):" in told
     places = [line for line in told if line.startswith(f"  {tmp_path}/a.jsonl, line ")]
     assert len(places) == 10 and "line 2, at byte 24, is not JSON" in places[0]
-    listed = data.stores[0].folder / preparing.SKIPPED
+    listed = data.stores[0].folder / prepare.SKIPPED
     assert f"  all of them are in {listed}" in told
     assert len(listed.read_text(encoding="utf-8").splitlines()) == 12
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.data import open_data, plans
+from tinylm.data import open_data, packing
 from tinylm.data.config import DataConfig, parse_mixture
 from tinylm.data.pipeline import eval_batches, train_batches
 from tinylm.data.rows import schedule
@@ -150,12 +150,12 @@ def test_first_fit_is_the_first_row_with_room(lengths):
         free += [12] if row == len(free) else []
         free[row] -= length
         expected.append(row)
-    assert plans.first_fit(np.array(lengths), 12).tolist() == expected
+    assert packing.first_fit(np.array(lengths), 12).tolist() == expected
 
 
 def test_packing_is_planned_once_for_store_and_context(tmp_path, monkeypatch):
     first = opened(tmp_path, packing="packed")
-    monkeypatch.setattr(plans, "write_plan", lambda *args, **kwargs: pytest.fail("planned again"))
+    monkeypatch.setattr(packing, "write_plan", lambda *args, **kwargs: pytest.fail("planned again"))
     assert np.array_equal(
         epoch(opened(tmp_path, packing="packed").train)["targets"], epoch(first.train)["targets"]
     )
@@ -163,7 +163,7 @@ def test_packing_is_planned_once_for_store_and_context(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "header"])
 def test_a_plan_that_is_not_whole_is_made_again_and_dead_ones_go(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(plans, "PACK_DOCUMENTS", 7)
+    monkeypatch.setattr(packing, "PACK_DOCUMENTS", 7)
     first = opened(tmp_path, packing="packed")
     folder = first.stores[0].folder
     plan = folder / "plan-train-packed-16"
@@ -171,13 +171,13 @@ def test_a_plan_that_is_not_whole_is_made_again_and_dead_ones_go(tmp_path, monke
     dead = folder / f"{plan.name}.{socket.gethostname()}.12345.tmp"
     dead.mkdir()
     if damage == "header":
-        (plan / plans.PLAN).write_text("{")
+        (plan / packing.PLAN).write_text("{")
     elif damage == "gone":
         (plan / "pieces-00000.bin").unlink()
     else:
         (plan / "ends-00000.bin").write_bytes((plan / "ends-00000.bin").read_bytes()[:-8])
     assert np.array_equal(epoch(opened(tmp_path, packing="packed").train)["targets"], wanted)
-    assert plans.load_plan(plan) is not None and not dead.exists()
+    assert packing.load_plan(plan) is not None and not dead.exists()
 
 
 @settings(max_examples=60, deadline=None)

@@ -15,10 +15,10 @@ import pytest
 import zstandard
 
 from tinylm.core.errors import StorageError, UserError
-from tinylm.data import encoding, files, open_data, records, sources, store
+from tinylm.data import encoding, open_data, store
+from tinylm.data.atomic import make
 from tinylm.data.config import DataConfig
-from tinylm.data.preparing import make
-from tinylm.data.sources import make_source
+from tinylm.data.sources import base, files, hub, made, make_source, records
 
 STORIES = ["One day a cat sat.", "Two dogs ran\nfar away.", "Drei Mäuse — 日本 🙂"]
 
@@ -165,7 +165,7 @@ def test_a_validation_source_of_its_own_takes_no_text_from_training(tmp_path):
 
 
 def test_tales_have_a_floor_and_keep_their_splits_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "VALID_TALES", 30)
+    monkeypatch.setattr(made, "VALID_TALES", 30)
     config = config_of(tmp_path, source="tales:300", packing="single", seq_len=600)
     data = open_data(config, seed=0, progress=False)
     documents = list(make_source("tales:300", config).documents("valid"))
@@ -409,7 +409,7 @@ def test_test_data_of_the_hub_is_not_trained_on(tmp_path, monkeypatch):
     files = [pathlib.Path(f"{name}-0.parquet") for name in ("test", "train", "validation")]
     source = make_source("hf:org/name", DataConfig())
     source._files = files
-    monkeypatch.setattr(sources.FileSource, "documents", None)
+    monkeypatch.setattr(base.FileSource, "documents", None)
     monkeypatch.setattr(records.ParquetSource, "read", lambda self, path: [path])
     assert list(source.read_split("train")) == ["train-0.parquet"]
     assert list(source.read_split("valid")) == ["validation-0.parquet"]
@@ -454,6 +454,8 @@ def test_ready_ids_show_how_far_they_are(tmp_path, monkeypatch):
     seen = []
 
     class Bar:
+        disable = False
+
         def __init__(self, **settings):
             seen.append(settings["total"])
 
@@ -487,7 +489,7 @@ def test_the_hub_without_a_network_says_how_to_use_a_local_copy(tmp_path, monkey
 def test_a_written_tfds_data_set_gives_the_tokens_of_its_source(
     tmp_path, monkeypatch, capsys, source
 ):
-    monkeypatch.setattr(sources, "VALID_TALES", 30)
+    monkeypatch.setattr(made, "VALID_TALES", 30)
     from tinylm.data.tfds_builder import write_tfds
 
     if source == "text":
@@ -562,7 +564,7 @@ def test_the_data_room_needs_neither_jax_nor_its_heavy_libraries_to_open(tmp_pat
     ],
 )
 def test_records_name_splits_as_data_sets_do(path, split):
-    assert records.held_out_split(pathlib.Path(path)) == split
+    assert hub.held_out_split(pathlib.Path(path)) == split
 
 
 def test_an_edited_tokenizer_file_makes_another_store(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm.core.errors import UserError
-from tinylm.data import open_data, preparing, splits
+from tinylm.data import open_data, prepare, splits
 from tinylm.data.config import DataConfig
 from tinylm.data.sources import make_source
 
@@ -46,7 +46,7 @@ def texts_of_splits(data):
 @pytest.fixture
 def told(monkeypatch):
     lines = []
-    monkeypatch.setattr(preparing, "say", lines.append)
+    monkeypatch.setattr(prepare, "say", lines.append)
     return lines
 
 
@@ -145,11 +145,11 @@ def test_training_documents_are_the_text_of_the_training_split(tmp_path, valid_s
     config = config_of(tmp_path, valid_split=valid_split, valid_fraction=0.3)
     source = make_source(config.source, config)
     learned = "".join(
-        document.text for document in preparing.training_documents(source, holds_out=True)
+        document.text for document in splits.training_documents(source, holds_out=True)
     )
     assert learned == texts_of_splits(open_data(config, seed=0, progress=False))["train"]
     everything = "".join(
-        document.text for document in preparing.training_documents(source, holds_out=False)
+        document.text for document in splits.training_documents(source, holds_out=False)
     )
     assert everything == "".join(
         (tmp_path / f"{n}.txt").read_text("utf-8") for n in sorted(range(len(sizes)), key=str)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tinylm.core.errors import StorageError, UserError
-from tinylm.data import encoding, open_data, preparing, sources, store
+from tinylm.data import encoding, open_data, prepare, sources, store, stores
 from tinylm.data.config import DataConfig
 from tinylm.data.tokenizers import ByteTokenizer
 
@@ -203,7 +203,7 @@ def test_a_store_is_made_once_and_again_when_its_text_changes(tmp_path, monkeypa
     config = config_of(path, tmp_path / "s")
     first = open_data(config, seed=0, progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "Preparer", lambda *args: pytest.fail("prepared again"))
+        patch.setattr(prepare, "Preparer", lambda *args: pytest.fail("prepared again"))
         assert open_data(config, seed=3, progress=False).stores[0].folder == first.stores[0].folder
     path.write_text(path.read_text().replace("a", "b"))
     assert open_data(config, seed=0, progress=False).stores[0].folder != first.stores[0].folder
@@ -216,7 +216,7 @@ def test_a_text_that_was_moved_or_touched_finds_its_store(tmp_path, monkeypatch,
     first = open_data(config_of(path, stores, tokenizer=tokenizer), seed=0, progress=False).stores[
         0
     ]
-    monkeypatch.setattr(preparing, "Preparer", lambda *args: pytest.fail("prepared again"))
+    monkeypatch.setattr(prepare, "Preparer", lambda *args: pytest.fail("prepared again"))
     os.utime(path, ns=(1, 1))
     touched = open_data(
         config_of(path, stores, tokenizer=tokenizer), seed=0, progress=False
@@ -257,13 +257,13 @@ def test_damaged_notes_of_checksums_only_cost_another_reading(tmp_path, damage):
 
 def test_a_file_that_grows_while_it_is_prepared_makes_no_store(tmp_path, monkeypatch):
     path = write_text(tmp_path / "a.txt", 50)
-    run = preparing.Preparer.run
+    run = prepare.Preparer.run
 
     def and_grow(self, splits):
         run(self, splits)
         path.write_text(path.read_text() + "more")
 
-    monkeypatch.setattr(preparing.Preparer, "run", and_grow)
+    monkeypatch.setattr(prepare.Preparer, "run", and_grow)
     with pytest.raises(UserError, match=r"a\.txt was written to while it was prepared"):
         open_data(config_of(path, tmp_path / "s"), seed=0, progress=False)
     assert not finished(tmp_path / "s")
@@ -378,8 +378,8 @@ def test_ids_take_the_smallest_type_and_shards_read_as_one(tmp_path, vocab_size,
 def test_without_a_home_stores_go_to_a_private_temporary_folder(tmp_path, monkeypatch, home):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", home)
-    monkeypatch.setattr(preparing.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = preparing.store_folder(DataConfig())
+    monkeypatch.setattr(stores.tempfile, "gettempdir", lambda: str(tmp_path))
+    folder = stores.store_folder(DataConfig())
     assert tmp_path in folder.parents
     assert all(os.stat(path).st_mode & 0o077 == 0 for path in (folder, folder.parent))
     other = os.stat_result([*os.lstat(folder)[:4], os.getuid() + 1, *os.lstat(folder)[5:]])
@@ -390,7 +390,7 @@ def test_without_a_home_stores_go_to_a_private_temporary_folder(tmp_path, monkey
     with pytest.raises(
         StorageError, match=r"set data\.store_dir"
     ):  # who owns the parent could rename what is in it
-        preparing.store_folder(DataConfig())
+        stores.store_folder(DataConfig())
 
 
 @pytest.mark.slow  # not long, but timed, which a busy machine disturbs
@@ -446,7 +446,7 @@ def test_private_plans_of_a_read_only_store_stay_in_memory(tmp_path, monkeypatch
         lambda *args, **kwargs: (_ for _ in ()).throw(PermissionError(13, "no")),
     )
     config.store_dir = ""
-    monkeypatch.setattr(preparing, "store_folder", lambda config: tmp_path / "s")
+    monkeypatch.setattr(stores, "store_folder", lambda config: tmp_path / "s")
     found = open_data(config, seed=0, progress=False)
     assert np.array_equal(
         found.train.read(np.arange(9))["targets"], wanted.train.read(np.arange(9))["targets"]

@@ -14,7 +14,7 @@ from derivations import TALES, ParsedGrammar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.data import tales
+from tinylm.data.sources import tales
 
 SMALL = {
     "start": """{name} {verb} {toy}. {Toy} is

@@ -19,7 +19,7 @@ from tinylm.data import open_data, pieces, splits, tokenizers, vocabularies
 from tinylm.data.bpe import BpeTokenizer
 from tinylm.data.config import DataConfig
 from tinylm.data.cut import CutTokenizer, count_ids
-from tinylm.data.sources import Document
+from tinylm.data.sources.base import Document
 from tinylm.data.tokenizers import ByteTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
 
 TEXT = "Once upon a time there was a cat.\nShe said: “café!”\n\n  Two  spaces, 日本 and 🙂.\n" * 20

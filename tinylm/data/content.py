@@ -17,6 +17,7 @@ from typing import Any
 
 from tinylm.core.errors import UserError
 from tinylm.core.files import replace_text
+from tinylm.data.progress import Progress
 
 _CHUNK_BYTES = 1 << 22
 
@@ -40,7 +41,7 @@ def file_state(path: str) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def checksums(paths: Sequence[str], notes: pathlib.Path, bar: Any) -> list[str]:
+def checksums(paths: Sequence[str], notes: pathlib.Path, work: Progress) -> list[str]:
     """Return the SHA-256 of each file, from `notes` where the file is as it was when they were
     written.
     """
@@ -50,20 +51,20 @@ def checksums(paths: Sequence[str], notes: pathlib.Path, bar: Any) -> list[str]:
     for path, state in zip(paths, states, strict=True):
         entry = noted.get(path)
         if not (isinstance(entry, list) and entry[:-1] == state and isinstance(entry[-1], str)):
-            entry = [*state, _checksum(path, bar)]
+            entry = [*state, _checksum(path, work)]
         found[path] = entry
     if found != noted:
         _write(notes, found)
     return [found[path][-1] for path in paths]
 
 
-def _checksum(path: str, bar: Any) -> str:
+def _checksum(path: str, work: Progress) -> str:
     digest = hashlib.sha256()
     try:
         with pathlib.Path(path).open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
-                bar.update(len(chunk))
+                work.update(len(chunk))
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from error
     return digest.hexdigest()

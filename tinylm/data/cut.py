@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from tinylm.data.encoding import batches, encode_texts
-from tinylm.data.sources import Document
+from tinylm.data.sources.base import Document
 from tinylm.data.tokenizers import TableTokenizer, Tokenizer
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()

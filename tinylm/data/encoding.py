@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from tinylm.data.sources import Document
+from tinylm.data.sources.base import Document
 from tinylm.data.tokenizers import Tokenizer, load_tokenizer
 
 ALONE_SECS = 1.0

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -24,12 +23,16 @@ import numpy as np
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import alive, say
-from tinylm.data import content, plans, preparing
+from tinylm.data import atomic, content, packing, prepare, stores
 from tinylm.data.config import MADE_HERE, WITHOUT_PROMPTS, DataConfig, parse_mixture, split_spec
-from tinylm.data.ready import TokenSource, prepare_ready
+from tinylm.data.progress import progress as progress_of
 from tinylm.data.rows import JoinedRows, MixedRows, Rows, SplitRows
-from tinylm.data.sources import Document, Source, hash_bytes, make_source
+from tinylm.data.sources import make_source
+from tinylm.data.sources.base import Document, Source, good_documents
+from tinylm.data.sources.tokens import TokenSource
+from tinylm.data.splits import training_documents
 from tinylm.data.store import MANIFEST, Store, read_manifest
+from tinylm.data.token_files import prepare_token_files
 from tinylm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
 from tinylm.data.vocabularies import tokenizer_file_hashes
 
@@ -310,7 +313,7 @@ class _Opener:
             make_source(spec, config, "data.valid_source") for spec in valid_specs
         ]
         self.train_splits = ("train",) if self.valid_sources else ("train", "valid")
-        self._folder = preparing.store_folder(config)
+        self._folder = stores.store_folder(config)
         self._checksums_of: dict[str, list[str]] = {}
 
     @functools.cached_property
@@ -331,19 +334,17 @@ class _Opener:
 
     def text_key(self, source: Source, splits: tuple[str, ...]) -> list[Any]:
         """Return what decides the text of some splits of a source."""
-        return preparing.text_key(source, splits, self._checksums(source))
+        return stores.text_key(source, splits, self._checksums(source))
 
     def _checksums(self, source: Source) -> list[str]:
         """Return the checksums of the files of a source, each file read at most once."""
         files = source.content_files
         if source.setting not in self._checksums_of:
-            # The notes of a source are found by its place, which they are of.
-            place = os.path.abspath(source.argument).encode("utf-8", "surrogateescape")
-            notes = self._folder / "checksums" / f"{hash_bytes(place)}.json"
+            notes = stores.checksum_notes(self._folder, source)
             total = sum(content.file_state(path)[0] for path in files)
-            with preparing.progress_bar(total, self.progress, "reading checksums") as bar:
+            with progress_of(total, self.progress, "reading checksums of", source.spec) as work:
                 self._checksums_of[source.setting] = (
-                    content.checksums(files, notes, bar) if files else []
+                    content.checksums(files, notes, work) if files else []
                 )
         return self._checksums_of[source.setting]
 
@@ -361,21 +362,19 @@ class _Opener:
         from.
         """
         for source in self.sources:
-            for document in preparing.training_documents(
-                source, holds_out=len(self.train_splits) > 1
-            ):
+            for document in training_documents(source, holds_out=len(self.train_splits) > 1):
                 yield from _texts_of(document)
 
     def _all_texts(self) -> Iterator[str]:
         """Yield the texts of all splits, which an alphabet has to cover."""
         for source in [*self.sources, *self.valid_sources]:
             for split in ("train", "valid") if source.own_splits else ("all",):
-                for document in preparing.checked(source.documents(split), self.config.on_bad_text):
+                for document in good_documents(source.documents(split), self.config.on_bad_text):
                     yield from _texts_of(document)
 
     def folder_of(self, source: Source, splits: tuple[str, ...]) -> pathlib.Path:
         """Return the folder that the store of some splits of a source has, or will have."""
-        return self._folder / preparing.store_key(self.text_key(source, splits), self.tokenizer_key)
+        return self._folder / stores.store_name(self.text_key(source, splits), self.tokenizer_key)
 
     def store(self, source: Source, splits: tuple[str, ...]) -> Store:
         """Return the store of some splits of a source, made by this process, by another, or long
@@ -383,16 +382,16 @@ class _Opener:
         """
         folder = self.folder_of(source, splits)
         if not self.is_writer:
-            preparing.wait_for(folder, self.wait_secs)
+            stores.wait_for(folder, self.wait_secs)
         elif not (folder / MANIFEST).exists():
-            preparing.make(
+            atomic.make(
                 folder,
                 lambda folder: (folder / MANIFEST).exists(),
                 functools.partial(self._fill, source, splits),
             )
             self._tell_unknown(source, read_manifest(folder))
             if self.progress:
-                preparing.tell_skipped(folder)
+                prepare.tell_skipped(folder)
         return Store(folder, source.spec, source.files if isinstance(source, TokenSource) else ())
 
     def _tell_unknown(self, source: Source, manifest: dict[str, Any]) -> None:
@@ -414,7 +413,7 @@ class _Opener:
         """
         if isinstance(source, TokenSource):
             return []
-        documents = preparing.checked(
+        documents = good_documents(
             source.documents("train" if source.own_splits else "all"), "skip"
         )
         for document in itertools.islice(documents, _LOOKED_AT_DOCUMENTS):
@@ -428,11 +427,16 @@ class _Opener:
         before = [content.file_state(path) for path in source.content_files]
         self.tokenizer.save(folder / "tokenizer")
         if isinstance(source, TokenSource):
-            prepare_ready(
-                source, self._checksums(source), self.tokenizer, folder, splits, self.progress
+            prepare_token_files(
+                source,
+                self._checksums(source),
+                self.tokenizer,
+                folder,
+                splits,
+                is_shown=self.progress,
             )
         else:
-            preparing.Preparer(source, self.tokenizer, folder, self.progress).run(splits)
+            prepare.prepare(source, self.tokenizer, folder, splits, self.progress)
         # The store's name says what the files held before, so it must not hold what came in
         # meanwhile.
         for path, state in zip(source.content_files, before, strict=True):
@@ -484,26 +488,28 @@ def _ends_within(ends: np.ndarray, begin: int, end: int) -> np.ndarray:
     return np.append(within, end - begin)
 
 
-def _plan(config: DataConfig, store: Store, split: str) -> plans.StreamPlan | plans.DocumentPlan:
+def _plan(
+    config: DataConfig, store: Store, split: str
+) -> packing.StreamPlan | packing.DocumentPlan:
     """Return the plan of a split, made once for a packing and a context length."""
     begin, end = store.manifest["splits"][split]["tokens"]
     if config.packing == "stream":
-        return plans.StreamPlan(end - begin, config.seq_len)
+        return packing.StreamPlan(end - begin, config.seq_len)
     folder = store.folder / f"plan-{split}-{config.packing}-{config.seq_len}"
-    if plan := plans.load_plan(folder):
+    if plan := packing.load_plan(folder):
         return plan
     ends = _ends_within(store.document_ends()[:, 0], begin, end)
     write = functools.partial(
-        plans.write_plan, ends=ends, seq_len=config.seq_len, packed=config.packing == "packed"
+        packing.write_plan, ends=ends, seq_len=config.seq_len, packed=config.packing == "packed"
     )
     try:
-        preparing.make(folder, lambda folder: plans.load_plan(folder) is not None, write)
-        plan = plans.load_plan(folder)
+        atomic.make(folder, lambda folder: packing.load_plan(folder) is not None, write)
+        plan = packing.load_plan(folder)
     except (
         StorageError
     ):  # a shared store that only its owner can write: the plan is this process's own
         with tempfile.TemporaryDirectory() as private:
             write(pathlib.Path(private))
-            plan = plans.load_plan(pathlib.Path(private))
+            plan = packing.load_plan(pathlib.Path(private))
     assert plan is not None, "a plan that was just written can be read"
     return plan

@@ -14,12 +14,12 @@ from typing import Protocol
 
 import numpy as np
 
-from tinylm.core.batch import HostBatch
-from tinylm.data.plans import DocumentPlan, Pieces, StreamPlan
+from tinylm.data.packing import DocumentPlan, Pieces, StreamPlan
 from tinylm.data.store import Store, TokenArray
 
-# One row of a batch for each index that was asked for; `core.batch` has the names and types.
-Examples = HostBatch
+# One row of a batch for each index that was asked for; `core.batch` has the names and types. It is
+# not imported here, for it needs JAX, which preparing goes without.
+Examples = dict[str, np.ndarray]
 
 
 class Rows(Protocol):

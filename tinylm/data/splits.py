@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinylm.core.errors import UserError
-from tinylm.data.sources import Document, Source, hash_bytes
+from tinylm.data.sources.base import Document, Source, good_documents, hash_bytes
 
 # A cut between two documents is good where the share held out is within this factor of the one
 # asked for.
@@ -27,8 +27,11 @@ _FAR_SHARE = 0.5
 
 
 class Cut(NamedTuple):
-    """Where the tail that is held out begins: in which document, and after which share of its
-    characters.
+    """Where the tail that is held out begins.
+
+    Attributes:
+        document: The document that it begins with, or in.
+        inside: The share of that document's characters that lies before; 0 for a cut between two.
     """
 
     document: int
@@ -36,32 +39,36 @@ class Cut(NamedTuple):
 
 
 def choose_cut(ends: np.ndarray, source: Source, can_cut_inside: bool) -> Cut:
-    """Return where to cut documents whose sizes add up to `ends`, so that about the asked share is
-    held out.
+    """Return where to cut documents so that about the asked share is held out.
 
-    Raises UserError where every cut between two documents is far from it, and none can be made
-    inside.
+    Args:
+        ends: The size of all documents up to the end of each, in any unit: [documents].
+        source: What they are of, for its config and messages.
+        can_cut_inside: Whether a document may be cut.
+
+    Raises:
+        UserError: Every cut between two documents is far from that share, and none may be cut.
     """
     fraction = source.config.valid_fraction
     total = int(ends[-1])
     target = total * (1 - fraction)
     document = nearest_boundary(ends, target)
-    held_out = (total - int(ends[document - 1])) / total if document else 1.0
-    if 0 < document < len(ends) and fraction / _NEAR_FACTOR <= held_out <= fraction * _NEAR_FACTOR:
+    before = int(ends[document - 1]) if document else 0
+    held_out = (total - before) / total
+    is_between_two = 0 < document < len(ends)
+    if is_between_two and fraction / _NEAR_FACTOR <= held_out <= fraction * _NEAR_FACTOR:
         return Cut(document)
     if can_cut_inside:
         return cut_inside(ends, target)
     lowest = fraction / _FAR_FACTOR
     highest = max(fraction * _NEAR_FACTOR, _FAR_SHARE)
-    if not (0 < document < len(ends) and lowest <= held_out <= highest):
-        raise UserError(
-            f"data.valid_fraction={fraction} of {source.setting} can't be held out: pairs "
-            "are not cut inside, and "
-            f"between two of its {len(ends):,} the nearest share is {held_out:.1%}; set "
-            "data.valid_source, or "
-            "data.valid_fraction=0."
-        )
-    return Cut(document)
+    if is_between_two and lowest <= held_out <= highest:
+        return Cut(document)
+    raise UserError(
+        f"data.valid_fraction={fraction} of {source.setting} can't be held out: pairs are not cut "
+        f"inside, and between two of its {len(ends):,} the nearest share is {held_out:.1%}; set "
+        "data.valid_source, or data.valid_fraction=0."
+    )
 
 
 def nearest_boundary(ends: np.ndarray, target: float) -> int:
@@ -107,7 +114,8 @@ def before(documents: Iterable[Document], cut: Cut) -> Iterator[Document]:
     whole = iter(documents)
     yield from itertools.islice(whole, cut.document)
     if cut.inside:
-        yield parts(next(whole), cut)[0]
+        first_part, _ = parts(next(whole), cut)
+        yield first_part
 
 
 def tail_cut(documents: Iterable[Document], source: Source) -> Cut | None:
@@ -117,6 +125,37 @@ def tail_cut(documents: Iterable[Document], source: Source) -> Cut | None:
     sizes = []
     has_prompts = False
     for document in documents:
-        sizes.append(len(document.prompt.encode()) + len(document.text.encode()))
+        sizes.append(num_bytes(document))
         has_prompts = has_prompts or bool(document.prompt)
-    return choose_cut(np.cumsum(sizes), source, can_cut_inside=not has_prompts) if sizes else None
+    if not sizes:
+        return None
+    return choose_cut(np.cumsum(sizes), source, can_cut_inside=not has_prompts)
+
+
+def num_bytes(document: Document) -> int:
+    """Return the size of a document, prompt included, in UTF-8."""
+    return len(document.prompt.encode()) + len(document.text.encode())
+
+
+def training_documents(source: Source, holds_out: bool) -> Iterator[Document]:
+    """Yield the good documents for training, as a store has them.
+
+    Args:
+        source: What they are of.
+        holds_out: Whether a part of a source without splits of its own is for validation.
+    """
+    c = source.config
+
+    def good(split: str) -> Iterator[Document]:
+        return good_documents(source.documents(split), c.on_bad_text)
+
+    if source.own_splits:
+        yield from good("train")
+    elif not holds_out or not c.valid_fraction:
+        yield from good("all")
+    elif c.valid_split == "random":
+        yield from side_of(good("all"), "train", c.valid_fraction)
+    else:
+        cut = tail_cut(good("all"), source)
+        if cut:
+            yield from before(good("all"), cut)

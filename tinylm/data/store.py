@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import StorageError, UserError
+from tinylm.data.tokenizers import Tokenizer
 
 FORMAT = 2  # 2: stores are named by the content of their files
 MANIFEST = "manifest.json"
@@ -362,3 +363,13 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
             "it again."
         )
     return manifest
+
+
+def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what a manifest says about the tokenizer."""
+    return {
+        "name": tokenizer.name,
+        "fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "eot_id": tokenizer.eot_id,
+    }

@@ -1,5 +1,5 @@
-"""The folder of all token stores: which runs refer to each, and the removal of those that none
-refers to.
+"""The folder of all token stores: where it is, how a store in it is named, which runs refer to it,
+and the removal of stores that no run refers to.
 
 A store is named by the content of its text, so every change of text or tokenizer leaves the store
 before it behind. A run notes itself in its stores when it starts; whether it still refers to them
@@ -10,15 +10,26 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import pathlib
 import shutil
 import socket
+import tempfile
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from tinylm.core.errors import StorageError
-from tinylm.data.store import MANIFEST
+from tinylm.core.errors import StorageError, UserError
+from tinylm.core.files import user_cache
+from tinylm.core.log import alive
+from tinylm.data.atomic import lock_path
+from tinylm.data.config import DataConfig, split_spec
+from tinylm.data.sources.base import Source, hash_bytes
+from tinylm.data.store import FORMAT, MANIFEST
 
 USERS = "used_by.txt"
+CHECKSUMS = "checksums"
+_POLL_SECS = 0.2
 
 
 @dataclasses.dataclass
@@ -31,6 +42,84 @@ class FoundStore:
     source: str
     num_bytes: int
     runs: list[str]
+
+
+def store_folder(config: DataConfig) -> pathlib.Path:
+    """Return the folder of all stores: as configured, in the user's cache, or private in the
+    temporary folder.
+    """
+    if config.store_dir:
+        candidates = [pathlib.Path(config.store_dir).expanduser()]
+    else:
+        candidates = _usual_folders()
+    for folder in candidates:
+        with contextlib.suppress(OSError):
+            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(exist_ok=True, mode=0o700)
+            # In a shared temporary folder another user may have made one of this name.
+            owners = {os.lstat(path).st_uid for path in (folder.parent, folder)}
+            if config.store_dir or owners == {os.getuid()}:
+                return folder
+    raise StorageError(
+        f"{candidates[-1]} can't be made; set data.store_dir to a folder that can be written."
+    )
+
+
+def _usual_folders() -> list[pathlib.Path]:
+    """Return where stores go unless the config says it, the best place first."""
+    in_temporary = pathlib.Path(tempfile.gettempdir(), f"tinylm-{os.getuid()}", "stores")
+    cache = user_cache()
+    if cache is None:
+        return [in_temporary]
+    return [cache / "stores", in_temporary]
+
+
+def text_key(source: Source, splits: tuple[str, ...], checksums: list[str]) -> list[Any]:
+    """Return what decides the text of some splits of a source, which doesn't include its place.
+
+    Args:
+        source: The source.
+        splits: The splits that a store has, such as ("train", "valid").
+        checksums: Of the files of the source, in their order.
+    """
+    c = source.config
+    kind, _ = split_spec(source.spec)
+    # How a file is read depends on the end of its name (.gz), so a content under another end is
+    # another text.
+    files = [
+        [pathlib.Path(path).suffix, sha256]
+        for path, sha256 in zip(source.content_files, checksums, strict=True)
+    ]
+    return [kind, source.identity(), files, splits, c.valid_fraction, c.valid_split, c.on_bad_text]
+
+
+def store_name(text: list[Any], tokenizer: Any) -> str:
+    """Return the name of the store of a text (its `text_key`) under a tokenizer."""
+    return hash_bytes(json.dumps([FORMAT, text, tokenizer]).encode())
+
+
+def checksum_notes(folder: pathlib.Path, source: Source) -> pathlib.Path:
+    """Return the file with the checksums of a source's files, named by the place of these."""
+    place = os.path.abspath(source.argument).encode("utf-8", "surrogateescape")
+    return folder / CHECKSUMS / f"{hash_bytes(place)}.json"
+
+
+def wait_for(folder: pathlib.Path, wait_secs: float) -> None:
+    """Wait until another process has prepared the store in `folder`.
+
+    Raises:
+        UserError: It has not within `wait_secs`.
+    """
+    end = time.monotonic() + wait_secs
+    with alive(lambda: f"waiting for process 0 to prepare {folder}"):
+        while not (folder / MANIFEST).exists():
+            if time.monotonic() > end:
+                raise UserError(
+                    f"process 0 has not prepared {folder} within {wait_secs:.0f} s; all "
+                    "processes must see the same data.store_dir and the same files. Prepare "
+                    "first with tinylm.prepare for large data."
+                )
+            time.sleep(_POLL_SECS)
 
 
 def note_run(folder: pathlib.Path, workdir: str) -> None:
@@ -69,11 +158,15 @@ def find_stores(
         for line in _lines(store):
             host, _, workdir = line.rstrip("\n").partition("\t")
             # A run on another host's disk can't be asked from here.
-            is_unseen = host != socket.gethostname() and not exists(workdir)
-            if is_unseen or refers(workdir, store.name):
-                runs.append(f"{workdir} on {host}" if is_unseen else workdir)
-        num_bytes = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-        yield FoundStore(store, _source_of(manifest), num_bytes, runs)
+            if host != socket.gethostname() and not exists(workdir):
+                runs.append(f"{workdir} on {host}")
+            elif refers(workdir, store.name):
+                runs.append(workdir)
+        yield FoundStore(store, _source_of(manifest), _num_bytes(store), runs)
+
+
+def _num_bytes(folder: pathlib.Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _source_of(manifest: pathlib.Path) -> str:
@@ -87,7 +180,7 @@ def _source_of(manifest: pathlib.Path) -> str:
 
 def remove(store: pathlib.Path) -> bool:
     """Remove a store and its lock; return False where another process is making it right now."""
-    lock = store.with_name(f"{store.name}.lock")
+    lock = lock_path(store)
     try:
         with lock.open("ab") as file:
             try:
@@ -104,21 +197,19 @@ def remove(store: pathlib.Path) -> bool:
 
 
 def remove_leftovers(folder: pathlib.Path) -> int:
-    """Remove what dead processes of this host left of unfinished stores; return how many bytes that
-    were.
+    """Remove what dead processes of this host left of unfinished stores, and the checksums of files
+    that are all gone; return how many bytes the former had.
     """
-    freed = 0
+    freed_bytes = 0
     for left in folder.glob(f"*.{socket.gethostname()}.*.tmp"):
         name = left.name.split(".", 1)[0]
-        with (folder / f"{name}.lock").open("ab") as file, contextlib.suppress(BlockingIOError):
+        with lock_path(folder / name).open("ab") as file, contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            freed += sum(path.stat().st_size for path in left.rglob("*") if path.is_file())
+            freed_bytes += _num_bytes(left)
             shutil.rmtree(left, ignore_errors=True)
-    for notes in (folder / "checksums").glob("*.json"):
+    for notes in (folder / CHECKSUMS).glob("*.json"):
         with contextlib.suppress(OSError, ValueError, RecursionError):
-            if not any(
-                pathlib.Path(path).exists()
-                for path in json.loads(notes.read_text(encoding="utf-8"))
-            ):
+            paths = json.loads(notes.read_text(encoding="utf-8"))
+            if not any(pathlib.Path(path).exists() for path in paths):
                 notes.unlink()
-    return freed
+    return freed_bytes

@@ -16,8 +16,8 @@ from tinylm.core.errors import StorageError, UserError
 from tinylm.core.optional import optional_module
 from tinylm.core.paths import check_on_disk
 from tinylm.data.config import DataConfig, parse_mixture
-from tinylm.data.preparing import checked
-from tinylm.data.sources import Document, Source, make_source
+from tinylm.data.sources import make_source
+from tinylm.data.sources.base import Document, Source, good_documents
 
 
 def write_tfds(
@@ -53,7 +53,7 @@ def write_tfds(
 
 
 def _documents(source: Source, split: str) -> Iterator[Document]:
-    return checked(source.documents(split), source.config.on_bad_text)
+    return good_documents(source.documents(split), source.config.on_bad_text)
 
 
 def _builder_class(source: Source, name: str, version: str) -> Any:

@@ -1,0 +1,160 @@
+"""Files of ids that another program made: `tokens:` reads .bin files of uint16 or uint32, as
+nanoGPT and llama2.c write them, where they lie.
+
+They are scanned once, for ids that the tokenizer doesn't have and for the ends of documents; the
+store then holds a manifest and those ends, and the files' checksums. Which of the two types a file
+has shows in it: in uint32, the upper half of each id is as small as the vocabulary says.
+"""
+
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from tinylm.core.errors import UserError
+from tinylm.core.log import say
+from tinylm.data.id_files import open_ids, range_hint
+from tinylm.data.progress import Progress, progress
+from tinylm.data.sources.tokens import TokenSource
+from tinylm.data.splits import Cut, choose_cut
+from tinylm.data.store import StoreWriter, TokenArray, describe_tokenizer
+from tinylm.data.tokenizers import Tokenizer
+
+_CHUNK_TOKENS = 1 << 22
+
+
+def prepare_token_files(
+    source: TokenSource,
+    checksums: list[str],
+    tokenizer: Tokenizer,
+    folder: pathlib.Path,
+    splits: tuple[str, ...],
+    *,
+    is_shown: bool,
+) -> None:
+    """Write the store of files of ids, which stay where they are.
+
+    Args:
+        source: The files.
+        checksums: Of the files, in their order.
+        tokenizer: The one that made the ids.
+        folder: Where the store is written.
+        splits: The splits that the store is to have, such as ("train", "valid").
+        is_shown: Whether to show a bar, and to say what is held out.
+
+    Raises:
+        UserError: There is an id that the tokenizer doesn't have.
+    """
+    writer = StoreWriter(folder, np.dtype(np.uint16), tokenizer.unknown_ids)
+    scanned_bytes = 2 * (source.total_bytes() or 0)
+    with progress(scanned_bytes, is_shown, "preparing", source.spec) as work:
+        scan = _Scan(tokenizer, writer, work)
+        shards = [
+            scan.file(path, sha256) for path, sha256 in zip(source.files, checksums, strict=True)
+        ]
+        array = TokenArray(folder, shards, np.uint16)
+        scan.close_last_document()
+        ends = writer.document_ends()[:, 0]
+        parts = _split(ends, splits, source)
+        for part in parts.values():
+            begin, end = part["tokens"]
+            part["bytes"] = scan.count_text_bytes(array, begin, end)
+    held_out = ""
+    if {"train", "valid"} <= parts.keys():
+        begin, end = parts["valid"]["tokens"]
+        held_out = f"the last {end - begin:,} of {end:,} ids, {(end - begin) / end:.1%} of them"
+        if is_shown:
+            say(f"held out for validation: {held_out}")
+    # The manifest doesn't say where the files are, for they may be moved.
+    named_shards = [{**shard, "file": pathlib.Path(shard["file"]).name} for shard in shards]
+    writer.finish(
+        {
+            "source": source.spec,
+            "tokens": len(array),
+            "documents": len(ends),
+            "shards": named_shards,
+            "tokenizer": describe_tokenizer(tokenizer),
+            "splits": parts,
+            "skipped": {"count": 0, "examples": []},
+            "held_out": held_out,
+        }
+    )
+
+
+class _Scan:
+    """Reads files of ids one after the other, and hands the ends of documents to a writer."""
+
+    def __init__(self, tokenizer: Tokenizer, writer: StoreWriter, work: Progress):
+        self._tokenizer = tokenizer
+        self._writer = writer
+        self._work = work
+        self._num_tokens = 0
+
+    def file(self, path: str, sha256: str) -> dict[str, Any]:
+        """Check the ids of a file, note where documents end in it, and return it as a shard."""
+        ids = open_ids(path, self._tokenizer.vocab_size)
+        for begin in range(0, len(ids), _CHUNK_TOKENS):
+            chunk = ids[begin : begin + _CHUNK_TOKENS]
+            self._check(chunk, begin, ids)
+            in_chunk = np.flatnonzero(chunk == self._tokenizer.eot_id)
+            self._note_ends(self._num_tokens + begin + in_chunk + 1)
+            self._writer.count_unknown(chunk)
+            self._work.update(chunk.nbytes)
+        self._num_tokens += len(ids)
+        return {"file": path, "items": len(ids), "dtype": ids.dtype.name, "sha256": sha256}
+
+    def _check(self, chunk: np.ndarray, begin: int, ids: np.memmap) -> None:
+        """Raise UserError for an id out of range in the chunk that begins at `begin` of a file."""
+        vocab_size = self._tokenizer.vocab_size
+        if int(chunk.max()) < vocab_size:
+            return
+        place = int((chunk >= vocab_size).argmax())
+        raise UserError(
+            f"{ids.filename} has id {chunk[place]} at byte {(begin + place) * ids.itemsize}"
+            f"{range_hint(ids, vocab_size)}, but data.tokenizer={self._tokenizer.name} has "
+            f"{vocab_size:,} ids; set the tokenizer that made the file."
+        )
+
+    def _note_ends(self, ends: np.ndarray) -> None:
+        """Note documents that end at `ends`; how many bytes of text they have isn't known."""
+        self._writer.ends.append(np.stack([ends, np.zeros_like(ends)], axis=1).ravel())
+
+    def close_last_document(self) -> None:
+        """End the last document with the last file, where no end of text does."""
+        ends = self._writer.document_ends()[:, 0]
+        if not len(ends) or ends[-1] < self._num_tokens:
+            self._note_ends(np.array([self._num_tokens]))
+
+    def count_text_bytes(self, array: TokenArray, begin: int, end: int) -> int:
+        """Return how many bytes of text the tokens from `begin` to `end` stand for."""
+        total = 0
+        for place in range(begin, end, _CHUNK_TOKENS):
+            ids = np.empty(min(_CHUNK_TOKENS, end - place), np.int32)
+            array.read(ids, place)
+            total += self._tokenizer.count_bytes(ids)
+            self._work.update(2 * len(ids))
+        return total
+
+
+def _split(ends: np.ndarray, splits: tuple[str, ...], source: TokenSource) -> dict[str, Any]:
+    """Return the splits of documents that end at `ends`: one split, or the tail held out.
+
+    The tail is cut between two documents, or inside one where these are too large.
+    """
+    num_tokens = int(ends[-1])
+    fraction = source.config.valid_fraction
+    if len(splits) == 1 or not fraction:
+        return {splits[0]: {"documents": [0, len(ends)], "tokens": [0, num_tokens]}}
+    if len(ends) == 1:
+        cut = Cut(0, 1 - fraction)
+    else:
+        cut = choose_cut(ends, source, can_cut_inside=True)
+    place = int(ends[cut.document - 1]) if cut.document else 0
+    document = cut.document
+    if cut.inside:
+        place += int((int(ends[document]) - place) * cut.inside)
+        document += 1
+    return {
+        "train": {"documents": [0, document], "tokens": [0, place]},
+        "valid": {"documents": [document, len(ends)], "tokens": [place, num_tokens]},
+    }
