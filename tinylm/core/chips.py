@@ -60,7 +60,7 @@ def find_chip(device: jax.Device, devices_here: int = 1) -> Chip | None:
             link_bytes_per_sec=0,
         )
     # "NVIDIA A100-SXM4-80GB" is an "NVIDIA A100". Of two names that fit, the longer one is meant:
-    # "TPU v5 lite" is no "TPU v5".
+    # "TPU v5 lite" is not a "TPU v5".
     words = device.device_kind.replace("-", " ") + " "
     kinds = [name for name in CHIPS if words.startswith(name + " ")]
     if not kinds:

@@ -23,6 +23,11 @@ R = TypeVar("R")
 _shard_map = functools.partial(jax.shard_map, check_vma=False)
 
 
+def _axes_of_partitioner() -> set[str]:
+    """Return the axes of the mesh in use that are not split by hand here."""
+    return set(jax.sharding.get_abstract_mesh().auto_axes)
+
+
 def is_partly_manual() -> bool:
     """Say whether some axes of the mesh in use are split by hand here (`sum_over_rows`), and others
     are not.
@@ -84,8 +89,9 @@ def on_shards(
     if max(sizes_in_use().values()) == 1:
         return function(*arrays)
     specs = tuple(activation_spec(x, axes) for x, axes in parts)
-    manual_axes = set(jax.sharding.get_abstract_mesh().auto_axes)
-    on_mesh = _shard_map(function, in_specs=specs, out_specs=specs[0], axis_names=manual_axes)
+    on_mesh = _shard_map(
+        function, in_specs=specs, out_specs=specs[0], axis_names=_axes_of_partitioner()
+    )
     return on_mesh(*arrays)
 
 
@@ -138,7 +144,7 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:
         look_up_here,
         in_specs=(table_spec, ids_spec),
         out_specs=out_spec,
-        axis_names=set(jax.sharding.get_abstract_mesh().auto_axes),
+        axis_names=_axes_of_partitioner(),
     )
     x_BTD = on_mesh(table_VD.astype(sent_as), ids_BT)
     return x_BTD.astype(table_VD.dtype)

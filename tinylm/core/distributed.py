@@ -376,7 +376,7 @@ def agree(facts: dict[str, Any], secs: float = START_SECS) -> None:
         if differing:
             client().key_value_set(
                 f"tinylm/differing/{process:06}",
-                f"process {process} on {host()} was started otherwise than process 0 on "
+                f"process {process} on {host()} was started differently from process 0 on "
                 f"{their_host}: {differing}; start every host with the same command, files and "
                 "versions.",
             )

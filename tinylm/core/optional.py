@@ -1,5 +1,7 @@
-"""Packages that only some runs need: imported when they are, and named with their extra where they
-are missing.
+"""Packages that only some runs need.
+
+They are imported when they are needed; where one is missing, the error names the extra of tinylm
+that installs it.
 """
 
 import importlib

@@ -1,11 +1,10 @@
-"""What the installed jaxlib needs to compute right numbers: one table of its known faults and their
-remedies.
+"""What the installed jaxlib needs to compute right numbers: its known faults and their remedies.
 
 A compiler that drops a row of a sum says nothing. So every fault that is known of a jaxlib which
-tinylm admits stands here, with the flag of XLA that avoids it. `import tinylm` sets these flags in
-the environment, from which worker processes have them too; XLA reads them when JAX makes its first
-backend, so importing jax before does no harm. A flag that the user has set stays as it is. A fault
-without a remedy ends the program with one line.
+tinylm admits stands in one table here, with the flag of XLA that avoids it. `import tinylm` sets
+these flags in the environment, from which worker processes have them too; XLA reads them when JAX
+makes its first backend, so importing jax before does no harm. A flag that the user has set stays as
+it is. A fault without a remedy ends the program with one line.
 
 `python -m tinylm.prove compiler` looks for faults that nobody knows yet.
 """
@@ -24,16 +23,14 @@ from tinylm.core.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What the jaxlibs from `first` to `last` get wrong on a platform, and the flag that avoids it
-    ("": none does).
-    """
+    """What some jaxlibs get wrong on a platform."""
 
-    first: str
+    first: str  # of the versions that have it
     last: str
-    platform: str
+    platform: str  # cpu, gpu or tpu
     issue: str
     what: str
-    flag: str
+    flag: str  # avoids it; "" where none does
 
 
 # On CPU, XLA hands reductions, and the products that it fuses into them, to YNNPACK. Without them
@@ -81,41 +78,44 @@ KNOWN_FAULTS = (
 
 def faults_of(version: str) -> list[Fault]:
     """Return the known faults of a version of jaxlib."""
-    return [
-        fault
-        for fault in KNOWN_FAULTS
-        if _numbers(fault.first) <= _numbers(version) <= _numbers(fault.last)
-    ]
+    found = []
+    for fault in KNOWN_FAULTS:
+        if _numbers(fault.first) <= _numbers(version) <= _numbers(fault.last):
+            found.append(fault)
+    return found
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Return the release numbers of a version; what follows them (".dev3", "rc1", "+cuda") is left
-    out.
-    """
+    """Return the release numbers of a version, without what follows (".dev3", "rc1", "+cuda")."""
     release = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in release[0].split(".")) if release else ()
+    if release is None:
+        return ()
+    return tuple(int(part) for part in release[0].split("."))
 
 
 def set_flags() -> None:
-    """Set the flags of XLA that this jaxlib needs and the user has not set; warn where JAX no
-    longer reads them.
+    """Set the flags of XLA that this jaxlib needs and the user has not set.
+
+    Warns where JAX no longer reads them.
     """
     given = _given_flags()
-    names = [flag.partition("=")[0] for flag in given.split()]
-    needed = dict.fromkeys(
-        fault.flag for fault in faults_of(jaxlib_version.__version__) if fault.flag
-    )
-    missing = [flag for flag in needed if flag.partition("=")[0] not in names]
+    given_names = [flag.partition("=")[0] for flag in given.split()]
+    missing: list[str] = []
+    issues: list[str] = []
+    for fault in faults_of(jaxlib_version.__version__):
+        name = fault.flag.partition("=")[0]
+        if not fault.flag or name in given_names:
+            continue
+        issues.append(fault.issue)
+        if fault.flag not in missing:
+            missing.append(fault.flag)
     if not missing:
         return
     if _backend_exists():
-        issues = ", ".join(
-            fault.issue for fault in faults_of(jaxlib_version.__version__) if fault.flag in missing
-        )
         warnings.warn(
             "JAX was in use before tinylm was imported, and jaxlib "
-            f"{jaxlib_version.__version__} computes some sums "
-            f"wrong ({issues}); restart Python and import tinylm first, or set "
+            f"{jaxlib_version.__version__} computes some sums wrong ({', '.join(issues)}); "
+            "restart Python and import tinylm first, or set "
             f"XLA_FLAGS={' '.join(missing)}.",
             stacklevel=3,
         )
@@ -129,7 +129,8 @@ def _given_flags() -> str:
     if given and not given.startswith("-"):
         try:
             return pathlib.Path(given).read_text(encoding="utf-8").strip()
-        except OSError:  # XLA passes over it, too
+        except OSError:
+            # XLA passes over it, too.
             return ""
     return given
 
@@ -152,13 +153,11 @@ def _backend_exists() -> bool:
 
 
 def refuse_faulty(platform: str, version: str = jaxlib_version.__version__) -> None:
-    """Raise UserError where the installed jaxlib is wrong on `platform` (cpu, gpu, tpu) and nothing
-    helps.
-    """
+    """Raise UserError where a jaxlib is wrong on `platform` (cpu, gpu, tpu) and no flag helps."""
     for fault in faults_of(version):
         if fault.platform == platform and not fault.flag:
             raise UserError(
                 f"jaxlib {version} computes wrong numbers on {platform.upper()} "
-                f"({fault.issue}: {fault.what}), and no "
-                "flag helps; install another version of jax."
+                f"({fault.issue}: {fault.what}), and no flag helps; install another version of "
+                "jax."
             )

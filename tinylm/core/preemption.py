@@ -1,10 +1,11 @@
-"""Being asked to stop: by a terminal or a scheduler, a run ends at the next step boundary, saved.
+"""Preemption: asked to stop by a terminal or a scheduler, a run ends saved, at a step boundary.
 
 One process notes the signal itself. Several must stop at the same point, so there JAX's
 coordination service carries the SIGTERM of any of them to all, and names the point; other signals
-are passed on to it as SIGTERM. Before anything was trained there is nothing to save: the program
-ends at once, also while JAX compiles or a process waits for another, when Python can't run
-handlers: a thread reads the signal's number from a pipe, into which the system's handler writes.
+are passed on to it as SIGTERM. Before anything was trained there is nothing to save, and the
+program ends at once. It does so also while JAX compiles or a process waits for another, when Python
+can't run handlers: a thread reads the signal's number from a pipe, into which the system's handler
+writes.
 """
 
 import contextlib
@@ -22,17 +23,25 @@ from tinylm.core.signals import SIGNALS, is_ignored
 
 
 class StopRequest:
-    """Notes signals from its making on; a second Ctrl-C ends the program at once."""
+    """Notes signals from when it is made; a second Ctrl-C ends the program at once.
+
+    Attributes:
+      nothing_to_save: while it holds, a signal ends the program; the loop clears it.
+      signalled: this process got a signal, which in a job of several doesn't yet mean that the run
+        stops.
+    """
 
     def __init__(self) -> None:
         """Install the handlers."""
         self.nothing_to_save = True
-        # This process got a signal, which in a job of several doesn't yet mean that the run stops.
         self.signalled = False
         self._stopping = False
+        # How often `reached` was called: the number of the point at which all ask.
         self._asked = 0
+        # Whether a signal raises Preempted at once.
         self._interrupts = False
         self._alone = jax.process_count() == 1
+        # Python lets the main thread alone install handlers.
         if threading.current_thread() is not threading.main_thread():
             return
         self._handler_of_jax = _CHandler(signal.SIGTERM)
@@ -63,7 +72,8 @@ class StopRequest:
                 continue
             if self.nothing_to_save:
                 line = "error: asked to stop before anything was trained; nothing is lost."
-                with contextlib.suppress(OSError):  # the terminal may be gone
+                # The terminal may be gone.
+                with contextlib.suppress(OSError):
                     print(line, file=sys.stderr, flush=True)
                 os._exit(Preempted.exit_code)
             if not self._alone:
@@ -87,9 +97,8 @@ class StopRequest:
             from jax.experimental import multihost_utils
 
             self._asked += 1
-            self._stopping = self._stopping or multihost_utils.reached_preemption_sync_point(
-                self._asked
-            )
+            if not self._stopping:
+                self._stopping = multihost_utils.reached_preemption_sync_point(self._asked)
         return self._stopping
 
     def check(self) -> None:
@@ -102,8 +111,10 @@ class _CHandler:
     """A handler that C++ installed, which Python's own module can neither return nor restore."""
 
     def __init__(self, number: int) -> None:
+        """Read the handler that a signal has now."""
         self._number = number
-        self._action = ctypes.create_string_buffer(1024)  # more than any system's struct sigaction
+        # More than any system's struct sigaction.
+        self._action = ctypes.create_string_buffer(1024)
         ctypes.CDLL(None).sigaction(number, None, self._action)
 
     def restore(self) -> None:

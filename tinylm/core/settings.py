@@ -358,24 +358,34 @@ def _converted(key: str, value: Any, kind: Any) -> Any:
         entries = value if isinstance(value, list | tuple) else [value]
         return tuple(_converted(key, entry, entry_kind) for entry in entries)
 
-    # True and False are numbers to Python, but not to us.
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if kind is float and is_number and not _is_huge(value):
-        # An infinite float may come here, which `check` refuses.
-        return float(value)
-    if kind is int and is_number and isinstance(value, numbers.Integral):
-        return int(value)
-    if kind in (bool, str) and isinstance(value, kind):
-        return value
-    is_section = isinstance(kind, type) and issubclass(kind, Section)
-    if is_section and isinstance(value, kind):
-        return value
+    found = _as_kind(value, kind)
+    if found is None:
+        raise _wrong_type(key, value, kind)
+    return found
 
+
+def _wrong_type(key: str, value: Any, kind: type) -> UserError:
+    """Return the error for a value of another type than the setting's."""
     required = _KINDS.get(kind) or f"a {kind.__name__}"
     hint = ""
     if kind is int and isinstance(value, float) and value.is_integer():
         hint = f"; write {int(value)}"
-    raise UserError(f"{key}={value!r:.60} must be {required}, not {type(value).__name__}{hint}.")
+    return UserError(f"{key}={value!r:.60} must be {required}, not {type(value).__name__}{hint}.")
+
+
+def _as_kind(value: Any, kind: type) -> Any:
+    """Return a value as one of type `kind`, or None where it isn't one."""
+    if isinstance(value, bool):
+        # True and False are numbers to Python, but not to us.
+        return value if kind is bool else None
+    if kind is float and isinstance(value, numbers.Real):
+        # An infinite float may come here, which `check` refuses.
+        return None if _is_huge(value) else float(value)
+    if kind is int and isinstance(value, numbers.Integral):
+        return int(value)
+    if kind is str or issubclass(kind, Section):
+        return value if isinstance(value, kind) else None
+    return None
 
 
 def _is_huge(value: Any) -> bool:

@@ -18,7 +18,8 @@ SIGNALS = (
 
 
 def is_ignored(number: int) -> bool:
-    """Say whether whoever started this program wants a signal ignored, as nohup does; SIGTERM
-    always counts.
+    """Say whether whoever started this program wants a signal ignored, as nohup does.
+
+    SIGTERM always counts.
     """
     return number != signal.SIGTERM and signal.getsignal(number) == signal.SIG_IGN

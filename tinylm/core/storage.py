@@ -1,11 +1,13 @@
-"""What disks and buckets raise, and what a user can do about it.
+"""Buckets and disks: which paths are which, what they raise, and what a user can do about it.
 
 Buckets are reached through epath and fsspec, whose libraries (gcsfs, s3fs) raise errors of their
 own, of their HTTP client and of the provider's sign-in, few of them an OSError. Each becomes one
-line that names what to change.
+line that names what to change. `pathlib` takes `gs://bucket/x` for a folder named `gs:` here, and
+makes it without a word, so addresses are checked before.
 """
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +19,9 @@ from tinylm.core.log import say
 T = TypeVar("T")
 SLOW_SECS = 5.0
 
+# gs://bucket/x, and gs:/bucket/x, which has lost a slash.
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/")
+# What fsspec needs for each scheme.
 _PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs"}
 _LIBRARY_ERRORS = (
     ("gcsfs.retry", "HttpError"),
@@ -26,16 +31,10 @@ _LIBRARY_ERRORS = (
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
 )
-
-
-def failures() -> tuple[type[Exception], ...]:
-    """Return what reading or writing a file can raise, given the libraries in use; made for an
-    `except`.
-    """
-    there = [
-        (sys.modules[module], name) for module, name in _LIBRARY_ERRORS if module in sys.modules
-    ]
-    return (OSError, *(getattr(module, name) for module, name in there if hasattr(module, name)))
+# Parts of messages that tell what a provider's error is about.
+_NO_CREDENTIALS = ("401", "anonymous", "credential", "refresherror", "unauthorized")
+_NO_PERMISSION = ("403", "forbidden", "permission", "access denied", "accessdenied")
+_NO_BUCKET = ("404", "nosuchbucket")
 
 
 def in_bucket(path: os.PathLike | str) -> bool:
@@ -43,12 +42,54 @@ def in_bucket(path: os.PathLike | str) -> bool:
     return "://" in os.fspath(path)
 
 
-def reach(path: os.PathLike | str, setting: str, use: Callable[[], T]) -> T:
-    """Return `use()` of a path; raise one line where its bucket can't be reached, naming the
-    `setting` that has it.
+def check_on_disk(setting: str, path: str) -> None:
+    """Raise UserError where `setting` names a place in a bucket, which isn't supported there."""
+    if _ADDRESS.match(path):
+        raise UserError(
+            f"{setting}={path} must be a file or folder on a disk; buckets aren't supported there."
+        )
 
-    Libraries try again for a minute where there is no network, so something is said after
-    SLOW_SECS.
+
+def check_address(setting: str, path: str) -> None:
+    """Raise UserError for the address of a bucket that lacks a slash.
+
+    It would be made as a folder here.
+    """
+    if _ADDRESS.match(path) and not in_bucket(path):
+        scheme, _, rest = path.partition(":/")
+        raise UserError(
+            f"{setting}={path} must be {scheme}://{rest} for a bucket, or a folder on a disk."
+        )
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return what reading or writing a file can raise, given the libraries in use.
+
+    It is made for an `except`.
+    """
+    found: list[type[Exception]] = [OSError]
+    for module_name, name in _LIBRARY_ERRORS:
+        # A library that isn't imported has raised nothing.
+        module = sys.modules.get(module_name)
+        if hasattr(module, name):
+            found.append(getattr(module, name))
+    return tuple(found)
+
+
+def reach(path: os.PathLike | str, setting: str, use: Callable[[], T]) -> T:
+    """Return `use()` of a path, with one line for the user where its bucket can't be reached.
+
+    Libraries try again for a minute where there is no network, so after SLOW_SECS a line says what
+    is waited for.
+
+    Args:
+      path: on a disk, or in a bucket.
+      setting: the flag or setting that has the path, for the line.
+      use: reads or writes something there.
+
+    Raises:
+      UserError: for a bucket that isn't there, or that the user may not use.
+      StorageError: for one that can't be reached.
     """
     if not in_bucket(path):
         return use()
@@ -73,32 +114,27 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
     scheme, _, rest = os.fspath(path).partition("://")
     bucket = f"{scheme}://{rest.partition('/')[0]}"
     what = f"{setting}={os.fspath(path)}"
-    said = f"{type(error).__name__} {getattr(error, 'code', '')} {error}".lower()
+    message = f"{type(error).__name__} {getattr(error, 'code', '')} {error}".lower()
     if isinstance(error, ImportError):
-        package = _PACKAGES.get(scheme, "")
-        advice = (
-            f"pip install {package}" if package else "install the package that fsspec needs for it"
-        )
+        advice = "install the package that fsspec needs for it"
+        if scheme in _PACKAGES:
+            advice = f"pip install {_PACKAGES[scheme]}"
         return UserError(
             f"{what} needs a package that is not installed ({one_line(error)}): {advice}."
         )
-    if any(
-        sign in said for sign in ("401", "anonymous", "credential", "refresherror", "unauthorized")
-    ):
+    if any(sign in message for sign in _NO_CREDENTIALS):
         return UserError(
-            f"{what}: no credentials for {bucket} ({one_line(error)}); sign in (gcloud "
-            "auth application-default login, "
-            "or aws configure), or name a key file in GOOGLE_APPLICATION_CREDENTIALS."
+            f"{what}: no credentials for {bucket} ({one_line(error)}); sign in (gcloud auth "
+            "application-default login, or aws configure), or name a key file in "
+            "GOOGLE_APPLICATION_CREDENTIALS."
         )
-    if any(
-        sign in said for sign in ("403", "forbidden", "permission", "access denied", "accessdenied")
-    ):
+    if any(sign in message for sign in _NO_PERMISSION):
         return UserError(
-            f"{what}: no permission for {bucket} ({one_line(error)}); give the account "
-            "that runs this the right to "
-            "read and write objects there (on Google Cloud the role storage.objectAdmin)."
+            f"{what}: no permission for {bucket} ({one_line(error)}); give the account that runs "
+            "this the right to read and write objects there (on Google Cloud the role "
+            "storage.objectAdmin)."
         )
-    if isinstance(error, FileNotFoundError) or "nosuchbucket" in said or "404" in said:
+    if isinstance(error, FileNotFoundError) or any(sign in message for sign in _NO_BUCKET):
         return UserError(f"{what}: there is no bucket {bucket}; make it, or correct {setting}.")
     if isinstance(error, ValueError):
         return UserError(
@@ -106,6 +142,6 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
             "gs://NAME/runs/a."
         )
     return StorageError(
-        f"{what} cannot be reached ({one_line(error)}); check the network, its proxy, and "
-        "that the service is up."
+        f"{what} cannot be reached ({one_line(error)}); check the network, its proxy, and that the "
+        "service is up."
     )

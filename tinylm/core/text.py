@@ -26,14 +26,15 @@ def table(rows: Sequence[Sequence[str]], num_right: int = 0) -> list[str]:
       rows: of equally many cells; the first one may be the heads.
       num_right: how many columns, the last ones, are aligned to the right.
     """
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    widths = []
+    for column in zip(*rows, strict=True):
+        widths.append(max(len(cell) for cell in column))
     first_right = len(widths) - num_right
     lines = []
     for row in rows:
-        padded = [
-            cell.ljust(width) if number < first_right else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        for number in range(first_right, len(widths)):
+            padded[number] = row[number].rjust(widths[number])
         lines.append("  ".join(padded).rstrip())
     return lines
 

@@ -9,8 +9,8 @@ import re
 from fractions import Fraction
 
 from tinylm.core.errors import UserError
-from tinylm.core.paths import check_on_disk
 from tinylm.core.settings import Section, nearest, setting
+from tinylm.core.storage import check_on_disk
 
 SOURCE_KINDS = ("tales", "addition", "text", "jsonl", "parquet", "tfds", "hf", "tokens")
 TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2", "hf", "sentencepiece", "llama2c")

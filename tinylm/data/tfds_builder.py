@@ -14,7 +14,7 @@ from typing import Any
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.optional import optional_module
-from tinylm.core.paths import check_on_disk
+from tinylm.core.storage import check_on_disk
 from tinylm.data.config import DataConfig, parse_mixture
 from tinylm.data.sources import make_source
 from tinylm.data.sources.base import Document, Source, good_documents

@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
-from tinylm.core.paths import check_on_disk
 from tinylm.core.settings import differing_settings
+from tinylm.core.storage import check_on_disk
 from tinylm.data.tokenizers import Tokenizer
 from tinylm.interop import weights
 from tinylm.interop.families import FAMILIES, LLAMA, Family

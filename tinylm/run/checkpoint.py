@@ -22,9 +22,8 @@ from etils import epath
 from tinylm.core.distributed import from_main, is_main, speaker
 from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.log import say
-from tinylm.core.paths import check_address
 from tinylm.core.settings import Section, setting
-from tinylm.core.storage import failures
+from tinylm.core.storage import check_address, failures
 from tinylm.run import checksums
 
 ITEMS = ("params", "train")

@@ -20,7 +20,6 @@ from tinylm.core import storage
 from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.files import replace_text
 from tinylm.core.log import say
-from tinylm.core.paths import check_address
 
 BUCKET_SECS = 30.0
 # Says, in a folder of checkpoints outside of a run's folder, which run it belongs to.
@@ -38,7 +37,7 @@ class RunFolder:
     def __init__(self, workdir: str):
         """Name the folder; nothing is made before `create`."""
         path = workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
-        check_address("--workdir", workdir)
+        storage.check_address("--workdir", workdir)
         if set(path) & set("*?["):
             raise UserError(
                 f"--workdir={path} must be free of * ? and [, which file patterns take for "
