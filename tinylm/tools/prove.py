@@ -1,8 +1,8 @@
-"""The proofs that a user can run on a config: another mesh takes the same step, a killed run has
-the same losses, any number of processes reads the same batches. Each returns a table; none touches
-a run of the user's.
+"""The proofs that a user can run on a config.
 
-The killed run is real processes of the training command, ended by SIGKILL; the others run here.
+Another mesh takes the same step; a killed run has the same losses; any number of processes reads
+the same batches. Each returns a table, and none touches a run of the user's. The killed run is real
+processes of the training command, ended by SIGKILL; the other proofs run in this process.
 """
 
 import dataclasses
@@ -14,8 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Generator, Sequence
 
 import jax
 import numpy as np
@@ -23,7 +22,7 @@ import numpy as np
 from tinylm.core.batch import BatchRows, HostBatch, stack_steps
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import AXES, MeshConfig, batch_shards, make_mesh
-from tinylm.data import open_data
+from tinylm.data import Data, open_data
 from tinylm.data.pipeline import train_batches
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
@@ -32,19 +31,24 @@ from tinylm.train.init_from import take_over
 from tinylm.train.state import make_blueprint
 from tinylm.train.step import make_train_steps
 
-MESH_LIMIT = {
-    "float32": 1e-5,
-    "bfloat16": 1e-2,
-}  # relative difference of the loss that rounding may make in a step
-NORM_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}  # and of the gradient's norm
-RESUME_STEPS, RESUME_SAVE = 40, 5
-MOVED_STEPS = 15  # on another mesh, after which rounding may have grown beyond MESH_LIMIT
+# The relative differences that rounding may make in a step: of the loss, and of the gradient's
+# norm.
+MESH_LIMIT = {"float32": 1e-5, "bfloat16": 1e-2}
+NORM_LIMIT = {"float32": 1e-4, "bfloat16": 5e-2}
+# Steps between the checkpoints of the run that is killed.
+SAVE_EVERY_STEPS = 5
+# Steps that are compared after the last kill. On another mesh rounding grows, and may be beyond
+# MESH_LIMIT after more of them.
+COMPARED_STEPS = 15
+# Batches that are compared.
 HOSTS_STEPS = 3
+
+Losses = dict[int, float]  # of each step
 
 
 @dataclasses.dataclass
 class Proof:
-    """A claim, whether it holds, and the table that shows it, its first row the heads."""
+    """A claim, whether it holds, and the table that shows it; its first row has the heads."""
 
     claim: str
     holds: bool
@@ -55,180 +59,202 @@ def prove_mesh(config: Config) -> Proof:
     """Take one step on one device and on each mesh shape of all devices here."""
     data = open_data(config.data, seed=config.seed, tokenizer=take_over(config)[1])
     config = config.resolve(data.vocab_size)
-    batch = next(_batches(config, data, np.arange(config.micro_batch_rows)))[1]
+    every_row = np.arange(config.micro_batch_rows)
+    _, batch = next(_batches(config, data, every_row))
+    loss_limit = MESH_LIMIT[config.model.compute_dtype]
+    norm_limit = NORM_LIMIT[config.model.compute_dtype]
+
     one_loss, one_norm, one_params = _one_step(config, MeshConfig(data=1), batch)
     rows = [("mesh", "loss", "loss apart", "gradient norm apart", "parameters apart")]
-    losses_apart, norms_apart = [], []
+    holds = True
     for mesh in _meshes(jax.device_count(), config.micro_batch_rows):
         loss, norm, params = _one_step(config, mesh, batch)
-        losses_apart.append(abs(loss / one_loss - 1))
-        norms_apart.append(abs(norm / one_norm - 1))
-        furthest = max(
-            float(np.max(np.abs(a - b))) for a, b in zip(params, one_params, strict=True)
-        )
-        name = f"data {mesh.data} x model {mesh.model}{', fsdp' if mesh.fsdp else ''}"
+        loss_apart = abs(loss / one_loss - 1)
+        norm_apart = abs(norm / one_norm - 1)
+        params_apart = 0.0
+        for ours, theirs in zip(params, one_params, strict=True):
+            params_apart = max(params_apart, float(np.max(np.abs(ours - theirs))))
+        # Written so that a difference that is NaN is not within the limit.
+        holds = holds and loss_apart <= loss_limit and norm_apart <= norm_limit
+        name = f"data {mesh.data} x model {mesh.model}"
+        if mesh.fsdp:
+            name += ", fsdp"
         rows.append(
             (
                 name,
                 f"{loss:.7f}",
-                f"{losses_apart[-1]:.1e}",
-                f"{norms_apart[-1]:.1e}",
-                f"{furthest:.1e}",
+                f"{loss_apart:.1e}",
+                f"{norm_apart:.1e}",
+                f"{params_apart:.1e}",
             )
         )
-    limit, norm_limit = (
-        MESH_LIMIT[config.model.compute_dtype],
-        NORM_LIMIT[config.model.compute_dtype],
-    )
-    # A difference that is NaN is no difference within the limit.
-    same = all(ratio <= limit for ratio in losses_apart) and all(
-        ratio <= norm_limit for ratio in norms_apart
-    )
     claim = (
-        f"a step has the same loss on every mesh as on one device, within {limit:g}, and "
-        "the same gradient norm, "
-        f"within {norm_limit:g}"
+        f"a step has the same loss on every mesh as on one device, within {loss_limit:g}, and the "
+        f"same gradient norm, within {norm_limit:g}"
     )
-    return Proof(claim, same, rows)
+    return Proof(claim, holds, rows)
 
 
-def _meshes(devices: int, rows: int) -> list[MeshConfig]:
+def _meshes(num_devices: int, num_rows: int) -> list[MeshConfig]:
     """Return the shapes of all devices whose data axis divides the rows, plain and with fsdp."""
-    shapes = [(devices // model, model) for model in range(1, devices + 1) if devices % model == 0]
-    return [
-        MeshConfig(data=d, model=m, fsdp=fsdp)
-        for d, m in shapes
-        if rows % d == 0
-        for fsdp in {False, d > 1}
-    ]
+    found = []
+    for model in range(1, num_devices + 1):
+        data = num_devices // model
+        if num_devices % model or num_rows % data:
+            continue
+        found.append(MeshConfig(data=data, model=model))
+        if data > 1:
+            found.append(MeshConfig(data=data, model=model, fsdp=True))
+    return found
 
 
 def _one_step(
     config: Config, mesh_config: MeshConfig, batch: HostBatch
-) -> tuple[float, float, list]:
+) -> tuple[float, float, list[np.ndarray]]:
     """Return loss, gradient norm and updated parameters of the first step on a mesh."""
     mesh = make_mesh(mesh_config)
     config.check_mesh(batch_shards(mesh))
     batch_rows = BatchRows(mesh, config.micro_batch_rows)
     with jax.set_mesh(mesh):
         blueprint = make_blueprint(dataclasses.replace(config, mesh=mesh_config), mesh)
-        steps = make_train_steps(blueprint)
+        train_steps = make_train_steps(blueprint)
         placed = batch_rows.place(stack_steps([batch]))
-        state, metrics = steps(blueprint.init(config.seed), placed, 1, config.seed)
+        state, metrics = train_steps(blueprint.init(config.seed), placed, 1, config.seed)
         params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
     return float(metrics["loss"][0]), float(metrics["grad_norm"][0]), params
 
 
 def prove_hosts(config: Config) -> Proof:
-    """Make the first batches as 1, 2, 4, ... processes would, each its rows alone, and compare
-    their hashes.
-    """
+    """Make the first batches as 1, 2, 4, ... processes would, each its own rows, and compare."""
     data = open_data(config.data, seed=config.seed, tokenizer=take_over(config)[1])
-    rows = config.micro_batch_rows
-    counts = [2**i for i in range(rows.bit_length()) if rows % 2**i == 0]
-    table = {count: _hashes(config, data, count) for count in counts}
-    heads = ("processes", *(f"batch {step}" for step in range(HOSTS_STEPS)))
-    same = all(hashes == table[1] for hashes in table.values())
-    return Proof(
-        "the batches don't depend on the number of processes",
-        same,
-        [heads, *((str(count), *hashes) for count, hashes in table.items())],
-    )
+    num_rows = config.micro_batch_rows
+    rows = [("processes", *(f"batch {step}" for step in range(HOSTS_STEPS)))]
+    holds = True
+    num_processes = 1
+    alone = _hashes(config, data, num_processes)
+    while num_rows % num_processes == 0:
+        hashes = _hashes(config, data, num_processes)
+        rows.append((str(num_processes), *hashes))
+        holds = holds and hashes == alone
+        num_processes *= 2
+    return Proof("the batches don't depend on the number of processes", holds, rows)
 
 
-def _hashes(config: Config, data: Any, processes: int) -> list[str]:
-    """Return a hash of each of the first batches, put together from the parts that `processes`
-    make.
-    """
-    parts = [
-        _batches(config, data, owned)
-        for owned in np.split(np.arange(config.micro_batch_rows), processes)
-    ]
+def _hashes(config: Config, data: Data, num_processes: int) -> list[str]:
+    """Return a hash of each of the first batches, put together from the parts of processes."""
+    every_row = np.arange(config.micro_batch_rows)
+    parts = [_batches(config, data, owned) for owned in np.split(every_row, num_processes)]
     hashes = []
     for _ in range(HOSTS_STEPS):
         arrays = [next(part)[1] for part in parts]
-        whole = [
-            np.concatenate([array[name] for array in arrays], axis=1) for name in sorted(arrays[0])
-        ]
-        hashes.append(hashlib.sha256(b"".join(array.tobytes() for array in whole)).hexdigest()[:12])
+        digest = hashlib.sha256()
+        for name in sorted(arrays[0]):
+            whole = np.concatenate([array[name] for array in arrays], axis=1)
+            digest.update(whole.tobytes())
+        hashes.append(digest.hexdigest()[:12])
     for part in parts:
         part.close()
     return hashes
 
 
-def _batches(config: Config, data: Any, owned: np.ndarray):
+def _batches(
+    config: Config, data: Data, owned_rows: np.ndarray
+) -> Generator[tuple[int, HostBatch], None, None]:
+    """Return the training batches of a process that holds these rows of a micro-batch."""
     shape = (config.train.accumulation_steps, config.micro_batch_rows)
-    return train_batches(data.train, batch_shape=shape, owned_rows=owned)
+    return train_batches(data.train, batch_shape=shape, owned_rows=owned_rows)
 
 
 def prove_resume(config: Config, arguments: list[str]) -> Proof:
-    """Train RESUME_STEPS steps with the training command; again with two SIGKILLs, each once
-    another checkpoint is whole, and resumed on the same mesh and on another.
+    """Train with the training command, undisturbed and killed twice, and compare the losses.
 
-    Twice, since what is restored right may be saved wrong: then only the second resumption starts
-    over.
+        whole    ------------------------------------->
+        killed   -----x
+                    ---------x       SIGKILL once another checkpoint is whole
+                        ------------------------------>   resumed on the same mesh
+        moved           - - - - - - - - - - - - - - - >   resumed on another mesh
+
+    Killed twice, since what is restored right may be saved wrong: then only the second resumption
+    starts over. How long the runs are follows from where the last kill struck, so that each of the
+    resumed ones has COMPARED_STEPS steps to take.
+
+    Args:
+      config: of the run.
+      arguments: the flags that name it, for the training command.
     """
+    other_mesh = _other_mesh(config)
     with tempfile.TemporaryDirectory() as folder:
-        whole, killed, moved = (pathlib.Path(folder, name) for name in ("whole", "killed", "moved"))
-        _finish(_train(arguments, whole))
-        first = _kill_after_save(arguments, killed, 0)
-        second = _kill_after_save(arguments, killed, first)
+        whole = pathlib.Path(folder, "whole")
+        killed = pathlib.Path(folder, "killed")
+        moved = pathlib.Path(folder, "moved")
+        first = _kill_after_save(arguments, killed, after=0)
+        second = _kill_after_save(arguments, killed, after=first)
+        last_step = second + COMPARED_STEPS
+        if last_step > config.train.num_steps:
+            raise UserError(
+                f"a run of {config.train.num_steps} steps is over before it is killed twice and "
+                f"takes {COMPARED_STEPS} steps more; set train.num_steps to {last_step} at least."
+            )
         shutil.copytree(killed, moved)
-        _finish(_train(arguments, killed))
-        other = _other_mesh(config)
-        _finish(_train([*arguments, *other], moved))
-        ours, theirs, there = _losses(whole), _losses(killed), _losses(moved)
-    rows = [("step", "whole", "killed and resumed", f"resumed with {' '.join(other)}", "apart")]
-    rows += [
-        (
-            str(step),
-            repr(loss),
-            repr(theirs.get(step)),
-            repr(there.get(step)),
-            f"{abs(there.get(step, 0.0) / loss - 1):.1e}",
-        )
-        for step, loss in ours.items()
-    ]
+        _finish(_train(arguments, killed, last_step))
+        _finish(_train([*arguments, *other_mesh], moved, last_step))
+        _finish(_train(arguments, whole, last_step))
+        losses = _losses(whole, last_step)
+        after_kills = _losses(killed, last_step)
+        on_other_mesh = _losses(moved, last_step)
+
     limit = MESH_LIMIT[config.model.compute_dtype]
-    compared = {step: loss for step, loss in ours.items() if step <= second + MOVED_STEPS}
-    near = ours.keys() == there.keys() and all(
-        abs(there[step] / loss - 1) <= limit for step, loss in compared.items()
+    other = " ".join(other_mesh)
+    rows = [("step", "whole", "killed and resumed", f"resumed with {other}", "apart")]
+    is_near = losses.keys() == on_other_mesh.keys()
+    for step, loss in losses.items():
+        theirs = on_other_mesh.get(step, float("nan"))
+        apart = abs(theirs / loss - 1)
+        is_near = is_near and apart <= limit
+        rows.append(
+            (
+                str(step),
+                repr(loss),
+                repr(after_kills.get(step)),
+                repr(theirs),
+                f"{apart:.1e}",
+            )
+        )
+    claim = (
+        f"a run that was killed once step {first} was saved, and again once step {second} was, "
+        f"has the same losses, bit for bit, and within {limit:g} for {COMPARED_STEPS} steps on "
+        "another mesh"
     )
-    return Proof(
-        f"a run that was killed once step {first} was saved, and again once step {second} "
-        "was, has the same "
-        f"losses, bit for bit, and within {limit:g} for {MOVED_STEPS} steps on another mesh",
-        ours == theirs and near,
-        rows,
-    )
+    return Proof(claim, losses == after_kills and is_near, rows)
 
 
 def _kill_after_save(arguments: list[str], workdir: pathlib.Path, after: int) -> int:
-    """Train until a checkpoint of a later step than `after` is whole, then send SIGKILL; return
-    that step.
+    """Train until a checkpoint of a later step than `after` is whole, then send SIGKILL.
+
+    Returns that step.
     """
     process = _train(arguments, workdir)
-    kept = Checkpoints(RunFolder(str(workdir)).checkpoints)
-    while max(kept.steps(), default=0) <= after and process.poll() is None:
+    checkpoints = Checkpoints(RunFolder(str(workdir)).checkpoints)
+    while max(checkpoints.steps(), default=0) <= after and process.poll() is None:
         time.sleep(0.02)
-    saved = max(kept.steps(), default=0)
-    kept.close()
     process.kill()
-    error = process.communicate()[1]
-    if process.returncode != -signal.SIGKILL:
-        last = (error.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        why = (
-            last
-            if process.returncode
-            else f"its {RESUME_STEPS} steps were over too soon; use a larger model"
-        )
-        raise UserError(f"the run could not be killed after a save: {why}")
-    return saved
+    _, error = process.communicate()
+    # What was saved in the meantime counts, too: the next run goes on from there.
+    saved = max(checkpoints.steps(), default=0)
+    checkpoints.close()
+    if process.returncode == -signal.SIGKILL:
+        return saved
+    if process.returncode == 0:
+        raise UserError("the run could not be killed after a save: its steps were over too soon.")
+    raise UserError(
+        f"the run could not be killed after a save: {_last_line(error, process.returncode)}"
+    )
 
 
 def _other_mesh(config: Config) -> list[str]:
-    """Return the flags of another mesh: one device where the run has several, two simulated ones
-    where it has one.
+    """Return the flags of another mesh than the config's.
+
+    One device where the run has several, two simulated ones where it has one.
     """
     if np.prod(config.mesh.sizes(jax.device_count())) > 1:
         return [f"--config.mesh.{axis}=1" for axis in AXES]
@@ -239,19 +265,22 @@ def _other_mesh(config: Config) -> list[str]:
     ]
 
 
-def _train(arguments: list[str], workdir: pathlib.Path) -> subprocess.Popen:
-    short = {
-        "train.stop_step": RESUME_STEPS,
+def _train(
+    arguments: list[str], workdir: pathlib.Path, stop_step: int = 0
+) -> subprocess.Popen[str]:
+    """Start the training command, up to `stop_step` (0: to its end), without what takes time."""
+    settings = {
+        "train.stop_step": stop_step,
         "train.log_every_steps": 1,
-        "checkpoint.every_steps": RESUME_SAVE,
+        "checkpoint.every_steps": SAVE_EVERY_STEPS,
         "checkpoint.dir": "",
         "eval.every_steps": 0,
         "eval.patience": 0,
         "sample.every_steps": 0,
         "sample.max_tokens": 0,
     }
-    settings = [f"--config.{key}={value}" for key, value in short.items()]
-    command = [sys.executable, "-m", "tinylm.main", *arguments, *settings, f"--workdir={workdir}"]
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    command = [sys.executable, "-m", "tinylm.main", *arguments, *overrides, f"--workdir={workdir}"]
     return subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
@@ -261,19 +290,22 @@ def _train(arguments: list[str], workdir: pathlib.Path) -> subprocess.Popen:
     )
 
 
-def _finish(process: subprocess.Popen) -> None:
+def _finish(process: subprocess.Popen[str]) -> None:
     """Wait for the training command; raise UserError with its last line where it fails."""
-    error = process.communicate()[1]
+    _, error = process.communicate()
     if process.returncode:
-        why = error.strip().splitlines() or [f"exit code {process.returncode}"]
-        raise UserError(f"training fails: {why[-1]}")
+        raise UserError(f"training fails: {_last_line(error, process.returncode)}")
 
 
-def _losses(workdir: pathlib.Path) -> dict[int, float]:
-    """Return the train loss of each step."""
-    metrics = RunFolder(str(workdir)).metrics()
-    return {
-        line["step"]: line["loss"]
-        for line in metrics
-        if line["split"] == "train" and "loss" in line
-    }
+def _last_line(error: str, exit_code: int) -> str:
+    lines = error.strip().splitlines()
+    return lines[-1] if lines else f"exit code {exit_code}"
+
+
+def _losses(workdir: pathlib.Path, last_step: int) -> Losses:
+    """Return the training loss of each step up to `last_step`, on which a loss is logged."""
+    losses = {}
+    for line in RunFolder(str(workdir)).metrics():
+        if line["split"] == "train" and "loss" in line and line["step"] <= last_step:
+            losses[line["step"]] = line["loss"]
+    return losses
