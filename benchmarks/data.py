@@ -43,17 +43,17 @@ def best_secs(work: Callable[[], Any], tries: int = 5) -> float:
 
 def bench_encoding(vocabulary: str, text: str) -> None:
     """Compare GPT-2 encoding with `tiktoken.encode_batch`, in time and in ids."""
-    from tinylm.data.vocabularies import Gpt2Tokenizer
+    from tinylm.data.tokenizers import Gpt2Tokenizer
 
     tokenizer = Gpt2Tokenizer.of_folder(vocabulary)
     texts = [
         document.text for document in make_source(f"text:{text}", DataConfig()).documents("all")
     ]
-    ours, theirs = tokenizer.encode_batch(texts), tokenizer._inner.encode_batch(texts)
+    ours, theirs = tokenizer.encode_batch(texts), tokenizer.inner.encode_batch(texts)
     equal = all(a.tolist() == b for a, b in zip(ours, theirs, strict=True))
     size = sum(len(text.encode()) for text in texts) / 1e6
     mine = best_secs(lambda: tokenizer.encode_batch(texts))
-    plain = best_secs(lambda: tokenizer._inner.encode_batch(texts))
+    plain = best_secs(lambda: tokenizer.inner.encode_batch(texts))
     print(
         f"encoding  {sum(map(len, ours)) + len(ours):,} ids, "
         f"{'equal to' if equal else 'DIFFERENT FROM'} tiktoken's"

@@ -1,4 +1,4 @@
-"""Imports run downward only, and mesh axes are named in core/ alone."""
+"""Imports run downward only, in no circle inside a room; core/ alone names mesh axes."""
 
 import ast
 import pathlib
@@ -29,6 +29,12 @@ def room_of(module: str) -> tuple[str, int]:
     return room, STOREYS.get(room, COMMANDS)
 
 
+def module_of(path: pathlib.Path) -> str:
+    """Return the name under which a file of ours is imported; a package's is that of its folder."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
 def imports(path: pathlib.Path):
     """Yield the modules of ours that a file imports anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -37,15 +43,14 @@ def imports(path: pathlib.Path):
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tinylm"):
             assert node.level == 0
             for alias in node.names:
-                is_module = (
-                    PACKAGE.parent / node.module.replace(".", "/") / f"{alias.name}.py"
-                ).exists()
+                place = PACKAGE.parent / node.module.replace(".", "/") / alias.name
+                is_module = place.is_dir() or place.with_suffix(".py").exists()
                 yield f"{node.module}.{alias.name}" if is_module else node.module
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_run_downward(path):
-    own = "tinylm." + str(path.relative_to(PACKAGE)).removesuffix(".py").replace("/", ".")
+    own = module_of(path)
     if path == PACKAGE / "__init__.py":
         return  # gives open_run to those outside; no room imports it for more than the version
     room, storey = room_of(own)
@@ -60,6 +65,31 @@ def test_imports_run_downward(path):
             assert other in (room, "core"), (
                 f"{own} imports {module}: model/ and data/ know nothing of each other"
             )
+
+
+def reachable(start: str, imported: dict[str, set[str]]) -> set[str]:
+    """Return the modules that `start` imports, and those that these import, and so on."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for module in imported.get(waiting.pop(), set()) - found:
+            found.add(module)
+            waiting.append(module)
+    return found
+
+
+@pytest.mark.parametrize("room", STOREYS)
+def test_no_circle_of_imports_inside_a_room(room):
+    """Imports inside functions count too: they hide a circle, and don't end it."""
+    files = sorted((PACKAGE / room).rglob("*.py"))
+    imported = {module_of(path): set(imports(path)) for path in files}
+    in_circles = {module for module in imported if module in reachable(module, imported)}
+    assert not in_circles
+
+
+def test_a_circle_is_found():
+    imported = {"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set()}
+    assert {module for module in imported if module in reachable(module, imported)} == set("abc")
 
 
 # What places arrays or names an axis of the mesh; the rest of the package names logical axes.

@@ -15,10 +15,11 @@ import pytest
 import zstandard
 
 from tinylm.core.errors import StorageError, UserError
-from tinylm.data import encoding, open_data, store
+from tinylm.data import open_data, store
 from tinylm.data.atomic import make
 from tinylm.data.config import DataConfig
 from tinylm.data.sources import base, files, hub, made, make_source, records
+from tinylm.data.tokenizers import portions
 
 STORIES = ["One day a cat sat.", "Two dogs ran\nfar away.", "Drei Mäuse — 日本 🙂"]
 
@@ -104,7 +105,7 @@ def test_jsonl_and_parquet_give_texts_and_pairs(tmp_path):
 
 def test_pairs_after_plain_texts_are_masked_from_their_own_begin(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "_MASK_TOKENS", 2)
-    monkeypatch.setattr(encoding, "_BATCH_CHARS", 2)
+    monkeypatch.setattr(portions, "BATCH_CHARS", 2)
     rows = [{"text": "abc"}, {"prompt": "de", "completion": "f"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = config_of(

@@ -20,7 +20,7 @@ import pytest
 from tinylm.core.errors import StorageError, UserError
 from tinylm.data import encoding, open_data, prepare, sources, store, stores
 from tinylm.data.config import DataConfig
-from tinylm.data.tokenizers import ByteTokenizer
+from tinylm.data.tokenizers import ByteTokenizer, portions
 
 PREPARE = """
 import sys
@@ -69,8 +69,9 @@ def finished(folder):
 # Says when it begins; slowed between writes, so that most kills fall inside the work.
 SLOW = """
 import time
-from tinylm.data import encoding, store
-encoding._BATCH_CHARS, append = 1 << 17, store.ArrayWriter.append
+from tinylm.data import store
+from tinylm.data.tokenizers import portions
+portions.BATCH_CHARS, append = 1 << 17, store.ArrayWriter.append
 def slowly(*args):
     time.sleep(0.02)
     append(*args)
@@ -106,7 +107,7 @@ def test_any_number_of_processes_encodes_to_the_same_store(tmp_path, monkeypatch
         config_of(path, tmp_path / "alone", tokenizer="bpe:300"), seed=0, progress=False
     )
     monkeypatch.setattr(encoding, "ALONE_SECS", 0)
-    monkeypatch.setattr(encoding, "_BATCH_CHARS", 1 << 14)
+    monkeypatch.setattr(portions, "BATCH_CHARS", 1 << 14)
     monkeypatch.setattr(encoding.os, "cpu_count", lambda: 3)
     here = []
     monkeypatch.setattr(encoding, "encode_texts", lambda *args: here.append(args))
@@ -124,7 +125,7 @@ def test_where_processes_cannot_encode_this_one_does_and_says_what_is_wrong(tmp_
     path = write_text(tmp_path / "a.txt", 50)
     data = open_data(config_of(path, tmp_path / "s", tokenizer="bpe:257"), seed=0, progress=False)
     assert len(data.stores[0].tokens) == 50 * 41 + 90
-    with pytest.raises(UserError, match="no Unicode"):
+    with pytest.raises(UserError, match="not valid Unicode"):
         list(
             encoding.encode(
                 [sources.Document("\ud800")], data.tokenizer, data.stores[0].folder / "tokenizer"

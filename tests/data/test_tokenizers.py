@@ -15,12 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm.core.errors import StorageError, UserError
-from tinylm.data import open_data, pieces, splits, tokenizers, vocabularies
-from tinylm.data.bpe import BpeTokenizer
+from tinylm.data import open_data, splits, tokenizers
 from tinylm.data.config import DataConfig
-from tinylm.data.cut import CutTokenizer, count_ids
 from tinylm.data.sources.base import Document
-from tinylm.data.tokenizers import ByteTokenizer, CharTokenizer, build_tokenizer, load_tokenizer
+from tinylm.data.tokenizers import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    PrunedTokenizer,
+    build_tokenizer,
+    load_tokenizer,
+    portions,
+)
+from tinylm.data.tokenizers.imported import read_llama2c
+from tinylm.data.tokenizers.pruned import count_ids
 
 TEXT = "Once upon a time there was a cat.\nShe said: “café!”\n\n  Two  spaces, 日本 and 🙂.\n" * 20
 HOSTILE = st.text(max_size=60) | st.lists(
@@ -97,12 +105,12 @@ def makers():
     return {
         "byte": ByteTokenizer,
         "bpe": lambda: bpe,
-        "hf": lambda: vocabularies.HfTokenizer(hf_json(bpe)),
-        "metaspace": lambda: vocabularies.HfTokenizer(metaspace_json()),
-        "sentencepiece": lambda: vocabularies.SentencePieceTokenizer(sentencepiece_model()),
-        "gpt2": lambda: vocabularies.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe"))),
+        "hf": lambda: tokenizers.JsonTokenizer(hf_json(bpe)),
+        "metaspace": lambda: tokenizers.JsonTokenizer(metaspace_json()),
+        "sentencepiece": lambda: tokenizers.SentencePieceTokenizer(sentencepiece_model()),
+        "gpt2": lambda: tokenizers.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe"))),
         "llama2c": lambda: build_tokenizer(f"llama2c:{real('stories260k/tok512.bin')}", 0, list),
-        "cut": lambda: CutTokenizer.of(bpe, [TEXT], 280),
+        "cut": lambda: PrunedTokenizer.of(bpe, [TEXT], 280),
     }
 
 
@@ -110,7 +118,7 @@ def makers():
 def said(monkeypatch):
     """A function that returns what was said since it was called last."""
     lines = []
-    for module in ("vocabularies", "open"):
+    for module in ("tokenizers", "open"):
         monkeypatch.setattr(f"tinylm.data.{module}.say", lines.append)
 
     def take():
@@ -177,13 +185,13 @@ def test_training_bpe_twice_gives_the_same_merges():
     ).map("".join)
 )
 def test_pieces_of_a_long_text_give_the_ids_of_the_whole(text):
-    cut, whole = pieces._PIECE_CHARS, BPE._encode_pieces([text])[0]
-    pieces._PIECE_CHARS = 2
+    cut, whole = portions.PIECE_CHARS, BPE.encode_whole([text])[0]
+    portions.PIECE_CHARS = 2
     try:
-        assert "".join(pieces.pieces(text)) == text
+        assert "".join(portions.split_text(text)) == text
         assert BPE.encode_batch([text])[0].tolist() == whole.tolist()
     finally:
-        pieces._PIECE_CHARS = cut
+        portions.PIECE_CHARS = cut
 
 
 BPE = BpeTokenizer.train([TEXT + "a b\n\nit's 1,\r\n  é\t" * 9], 330)
@@ -196,13 +204,13 @@ BPE = BpeTokenizer.train([TEXT + "a b\n\nit's 1,\r\n  é\t" * 9], 330)
 )
 def test_ids_by_words_are_those_of_the_library(text):
     assert (
-        BPE._encode_words([text, "", text])[0].tolist()
-        == BPE._inner.encode(text, add_special_tokens=False).ids
+        BPE.encode_by_words([text, "", text])[0].tolist()
+        == BPE.inner.encode(text, add_special_tokens=False).ids
     )
 
 
 def test_gpt2_ids_are_those_of_tiktoken_and_of_both_tinystories_files():
-    tokenizer = vocabularies.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe")))
+    tokenizer = tokenizers.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe")))
     texts = [
         story
         for name in ("train", "valid")
@@ -211,12 +219,10 @@ def test_gpt2_ids_are_those_of_tiktoken_and_of_both_tinystories_files():
     ]
     ids = tokenizer.encode_batch(texts)
     assert sum(map(len, ids)) + len(ids) == 1_231_914
-    assert [one.tolist() for one in ids[:300]] == tokenizer._inner.encode_ordinary_batch(
-        texts[:300]
-    )
+    assert [one.tolist() for one in ids[:300]] == tokenizer.inner.encode_ordinary_batch(texts[:300])
     odd = ["plain", "has <|endoftext|> inside", ""]
     assert [one.tolist() for one in tokenizer.encode_batch(odd)] == [
-        tokenizer._inner.encode_ordinary(t) for t in odd
+        tokenizer.inner.encode_ordinary(t) for t in odd
     ]
 
 
@@ -250,8 +256,8 @@ def run_c_encode(pieces, scores, text):
 
 def test_llama2c_ids_are_those_of_run_c():
     content = real("stories260k/tok512.bin").read_bytes()
-    tokenizer = vocabularies.Llama2cTokenizer(content)
-    pieces, scores = vocabularies._read_llama2c(content)
+    tokenizer = tokenizers.Llama2cTokenizer(content)
+    pieces, scores = read_llama2c(content)
 
     @settings(max_examples=100, deadline=None, derandomize=True)
     @given(st.text(alphabet="abehlnot .,\nTé🙂", max_size=30) | HOSTILE)
@@ -265,7 +271,7 @@ def test_llama2c_ids_are_those_of_run_c():
 
 def test_a_cut_keeps_the_most_common_ids_and_counts_the_rest():
     texts = ["aaaa bbb cc d"]
-    cut = CutTokenizer.of(CharTokenizer.of(texts), texts, 5)
+    cut = PrunedTokenizer.of(CharTokenizer.of(texts), texts, 5)
     assert cut.vocab_size == 5
     assert cut.decode(cut.encode("abc d")) == "ab\ufffd \ufffd"
     assert cut.counts == {"counted_tokens": 13, "dropped_tokens": 3}
@@ -273,9 +279,9 @@ def test_a_cut_keeps_the_most_common_ids_and_counts_the_rest():
 
 def test_a_cut_of_a_byte_level_vocabulary_spells_what_it_drops(makers):
     base = makers["bpe"]()
-    cut = CutTokenizer.of(base, [TEXT], 270)
+    cut = PrunedTokenizer.of(base, [TEXT], 270)
     assert cut.vocab_size == 270 and cut.spells
-    kept = {int(i) for i in cut._kept}
+    kept = {int(i) for i in cut.kept}
     common = np.argsort(-count_ids(base, [TEXT]), kind="stable")[:10]
     assert {int(i) for i in common} <= kept | {base.eot_id}
     assert len(cut.encode(TEXT)) > len(base.encode(TEXT))
@@ -305,7 +311,7 @@ def test_a_text_that_spells_the_end_does_not_end(makers, special, end):
     content = tokenizer_json(
         makers["bpe"](), AddedToken(end, special=special), AddedToken("café", special=special)
     )
-    tokenizer = vocabularies.HfTokenizer(content, end)
+    tokenizer = tokenizers.JsonTokenizer(content, end)
     text = f"a {end}{end} café\n{end}"
     ids = tokenizer.encode(text)
     assert tokenizer.eot_id not in ids and tokenizer.decode(ids) == text
@@ -363,16 +369,16 @@ def word_level(vocab, unknown="[UNK]"):
 def test_a_vocabulary_whose_words_have_the_end_among_them_gives_another_id_or_says_so():
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    tokenizer = vocabularies.HfTokenizer(word_level(["[UNK]", "</s>", "once"]))
+    tokenizer = tokenizers.JsonTokenizer(word_level(["[UNK]", "</s>", "once"]))
     assert tokenizer.encode("once </s> upon") == [2, 0, 0]
     inner = Tokenizer(models.BPE({"a": 0, "</s>": 1}, [], ignore_merges=True))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with pytest.raises(UserError, match=r"a text holds '</s>', for which .* set data\.eot_token"):
-        vocabularies.HfTokenizer(inner.to_str().encode()).encode("a </s>")
+        tokenizers.JsonTokenizer(inner.to_str().encode()).encode("a </s>")
     with pytest.raises(
         UserError, match="one token, '</s>', for the end of text and for what it can't spell"
     ):
-        vocabularies.HfTokenizer(word_level(["a", "</s>"], "</s>"))
+        tokenizers.JsonTokenizer(word_level(["a", "</s>"], "</s>"))
 
 
 def test_the_end_of_text_is_the_one_that_is_named_or_declared_or_a_new_one_that_is_said(
@@ -394,10 +400,10 @@ def test_the_end_of_text_is_the_one_that_is_named_or_declared_or_a_new_one_that_
         UserError, match=r"data\.eot_token=<\|imend\|> isn't a token.*did you mean '<\|im_end\|>'"
     ):
         build_tokenizer(spec, 0, list, "<|imend|>")
-    hashes = vocabularies.tokenizer_file_hashes(spec)
+    hashes = tokenizers.tokenizer_file_hashes(spec)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
     assert build_tokenizer(spec, 0, list).fingerprint == named.fingerprint
-    assert vocabularies.tokenizer_file_hashes(spec) != hashes
+    assert tokenizers.tokenizer_file_hashes(spec) != hashes
     named.save(tmp_path / "saved")
     assert load_tokenizer(tmp_path / "saved").eot_id == 300
     with pytest.raises(
@@ -473,9 +479,9 @@ def test_unknown_ids_of_sentencepiece_and_of_a_cut_are_known(size):
         minloglevel=2,
         hard_vocab_limit=False,
     )
-    tokenizer = vocabularies.SentencePieceTokenizer(model.getvalue())
+    tokenizer = tokenizers.SentencePieceTokenizer(model.getvalue())
     if size:
-        tokenizer = CutTokenizer.of(tokenizer, ["a cat"], 6)
+        tokenizer = PrunedTokenizer.of(tokenizer, ["a cat"], 6)
     assert tokenizer.count_unknown(np.array(tokenizer.encode("a cat"))) == 0
     assert tokenizer.count_unknown(np.array(tokenizer.encode("a 日 cat"))) == 1
 
@@ -504,7 +510,7 @@ def test_what_follows_other_ids_keeps_its_space(makers, name):
 @pytest.mark.parametrize("name", ["metaspace", "sentencepiece"])
 def test_a_cut_keeps_the_spaces_around_what_it_does_not_know(makers, name):
     base = makers[name]()
-    cut = CutTokenizer.of(base, ["there was a cat"], 99)
+    cut = PrunedTokenizer.of(base, ["there was a cat"], 99)
     strange = "\ufffd" * len(base.encode("Two"))
     assert (
         cut.decode(cut.encode("Two was Two Two a cat")) == f"{strange} was{strange}{strange} a cat"
@@ -539,7 +545,7 @@ BYTE_RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in ra
     "content", [b"", b"YQ== 0\nYg== 0\n", BYTE_RANKS[7:], BYTE_RANKS + b"YWI= 9\n"]
 )
 def test_ranks_that_are_no_vocabulary_are_one_clear_line(tmp_path, content):
-    vocabularies.Gpt2Tokenizer.restore(BYTE_RANKS).save(tmp_path)
+    tokenizers.Gpt2Tokenizer.restore(BYTE_RANKS).save(tmp_path)
     (tmp_path / "gpt2.tiktoken").write_bytes(content)
     with pytest.raises(UserError, match=r"holds no whole tokenizer.*its ranks must be"):
         load_tokenizer(tmp_path)
@@ -547,7 +553,7 @@ def test_ranks_that_are_no_vocabulary_are_one_clear_line(tmp_path, content):
 
 @pytest.mark.parametrize("name", ["bpe", "hf", "gpt2", "llama2c", "sentencepiece", "cut"])
 def test_half_of_a_surrogate_pair_is_one_clear_line(makers, name):
-    with pytest.raises(UserError, match=r"no Unicode at character 1: '\\udcff'"):
+    with pytest.raises(UserError, match=r"not valid Unicode at character 1: '\\udcff'"):
         makers[name]().encode("a\udcffb")
 
 
@@ -557,7 +563,7 @@ def test_a_vocabulary_without_unknown_token_says_what_it_cannot_spell():
     word_kinds = [kind({"a": 0}, unk_token="zz") for kind in (models.WordLevel, models.WordPiece)]
     for kind in [*word_kinds, models.Unigram([("a", -1.0)])]:
         with pytest.raises(UserError, match="can't spell a text: "):
-            vocabularies.HfTokenizer(Tokenizer(kind).to_str().encode()).encode("hello")
+            tokenizers.JsonTokenizer(Tokenizer(kind).to_str().encode()).encode("hello")
 
 
 def test_ids_that_no_memory_holds_are_refused():
@@ -568,8 +574,8 @@ def test_ids_that_no_memory_holds_are_refused():
     content = (
         Tokenizer(models.BPE({"a": 0, "b": 7}, [])).to_str().replace('"b":7', '"b":4000000000')
     )
-    with pytest.raises(UserError, match=r"no tokenizer\.json: its ids reach 4000000001"):
-        vocabularies.HfTokenizer(content.encode())
+    with pytest.raises(UserError, match=r"not a tokenizer\.json: its ids reach 4000000001"):
+        tokenizers.JsonTokenizer(content.encode())
 
 
 @pytest.mark.parametrize("place", ["file", "full"])
@@ -596,15 +602,15 @@ def test_a_wrong_or_missing_vocabulary_is_one_clear_line(spec, content, tmp_path
 
 
 def test_words_beyond_those_of_a_language_are_cut_for_learning_alone():
-    from tinylm.data.bpe import _LONGEST_WORD, BpeTokenizer, bounded
+    from tinylm.data.tokenizers.bpe import LONGEST_WORD, bound_words
 
-    dna = "".join("ACGT"[i * i % 7 % 4] for i in range(4 * _LONGEST_WORD + 5))
-    text = f"a {dna} b{' ' * 3 * _LONGEST_WORD}c"
-    parts = list(bounded(text))
+    dna = "".join("ACGT"[i * i % 7 % 4] for i in range(4 * LONGEST_WORD + 5))
+    text = f"a {dna} b{' ' * 3 * LONGEST_WORD}c"
+    parts = list(bound_words(text))
     assert "".join(parts) == text
-    assert max(len(word) for part in parts for word in part.split(" ")) <= _LONGEST_WORD
-    assert max(len(part) - len(part.strip(" ")) for part in parts) <= 2 * _LONGEST_WORD
+    assert max(len(word) for part in parts for word in part.split(" ")) <= LONGEST_WORD
+    assert max(len(part) - len(part.strip(" ")) for part in parts) <= 2 * LONGEST_WORD
     usual = "plain words, none of them long. " * 500
-    assert list(bounded(usual)) == [usual]
+    assert list(bound_words(usual)) == [usual]
     tokenizer = BpeTokenizer.train([text] * 3, 300)
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -6,8 +6,8 @@ import pytest
 
 from tinylm.core.errors import UserError
 from tinylm.data import known_vocab_size, open_data
-from tinylm.data.bpe import BpeTokenizer
 from tinylm.data.config import DataConfig
+from tinylm.data.tokenizers import BpeTokenizer
 
 TEXT = "The cat sat on the mat, and the other cat sat on the other mat. " * 20
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import tiny_model
 
 from tinylm.core.mesh import MeshConfig, make_mesh
-from tinylm.data.bpe import BpeTokenizer
+from tinylm.data.tokenizers import BpeTokenizer
 from tinylm.inference.samplers import Sampler
 from tinylm.inference.writing import numbered, settled, write_texts
 from tinylm.model.transformer import abstract_transformer, init_parameters

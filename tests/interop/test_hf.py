@@ -20,9 +20,13 @@ from tinylm.config import Config, DataConfig
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.core.settings import differing_settings, to_dict
-from tinylm.data.bpe import BpeTokenizer
-from tinylm.data.tokenizers import build_tokenizer, load_tokenizer
-from tinylm.data.vocabularies import HfTokenizer, tokenizer_file_hashes
+from tinylm.data.tokenizers import (
+    BpeTokenizer,
+    JsonTokenizer,
+    build_tokenizer,
+    load_tokenizer,
+    tokenizer_file_hashes,
+)
 from tinylm.evaluate import score_stories
 from tinylm.inference.decode import Decoder
 from tinylm.interop import models, tensor_files, weights
@@ -649,7 +653,7 @@ def test_an_end_of_text_that_the_file_had_no_token_for_is_in_the_exported_one():
 
     inner = Tokenizer(hf_models.WordLevel({"[UNK]": 0, "once": 1}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = HfTokenizer(inner.to_str().encode())
+    tokenizer = JsonTokenizer(inner.to_str().encode())
     assert (tokenizer.eot_id, tokenizer.eot_name) == (2, "")
     exported = Tokenizer.from_str(tokenizer_json(tokenizer).decode())
     assert exported.token_to_id("<|endoftext|>") == 2

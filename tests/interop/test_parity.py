@@ -15,9 +15,7 @@ from helpers import train
 from small import data_folder, random_tokens, small_model, small_run
 
 from tinylm.core.mesh import MeshConfig
-from tinylm.data.bpe import BpeTokenizer
-from tinylm.data.tokenizers import ByteTokenizer, CharTokenizer
-from tinylm.data.vocabularies import read_vocabulary
+from tinylm.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, read_vocabulary
 from tinylm.inference.decode import Decoder
 from tinylm.inference.samplers import Sampler
 from tinylm.interop import models, weights

@@ -20,8 +20,7 @@ from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig
 from tinylm.core.settings import from_dict
-from tinylm.data.bpe import BpeTokenizer
-from tinylm.data.vocabularies import read_vocabulary
+from tinylm.data.tokenizers import BpeTokenizer, read_vocabulary
 from tinylm.interop import models, weights
 from tinylm.model.config import ModelConfig
 from tinylm.run.open_run import open_run

@@ -26,9 +26,9 @@ import numpy as np
 
 from tinylm.data.sources.base import Document
 from tinylm.data.tokenizers import Tokenizer, load_tokenizer
+from tinylm.data.tokenizers.portions import batch_by_chars
 
 ALONE_SECS = 1.0
-_BATCH_CHARS = 1 << 20
 _WORKER = "import sys; from tinylm.data.encoding import work; work(sys.argv[1], int(sys.argv[2]))"
 
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -37,16 +37,16 @@ Encoded = tuple[np.ndarray, np.ndarray]
 def encode(
     documents: Iterable[Document], tokenizer: Tokenizer, folder: pathlib.Path
 ) -> Iterator[tuple[list[Document], Encoded]]:
-    """Yield `batches` with `encode_texts` of the prompt and text of each; the tokenizer is saved in
+    """Yield batches with `encode_texts` of the prompt and text of each; the tokenizer is saved in
     `folder`.
     """
     begun = time.monotonic()
     waiting: collections.deque = collections.deque()
     with contextlib.ExitStack() as stack:
         pool = None
-        for batch in batches(documents):
+        for batch in batch_by_chars(documents, _count_chars):
             texts = [text for document in batch for text in (document.prompt, document.text)]
-            if tokenizer.light or (pool is None and time.monotonic() - begun < ALONE_SECS):
+            if tokenizer.is_light or (pool is None and time.monotonic() - begun < ALONE_SECS):
                 yield batch, encode_texts(tokenizer, texts)
                 continue
             pool = pool or stack.enter_context(_Processes(tokenizer, folder))
@@ -58,17 +58,8 @@ def encode(
             yield done, ids.result()
 
 
-def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield documents about a million characters at a time."""
-    batch, chars = [], 0
-    for document in documents:
-        batch.append(document)
-        chars += len(document.prompt) + len(document.text)
-        if chars >= _BATCH_CHARS:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
+def _count_chars(document: Document) -> int:
+    return len(document.prompt) + len(document.text)
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:

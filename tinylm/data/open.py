@@ -33,8 +33,12 @@ from tinylm.data.sources.tokens import TokenSource
 from tinylm.data.splits import training_documents
 from tinylm.data.store import MANIFEST, Store, read_manifest
 from tinylm.data.token_files import prepare_token_files
-from tinylm.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
-from tinylm.data.vocabularies import tokenizer_file_hashes
+from tinylm.data.tokenizers import (
+    Tokenizer,
+    build_tokenizer,
+    load_tokenizer,
+    tokenizer_file_hashes,
+)
 
 WAIT_SECS = 1800.0
 _LOOKED_AT_DOCUMENTS = 1000

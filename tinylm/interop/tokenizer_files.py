@@ -13,17 +13,20 @@ from typing import Any
 
 from tinylm.core.errors import UserError
 from tinylm.core.log import say
-from tinylm.data.bpe import byte_chars
-from tinylm.data.cut import CutTokenizer
 from tinylm.data.tokenizers import (
     END,
     HEADER_FILE,
     ByteTokenizer,
     CharTokenizer,
+    Gpt2Tokenizer,
+    JsonTokenizer,
+    Llama2cTokenizer,
+    PrunedTokenizer,
     Tokenizer,
+    byte_chars,
     load_tokenizer,
+    read_vocabulary,
 )
-from tinylm.data.vocabularies import Gpt2Tokenizer, HfTokenizer, Llama2cTokenizer, read_vocabulary
 
 _KIND_OF_SUFFIX = {".json": "hf", ".model": "sentencepiece", ".bin": "llama2c"}
 _KIND_OF_FILE = {
@@ -105,7 +108,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path, context: int) ->
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
     """Return a tokenizer.json with the same ids, or None where there is no such thing."""
-    if isinstance(tokenizer, CutTokenizer):
+    if isinstance(tokenizer, PrunedTokenizer):
         return None
     if isinstance(tokenizer, Gpt2Tokenizer):
         return _of_ranks(tokenizer)
@@ -117,12 +120,12 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
         )
     if isinstance(tokenizer, CharTokenizer):
         return _of_chars(tokenizer)
-    if isinstance(tokenizer, HfTokenizer) and not tokenizer.eot_name:
+    if isinstance(tokenizer, JsonTokenizer) and not tokenizer.eot_name:
         return _with_end(tokenizer)
     return tokenizer.files.get("tokenizer.json")
 
 
-def _with_end(tokenizer: HfTokenizer) -> bytes | None:
+def _with_end(tokenizer: JsonTokenizer) -> bytes | None:
     """Add the end of text, which the file had no token for, under the id that the run gave it."""
     import tokenizers
 
@@ -133,7 +136,7 @@ def _with_end(tokenizer: HfTokenizer) -> bytes | None:
     return inner.to_str().encode() if inner.token_to_id(END) == tokenizer.eot_id else None
 
 
-def _of_merges(folder: pathlib.Path, eot_id: int | None) -> HfTokenizer:
+def _of_merges(folder: pathlib.Path, eot_id: int | None) -> JsonTokenizer:
     """Read the two files of GPT-2's kind."""
     from tokenizers import models
 
@@ -143,7 +146,7 @@ def _of_merges(folder: pathlib.Path, eot_id: int | None) -> HfTokenizer:
         raise UserError(
             f"{folder} has vocab.json and merges.txt that can't be read: {error}."
         ) from error
-    return HfTokenizer(_byte_level(vocab, merges), eot_id)
+    return JsonTokenizer(_byte_level(vocab, merges), eot_id)
 
 
 def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> bytes:
@@ -160,7 +163,7 @@ def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> bytes:
 
 def _of_ranks(tokenizer: Gpt2Tokenizer) -> bytes:
     """Find the merges again: a token's parts are what the merges before it make of its bytes."""
-    rank = {token: i for i, token in enumerate(tokenizer._bytes_of_id)}
+    rank = {token: i for i, token in enumerate(tokenizer.bytes_of_id)}
     chars = byte_chars()
 
     def written(token: bytes) -> str:
@@ -174,7 +177,7 @@ def _of_ranks(tokenizer: Gpt2Tokenizer) -> bytes:
             pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
         return pieces
 
-    longer = [parts(token) for token in tokenizer._bytes_of_id if len(token) > 1]
+    longer = [parts(token) for token in tokenizer.bytes_of_id if len(token) > 1]
     merges = [(written(first), written(second)) for first, second in longer]
     vocab = {written(token): i for token, i in rank.items()} | {END: tokenizer.eot_id}
     return _byte_level(vocab, merges)

@@ -1,0 +1,147 @@
+"""A pruned vocabulary: the most common ids of another tokenizer, as TinyStories did with GPT-Neo's.
+
+A small model spends most of its parameters on a large vocabulary (Eldan and Li, 2023,
+arXiv:2305.07759). A token that is dropped is spelled in bytes where the vocabulary has all 256, so
+every text still comes back exactly; where it doesn't, the token becomes one unknown id. The map of
+ids is saved with the tokenizer, and what was dropped is counted.
+
+    base        0 a | 1 b | 2 the | 3 cat | 4 end       kept: 0, 2, 4
+    pruned      0 a | 1 the | 2 end | 3 unknown
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tinylm.data.tokenizers.base import TableTokenizer, Tokenizer
+from tinylm.data.tokenizers.portions import batch_by_chars
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+
+
+class PrunedTokenizer(Tokenizer):
+    """Another tokenizer with only some of its ids, renumbered in their order.
+
+    Attributes:
+        base: The other tokenizer.
+        kept: The ids of `base` that are kept, in the order of the new ones.
+        spells: A dropped token is spelled in bytes. Where it isn't, it becomes one more id, which
+            decodes to U+FFFD.
+        counts: How many tokens were counted (`counted_tokens`) and dropped (`dropped_tokens`).
+    """
+
+    def __init__(self, base: Tokenizer, kept: Sequence[int], counts: dict[str, int]):
+        """Keep the ids `kept` of `base`, with its end of text among them."""
+        self.base = base
+        self.name = base.name
+        self.eot_name = base.eot_name
+        self.files = base.files
+        self.counts = counts
+        self.kept = np.array(kept, np.int32)
+        self.header = {**base.header, "cut": {"kept": self.kept.tolist(), **counts}}
+
+        # The new id of each old one, or -1.
+        self._new_id = np.full(base.vocab_size, -1, np.int32)
+        self._new_id[self.kept] = np.arange(len(self.kept))
+        self.eot_id = int(self._new_id[base.eot_id])
+
+        byte_ids = base.byte_ids if isinstance(base, TableTokenizer) else None
+        new_byte_ids = np.full(1, -1) if byte_ids is None else self._new_id[byte_ids]
+        self.spells = bool((new_byte_ids >= 0).all())
+        self._new_byte_ids = new_byte_ids
+
+        new_unknown_ids = self._new_id[list(base.unknown_ids)].tolist()
+        unknown_ids = [i for i in new_unknown_ids if i >= 0]
+        self.vocab_size = len(self.kept)
+        if not self.spells:
+            unknown_ids.append(self.vocab_size)
+            self.vocab_size += 1
+        self.unknown_ids = tuple(unknown_ids)
+
+    @classmethod
+    def of(cls, base: Tokenizer, texts: Iterable[str], size: int) -> "PrunedTokenizer":
+        """Count the ids of `texts` and keep the most common, `size` ids in all."""
+        counts = count_ids(base, texts)
+        always = {base.eot_id}
+        byte_ids = base.byte_ids if isinstance(base, TableTokenizer) else None
+        if byte_ids is not None and size > len(byte_ids) + 1:
+            always.update(byte_ids.tolist())
+            room = size - len(always)
+        else:
+            # One more id is for what is unknown.
+            room = max(size - len(always) - 1, 0)
+
+        most_common = np.argsort(-counts, kind="stable").tolist()
+        others = [i for i in most_common if counts[i] and i not in always]
+        kept = sorted([*always, *others[:room]])
+        num_tokens = int(counts.sum())
+        num_kept = int(counts[kept].sum())
+        return cls(
+            base, kept, {"counted_tokens": num_tokens, "dropped_tokens": num_tokens - num_kept}
+        )
+
+    def describe(self) -> str:
+        """Return one line on what was dropped and what becomes of it."""
+        dropped = self.counts["dropped_tokens"]
+        total = self.counts["counted_tokens"]
+        fate = "spelled in bytes" if self.spells else "one unknown id"
+        return (
+            f"vocabulary cut to {self.vocab_size:,} of {self.base.vocab_size:,} ids; "
+            f"{dropped:,} of {total:,} tokens ({dropped / max(total, 1):.2%}) were dropped, "
+            f"each {fate}"
+        )
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._prune(ids) for ids in self.base.encode_batch(texts)]
+
+    def _prune(self, ids: np.ndarray) -> np.ndarray:
+        """Return the new ids for those of the base."""
+        new_ids = self._new_id[ids]
+        dropped = np.flatnonzero(new_ids < 0)
+        if not len(dropped):
+            return new_ids
+        if not self.spells:
+            new_ids[dropped] = self.vocab_size - 1
+            return new_ids
+
+        # Each dropped token is replaced by the ids of its bytes.
+        assert isinstance(self.base, TableTokenizer), "only a table has an id for each byte"
+        parts: list[np.ndarray] = []
+        start = 0
+        for place in dropped.tolist():
+            content = self.base.bytes_of_id[ids[place]]
+            parts.append(new_ids[start:place])
+            parts.append(self._new_byte_ids[np.frombuffer(content, np.uint8)])
+            start = place + 1
+        parts.append(new_ids[start:])
+        return np.concatenate(parts)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        # The ids of the base between unknown ids.
+        runs: list[list[int]] = [[]]
+        for i in ids:
+            if i < len(self.kept):
+                runs[-1].append(int(self.kept[i]))
+            else:
+                runs.append([])
+
+        content = self.base.decode_bytes(runs[0])
+        last = runs[0]
+        for run in runs[1:]:
+            # What follows an unknown id doesn't begin the text: it is decoded after other ids, so
+            # that it keeps its space.
+            before = last or run[:1]
+            content_before = self.base.decode_bytes(before)
+            content += UNKNOWN + self.base.decode_bytes([*before, *run])[len(content_before) :]
+            last = run
+        return content
+
+
+def count_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
+    """Return how often each id occurs in `texts`."""
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    for batch in batch_by_chars(texts, len):
+        # An empty text has no ids, though a tokenizer that adds a space would give it one.
+        ids = tokenizer.encode_batch([text for text in batch if text])
+        counts += np.bincount(np.concatenate([np.zeros(0, np.int32), *ids]), minlength=len(counts))
+    return counts
