@@ -472,10 +472,15 @@ def _rows(config: DataConfig, store: Store, split: str, seed: Any) -> SplitRows:
             "data.prompt_field and data.completion_field."
         )
     plan = _plan(config, store, split)
-    rows = SplitRows(store, split, plan, config.seq_len, seed)
-    rows.use_mask = config.loss_on == "answer"
-    rows.packed = config.packing == "packed"
-    return rows
+    return SplitRows(
+        store,
+        split,
+        plan,
+        config.seq_len,
+        seed=seed,
+        use_mask=config.loss_on == "answer",
+        packed=config.packing == "packed",
+    )
 
 
 def _ends_within(ends: np.ndarray, begin: int, end: int) -> np.ndarray:

@@ -3,9 +3,21 @@ document a row.
 
 A row is one or more pieces, each a stretch of targets; the input of a target is the token before
 it, and before a document that is the end of text. So no loss crosses from one document into
-another, and each target token of a split is in exactly one row. Windows need no index. The other
-two plans depend on the context length and on nothing else, so they are made once for a store, as
-two arrays beside it that are memory-mapped.
+another, and each target token of a split is in exactly one row. With documents A, B, C, D of which
+`.` is the end of text, and rows of 8 targets:
+
+    tokens of the split   A A A . B B B B B B B B B . C C . D D .
+    stream, offset 0     |A A A . B B B B|B B B B B . C C|. D D .|
+    stream, offset 3     |. B B B B B B B|B B . C C . D D|. A A A|    the last window is short
+    packed               |A A A . B .|B B B B B B B B|C C . D D .|
+    single               |A A A .|B B B B B B B B|B .|C C .|D D .|
+
+B is longer than a row, so it is cut into 8 and 2, which are placed as if they were documents.
+
+Windows need no index. The other two plans depend on the context length and on nothing else, so they
+are made once for a store, as two arrays that are memory-mapped. First fit is from Johnson (1973,
+Near-optimal bin packing algorithms); it is planned for some tens of thousands of documents at a
+time, which bounds memory and costs a few part-filled rows.
 """
 
 import heapq
@@ -23,8 +35,13 @@ PACK_DOCUMENTS = 1 << 16
 
 
 class Pieces(NamedTuple):
-    """Pieces of a batch of rows: row of the batch, first column, first token of the split,
-    length.
+    """The pieces of a batch of rows, one an index, in the order of the rows: each array [pieces].
+
+    Attributes:
+        row: The row of the batch.
+        column: Where it begins in the row.
+        start: Its first target, as a token of the split.
+        length: How many targets it has.
     """
 
     row: np.ndarray
@@ -33,37 +50,56 @@ class Pieces(NamedTuple):
     length: np.ndarray
 
 
+def count_within(counts: np.ndarray) -> np.ndarray:
+    """Return 0, 1, ... up to each count in turn: [2, 3] gives [0, 1, 0, 1, 2]."""
+    begins = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) - np.repeat(begins, counts)
+
+
 class StreamPlan:
     """Windows on a grid over the stream, taken as a ring so that the grid may begin anywhere."""
 
     def __init__(self, num_tokens: int, seq_len: int):
-        self.num_tokens, self.seq_len = num_tokens, seq_len
-        self.num_rows = -(-num_tokens // seq_len)
+        self.num_tokens = num_tokens
+        self.seq_len = seq_len
+        self.num_rows = -(-num_tokens // seq_len)  # rounded up
         self.num_split = 0
 
     def pieces(self, rows: np.ndarray, offsets: np.ndarray) -> Pieces:
-        """Return the pieces of rows when the grid begins at `offsets`."""
+        """Return the pieces of rows, one each.
+
+        Args:
+            rows: Which windows: [rows].
+            offsets: Where the grid begins for each: [rows].
+        """
         begin = rows * self.seq_len
-        length = np.minimum(self.seq_len, self.num_tokens - begin)
         return Pieces(
-            np.arange(len(rows)),
-            np.zeros(len(rows), np.int64),
-            (begin + offsets) % self.num_tokens,
-            length,
+            row=np.arange(len(rows)),
+            column=np.zeros(len(rows), np.int64),
+            start=(begin + offsets) % self.num_tokens,
+            length=np.minimum(self.seq_len, self.num_tokens - begin),
         )
 
 
 class DocumentPlan:
-    """Rows listed in an index: row r has the pieces from ends[r - 1] to ends[r] of `pieces` [P,
-    (start, length)].
-    """
+    """Rows listed in an index: row r has the pieces from ends[r - 1] to ends[r]."""
 
     def __init__(
         self, ends: np.ndarray, pieces: np.ndarray, num_split: int, files: Sequence[ArrayFile] = ()
     ):
-        """Take the index, and the files that it is mapped from."""
-        self._ends, self._pieces, self.num_split, self._files = ends, pieces, num_split, files
+        """Take the index.
+
+        Args:
+            ends: The number of pieces up to the end of each row: [rows].
+            pieces: First token of the split, and length: [pieces, 2].
+            num_split: How many documents are cut.
+            files: What both arrays are mapped from.
+        """
         self.num_rows = len(ends)
+        self.num_split = num_split
+        self._ends = ends
+        self._pieces = pieces
+        self._files = files
 
     def pieces(self, rows: np.ndarray, offsets: np.ndarray) -> Pieces:
         """Return the pieces of rows; documents stay where they are, so `offsets` are without
@@ -72,37 +108,45 @@ class DocumentPlan:
         for file in self._files:
             file.check()
         first = np.where(rows > 0, self._ends[np.maximum(rows, 1) - 1], 0)
-        count = self._ends[rows] - first
-        row = np.repeat(np.arange(len(rows)), count)
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-        chosen = self._pieces[first[row] + nth]
-        start, length = chosen[:, 0], chosen[:, 1]
+        counts = self._ends[rows] - first
+        row = np.repeat(np.arange(len(rows)), counts)
+        chosen = self._pieces[first[row] + count_within(counts)]
+        start = chosen[:, 0]
+        length = chosen[:, 1]
+        # A piece begins where those before it in the batch end, counted from the begin of its row.
         before = np.cumsum(length) - length
-        column = before - np.repeat(before[np.cumsum(count) - count], count)
+        first_of_row = np.cumsum(counts) - counts
+        column = before - np.repeat(before[first_of_row], counts)
         return Pieces(row, column, start, length)
 
 
 def split_documents(ends: np.ndarray, begin: int, seq_len: int) -> tuple[np.ndarray, int]:
-    """Cut documents, given by their `ends` after `begin`, into pieces [P, (start, length)]; count
-    those cut.
+    """Cut documents into pieces of at most `seq_len` tokens.
+
+    Args:
+        ends: Where they end: [documents].
+        begin: Where the first one begins.
+        seq_len: Targets of a row.
+
+    Returns:
+        Start and length of each piece, [pieces, 2], and how many documents are cut.
     """
     starts = np.concatenate([[begin], ends[:-1]])
-    lengths = ends - starts
-    parts = -(-lengths // seq_len)
-    nth = np.arange(parts.sum()) - np.repeat(np.cumsum(parts) - parts, parts)
-    start = np.repeat(starts, parts) + nth * seq_len
-    length = np.minimum(seq_len, np.repeat(ends, parts) - start)
-    return np.stack([start, length], axis=1), int((parts > 1).sum())
+    num_parts = -(-(ends - starts) // seq_len)
+    piece_starts = np.repeat(starts, num_parts) + count_within(num_parts) * seq_len
+    piece_lengths = np.minimum(seq_len, np.repeat(ends, num_parts) - piece_starts)
+    return np.stack([piece_starts, piece_lengths], axis=1), int((num_parts > 1).sum())
 
 
 def first_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """Return for each piece the row that it goes to: the first one with room (Johnson 1973, first
-    fit).
+    """Return for each piece the row that it goes to: the first one with room.
 
     Rows are kept in a heap per number of free columns, so a piece costs a look at `seq_len` tops at
     most.
     """
+    # No row has this number: it stands for "none", and argmin takes it last.
     full = len(lengths)
+    # The first row of each heap.
     tops = np.full(seq_len + 1, full, np.int64)
     heaps: list[list[int]] = [[] for _ in range(seq_len + 1)]
     rows = np.empty(len(lengths), np.int64)
@@ -110,7 +154,8 @@ def first_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     for i, length in enumerate(lengths.tolist()):
         room = length + int(tops[length:].argmin())
         if tops[room] == full:
-            row, room = num_rows, seq_len
+            row = num_rows
+            room = seq_len
             num_rows += 1
         else:
             row = heapq.heappop(heaps[room])
@@ -123,41 +168,53 @@ def first_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     return rows
 
 
-def plan_chunks(
-    ends: np.ndarray, seq_len: int, packed: bool
-) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-    """Yield (piece counts of rows, pieces, documents cut) for some tens of thousands of documents
-    at a time.
+class PlannedChunk(NamedTuple):
+    """The rows of some documents.
+
+    Attributes:
+        counts: How many pieces each row has: [rows].
+        pieces: Start and length of each piece, in the order of the rows: [pieces, 2].
+        num_split: How many documents are cut.
     """
+
+    counts: np.ndarray
+    pieces: np.ndarray
+    num_split: int
+
+
+def plan_chunks(ends: np.ndarray, seq_len: int, packed: bool) -> Iterator[PlannedChunk]:
+    """Yield the rows of `PACK_DOCUMENTS` documents at a time."""
     begin = 0
     for first in range(0, len(ends), PACK_DOCUMENTS):
-        chunk = np.asarray(ends[first : first + PACK_DOCUMENTS], np.int64)
-        pieces, num_split = split_documents(chunk, begin, seq_len)
-        begin = int(chunk[-1])
+        chunk_ends = np.asarray(ends[first : first + PACK_DOCUMENTS], np.int64)
+        pieces, num_split = split_documents(chunk_ends, begin, seq_len)
+        begin = int(chunk_ends[-1])
         if packed:
             rows = first_fit(pieces[:, 1], seq_len)
-            yield np.bincount(rows), pieces[np.argsort(rows, kind="stable")], num_split
+            pieces = pieces[np.argsort(rows, kind="stable")]
+            yield PlannedChunk(np.bincount(rows), pieces, num_split)
         else:
-            yield np.ones(len(pieces), np.int64), pieces, num_split
+            yield PlannedChunk(np.ones(len(pieces), np.int64), pieces, num_split)
 
 
 def write_plan(folder: pathlib.Path, ends: np.ndarray, seq_len: int, packed: bool) -> None:
     """Write the plan of documents that end at `ends`, counted from the begin of their split, into
     `folder`.
     """
-    writers = [
-        ArrayWriter(folder, name, np.int64, shard_items=2**62) for name in ("ends", "pieces")
-    ]
-    num_pieces = num_split = 0
-    for counts, pieces, chunk_split in plan_chunks(ends, seq_len, packed):
-        writers[0].append(np.cumsum(counts) + num_pieces)
-        writers[1].append(pieces.ravel())
-        num_pieces, num_split = num_pieces + len(pieces), num_split + chunk_split
-    for writer in writers:
-        writer.close()
-    (folder / PLAN).write_text(
-        json.dumps([writers[0].total, num_pieces, num_split]), encoding="utf-8"
-    )
+    row_ends = ArrayWriter(folder, "ends", np.int64, shard_items=2**62)
+    all_pieces = ArrayWriter(folder, "pieces", np.int64, shard_items=2**62)
+    num_pieces = 0
+    num_split = 0
+    for chunk in plan_chunks(ends, seq_len, packed):
+        row_ends.append(np.cumsum(chunk.counts) + num_pieces)
+        all_pieces.append(chunk.pieces.ravel())
+        num_pieces += len(chunk.pieces)
+        num_split += chunk.num_split
+    row_ends.close()
+    all_pieces.close()
+    # Last, for a plan without it is not whole.
+    sizes = [row_ends.total, num_pieces, num_split]
+    (folder / PLAN).write_text(json.dumps(sizes), encoding="utf-8")
 
 
 def load_plan(folder: pathlib.Path) -> DocumentPlan | None:

@@ -4,13 +4,29 @@ Index i is row `i % rows` of epoch `i // rows`. Each epoch has its own order (Gr
 a Feistel network over the row numbers: no permutation is stored) and, for windows, its own offset
 of the grid. So any example can be made anywhere, by any thread or process, with nothing remembered.
 A mixture interleaves such rows by a fixed schedule.
+
+    seed, step, row of the batch
+        |  index = step * batch_size + row
+        |  epoch, place = divmod(index, rows)
+        |  row of the plan = shuffle(place; seed, epoch)     offset = draw(seed, epoch)
+        v
+    pieces: |-- start, length --|-- start, length --|        (tinylm.data.packing)
+        |  read from the store: [start - 1, start + length)
+        v
+    tokens     . A A A . B     the token before each target
+    targets    A A A . B .
+    weights    1 1 1 1 1 1     0 behind the last piece, and on prompts that carry no loss
+    segments   1 1 1 1 2 2     packed rows only: which piece, 0 behind the last one
+    positions  0 1 2 3 0 1     packed rows only: from the begin of each piece
+
+What an example costs is a read of the store for each piece, and a shuffle of one number.
 """
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,9 +45,7 @@ class Rows(Protocol):
         """Return the rows of an epoch."""
 
     def read(self, indices: np.ndarray) -> Examples:
-        """Return tokens, targets, weights (and segments, positions when packed), each
-        [len(indices), seq_len].
-        """
+        """Return the examples of `indices`, counted over all epochs: arrays [indices, seq_len]."""
 
 
 def draw(*purpose: object) -> int:
@@ -41,9 +55,7 @@ def draw(*purpose: object) -> int:
 
 
 class SplitRows:
-    """The rows of one split of one store; `seed` None gives them in order on the grid at 0, as
-    evaluation wants.
-    """
+    """The rows of one split of one store."""
 
     def __init__(
         self,
@@ -51,12 +63,31 @@ class SplitRows:
         split: str,
         plan: StreamPlan | DocumentPlan,
         seq_len: int,
+        *,
         seed: object = None,
+        use_mask: bool = False,
+        packed: bool = False,
     ):
-        self._store, self._plan, self._seq_len, self._seed = store, plan, seq_len, seed
+        """Take what the rows are read from.
+
+        Args:
+            store: The tokens.
+            split: Its part that is read, "train" or "valid".
+            plan: Which stretches of the split make up each row.
+            seq_len: Targets of a row.
+            seed: Decides the order of each epoch; None gives the rows in order on the grid at 0, as
+                evaluation wants.
+            use_mask: Whether only the tokens that the store's mask marks carry loss.
+            packed: Whether examples have segments and positions.
+        """
+        self._store = store
+        self._plan = plan
+        self._seq_len = seq_len
+        self._seed = seed
+        self._use_mask = use_mask
+        self._packed = packed
         self._begin, self._end = store.manifest["splits"][split]["tokens"]
         self._eot_id = store.manifest["tokenizer"]["eot_id"]
-        self.use_mask, self.packed = False, False
 
     def __len__(self) -> int:
         return self._plan.num_rows
@@ -68,44 +99,53 @@ class SplitRows:
 
     def read(self, indices: np.ndarray) -> Examples:
         """Return the examples of `indices`, counted over all epochs."""
-        epochs, rows = np.divmod(np.asarray(indices, np.int64), len(self))
-        offsets = np.zeros(len(rows), np.int64)
-        if self._seed is not None:
-            from grain.experimental import index_shuffle
-
-            last, seeds = (
-                len(self) - 1,
-                {epoch: self._draw(epoch) for epoch in set(epochs.tolist())},
-            )
-            shuffled = [
-                index_shuffle(row, max_index=last, seed=seeds[epoch][0], rounds=4)
-                for epoch, row in zip(epochs.tolist(), rows.tolist(), strict=True)
-            ]
-            rows = np.array(shuffled, np.int64)
-            offsets = np.array([seeds[epoch][1] for epoch in epochs.tolist()], np.int64)
+        epochs, places = np.divmod(np.asarray(indices, np.int64), len(self))
+        if self._seed is None:
+            rows = places
+            offsets = np.zeros(len(rows), np.int64)
+        else:
+            rows, offsets = self._shuffled(epochs.tolist(), places.tolist())
         return self._assemble(len(rows), self._plan.pieces(rows, offsets))
 
-    def _draw(self, epoch: int) -> tuple[int, int]:
-        """Return the seed of an epoch's order, and the offset of its grid."""
-        offset = draw(self._seed, "grid", epoch) % min(self._seq_len, self._end - self._begin)
-        return draw(self._seed, "order", epoch), offset
+    def _shuffled(self, epochs: list[int], places: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the row at each place of its epoch, and the offset of that epoch's grid."""
+        from grain.experimental import index_shuffle
+
+        last = len(self) - 1
+        order_seeds = {epoch: draw(self._seed, "order", epoch) for epoch in set(epochs)}
+        grid_offsets = {epoch: self._grid_offset(epoch) for epoch in set(epochs)}
+        rows = [
+            index_shuffle(place, max_index=last, seed=order_seeds[epoch], rounds=4)
+            for epoch, place in zip(epochs, places, strict=True)
+        ]
+        offsets = [grid_offsets[epoch] for epoch in epochs]
+        return np.array(rows, np.int64), np.array(offsets, np.int64)
+
+    def _grid_offset(self, epoch: int) -> int:
+        """Return where the grid of windows begins in an epoch."""
+        return draw(self._seed, "grid", epoch) % min(self._seq_len, self._end - self._begin)
 
     def _assemble(self, num_rows: int, pieces: Pieces) -> Examples:
+        """Read the pieces of `num_rows` rows from the store."""
         shape = (num_rows, self._seq_len)
         tokens = np.full(shape, self._eot_id, np.int32)
         targets = np.full(shape, self._eot_id, np.int32)
         weights = np.zeros(shape, np.float32)
         window = np.empty(self._seq_len + 1, np.int32)
-        for row, column, start, length in zip(*(part.tolist() for part in pieces), strict=True):
+        for row, column, start, length in _each(pieces):
             here = slice(column, column + length)
             self._read_window(window[: length + 1], start)
             tokens[row, here] = window[:length]
             targets[row, here] = window[1 : length + 1]
             weights[row, here] = 1
-            if self.use_mask:
+            if self._use_mask:
                 self._read_ring(self._store.mask, weights[row, here], start)
         examples = {"tokens": tokens, "targets": targets, "weights": weights}
-        return examples | (_places(shape, pieces) if self.packed else {})
+        if self._packed:
+            segments, positions = _segments_and_positions(shape, pieces)
+            examples["segments"] = segments
+            examples["positions"] = positions
+        return examples
 
     def _read_window(self, out: np.ndarray, start: int) -> None:
         """Fill `out` with the token before `start`, end of text before the first, and those from
@@ -126,23 +166,32 @@ class SplitRows:
             array.read(out[straight:], self._begin)
 
 
-def _places(shape: tuple[int, int], pieces: Pieces) -> Examples:
-    """Return segments (1, 2, ... in each row, 0 where nothing is) and positions from each piece's
-    begin.
-    """
-    segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    count = np.arange(shape[1], dtype=np.int32)
-    nth = np.arange(len(pieces.row)) - np.searchsorted(pieces.row, pieces.row) + 1
-    for row, column, length, number in zip(
+def _each(pieces: Pieces) -> Iterator[tuple[int, int, int, int]]:
+    """Return row, column, start and length of each piece, as Python's numbers: these are faster."""
+    return zip(
         pieces.row.tolist(),
         pieces.column.tolist(),
+        pieces.start.tolist(),
         pieces.length.tolist(),
-        nth.tolist(),
         strict=True,
-    ):
+    )
+
+
+def _segments_and_positions(
+    shape: tuple[int, int], pieces: Pieces
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which piece of its row each column is in, 1, 2, ..., or 0 where there is none, and its
+    position from the begin of the piece.
+    """
+    segments = np.zeros(shape, np.int32)
+    positions = np.zeros(shape, np.int32)
+    count = np.arange(shape[1], dtype=np.int32)
+    first_of_row = np.searchsorted(pieces.row, pieces.row)
+    segment_numbers = (np.arange(len(pieces.row)) - first_of_row + 1).tolist()
+    for number, (row, column, _, length) in zip(segment_numbers, _each(pieces), strict=True):
         segments[row, column : column + length] = number
         positions[row, column : column + length] = count[:length]
-    return {"segments": segments, "positions": positions}
+    return segments, positions
 
 
 class MixedRows:
@@ -156,17 +205,17 @@ class MixedRows:
 
     def __init__(self, parts: Sequence[Rows], weights: list[Fraction]):
         self._parts = parts
-        self._schedule, self._rank, self._counts = schedule(tuple(weights))
+        self._schedule = schedule(tuple(weights))
 
     def __len__(self) -> int:
         return sum(len(part) for part in self._parts)
 
     def read(self, indices: np.ndarray) -> Examples:
         """Return the examples of `indices`, each from the source whose turn it is."""
-        periods, places = np.divmod(np.asarray(indices, np.int64), len(self._schedule))
-        sources = self._schedule[places]
-        local = periods * self._counts[sources] + self._rank[places]
-        return _read_parts(self._parts, sources, local)
+        sources, ranks, counts = self._schedule
+        periods, places = np.divmod(np.asarray(indices, np.int64), len(sources))
+        chosen = sources[places]
+        return _read_parts(self._parts, chosen, periods * counts[chosen] + ranks[places])
 
 
 class JoinedRows:
@@ -193,26 +242,43 @@ def _read_parts(parts: Sequence[Rows], which: np.ndarray, indices: np.ndarray) -
     for part in np.unique(which):
         chosen = np.flatnonzero(which == part)
         for name, values in parts[part].read(indices[chosen]).items():
-            out.setdefault(name, np.empty((len(indices), *values.shape[1:]), values.dtype))[
-                chosen
-            ] = values
+            if name not in out:
+                out[name] = np.empty((len(indices), *values.shape[1:]), values.dtype)
+            out[name][chosen] = values
     return out
 
 
-@functools.cache
-def schedule(weights: tuple[Fraction, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return one period of the mixture: source of each place, its rank among that source's,
-    examples a source.
+class Schedule(NamedTuple):
+    """One period of a mixture.
+
+    Attributes:
+        sources: The source whose turn it is: [period].
+        ranks: How many turns it had in the period before: [period].
+        counts: How many turns each source has in a period: [sources].
     """
+
+    sources: np.ndarray
+    ranks: np.ndarray
+    counts: np.ndarray
+
+
+@functools.cache
+def schedule(weights: tuple[Fraction, ...]) -> Schedule:
+    """Return one period of the mixture with these weights, which sum to 1."""
     period = functools.reduce(np.lcm, [weight.denominator for weight in weights])
     shares = [int(weight * period) for weight in weights]
     counts = [0] * len(weights)
-    sources, ranks = np.empty(period, np.int64), np.empty(period, np.int64)
+    sources = np.empty(period, np.int64)
+    ranks = np.empty(period, np.int64)
     for place in range(period):
-        open_sources = [
-            s for s, share in enumerate(shares) if counts[s] * period < share * (place + 1)
+        # The quota: one more turn keeps these at or below their share rounded up.
+        below_quota = [
+            source
+            for source, share in enumerate(shares)
+            if counts[source] * period < share * (place + 1)
         ]
-        source = max(open_sources, key=lambda s: shares[s] / (counts[s] + 1))
-        sources[place], ranks[place] = source, counts[source]
-        counts[source] += 1
-    return sources, ranks, np.array(counts, np.int64)
+        chosen = max(below_quota, key=lambda source: shares[source] / (counts[source] + 1))
+        sources[place] = chosen
+        ranks[place] = counts[chosen]
+        counts[chosen] += 1
+    return Schedule(sources, ranks, np.array(counts, np.int64))
