@@ -136,23 +136,26 @@ class Section:
     section_name: ClassVar[str] = ""
 
     def __init_subclass__(cls, name: str = ""):
-        """Take the section's name in the config, which messages begin with; the whole config has
-        none.
+        """Take the section's name in the config, which messages begin with.
+
+        The whole config has none.
         """
         super().__init_subclass__()
         cls.section_name = name
 
     def __new__(cls, *_: Any, **values: Any):
-        """Raise UserError for an argument that isn't a setting, which `__init__` would refuse with
-        a TypeError.
+        """Raise UserError for an argument that isn't a setting.
+
+        `__init__` would refuse it with a TypeError.
         """
         for name in values:
             _check_name(cls, name)
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set a setting to a value of its type; raise UserError for another type and for an unknown
-        name.
+        """Set a setting to a value of its type.
+
+        Raises UserError for another type and for an unknown name.
         """
         _check_name(type(self), name)
         key = _key(type(self), name)
@@ -161,14 +164,18 @@ class Section:
                 f"{key} can't change: this config is resolved; change the one it was "
                 "resolved from, or an editable_copy() of it."
             )
-        object.__setattr__(self, name, _converted(key, value, _fields(type(self))[name].type))
+        kind = _fields(type(self))[name].type
+        object.__setattr__(self, name, _converted(key, value, kind))
 
-    if not typing.TYPE_CHECKING:  # a type checker would take any name for a setting
+    # A type checker would take any name for a setting.
+    if not typing.TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
             """Name the nearest setting where one that doesn't exist is read."""
-            hint = "" if name.startswith("_") else nearest_setting(_key(type(self), name))
-            raise AttributeError(f"{_key(type(self), name)} is not a setting{hint or '.'}")
+            key = _key(type(self), name)
+            # Python and libraries ask for names such as __deepcopy__, which nobody has misspelt.
+            hint = "" if name.startswith("_") else nearest_setting(key)
+            raise AttributeError(f"{key} is not a setting{hint or '.'}")
 
     def __delattr__(self, name: str) -> None:
         raise AttributeError(f"{_key(type(self), name)} can't be deleted.")
@@ -190,8 +197,9 @@ class Section:
         return dataclasses.replace(self, **inner)  # type: ignore[type-var]
 
     def check(self) -> None:
-        """Raise UserError for what can't work; a section with rules between its settings adds
-        them.
+        """Raise UserError for what can't work.
+
+        A section with rules between its settings adds them.
         """
         self.check_bounds()
         for section in _sections_in(self).values():

@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 
 from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards, sizes_by_name
+from tinylm.core.text import mesh_text
 from tinylm.inference.writing import numbered
 from tinylm.model.flops import count_parameters
 from tinylm.train.loop import Outcome, Trainer
@@ -75,6 +76,6 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
 def mesh_summary(mesh: Mesh) -> str:
     """Return the mesh in words."""
     kind = mesh.devices.flat[0].device_kind
-    sizes = " x ".join(f"{name} {size}" for name, size in sizes_by_name(mesh).items() if size > 1)
+    sizes = mesh_text({name: size for name, size in sizes_by_name(mesh).items() if size > 1})
     shape = f" ({sizes})" if sizes else ""
     return f"{mesh.size} x {kind}{shape}, batch in {batch_shards(mesh)}"
