@@ -137,10 +137,10 @@ def test_a_process_that_encodes_ends_with_the_one_that_asked(tmp_path):
     """Also when that is killed: its end of the pipe is closed by the system."""
     ByteTokenizer().save(tmp_path)
     ours, theirs = Pipe()
-    command = [sys.executable, "-c", encoding._WORKER, str(tmp_path), str(theirs.fileno())]
+    command = [sys.executable, "-c", encoding.WORKER_PROGRAM, str(tmp_path), str(theirs.fileno())]
     with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process:
         theirs.close()
-        ids, counts = encoding._ask(ours, ["ab", "", "é"])
+        ids, counts = encoding.ask(ours, ["ab", "", "é"])
         assert ids.tolist() == [97, 98, 195, 169] and counts.tolist() == [2, 0, 2]
         ours.close()
         assert process.wait(20) == 0

@@ -1,11 +1,16 @@
-"""Documents to ids on all cores: batches of text go to a process each, their ids come back in
-order.
+"""Documents to ids on all cores: batches of text go to a process each, ids come back in order.
+
+    this process     reads batch 5 ...   | writes the ids of batch 1, then 2 ...
+    process 1        encodes batch 1, then 4 ...
+    process 2        encodes batch 2, then 3 ...
 
 A source that is read within a second is encoded right here, so a small one pays for no start of
-processes; so are bytes and characters, which numpy encodes faster than a pipe takes them. Beyond
-that, this process reads ahead and writes while as many others as there are cores encode; what comes
-out is the same however many there are. They are plain programs at the end of a pipe, which end when
-it closes: also by kill -9.
+processes; so are bytes and characters, which numpy encodes faster than a pipe takes them. What
+comes out is the same however many processes there are.
+
+They are plain programs at the end of a pipe. So they end when it closes, also when this process is
+killed by kill -9, and a user's script needs no `if __name__ == "__main__"`; the process pool of
+`concurrent.futures` has neither property.
 """
 
 import collections
@@ -13,14 +18,15 @@ import contextlib
 import io
 import os
 import pathlib
+import queue
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent import futures
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,103 +35,168 @@ from tinylm.data.tokenizers import Tokenizer, load_tokenizer
 from tinylm.data.tokenizers.portions import batch_by_chars
 
 ALONE_SECS = 1.0
-_WORKER = "import sys; from tinylm.data.encoding import work; work(sys.argv[1], int(sys.argv[2]))"
+WORKER_PROGRAM = (
+    "import sys; from tinylm.data.encoding import work; work(sys.argv[1], int(sys.argv[2]))"
+)
 
-Encoded = tuple[np.ndarray, np.ndarray]
+
+class Encoded(NamedTuple):
+    """The ids of all texts of a batch in a row, and how many each text has."""
+
+    ids: np.ndarray
+    counts: np.ndarray
 
 
 def encode(
     documents: Iterable[Document], tokenizer: Tokenizer, folder: pathlib.Path
 ) -> Iterator[tuple[list[Document], Encoded]]:
-    """Yield batches with `encode_texts` of the prompt and text of each; the tokenizer is saved in
-    `folder`.
+    """Yield documents in batches, each with its ids.
+
+    Args:
+        documents: The documents.
+        tokenizer: Encodes them.
+        folder: Where the tokenizer is saved, from which other processes load it.
+
+    Yields:
+        A batch, and the ids of the prompt and then of the text of each of its documents.
     """
     begun = time.monotonic()
-    waiting: collections.deque = collections.deque()
+    num_workers = os.cpu_count() or 1
     with contextlib.ExitStack() as stack:
-        pool = None
+        pool: _WorkerPool | None = None
+        waiting: collections.deque[tuple[list[Document], futures.Future[Encoded]]]
+        waiting = collections.deque()
         for batch in batch_by_chars(documents, _count_chars):
-            texts = [text for document in batch for text in (document.prompt, document.text)]
-            if tokenizer.is_light or (pool is None and time.monotonic() - begun < ALONE_SECS):
-                yield batch, encode_texts(tokenizer, texts)
-                continue
-            pool = pool or stack.enter_context(_Processes(tokenizer, folder))
-            waiting.append((batch, pool.submit(pool.encode, texts)))
-            if len(waiting) > 2 * (os.cpu_count() or 1):
-                done, ids = waiting.popleft()
-                yield done, ids.result()
-        for done, ids in waiting:
-            yield done, ids.result()
+            texts: list[str] = []
+            for document in batch:
+                texts += (document.prompt, document.text)
 
+            if pool is None:
+                if tokenizer.is_light or time.monotonic() - begun < ALONE_SECS:
+                    yield batch, encode_texts(tokenizer, texts)
+                    continue
+                pool = stack.enter_context(_WorkerPool(num_workers, tokenizer, folder))
 
-def _count_chars(document: Document) -> int:
-    return len(document.prompt) + len(document.text)
+            # Two batches a worker are read ahead, which bounds memory and keeps all of them busy.
+            waiting.append((batch, pool.submit(texts)))
+            if len(waiting) > 2 * num_workers:
+                oldest, encoded = waiting.popleft()
+                yield oldest, encoded.result()
+        for batch, encoded in waiting:
+            yield batch, encoded.result()
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
-    """Return the ids of all texts in a row, and how many each has; an empty text has none."""
-    ids = tokenizer.encode_batch([text for text in texts if text])
+    """Return the ids of texts; an empty text has none."""
+    ids_of_texts = tokenizer.encode_batch([text for text in texts if text])
+    places = [i for i, text in enumerate(texts) if text]
     counts = np.zeros(len(texts), np.int64)
-    counts[[i for i, text in enumerate(texts) if text]] = [len(one) for one in ids]
-    return np.concatenate([np.zeros(0, np.int32), *ids]), counts
+    counts[places] = [len(ids) for ids in ids_of_texts]
+    return Encoded(np.concatenate([np.zeros(0, np.int32), *ids_of_texts]), counts)
 
 
-class _Processes(futures.ThreadPoolExecutor):
-    """Threads that each feed a process of their own."""
+class _WorkerPool(contextlib.AbstractContextManager):
+    """Workers, and as many threads, each of which waits for a worker to encode a batch."""
 
-    def __init__(self, tokenizer: Tokenizer, folder: pathlib.Path):
-        super().__init__(os.cpu_count())
-        self._tokenizer, self._folder = tokenizer, folder
-        self._own, self._closing = threading.local(), contextlib.ExitStack()
+    def __init__(self, num_workers: int, tokenizer: Tokenizer, folder: pathlib.Path):
+        self._tokenizer = tokenizer
+        self._threads = futures.ThreadPoolExecutor(num_workers)
+        self._workers = [_Worker(folder) for _ in range(num_workers)]
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
 
     def __exit__(self, *_: object) -> None:
-        self.shutdown(cancel_futures=True)
-        self._closing.close()
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+
+    def submit(self, texts: list[str]) -> "futures.Future[Encoded]":
+        """Have a worker encode texts as soon as one is idle."""
+        return self._threads.submit(self._encode, texts)
+
+    def _encode(self, texts: list[str]) -> Encoded:
+        worker = self._idle.get()
+        try:
+            return worker.encode(texts)
+        except (OSError, EOFError):
+            # The worker can't be started, or has ended. Where the reason is the text, this says so.
+            return encode_texts(self._tokenizer, texts)
+        finally:
+            self._idle.put(worker)
+
+
+class _Worker:
+    """A process that encodes; it starts with its first batch."""
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        self._pipe: Connection | None = None
+        self._process: subprocess.Popen | None = None
 
     def encode(self, texts: list[str]) -> Encoded:
-        """Encode in the process of this thread; where that fails, here, which says why if it was
-        the text.
-        """
-        try:
-            if not hasattr(self._own, "pipe"):
-                self._own.pipe = self._start()
-            return _ask(self._own.pipe, texts)
-        except (OSError, EOFError):
-            return encode_texts(self._tokenizer, texts)
+        """Return the ids of texts; raise OSError or EOFError where there is no such process."""
+        if self._pipe is None:
+            self._pipe = self._start()
+        return ask(self._pipe, texts)
+
+    def close(self) -> None:
+        """Close the pipe, by which the process ends, and wait for that."""
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._process is not None:
+            self._process.wait()
 
     def _start(self) -> Connection:
         ours, theirs = Pipe()
+        # The process runs one thread, also in the libraries, and finds the modules of this one.
+        environment = os.environ | {
+            "RAYON_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         with theirs:
-            # One thread a process, also in the libraries; and the modules that this process has.
-            environment = os.environ | {
-                "RAYON_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(sys.path),
-            }
-            process = subprocess.Popen(
-                [sys.executable, "-c", _WORKER, str(self._folder), str(theirs.fileno())],
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", WORKER_PROGRAM, str(self._folder), str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
-        self._closing.callback(process.wait)
-        self._closing.callback(ours.close)
         return ours
 
 
-def _ask(pipe: Connection, texts: list[str]) -> Encoded:
-    pipe.send_bytes(np.fromiter(map(len, texts), np.int64).tobytes())
+def ask(pipe: Connection, texts: list[str]) -> Encoded:
+    """Have the process at the other end of a pipe encode texts.
+
+    There: the length of each text in characters, then all texts in a row.
+    Back: all ids in a row, then how many each text has.
+    """
+    pipe.send_bytes(np.array([len(text) for text in texts], np.int64).tobytes())
     pipe.send_bytes("".join(texts).encode("utf-8", "surrogatepass"))
-    return np.frombuffer(pipe.recv_bytes(), np.int32), np.frombuffer(pipe.recv_bytes(), np.int64)
+    ids = np.frombuffer(pipe.recv_bytes(), np.int32)
+    counts = np.frombuffer(pipe.recv_bytes(), np.int64)
+    return Encoded(ids, counts)
 
 
 def work(folder: str, descriptor: int) -> None:
-    """Encode what comes through a pipe until that is closed: the whole life of such a process."""
+    """Answer `ask` until the pipe is closed: the whole life of a process that encodes.
+
+    Args:
+        folder: Where the tokenizer is saved.
+        descriptor: The file descriptor of this end of the pipe.
+    """
     pipe = Connection(descriptor)
     tokenizer = load_tokenizer(folder)
     with contextlib.suppress(EOFError):
         while True:
             lengths = np.frombuffer(pipe.recv_bytes(), np.int64).tolist()
-            text = io.StringIO(pipe.recv_bytes().decode("utf-8", "surrogatepass"), newline="")
-            for part in encode_texts(tokenizer, [text.read(length) for length in lengths]):
-                pipe.send_bytes(part.tobytes())
+            joined = pipe.recv_bytes().decode("utf-8", "surrogatepass")
+            # Python's files read so many characters; without `newline` they would change "\r\n".
+            reader = io.StringIO(joined, newline="")
+            encoded = encode_texts(tokenizer, [reader.read(length) for length in lengths])
+            pipe.send_bytes(encoded.ids.tobytes())
+            pipe.send_bytes(encoded.counts.tobytes())
+
+
+def _count_chars(document: Document) -> int:
+    return len(document.prompt) + len(document.text)

@@ -69,8 +69,11 @@ class BpeTokenizer(JsonTokenizer):
 
     def encode_by_words(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, which is ASCII, by a table of the words met so far."""
-        words_of_texts = [_ASCII_WORDS.findall(text) for text in texts]
-        words = set().union(*words_of_texts)
+        words_of_texts: list[list[str]] = [_ASCII_WORDS.findall(text) for text in texts]
+        words: set[str] = set()
+        for words_of_text in words_of_texts:
+            words.update(words_of_text)
+
         new = [word for word in words if word not in self._known]
         if len(self._known) + len(new) > _MOST_KNOWN_WORDS:
             self._known = {}

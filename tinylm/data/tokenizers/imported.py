@@ -47,12 +47,13 @@ class Gpt2Tokenizer(TableTokenizer):
         """
         tiktoken = optional_module("tiktoken", "tokens")
 
-        self.eot_id = len(id_of_bytes)
-        single_bytes = {bytes([byte]) for byte in range(256)}
-        are_ranks = sorted(id_of_bytes.values()) == list(range(self.eot_id))
-        if not are_ranks or not single_bytes <= set(id_of_bytes):
+        num_tokens = len(id_of_bytes)
+        are_ranks = sorted(id_of_bytes.values()) == list(range(num_tokens))
+        has_all_bytes = all(bytes([byte]) in id_of_bytes for byte in range(256))
+        if not are_ranks or not has_all_bytes:
             raise ValueError("its ranks must be those from 0 on, and have each byte")
-        self.vocab_size = self.eot_id + 1
+        self.eot_id = num_tokens
+        self.vocab_size = num_tokens + 1
         self.inner = tiktoken.Encoding(
             "gpt2",
             pat_str=self._PATTERN,
@@ -60,7 +61,9 @@ class Gpt2Tokenizer(TableTokenizer):
             special_tokens={END: self.eot_id},
         )
         self.bytes_of_id = sorted(id_of_bytes, key=id_of_bytes.__getitem__)
-        lines = [base64.b64encode(token) + b" %d" % i for i, token in enumerate(self.bytes_of_id)]
+        lines: list[bytes] = []
+        for i, token in enumerate(self.bytes_of_id):
+            lines.append(base64.b64encode(token) + b" %d" % i)
         self.files = {"gpt2.tiktoken": b"\n".join(lines)}
 
     @classmethod
@@ -74,21 +77,26 @@ class Gpt2Tokenizer(TableTokenizer):
         Raises:
             UserError: They can't be read, or don't belong together.
         """
-        byte_of_char = {char: byte for byte, char in byte_chars().items()}
         place = pathlib.Path(folder)
         encoder = read_user_file(place / "encoder.json")
         merges = read_user_file(place / "vocab.bpe")
+        byte_of_char = {char: byte for byte, char in byte_chars().items()}
         try:
+            tokens = list(byte_chars().values())
+            # The first line is the version; "Ġ t" merges a space with a t.
+            for line in merges.decode().splitlines()[1:]:
+                if line:
+                    tokens.append(line.replace(" ", ""))
+
             ids = dict(json.loads(encoder))
             ids.pop(END, None)
-            # The first line is the version; "Ġ t" merges a space with a t.
-            lines = [line.replace(" ", "") for line in merges.decode().splitlines()[1:] if line]
-            tokens = [*byte_chars().values(), *lines]
             if ids != {token: i for i, token in enumerate(tokens)}:
                 raise ValueError("their tokens differ")
+
             id_of_bytes: dict[bytes, int] = {}
             for i, token in enumerate(tokens):
-                id_of_bytes[bytes(byte_of_char[char] for char in token)] = i
+                content = bytes(byte_of_char[char] for char in token)
+                id_of_bytes[content] = i
             return cls(id_of_bytes)
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             why = f"{type(error).__name__}: {error}"
@@ -213,12 +221,15 @@ class Llama2cTokenizer(TableTokenizer):
 
         first_byte = len(self._SPECIAL)
         first_merged = first_byte + 256
+        no_bytes = [b"" for _ in self._SPECIAL]
         single_bytes = [bytes([byte]) for byte in range(256)]
-        self.bytes_of_id = [b""] * first_byte + single_bytes + pieces[first_merged:]
+        self.bytes_of_id = no_bytes + single_bytes + pieces[first_merged:]
 
         names = list(self._SPECIAL)
-        names += [piece.decode("utf-8", errors="replace") for piece in pieces[first_byte:]]
-        best_first = sorted(range(first_merged, len(pieces)), key=lambda i: -scores[i])
+        for piece in pieces[first_byte:]:
+            names.append(piece.decode("utf-8", errors="replace"))
+        merged = range(first_merged, len(pieces))
+        best_first = sorted(merged, key=lambda i: -scores[i])
         self.inner = self._byte_fallback_bpe(names, [names[i] for i in best_first])
 
     @classmethod
@@ -261,9 +272,10 @@ class Llama2cTokenizer(TableTokenizer):
 
     def count_bytes(self, ids: np.ndarray) -> int:
         # The first piece of a document may begin with the space that was added.
-        has_space = np.array([content.startswith(b" ") for content in self.bytes_of_id])[ids]
-        begins = np.concatenate([[True], ids[:-1] == self.eot_id])
-        return super().count_bytes(ids) - int((has_space & begins).sum())
+        space_of_id = np.array([content.startswith(b" ") for content in self.bytes_of_id])
+        begins_document = np.concatenate([[True], ids[:-1] == self.eot_id])
+        num_added = int((space_of_id[ids] & begins_document).sum())
+        return super().count_bytes(ids) - num_added
 
 
 def read_llama2c(content: bytes) -> tuple[list[bytes], list[float]]:

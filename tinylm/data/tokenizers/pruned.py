@@ -45,13 +45,16 @@ class PrunedTokenizer(Tokenizer):
         self._new_id[self.kept] = np.arange(len(self.kept))
         self.eot_id = int(self._new_id[base.eot_id])
 
-        byte_ids = base.byte_ids if isinstance(base, TableTokenizer) else None
-        new_byte_ids = np.full(1, -1) if byte_ids is None else self._new_id[byte_ids]
-        self.spells = bool((new_byte_ids >= 0).all())
-        self._new_byte_ids = new_byte_ids
+        byte_ids = find_byte_ids(base)
+        if byte_ids is None:
+            self._new_byte_ids = np.zeros(0, np.int32)
+            self.spells = False
+        else:
+            self._new_byte_ids = self._new_id[byte_ids]
+            self.spells = bool((self._new_byte_ids >= 0).all())
 
-        new_unknown_ids = self._new_id[list(base.unknown_ids)].tolist()
-        unknown_ids = [i for i in new_unknown_ids if i >= 0]
+        new_unknown_ids = self._new_id[list(base.unknown_ids)]
+        unknown_ids = new_unknown_ids[new_unknown_ids >= 0].tolist()
         self.vocab_size = len(self.kept)
         if not self.spells:
             unknown_ids.append(self.vocab_size)
@@ -62,23 +65,26 @@ class PrunedTokenizer(Tokenizer):
     def of(cls, base: Tokenizer, texts: Iterable[str], size: int) -> "PrunedTokenizer":
         """Count the ids of `texts` and keep the most common, `size` ids in all."""
         counts = count_ids(base, texts)
-        always = {base.eot_id}
-        byte_ids = base.byte_ids if isinstance(base, TableTokenizer) else None
+        byte_ids = find_byte_ids(base)
         if byte_ids is not None and size > len(byte_ids) + 1:
-            always.update(byte_ids.tolist())
+            always = {base.eot_id, *byte_ids.tolist()}
             room = size - len(always)
         else:
             # One more id is for what is unknown.
-            room = max(size - len(always) - 1, 0)
+            always = {base.eot_id}
+            room = max(size - 2, 0)
 
-        most_common = np.argsort(-counts, kind="stable").tolist()
-        others = [i for i in most_common if counts[i] and i not in always]
-        kept = sorted([*always, *others[:room]])
+        # The most common come first, and of equally common ones the lower id.
+        others: list[int] = []
+        for i in np.argsort(-counts, kind="stable").tolist():
+            if counts[i] > 0 and i not in always:
+                others.append(i)
+        kept = sorted(always.union(others[:room]))
+
         num_tokens = int(counts.sum())
         num_kept = int(counts[kept].sum())
-        return cls(
-            base, kept, {"counted_tokens": num_tokens, "dropped_tokens": num_tokens - num_kept}
-        )
+        num_dropped = num_tokens - num_kept
+        return cls(base, kept, {"counted_tokens": num_tokens, "dropped_tokens": num_dropped})
 
     def describe(self) -> str:
         """Return one line on what was dropped and what becomes of it."""
@@ -120,10 +126,11 @@ class PrunedTokenizer(Tokenizer):
         # The ids of the base between unknown ids.
         runs: list[list[int]] = [[]]
         for i in ids:
-            if i < len(self.kept):
-                runs[-1].append(int(self.kept[i]))
-            else:
+            is_unknown = i >= len(self.kept)
+            if is_unknown:
                 runs.append([])
+            else:
+                runs[-1].append(int(self.kept[i]))
 
         content = self.base.decode_bytes(runs[0])
         last = runs[0]
@@ -131,10 +138,16 @@ class PrunedTokenizer(Tokenizer):
             # What follows an unknown id doesn't begin the text: it is decoded after other ids, so
             # that it keeps its space.
             before = last or run[:1]
-            content_before = self.base.decode_bytes(before)
-            content += UNKNOWN + self.base.decode_bytes([*before, *run])[len(content_before) :]
+            num_before = len(self.base.decode_bytes(before))
+            content += UNKNOWN
+            content += self.base.decode_bytes(before + run)[num_before:]
             last = run
         return content
+
+
+def find_byte_ids(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Return the id of each single byte; None where a tokenizer doesn't have them all."""
+    return tokenizer.byte_ids if isinstance(tokenizer, TableTokenizer) else None
 
 
 def count_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:

@@ -228,8 +228,10 @@ def _list_bytes(
     for token, i in vocab.items():
         # An added token is text as it stands, also where its letters (as in člověk) are among
         # those that the vocabulary writes for bytes.
-        if i not in added and all(char in byte_of_char for char in token):
-            bytes_of_id[i] = bytes(byte_of_char[char] for char in token)
+        writes_bytes = i not in added and all(char in byte_of_char for char in token)
+        if writes_bytes:
+            content = bytes(byte_of_char[char] for char in token)
         else:
-            bytes_of_id[i] = token.encode()
+            content = token.encode()
+        bytes_of_id[i] = content
     return bytes_of_id
