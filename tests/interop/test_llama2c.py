@@ -27,7 +27,7 @@ from tinylm.interop.llama2c import open_llama2c
 from tinylm.interop.tokenizer_files import tokenizer_json
 from tinylm.model.transformer import abstract_transformer
 from tinylm.run.open_run import Run
-from tinylm.train.evaluator import Looks
+from tinylm.train.evaluator import Evaluator
 
 DIM, HIDDEN, LAYERS, HEADS, KV_HEADS, VOCAB, SEQ = 16, 24, 2, 4, 2, 300, 12
 HEAD, KV_DIM = DIM // HEADS, DIM // HEADS * KV_HEADS
@@ -241,14 +241,14 @@ def test_samples_keep_the_space_after_their_prompt(small):
     path, tokenizer = small
     write_model(path)
     read = models.import_llama2c(str(path), tokenizer, MeshConfig(data=1)).tokenizer
-    looks = object.__new__(Looks)
-    looks.config, looks.data = (
+    evaluator = object.__new__(Evaluator)
+    evaluator.config, evaluator.data = (
         Config(sample=SampleConfig(prompts=("the",))),
         types.SimpleNamespace(tokenizer=read),
     )
-    looks.prompts = [[read.eot_id, *read.encode("the")]]
-    looks.decoder = types.SimpleNamespace(write=lambda *_, **__: [read.encode("cat")])
-    assert looks.samples({}) == ["the cat"]
+    evaluator.prompts = [[read.eot_id, *read.encode("the")]]
+    evaluator.decoder = types.SimpleNamespace(write=lambda *_, **__: [read.encode("cat")])
+    assert evaluator.samples({}) == ["the cat"]
 
 
 @pytest.mark.parametrize(("data", "model"), [(1, 1), (2, 2)])
