@@ -6,6 +6,10 @@ block says `slow` (run with -m slow) or `elsewhere` (needs a cluster, a package 
 not run, but its flags are still checked).
 """
 
+import contextlib
+import functools
+import importlib
+import io
 import json
 import os
 import pathlib
@@ -17,7 +21,7 @@ import subprocess
 import pytest
 from helpers import ROOT
 
-from tinylm import cli, config
+from tinylm.__main__ import COMMANDS
 from tinylm.config import load_config
 
 FILES = [
@@ -41,12 +45,12 @@ def tool_commands():
     return [shlex.split(part) for part in parts if re.match(r"python3? (-m tinylm|launch/)", part)]
 
 
+@functools.cache
 def known_flags(module):
-    """Return the flags that a command defines or shares."""
-    own = ROOT / (module.replace(".", "/") + ".py")
-    shared = (pathlib.Path(cli.__file__), pathlib.Path(config.__file__))
-    text = "".join(path.read_text(encoding="utf-8") for path in (own, *shared))
-    return {*re.findall(r'DEFINE_\w+\(\s*"(\w+)"', text), "help"}
+    """Return the flags that the help of a command lists."""
+    with contextlib.redirect_stdout(io.StringIO()) as help:
+        assert importlib.import_module(module).main(["--help"]) == 0
+    return {*re.findall(r"^  --(\w+) ", help.getvalue(), re.M), "help"}
 
 
 @pytest.mark.parametrize("words", tool_commands(), ids=" ".join)
@@ -134,10 +138,7 @@ def test_readme_is_short_and_has_one_test_command():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) < 150
     assert len([line for line in lines if re.search(r"pip install .*\[test\].*pytest", line)]) == 1
-    tools = {
-        path.stem for path in (ROOT / "tinylm").glob("*.py") if "cli.run(" in path.read_text()
-    } - {"cli"}
-    assert tools == set(re.findall(r"^\| `(\w+)` \|", "\n".join(lines), re.M))
+    assert set(COMMANDS.values()) == set(re.findall(r"^\| `(\w+)` \|", "\n".join(lines), re.M))
 
 
 def notebook():

@@ -1,14 +1,17 @@
 """tinylm: a distributed trainer for small to mid-size language models on JAX sharding."""
 
+import os
 import signal
 import sys
 import time
 from typing import Any
 
-if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # `python -m tinylm...`: until its flags are read, a command has nothing to clean up. Ctrl-C
-    # then ends it without a traceback out of some import; `tinylm.cli.run` puts Python's handler
-    # back.
+if os.path.basename(sys.argv[0]) in ("-m", "tinylm") and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    # `python -m tinylm...` or `tinylm ...`: until its flags are read, a command has nothing to
+    # clean up. Ctrl-C then ends it without a traceback out of some import; `tinylm.cli.run` puts
+    # Python's handler back.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from tinylm.core.platform import set_flags

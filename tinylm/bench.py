@@ -10,36 +10,37 @@ time goes by kind of operation.
 
 import json
 import os
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags as absl_flags
+from absl.flags import FlagValues
 
 from tinylm import cli
 from tinylm.core import text
 from tinylm.core.distributed import is_main
 from tinylm.core.errors import StorageError
 
-FLAGS = flags.FLAGS
 
-
-def main() -> None:
+def bench(flags: FlagValues) -> None:
     """Measure as the flags say."""
     from tinylm.core.mesh import batch_shards, make_mesh
     from tinylm.tools.bench import measure
 
-    config = cli.resolved_config()
+    config = cli.resolved_config(flags)
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
-    if FLAGS.profile:
+    if flags.profile:
         try:
-            os.makedirs(FLAGS.profile, exist_ok=True)
+            os.makedirs(flags.profile, exist_ok=True)
         except OSError as error:
             raise StorageError(
-                f"--profile={FLAGS.profile} can't be made: {error.strerror}."
+                f"--profile={flags.profile} can't be made: {error.strerror}."
             ) from error
-    found = measure(config, mesh, FLAGS.dispatches, FLAGS.profile)
+    found = measure(config, mesh, flags.dispatches, flags.profile)
     if is_main():
-        print(json.dumps(found) if FLAGS.json else text_of(found))
+        print(json.dumps(found) if flags.json else text_of(found))
 
 
 def text_of(found: dict[str, Any]) -> str:
@@ -71,16 +72,31 @@ def text_of(found: dict[str, Any]) -> str:
     return "\n".join(printed)
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string(
-        "profile", "", "folder to keep a trace in, for TensorBoard, XProf or Perfetto"
+def define_flags(flags: FlagValues) -> None:
+    """Add the flags of this command."""
+    absl_flags.DEFINE_string(
+        "profile",
+        "",
+        "folder to keep a trace in, for TensorBoard, XProf or Perfetto",
+        flag_values=flags,
     )
-    flags.DEFINE_integer(
+    absl_flags.DEFINE_integer(
         "dispatches",
         20,
         "calls of the step to time, each of train.steps_per_dispatch",
         lower_bound=2,
+        flag_values=flags,
     )
-    cli.define_config()
-    cli.define_json()
-    cli.run(main, __doc__)
+    cli.define_json(flags)
+
+
+COMMAND = cli.Command(__doc__, bench, define_flags, has_config=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the arguments `argv` (None: this process's); return its exit code."""
+    return cli.run(COMMAND, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

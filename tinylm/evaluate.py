@@ -1,10 +1,10 @@
-"""Score a run: loss, perplexity and bits per byte on its validation split or on any text, answers,
-stories.
+"""Score a run on its validation split or any text: loss, perplexity, bits per byte, answers.
 
-python -m tinylm.evaluate --workdir=runs/tales --step=best python -m tinylm.evaluate
---workdir=runs/tales --source="text:PATH/*.txt" python -m tinylm.evaluate --workdir=runs/gpt2
---source=jsonl:PATH/x.jsonl --data=text_field=story --data=seq_len=1024 python -m tinylm.evaluate
---workdir=runs/addition --exact_match python -m tinylm.evaluate --workdir=runs/tales --stories
+python -m tinylm.evaluate --workdir=runs/tales --step=best
+python -m tinylm.evaluate --workdir=runs/tales --source="text:PATH/*.txt"
+python -m tinylm.evaluate --workdir=runs/gpt2 --source=jsonl:PATH/x.jsonl --data=text_field=story
+python -m tinylm.evaluate --workdir=runs/addition --exact_match
+python -m tinylm.evaluate --workdir=runs/tales --stories
 
 Scores are those of the whole split, which a training with eval.max_batches doesn't read.
 """
@@ -13,23 +13,23 @@ import ast
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags as absl_flags
+from absl.flags import FlagValues
 
 from tinylm import cli
 from tinylm.core import text
 from tinylm.core.errors import UserError
 from tinylm.data.config import DataConfig
 
-FLAGS = flags.FLAGS
-
 _NUM_STORIES = 64
 _FEWEST_STORIES = 8
 
 
-def main() -> None:
+def score(flags: FlagValues) -> None:
     """Evaluate the checkpoint that the flags name."""
     import jax
 
@@ -37,22 +37,22 @@ def main() -> None:
     from tinylm.inference.config import check_pattern
     from tinylm.run.open_run import open_run
 
-    if FLAGS.stories and FLAGS.exact_match:
+    if flags.stories and flags.exact_match:
         raise UserError("--stories and --exact_match are two measures; ask for one at a time.")
-    check_pattern("--answer_pattern", FLAGS.answer_pattern or "")
-    run = open_run(FLAGS.workdir, FLAGS.step)
+    check_pattern("--answer_pattern", flags.answer_pattern or "")
+    run = open_run(flags.workdir, flags.step)
     with jax.set_mesh(run.mesh):
-        if FLAGS.stories and is_imported(run) and not FLAGS.source:
+        if flags.stories and is_imported(run) and not flags.source:
             result = score_stories(run, None, "")
-        elif FLAGS.stories:
-            result = score_stories(run, *open_text(run))
+        elif flags.stories:
+            result = score_stories(run, *open_text(run, flags))
         else:
-            result = score_text(run)
+            result = score_text(run, flags)
     if is_main():
-        print(json.dumps(result) if FLAGS.json else text_of(result))
+        print(json.dumps(result) if flags.json else text_of(result))
 
 
-def score_text(run: Any) -> dict[str, Any]:
+def score_text(run: Any, flags: FlagValues) -> dict[str, Any]:
     """Return the loss over the text that the flags name and, if they ask for it, the share of exact
     answers.
     """
@@ -61,7 +61,7 @@ def score_text(run: Any) -> dict[str, Any]:
     from tinylm.train.config import Config
 
     config = from_dict(Config, run.config)
-    data, source = open_text(run)
+    data, source = open_text(run, flags)
     nats, tokens = evaluate(
         make_eval_step(run.graph),
         run.params,
@@ -69,11 +69,11 @@ def score_text(run: Any) -> dict[str, Any]:
         run.mesh,
         rows=config.micro_batch_rows,
         micro_batches=config.train.accumulation_steps,
-        max_batches=FLAGS.max_batches,
+        max_batches=flags.max_batches,
     )
-    if not tokens and FLAGS.max_batches:
+    if not tokens and flags.max_batches:
         raise UserError(
-            f"the first {FLAGS.max_batches} batches hold no target token; set "
+            f"the first {flags.max_batches} batches hold no target token; set "
             "--max_batches higher, or 0."
         )
     if not tokens:
@@ -82,7 +82,7 @@ def score_text(run: Any) -> dict[str, Any]:
             "and data.loss_on."
         )
     loss = nats / tokens
-    bytes_per_token = data.valid_bytes_per_token(FLAGS.max_batches * config.data.batch_size)
+    bytes_per_token = data.valid_bytes_per_token(flags.max_batches * config.data.batch_size)
     result: dict[str, Any] = {
         "source": source,
         "loss": loss,
@@ -93,14 +93,14 @@ def score_text(run: Any) -> dict[str, Any]:
     if data.loss_on == "answer":
         result["loss_on"] = "answer"
     floor = data.floor_nats_per_token
-    if floor is not None and not FLAGS.max_batches:
+    if floor is not None and not flags.max_batches:
         result["floor"] = floor
-    if FLAGS.exact_match:
-        result |= score_answers(run, data)
+    if flags.exact_match:
+        result |= score_answers(run, data, flags)
     return result | {"step": run.step}
 
 
-def score_answers(run: Any, data: Any) -> dict[str, Any]:
+def score_answers(run: Any, data: Any, flags: FlagValues) -> dict[str, Any]:
     """Return the share of validation pairs that the model answers exactly, and how many there
     are.
     """
@@ -110,9 +110,9 @@ def score_answers(run: Any, data: Any) -> dict[str, Any]:
     tokenizer, context = run.tokenizer, run.model_config.context
     batch_size = run.config["data"]["batch_size"]
     pattern = run.config["eval"].get("answer_pattern", "")
-    if FLAGS.answer_pattern is not None:
-        pattern = FLAGS.answer_pattern
-    pairs = data.answers(FLAGS.max_batches * batch_size)
+    if flags.answer_pattern is not None:
+        pattern = flags.answer_pattern
+    pairs = data.answers(flags.max_batches * batch_size)
     check_pairs(pairs, context, tokenizer, pattern, ("--exact_match", "--answer_pattern"))
     share = exact_match(
         Decoder(run.graph, context, tokenizer.eot_id, tokenizer.vocab_size, run.end_ids),
@@ -177,24 +177,24 @@ def score_stories(run: Any, data: Any, source: str, max_tokens: int = 250) -> di
     return result | {"step": run.step}
 
 
-def open_text(run: Any) -> tuple[Any, str]:
+def open_text(run: Any, flags: FlagValues) -> tuple[Any, str]:
     """Return the text to score a run on, as `open_validation` does, and its name."""
     from tinylm.core.distributed import is_main
     from tinylm.core.settings import from_dict
     from tinylm.data import open_data, open_validation
 
-    config = with_settings(from_dict(DataConfig, run.config["data"]), FLAGS.data or [])
+    config = with_settings(from_dict(DataConfig, run.config["data"]), flags.data or [])
     if config.seq_len > run.model_config.context:
         raise UserError(
             f"--data=seq_len={config.seq_len} must be at most the context "
             f"({run.model_config.context})."
         )
-    if FLAGS.source:
-        data = open_validation(config, FLAGS.source, run.tokenizer, is_writer=is_main())
-        return data, FLAGS.source
+    if flags.source:
+        data = open_validation(config, flags.source, run.tokenizer, is_writer=is_main())
+        return data, flags.source
     if is_imported(run):
         raise UserError(
-            f"--workdir={FLAGS.workdir} holds an imported model, which has no text of its "
+            f"--workdir={flags.workdir} holds an imported model, which has no text of its "
             "own to be scored on; "
             "give one: --source=text:FILE (or any data.source)."
         )
@@ -271,35 +271,60 @@ def shown(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-if __name__ == "__main__":
-    flags.DEFINE_string("step", "best", "checkpoint: best, latest or a step")
-    flags.DEFINE_string(
-        "source", "", "text to score instead of the run's own: any data.source, such as text:FILE"
+def define_flags(flags: FlagValues) -> None:
+    """Add the flags of this command."""
+    cli.define_step(flags)
+    absl_flags.DEFINE_string(
+        "source",
+        "",
+        "text to score instead of the run's own: any data.source, such as text:FILE",
+        flag_values=flags,
     )
-    flags.DEFINE_multi_string(
+    absl_flags.DEFINE_multi_string(
         "data",
         None,
         (
             "KEY=VALUE: another value of a setting of the run's data, such as text_field=story "
             "or seq_len=1024"
         ),
+        flag_values=flags,
     )
-    flags.DEFINE_integer(
-        "max_batches", 0, "batches to score, as in training (0: the whole split)", lower_bound=0
+    absl_flags.DEFINE_integer(
+        "max_batches",
+        0,
+        "batches to score, as in training (0: the whole split)",
+        lower_bound=0,
+        flag_values=flags,
     )
-    flags.DEFINE_bool(
+    absl_flags.DEFINE_bool(
         "exact_match",
         False,
         "answer validation pairs greedily, and count those that are met exactly",
+        flag_values=flags,
     )
-    flags.DEFINE_string(
+    absl_flags.DEFINE_string(
         "answer_pattern",
         None,
         "regular expression of the final answer (default: eval.answer_pattern)",
+        flag_values=flags,
     )
-    flags.DEFINE_bool(
-        "stories", False, "measure repetition, variety, names and ends of what the model makes up"
+    absl_flags.DEFINE_bool(
+        "stories",
+        False,
+        "measure repetition, variety, names and ends of what the model makes up",
+        flag_values=flags,
     )
-    cli.define_workdir()
-    cli.define_json()
-    cli.run(main, __doc__)
+    cli.define_workdir(flags)
+    cli.define_json(flags)
+
+
+COMMAND = cli.Command(__doc__, score, define_flags)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the arguments `argv` (None: this process's); return its exit code."""
+    return cli.run(COMMAND, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,17 +9,18 @@ A single text appears while it is written; several are numbered.
 import functools
 import json
 import pathlib
+import sys
+from collections.abc import Sequence
 
-from absl import flags
+from absl import flags as absl_flags
+from absl.flags import FlagValues
 
 from tinylm import cli
 from tinylm.core.errors import UserError
 from tinylm.inference.samplers import Sampler
 
-FLAGS = flags.FLAGS
 
-
-def main() -> None:
+def generate(flags: FlagValues) -> None:
     """Write as the flags say; only text goes to stdout."""
     from tinylm.core.distributed import is_main
     from tinylm.inference.decode import check_prompts
@@ -27,35 +28,35 @@ def main() -> None:
     from tinylm.run.open_run import open_run
 
     sampler = Sampler(
-        FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.min_p, FLAGS.repetition_penalty
+        flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty
     )
     sampler.check(prefix="--")
-    if "" in (FLAGS.stop or []):
+    if "" in (flags.stop or []):
         raise UserError(
             "--stop must not be empty: every text would end before its first character."
         )
-    given = [*(FLAGS.prompt or []), *map(read_prompt, FLAGS.prompt_file or [])]
-    prompts = [text for text in given or [""] for _ in range(FLAGS.num_samples)]
-    run = open_run(FLAGS.workdir, FLAGS.step)
+    given = [*(flags.prompt or []), *map(read_prompt, flags.prompt_file or [])]
+    prompts = [text for text in given or [""] for _ in range(flags.num_samples)]
+    run = open_run(flags.workdir, flags.step)
     show = None
-    if len(prompts) == 1 and is_main() and not FLAGS.json:
+    if len(prompts) == 1 and is_main() and not flags.json:
         check_prompts([[run.start_id, *run.tokenizer.encode(prompts[0])]], run.model_config.context)
         show = functools.partial(print, end="", flush=True)
         show(prompts[0])
     texts = write_texts(
         run,
         prompts,
-        max_tokens=FLAGS.max_tokens,
+        max_tokens=flags.max_tokens,
         sampler=sampler,
-        seed=FLAGS.seed,
-        stop=FLAGS.stop or [],
-        logprobs=FLAGS.json,
+        seed=flags.seed,
+        stop=flags.stop or [],
+        logprobs=flags.json,
         show=show,
     )
     if not is_main():
         return
     whole = [text.prompt + text.completion for text in texts]
-    if FLAGS.json:
+    if flags.json:
         ids = [text.ids for text in texts]
         logprobs = [text.logprobs for text in texts]
         print(json.dumps({"texts": whole, "step": run.step, "ids": ids, "logprobs": logprobs}))
@@ -76,34 +77,75 @@ def read_prompt(path: str) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-if __name__ == "__main__":
+def define_flags(flags: FlagValues) -> None:
+    """Add the flags of this command."""
     default = Sampler()
-    flags.DEFINE_multi_string(
-        "prompt", None, "text to go on from (may be given several times; none: a new text)"
+    absl_flags.DEFINE_multi_string(
+        "prompt",
+        None,
+        "text to go on from (may be given several times; none: a new text)",
+        flag_values=flags,
     )
-    flags.DEFINE_multi_string(
-        "prompt_file", None, "a file with such a text (its last line break is left out)"
+    absl_flags.DEFINE_multi_string(
+        "prompt_file",
+        None,
+        "a file with such a text (its last line break is left out)",
+        flag_values=flags,
     )
-    flags.DEFINE_integer("max_tokens", 200, "most tokens to write after a prompt", lower_bound=1)
-    flags.DEFINE_float(
-        "temperature", 0.8, "0: always the most probable token; 1: the model's own distribution"
+    absl_flags.DEFINE_integer(
+        "max_tokens", 200, "most tokens to write after a prompt", lower_bound=1, flag_values=flags
     )
-    flags.DEFINE_integer("top_k", default.top_k, "draw from the k most probable tokens (0: all)")
-    flags.DEFINE_float(
-        "top_p", default.top_p, "draw from the fewest tokens that have this probability together"
+    absl_flags.DEFINE_float(
+        "temperature",
+        0.8,
+        "0: always the most probable token; 1: the model's own distribution",
+        flag_values=flags,
     )
-    flags.DEFINE_float(
-        "min_p", default.min_p, "draw from tokens at least this part as probable as the first"
+    absl_flags.DEFINE_integer(
+        "top_k", default.top_k, "draw from the k most probable tokens (0: all)", flag_values=flags
     )
-    flags.DEFINE_float(
-        "repetition_penalty", default.repetition_penalty, "above 1: tokens of the text count less"
+    absl_flags.DEFINE_float(
+        "top_p",
+        default.top_p,
+        "draw from the fewest tokens that have this probability together",
+        flag_values=flags,
     )
-    flags.DEFINE_multi_string(
-        "stop", None, "end a text before this string (may be given several times)"
+    absl_flags.DEFINE_float(
+        "min_p",
+        default.min_p,
+        "draw from tokens at least this part as probable as the first",
+        flag_values=flags,
     )
-    flags.DEFINE_integer("num_samples", 1, "texts for each prompt", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "seed of the draws", lower_bound=0, upper_bound=2**31 - 1)
-    flags.DEFINE_string("step", "best", "checkpoint: best, latest or a step")
-    cli.define_workdir()
-    cli.define_json()
-    cli.run(main, __doc__)
+    absl_flags.DEFINE_float(
+        "repetition_penalty",
+        default.repetition_penalty,
+        "above 1: tokens of the text count less",
+        flag_values=flags,
+    )
+    absl_flags.DEFINE_multi_string(
+        "stop",
+        None,
+        "end a text before this string (may be given several times)",
+        flag_values=flags,
+    )
+    absl_flags.DEFINE_integer(
+        "num_samples", 1, "texts for each prompt", lower_bound=1, flag_values=flags
+    )
+    absl_flags.DEFINE_integer(
+        "seed", 0, "seed of the draws", lower_bound=0, upper_bound=2**31 - 1, flag_values=flags
+    )
+    cli.define_step(flags)
+    cli.define_workdir(flags)
+    cli.define_json(flags)
+
+
+COMMAND = cli.Command(__doc__, generate, define_flags)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the arguments `argv` (None: this process's); return its exit code."""
+    return cli.run(COMMAND, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

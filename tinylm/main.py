@@ -1,30 +1,27 @@
 """Train a language model, or go on with a run: the same command does both.
 
-python -m tinylm.main --config=configs/tales.py --workdir=runs/tales python -m tinylm.main
---config=tales --config.model.embed_dim=256 --cpu_devices=8 --config.mesh.model=2 python -m
-tinylm.main --workdir=runs/tales
+python -m tinylm.main --config=configs/tales.py --workdir=runs/tales
+python -m tinylm.main --config=tales --config.model.embed_dim=256 --cpu_devices=8
+python -m tinylm.main --workdir=runs/tales
 """
 
 import pathlib
+import sys
+from collections.abc import Sequence
 
-from absl import flags
+from absl.flags import FlagValues
 
 from tinylm import cli
 from tinylm.core.distributed import is_main
 from tinylm.core.preemption import StopRequest
 
-FLAGS = flags.FLAGS
 
-
-def main() -> None:
+def train(flags: FlagValues) -> None:
     """Train as the flags say."""
-    from ml_collections import config_flags
-
+    # From here on a signal ends the run in an orderly way, so this comes before what takes time.
     stop = StopRequest()
-    config = cli.config(takes_over=False)
-    file = pathlib.Path(config_flags.get_config_filename(FLAGS["config"]).partition(":")[0])
-    name = file.parent.name if file.suffix == ".json" else file.stem
-    workdir = FLAGS.workdir or f"runs/{name}"
+    config = cli.config(flags, takes_over=False)
+    workdir = flags.workdir or f"runs/{_config_name(flags)}"
     from tinylm.train.start import start_run
     from tinylm.train.summary import closing, opening
 
@@ -38,7 +35,29 @@ def main() -> None:
         cli.print_last(closing(trainer, outcome))
 
 
+def _config_name(flags: FlagValues) -> str:
+    """Return the name of the config file or, for the config.json of a run, of the run's folder."""
+    from ml_collections import config_flags
+
+    path, _, _ = config_flags.get_config_filename(flags["config"]).partition(":")
+    file = pathlib.Path(path)
+    return file.parent.name if file.suffix == ".json" else file.stem
+
+
+def define_flags(flags: FlagValues) -> None:
+    """Add the flags of this command."""
+    cli.define_workdir(flags, is_required=False)
+
+
+COMMAND = cli.Command(
+    __doc__, train, define_flags, has_config=True, resumes=True, joins_cluster=True
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the arguments `argv` (None: this process's); return its exit code."""
+    return cli.run(COMMAND, argv)
+
+
 if __name__ == "__main__":
-    cli.define_config()
-    cli.define_workdir(required=False)
-    cli.run(main, __doc__, joins_cluster=True, resumes=True)
+    sys.exit(main())

@@ -1,47 +1,47 @@
-"""Plan a run before it costs anything: compile its train step for devices that you don't have,
-allocating nothing.
+"""Plan a run before it costs anything: compile its step for devices that you don't have.
 
 python -m tinylm.plan --config=configs/gpt2_124m.py --topology=v5e:4x4 --config.mesh.fsdp=true
 python -m tinylm.plan --config=gpt2_124m --topology=v5e:4x4 --search
 python -m tinylm.plan --config=tales --cpu_devices=8 --json
 
-Prints memory per device, FLOPs, traffic by mesh axis beside the least that is needed, and the time
-to train. A topology needs the TPU compiler: pip install "tinylm[tpu]".
+Prints memory per device, FLOPs, traffic by mesh axis with the least that is needed, and the time to
+train; allocates nothing. A topology needs the TPU compiler: pip install "tinylm[tpu]".
 """
 
 import json
 import os
+import sys
+from collections.abc import Sequence
 
 import jax
-from absl import flags
+from absl import flags as absl_flags
+from absl.flags import FlagValues
 
 from tinylm import cli
 from tinylm.core.errors import UserError
 
-FLAGS = flags.FLAGS
 
-
-def main() -> None:
+def plan(flags: FlagValues) -> None:
     """Plan as the flags say."""
     from tinylm.core.mesh import batch_shards, make_mesh
     from tinylm.tools.plan import make_plan
     from tinylm.tools.plan_text import describe, describe_search
     from tinylm.tools.search import search
 
-    if bool(FLAGS.topology) == bool(FLAGS.cpu_devices):
+    if bool(flags.topology) == bool(flags.cpu_devices):
         raise UserError("give either --topology=v5e:4x4 or --cpu_devices=8.")
-    if FLAGS.cpu_devices and FLAGS.slices > 1:
-        raise UserError(f"--slices={FLAGS.slices} needs --topology; simulated devices have none.")
-    config = cli.resolved_config()
-    devices = topology_devices(FLAGS.topology, FLAGS.slices) if FLAGS.topology else jax.devices()
-    if FLAGS.search:
+    if flags.cpu_devices and flags.slices > 1:
+        raise UserError(f"--slices={flags.slices} needs --topology; simulated devices have none.")
+    config = cli.resolved_config(flags)
+    devices = topology_devices(flags.topology, flags.slices) if flags.topology else jax.devices()
+    if flags.search:
         found = search(config, devices)
-        print(json.dumps(found) if FLAGS.json else describe_search(found))
+        print(json.dumps(found) if flags.json else describe_search(found))
         return
     mesh = make_mesh(config.mesh, devices)
     config.check_mesh(batch_shards(mesh))
     plan = make_plan(config, mesh)
-    print(json.dumps(plan) if FLAGS.json else describe(plan))
+    print(json.dumps(plan) if flags.json else describe(plan))
 
 
 def topology_devices(topology: str, slices: int) -> list[jax.Device]:
@@ -77,19 +77,37 @@ def topology_devices(topology: str, slices: int) -> list[jax.Device]:
         ) from error
 
 
-if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
-    flags.DEFINE_string(
-        "topology", "", "TPU topology to compile for, such as v5e:4x4, v5p:8x8x16 or v6e:16x16"
+def define_flags(flags: FlagValues) -> None:
+    """Add the flags of this command."""
+    absl_flags.DEFINE_string(
+        "topology",
+        "",
+        "TPU topology to compile for, such as v5e:4x4, v5p:8x8x16 or v6e:16x16",
+        flag_values=flags,
     )
-    flags.DEFINE_bool(
+    absl_flags.DEFINE_bool(
         "search",
         False,
         "find mesh, model.remat and batch: rank all by formula, compile the best three",
+        flag_values=flags,
     )
-    flags.DEFINE_integer(
-        "slices", 1, "slices of that topology; mesh.replica must be a multiple of it", lower_bound=1
+    absl_flags.DEFINE_integer(
+        "slices",
+        1,
+        "slices of that topology; mesh.replica must be a multiple of it",
+        lower_bound=1,
+        flag_values=flags,
     )
-    cli.define_config()
-    cli.define_json()
-    cli.run(main, __doc__)
+    cli.define_json(flags)
+
+
+COMMAND = cli.Command(__doc__, plan, define_flags, has_config=True, on_cpu=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the arguments `argv` (None: this process's); return its exit code."""
+    return cli.run(COMMAND, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

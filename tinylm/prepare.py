@@ -8,47 +8,48 @@ python -m tinylm.prepare --clean
 
 import hashlib
 import json
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags as absl_flags
+from absl.flags import FlagValues
 
 from tinylm import cli
 from tinylm.core import text
 from tinylm.core.distributed import is_main
 from tinylm.core.errors import UserError
 
-FLAGS = flags.FLAGS
 
-
-def main() -> None:
+def prepare(flags: FlagValues) -> None:
     """Prepare as the flags say."""
     from tinylm.data import open_data
     from tinylm.train.init_from import take_over
 
-    if FLAGS.clean:
-        clean()
+    if flags.clean:
+        clean(flags)
         return
-    config = cli.config()
-    if FLAGS.to_tfds:
+    config = cli.config(flags)
+    if flags.to_tfds:
         from tinylm.data.tfds_builder import write_tfds
 
-        folder = str(write_tfds(config.data, FLAGS.to_tfds, FLAGS.tfds_name))
-        print(json.dumps({"folder": folder}) if FLAGS.json else folder)
+        folder = str(write_tfds(config.data, flags.to_tfds, flags.tfds_name))
+        print(json.dumps({"folder": folder}) if flags.json else folder)
         return
     data = open_data(
         config.data, seed=config.seed, is_writer=is_main(), tokenizer=take_over(config)[1]
     )
-    if FLAGS.verify:
+    if flags.verify:
         for one in data.every_store:
             one.verify()
     result = summary(data) | {
-        "batches": batch_hashes(data, config.data.batch_size, FLAGS.print_batches)
+        "batches": batch_hashes(data, config.data.batch_size, flags.print_batches)
     }
     if is_main():
-        print(json.dumps(result) if FLAGS.json else text_of(result))
+        print(json.dumps(result) if flags.json else text_of(result))
 
 
-def clean() -> None:
+def clean(flags: FlagValues) -> None:
     """Show all token stores, and remove those that no run refers to."""
     from tinylm.config import Config
     from tinylm.data import stores
@@ -68,7 +69,7 @@ def clean() -> None:
         except (UserError, OSError):
             return False
 
-    folder = stores.store_folder((FLAGS.config or Config()).data)
+    folder = stores.store_folder((flags.config or Config()).data)
     removed: list[dict[str, Any]] = []
     kept: list[dict[str, Any]] = []
     for store in stores.find_stores(folder, refers, exists):
@@ -81,7 +82,7 @@ def clean() -> None:
         }
         (removed if is_removed else kept).append(row)
     freed = stores.remove_leftovers(folder) + sum(row["bytes"] for row in removed)
-    if FLAGS.json:
+    if flags.json:
         print(json.dumps({"removed": removed, "kept": kept, "freed_bytes": freed}))
         return
     for row in kept:
@@ -150,18 +151,41 @@ def text_of(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def define_flags(flags: FlagValues) -> None:
+    """Add the flags of this command."""
+    absl_flags.DEFINE_integer(
+        "print_batches",
+        0,
+        "print the hash of this many global batches",
+        lower_bound=0,
+        flag_values=flags,
+    )
+    absl_flags.DEFINE_bool(
+        "clean",
+        False,
+        "show all token stores and remove those that no run refers to",
+        flag_values=flags,
+    )
+    absl_flags.DEFINE_bool(
+        "verify", False, "compare every shard with its checksum", flag_values=flags
+    )
+    absl_flags.DEFINE_string(
+        "to_tfds",
+        "",
+        "write the source as a TFDS data set below this folder instead",
+        flag_values=flags,
+    )
+    absl_flags.DEFINE_string("tfds_name", "tinylm_text", "its name", flag_values=flags)
+    cli.define_json(flags)
+
+
+COMMAND = cli.Command(__doc__, prepare, define_flags, has_config=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the arguments `argv` (None: this process's); return its exit code."""
+    return cli.run(COMMAND, argv)
+
+
 if __name__ == "__main__":
-    flags.DEFINE_integer(
-        "print_batches", 0, "print the hash of this many global batches", lower_bound=0
-    )
-    flags.DEFINE_bool(
-        "clean", False, "show all token stores and remove those that no run refers to"
-    )
-    flags.DEFINE_bool("verify", False, "compare every shard with its checksum")
-    flags.DEFINE_string(
-        "to_tfds", "", "write the source as a TFDS data set below this folder instead"
-    )
-    flags.DEFINE_string("tfds_name", "tinylm_text", "its name")
-    cli.define_config()
-    cli.define_json()
-    cli.run(main, __doc__)
+    sys.exit(main())

@@ -1,17 +1,20 @@
 """Look at runs: one HTML page that opens from disk, and PNGs beside it.
 
-python -m tinylm.report --workdir=runs/tales python -m tinylm.report --workdir runs/a runs/b
---out=compare.html python -m tinylm.report --workdir=runs/sweep python -m tinylm.report
---workdir=runs/tales --attention_text="Once upon a time, a puppy." --attention_heads=0.0,2.3
+python -m tinylm.report --workdir=runs/tales
+python -m tinylm.report --workdir runs/a runs/b --out=compare.html
+python -m tinylm.report --workdir=runs/sweep
+python -m tinylm.report --workdir=runs/tales --attention_text="A puppy." --attention_heads=0.0,2.3
 
 Curves against steps, tokens or wall time; where the time went; samples; the model's parameters;
 what differs.
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags as absl_flags
+from absl.flags import FlagValues
 from etils import epath
 
 from tinylm import cli
@@ -19,10 +22,8 @@ from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.log import say
 from tinylm.core.storage import failures
 
-FLAGS = flags.FLAGS
 
-
-def main() -> None:
+def report(flags: FlagValues) -> None:
     """Write the report that the flags ask for."""
     from tinylm.run.folder import RunFolder
     from tinylm.show import describe_run
@@ -30,10 +31,10 @@ def main() -> None:
     from tinylm.view.history import gather
     from tinylm.view.plot import draw_curves
 
-    workdirs = [run for workdir in FLAGS.workdir for run in runs_in(workdir)]
+    workdirs = [run for workdir in flags.workdir for run in runs_in(workdir)]
     runs = [gather(workdir) for workdir in workdirs]
     distinct_names(runs)
-    out = epath.Path(FLAGS.out or RunFolder(FLAGS.workdir[0]).path / "report.html")
+    out = epath.Path(flags.out or RunFolder(flags.workdir[0]).path / "report.html")
     written = [out]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -42,10 +43,10 @@ def main() -> None:
             draw_curves(runs, written[-1])
         for workdir, run in zip(workdirs, runs, strict=True):
             run["model"] = describe_run(workdir)
-            if FLAGS.attention_text:
+            if flags.attention_text:
                 picture = out.with_name(f"{out.stem}_attention_{run['name'].replace('/', '_')}.png")
                 try:
-                    run["attention"] = attention(workdir, picture)
+                    run["attention"] = attention(workdir, picture, flags)
                     written.append(picture)
                 except UserError as error:
                     # Of several runs, one may know other characters, or have other heads.
@@ -72,7 +73,7 @@ def runs_in(workdir: str) -> list[str]:
     return below or [workdir]
 
 
-def spread(arguments: list[str]) -> list[str]:
+def spread(arguments: Sequence[str]) -> list[str]:
     """Return arguments in which `--workdir A B` stands as a flag for each folder."""
     found, taking = [], False
     for argument in arguments:
@@ -92,15 +93,15 @@ def distinct_names(runs: list[dict[str, Any]]) -> None:
             run["name"] = run["path"]
 
 
-def attention(workdir: str, picture: epath.Path) -> dict[str, Any]:
+def attention(workdir: str, picture: epath.Path, flags: FlagValues) -> dict[str, Any]:
     """Draw the chosen heads of a run over the text, and return them for the page."""
     from tinylm.run.open_run import open_run
     from tinylm.view import page
     from tinylm.view.attention import attention_of
 
-    run = open_run(workdir, FLAGS.step)
-    tokens, weights = attention_of(run, FLAGS.attention_text)
-    heads = chosen_heads(FLAGS.attention_heads, weights.shape[0], weights.shape[1])
+    run = open_run(workdir, flags.step)
+    tokens, weights = attention_of(run, flags.attention_text)
+    heads = chosen_heads(flags.attention_heads, weights.shape[0], weights.shape[1])
     page.draw_attention(tokens, weights, heads, picture)
     return page.attention_part(tokens, weights, heads)
 
@@ -123,22 +124,41 @@ def chosen_heads(names: list[str], num_layers: int, num_heads: int) -> list[tupl
     return [known[name] for name in names]
 
 
-if __name__ == "__main__":
-    flags.DEFINE_multi_string(
-        "workdir", None, "folder of a run, or of several (--workdir A B C), or of a sweep"
+def define_flags(flags: FlagValues) -> None:
+    """Add the flags of this command."""
+    absl_flags.DEFINE_multi_string(
+        "workdir",
+        None,
+        "folder of a run, or of several (--workdir A B C), or of a sweep",
+        flag_values=flags,
     )
-    flags.DEFINE_string(
-        "out", "", "the page to write (default: report.html in the first run's folder)"
+    absl_flags.DEFINE_string(
+        "out",
+        "",
+        "the page to write (default: report.html in the first run's folder)",
+        flag_values=flags,
     )
-    flags.DEFINE_string("attention_text", "", "draw attention over this text")
-    flags.DEFINE_list(
+    absl_flags.DEFINE_string(
+        "attention_text", "", "draw attention over this text", flag_values=flags
+    )
+    absl_flags.DEFINE_list(
         "attention_heads",
         [],
         "heads to draw, as LAYER.HEAD (default: all of the first and last layer)",
+        flag_values=flags,
     )
-    flags.DEFINE_string(
-        "step", "best", "checkpoint whose attention to draw: best, latest or a step"
-    )
-    cli.require("workdir", "--workdir=runs/tales")
-    sys.argv[1:] = spread(sys.argv[1:])
-    cli.run(main, __doc__)
+    cli.define_step(flags, "checkpoint whose attention to draw: best, latest or a step")
+    cli.require(flags, "workdir", "--workdir=runs/tales")
+
+
+COMMAND = cli.Command(__doc__, report, define_flags)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the arguments `argv` (None: this process's); return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return cli.run(COMMAND, spread(arguments), is_guest=argv is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

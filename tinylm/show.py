@@ -1,8 +1,8 @@
 """Print what is in a model: each parameter's axes, shape, type, place on the mesh, and bytes.
 
-python -m tinylm.show --config=configs/gpt2_124m.py python -m tinylm.show --workdir=runs/tales
-python -m tinylm.show --config=tinystories:33m --cpu_devices=8 --config.mesh.model=2
---config.mesh.fsdp=true --json
+python -m tinylm.show --config=configs/gpt2_124m.py
+python -m tinylm.show --workdir=runs/tales
+python -m tinylm.show --config=tinystories:33m --cpu_devices=8 --config.mesh.model=2 --json
 
 Makes no array and reads no text. A run is shown on the mesh that it ran on.
 """
@@ -10,33 +10,34 @@ Makes no array and reads no text. A run is shown on the mesh that it ran on.
 import collections
 import json
 import math
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
+from absl.flags import FlagValues
 
 from tinylm import cli
 from tinylm.config import Config
 from tinylm.core import text
 from tinylm.core.errors import UserError
 
-FLAGS = flags.FLAGS
 _COLUMNS = ("parameter", "axes", "shape", "dtype", "split by", "bytes", "per device")
 
 
-def main() -> None:
+def show(flags: FlagValues) -> None:
     """Show the model of the config or the run that the flags name."""
     from tinylm.core.distributed import is_main
     from tinylm.core.mesh import make_mesh
 
-    if (FLAGS.config is None) == (FLAGS.workdir is None):
+    if (flags.config is None) == (flags.workdir is None):
         raise UserError("give either --config=NAME or --workdir=RUN.")
-    if FLAGS.workdir is not None:
-        table = describe_run(FLAGS.workdir)
+    if flags.workdir is not None:
+        table = describe_run(flags.workdir)
     else:
-        config = cli.resolved_config()
+        config = cli.resolved_config(flags)
         table = describe(config, make_mesh(config.mesh))
     if is_main():
-        print(json.dumps(table) if FLAGS.json else text_of(table))
+        print(json.dumps(table) if flags.json else text_of(table))
 
 
 def describe_run(workdir: str) -> dict[str, Any]:
@@ -123,8 +124,19 @@ def text_of(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def define_flags(flags: FlagValues) -> None:
+    """Add the flags of this command."""
+    cli.define_workdir(flags, is_required=False)
+    cli.define_json(flags)
+
+
+COMMAND = cli.Command(__doc__, show, define_flags, has_config=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the arguments `argv` (None: this process's); return its exit code."""
+    return cli.run(COMMAND, argv)
+
+
 if __name__ == "__main__":
-    cli.define_config()
-    cli.define_workdir(required=False)
-    cli.define_json()
-    cli.run(main, __doc__)
+    sys.exit(main())

@@ -1,9 +1,7 @@
-"""Train one run for each point of a grid; the same command again skips runs that are done and goes
-on with the others.
+"""Train one run for each point of a grid; the same command again does the rest.
 
-python -m tinylm.sweep --config=tales --grid=optimizer.learning_rate=1e-2,2e-2 --grid=seed=0,1
---workdir=runs/sweep python -m tinylm.sweep --config=tales --config.train.num_steps=200
---grid=model.mlp=gelu,relu2 --workdir=runs/mlp
+python -m tinylm.sweep --config=tales --grid=optimizer.learning_rate=1e-2,2e-2 --workdir=runs/sweep
+python -m tinylm.sweep --config=tales --grid=seed=0,1 --grid=model.mlp=gelu,relu2 --workdir=runs/mlp
 
 Each run is a folder below --workdir, with its log.txt. Ends in a table, best first, and sweep.png
 beside it.
@@ -24,32 +22,31 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
-from absl import flags
+from absl import flags as absl_flags
+from absl.flags import FlagValues
 
 from tinylm import cli
-from tinylm.config import load_config
+from tinylm.config import load_config, prepare_arguments
 from tinylm.core import text
 from tinylm.core.errors import Preempted, UserError, one_line
 from tinylm.core.log import say
 from tinylm.core.signals import SIGNALS, is_ignored
 
-FLAGS = flags.FLAGS
 
-
-def main() -> None:
-    """Sweep as the flags say."""
-    cli.require_config()  # whether it holds is seen at each point of the grid
+def sweep_as_told(flags: FlagValues, arguments: Sequence[str]) -> int:
+    """Sweep as the flags say; `arguments` are the flags as they were given."""
+    cli.require_config(flags)  # whether it holds is seen at each point of the grid
     for number in SIGNALS:
         if number != signal.SIGINT and not is_ignored(number):
             signal.signal(number, asked_to_stop)
-    base = [argument for argument in sys.argv if argument.startswith("--config")]
-    if FLAGS.cpu_devices:
-        base.append(f"--cpu_devices={FLAGS.cpu_devices}")
-    rows = sweep(base, FLAGS.grid, FLAGS.workdir, FLAGS.jobs)
-    print(json.dumps(rows) if FLAGS.json else text_of(rows))
-    say(f"Compare them: python -m tinylm.report --workdir={FLAGS.workdir}")
-    sys.exit(0 if all(row["loss"] is not None for row in rows) else 1)
+    argv = prepare_arguments(["tinylm", *arguments])
+    base = [argument for argument in argv if argument.startswith("--config")]
+    if flags.cpu_devices:
+        base.append(f"--cpu_devices={flags.cpu_devices}")
+    rows = sweep(base, flags.grid, flags.workdir, flags.jobs)
+    print(json.dumps(rows) if flags.json else text_of(rows))
+    say(f"Compare them: python -m tinylm.report --workdir={flags.workdir}")
+    return 0 if all(row["loss"] is not None for row in rows) else 1
 
 
 def asked_to_stop(*_: Any) -> None:
@@ -83,8 +80,8 @@ def sweep(
         load_config(config, [*settings, *(f"{key}={value}" for key, value in point.items())])
     stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(train, base, point, workdir, jobs, stop) for point in points]
         try:
+            futures = [pool.submit(train, base, point, workdir, jobs, stop) for point in points]
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 say(
                     f"[{done}/{len(points)}] {name_of(future.result()['point'])}: "
@@ -229,14 +226,36 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     save(figure, path)
 
 
-if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")  # the runs need the devices, not this process
-    flags.DEFINE_multi_string(
-        "grid", None, "KEY=VALUE,VALUE,...: one axis of the grid; may be given several times"
+def define_flags(flags: FlagValues) -> None:
+    """Add the flags of this command."""
+    absl_flags.DEFINE_multi_string(
+        "grid",
+        None,
+        "KEY=VALUE,VALUE,...: one axis of the grid; may be given several times",
+        flag_values=flags,
     )
-    flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1)
-    cli.require("grid", "--grid=seed=0,1")
-    cli.define_config()
-    cli.define_workdir()
-    cli.define_json()
-    cli.run(main, __doc__)
+    absl_flags.DEFINE_integer("jobs", 1, "runs at a time", lower_bound=1, flag_values=flags)
+    cli.require(flags, "grid", "--grid=seed=0,1")
+    cli.define_workdir(flags)
+    cli.define_json(flags)
+
+
+def command(arguments: Sequence[str]) -> cli.Command:
+    """Return the command for these arguments; its processes need the devices, not this one."""
+    return cli.Command(
+        __doc__,
+        lambda flags: sweep_as_told(flags, arguments),
+        define_flags,
+        has_config=True,
+        on_cpu=True,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with the arguments `argv` (None: this process's); return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return cli.run(command(arguments), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

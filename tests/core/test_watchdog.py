@@ -12,12 +12,12 @@ from helpers import ROOT
 from test_distributed import Pair
 
 PLAYER = """
-    import pathlib, time
+    import pathlib, sys, time
     import jax
     from tinylm import cli
     from tinylm.core import distributed, watchdog
     watchdog.SILENT_SECS = 4.0
-    def main():
+    def main(flags):
         watched = watchdog.Watchdog(LIMIT)
         for step in range(1000):
             sleep = 0.05
@@ -27,7 +27,7 @@ PLAYER = """
             pathlib.Path(f"{jax.process_index()}-{step}").touch()
             watched.beat(step, sleep)
         watched.close()
-    cli.run(main, __doc__)
+    sys.exit(cli.run(cli.Command(__doc__, main)))
 """
 
 

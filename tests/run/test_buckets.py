@@ -6,7 +6,6 @@ begins it anew.
 """
 
 import json
-import types
 
 import fsspec
 import pytest
@@ -114,8 +113,6 @@ def test_pictures_and_the_report_stay_in_the_bucket(folder, monkeypatch, tmp_pat
     folder.log({"step": 1, "split": "train", "loss": 3.0})
     assert draw_loss(folder)
     assert trackers.pixels(str(folder.plot_file)).ndim == 3
-    flags = types.SimpleNamespace(workdir=[str(folder.path)], out="", attention_text="")
-    monkeypatch.setattr(report, "FLAGS", flags)
-    report.main()
+    assert report.main([f"--workdir={folder.path}"]) == 0
     assert {path.name for path in folder.path.glob("report.*")} == {"report.html", "report.png"}
     assert list(tmp_path.iterdir()) == []

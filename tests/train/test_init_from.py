@@ -184,7 +184,7 @@ def test_fine_tuning_takes_model_and_tokenizer_from_a_run(first, tmp_path):
     assert (begun.config.data.seq_len, begun.config.data.tokenizer) == (16, "byte")
 
 
-def test_a_tokenizer_that_no_setting_names_comes_along_and_the_origin_may_go(tmp_path, monkeypatch):
+def test_a_tokenizer_that_no_setting_names_comes_along_and_the_origin_may_go(tmp_path):
     """Characters of another text than the one that is fine-tuned on."""
     (tmp_path / "broad.txt").write_text("abcdefghijklmnopqrstuvwxyz .,\n" * 40)
     (tmp_path / "narrow.txt").write_text("a bad cab. " * 80)
@@ -202,9 +202,8 @@ def test_a_tokenizer_that_no_setting_names_comes_along_and_the_origin_may_go(tmp
     assert tuned.tokenizer.fingerprint == open_run(str(tmp_path / "origin")).tokenizer.fingerprint
     shutil.rmtree(tmp_path / "origin")
     flags = types.SimpleNamespace(source="", data=None, max_batches=1, exact_match=False)
-    monkeypatch.setattr(evaluate, "FLAGS", flags)
     with jax.set_mesh(tuned.mesh):
-        assert evaluate.score_text(tuned)["loss"] > 0
+        assert evaluate.score_text(tuned, flags)["loss"] > 0
     again = start_run(config, str(tmp_path / "next"))
     assert int(again.restore_or_init().step) == 2
     again.lock.close()

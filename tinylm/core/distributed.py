@@ -95,8 +95,7 @@ def start(
       joins_cluster: whether an empty `coordinator` means the cluster, where there is one.
     """
     if cpu_devices:
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", cpu_devices)
+        _simulate(cpu_devices)
 
     from_cluster = coordinator == "auto" or (joins_cluster and not coordinator)
     if coordinator == "auto":
@@ -140,6 +139,21 @@ def _join(job: _Job, secs: float) -> None:
             ) from error
         # The first use of the devices, where hosts tell each other what they have.
         jax.process_index()
+
+
+def _simulate(cpu_devices: int) -> None:
+    """Have this process see so many CPU devices; raise UserError where it sees others by now."""
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    except RuntimeError:
+        # JAX has made its devices, as in a notebook that called another command before.
+        found = jax.local_devices()
+        if found[0].platform != "cpu" or len(found) != cpu_devices:
+            raise UserError(
+                f"--cpu_devices={cpu_devices} comes too late: JAX has {len(found)} "
+                f"{found[0].platform} devices in this process; restart Python."
+            ) from None
 
 
 def _in_cluster() -> bool:
@@ -278,15 +292,17 @@ def note_first_step() -> None:
             pathlib.Path(path).touch()
 
 
-def leave(exit_code: int) -> None:
-    """End this process after an error, within LEAVE_SECS though its peers may not know of it."""
+def leave_soon(exit_code: int) -> None:
+    """See that this process, which ends after an error, is gone within LEAVE_SECS.
+
+    Its peers may not know of the error, and JAX waits for them at the exit.
+    """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         # At exit JAX waits for its peers, which may wait for this process.
         timer = threading.Timer(LEAVE_SECS, lambda: os._exit(exit_code))
         timer.daemon = True
         timer.start()
-    sys.exit(exit_code)
 
 
 @functools.cache

@@ -35,24 +35,63 @@ _LONGEST_PAUSE_SECS = 60.0
 _logger = logging.getLogger("tinylm")
 _lines: queue.Queue = queue.Queue()
 _said_once: set[str] = set()
+# What `start` changed in this process, to be undone by `stop`.
+_undo = contextlib.ExitStack()
 
 
-def start(is_main: bool = True) -> None:
-    """Send lines of this process to stderr where it is process 0, and quiet the libraries."""
+def start(is_main: bool = True, library_logs: bool = False) -> None:
+    """Send lines of this process to stderr where it is process 0.
+
+    Args:
+      is_main: whether this is process 0; others show only what is said `from_all`.
+      library_logs: whether libraries may log and warn as well.
+    """
+    stop()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
+    _undo.callback(setattr, _logger, "handlers", _logger.handlers)
     _logger.handlers = [logging.handlers.QueueHandler(_lines)]
-    logging.handlers.QueueListener(_lines, handler).start()
+    listener = logging.handlers.QueueListener(_lines, handler)
+    listener.start()
+    _undo.callback(_stop_listener, listener)
     atexit.register(flush)
     # A pipe that broke is no news to anybody.
+    _undo.callback(setattr, logging, "raiseExceptions", logging.raiseExceptions)
     logging.raiseExceptions = False
+    _undo.callback(setattr, _logger, "propagate", _logger.propagate)
     _logger.propagate = False
-    _logger.setLevel(logging.INFO if is_main else logging.ERROR)
-    logging.getLogger().setLevel(logging.ERROR)
-    for name in _SILENCED:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore")
+    _set_level(_logger, logging.INFO if is_main else logging.ERROR)
+    if not library_logs:
+        _silence_libraries()
+    _undo.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
     sys.unraisablehook = _unraisable
+
+
+def stop() -> None:
+    """Undo what `start` did, for a process that goes on."""
+    flush()
+    _undo.close()
+
+
+def _silence_libraries() -> None:
+    """Keep the loggers and warnings of libraries quiet."""
+    _set_level(logging.getLogger(), logging.ERROR)
+    for name in _SILENCED:
+        _set_level(logging.getLogger(name), logging.CRITICAL)
+    _undo.enter_context(warnings.catch_warnings())
+    warnings.filterwarnings("ignore")
+
+
+def _set_level(logger: logging.Logger, level: int) -> None:
+    """Set the level of a logger until `stop`."""
+    _undo.callback(logger.setLevel, logger.level)
+    logger.setLevel(level)
+
+
+def _stop_listener(listener: logging.handlers.QueueListener) -> None:
+    """End the thread that writes, unless its terminal takes no more lines."""
+    if not _lines.unfinished_tasks:
+        listener.stop()
 
 
 def _unraisable(found: Any) -> None:
