@@ -36,9 +36,11 @@ _READ_AHEAD_BYTES = 1 << 26
 
 def smallest_dtype(vocab_size: int) -> np.dtype:
     """Return the smallest unsigned type that holds every id."""
-    return np.dtype(
-        np.uint8 if vocab_size <= 1 << 8 else np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    )
+    if vocab_size <= 1 << 8:
+        return np.dtype(np.uint8)
+    if vocab_size <= 1 << 16:
+        return np.dtype(np.uint16)
+    return np.dtype(np.uint32)
 
 
 class ArrayWriter:
@@ -51,12 +53,10 @@ class ArrayWriter:
         dtype: np.dtype | type,
         shard_items: int = SHARD_TOKENS,
     ):
-        self.folder, self.stem, self.dtype, self.shard_items = (
-            folder,
-            stem,
-            np.dtype(dtype),
-            shard_items,
-        )
+        self.folder = folder
+        self.stem = stem
+        self.dtype = np.dtype(dtype)
+        self.shard_items = shard_items
         self.shards: list[dict[str, Any]] = []
         self.total = 0
         self._file: Any = None
@@ -106,11 +106,14 @@ class StoreWriter:
         """Begin a store; `unknown_ids`, which stand for what a tokenizer can't spell, are
         counted.
         """
-        self._unknown_ids, self.num_unknown = unknown_ids, 0
+        self.folder = folder
         self.tokens = ArrayWriter(folder, "tokens", dtype)
         self.masks = ArrayWriter(folder, "mask", np.uint8)
+        # The tokens and bytes so far, in turn; in one file, which is read while it grows.
         self.ends = ArrayWriter(folder, "documents", np.int64, shard_items=2**62)
-        self.folder, self.num_bytes = folder, 0
+        self.num_bytes = 0
+        self.num_unknown = 0
+        self._unknown_ids = unknown_ids
 
     @property
     def num_documents(self) -> int:
@@ -120,26 +123,37 @@ class StoreWriter:
     def add(
         self, ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, prompts: np.ndarray
     ) -> None:
-        """Append documents: their `ids` in a row, and of each how many, its bytes of text, its
-        first ids without loss.
+        """Append documents.
 
-        Where these have the first prompt of all, the mask begins with the tokens before, which all
-        carry loss.
+        Args:
+            ids: Of all of them in a row: [tokens].
+            lengths: How many ids each has: [documents].
+            sizes: How many bytes of text each has: [documents].
+            prompts: How many of its first ids carry no loss: [documents].
         """
         ends = np.cumsum(lengths)
         if prompts.any() or self.masks.total:
-            for done in range(self.masks.total, self.tokens.total, _MASK_TOKENS):
-                self.masks.append(np.ones(min(_MASK_TOKENS, self.tokens.total - done), np.uint8))
-            self.masks.append(np.arange(len(ids)) >= np.repeat(ends - lengths + prompts, lengths))
-        both = np.stack([ends + self.tokens.total, np.cumsum(sizes) + self.num_bytes], axis=1)
+            self._fill_mask()
+            begins = ends - lengths
+            first_with_loss = np.repeat(begins + prompts, lengths)
+            self.masks.append(np.arange(len(ids)) >= first_with_loss)
+        tokens_so_far = self.tokens.total + ends
+        bytes_so_far = self.num_bytes + np.cumsum(sizes)
+        self.ends.append(np.stack([tokens_so_far, bytes_so_far], axis=1).ravel())
         self.tokens.append(ids)
-        self.ends.append(both.ravel())
         self.num_bytes += int(sizes.sum())
         self.count_unknown(ids)
 
+    def _fill_mask(self) -> None:
+        """Let the mask reach as far as the tokens: those before the first prompt all carry loss."""
+        while self.masks.total < self.tokens.total:
+            count = min(_MASK_TOKENS, self.tokens.total - self.masks.total)
+            self.masks.append(np.ones(count, np.uint8))
+
     def count_unknown(self, ids: np.ndarray) -> None:
         """Count the ids that stand for what a tokenizer can't spell."""
-        self.num_unknown += sum(int((ids == unknown).sum()) for unknown in self._unknown_ids)
+        for unknown in self._unknown_ids:
+            self.num_unknown += int((ids == unknown).sum())
 
     def document_ends(self) -> np.ndarray:
         """Return the tokens and bytes up to the end of each document so far: [documents, 2]."""
@@ -172,8 +186,9 @@ class TokenArray:
     """One long array over several files, read a stretch at a time."""
 
     def __init__(self, folder: pathlib.Path, shards: list[dict[str, Any]], dtype: np.dtype | type):
+        """Open the `shards` of the store in `folder`; `dtype` is that of shards that name none."""
         _allow_files(len(shards))
-        self._files = [ArrayFile(folder, s, np.dtype(s.get("dtype", dtype))) for s in shards]
+        self._files = [ArrayFile(folder, shard, shard.get("dtype", dtype)) for shard in shards]
         self._starts = [0, *itertools.accumulate(shard["items"] for shard in shards)]
 
     def __len__(self) -> int:
@@ -184,10 +199,9 @@ class TokenArray:
         shard = bisect.bisect_right(self._starts, start) - 1
         done = 0
         while done < len(out):
+            begin = start + done - self._starts[shard]
             count = min(len(out) - done, self._starts[shard + 1] - start - done)
-            out[done : done + count] = self._files[shard].read(
-                start + done - self._starts[shard], count
-            )
+            out[done : done + count] = self._files[shard].read(begin, count)
             done += count
             shard += 1
 
@@ -196,47 +210,53 @@ class ArrayFile:
     """An array in a file that nobody may change while it is open: StorageError where it isn't what
     it has to be.
 
-    A small one is read ahead whole, a large one never, for most would be in vain.
+    A small file is read ahead whole; a large one never, since its reads are scattered.
     """
 
-    def __init__(self, folder: pathlib.Path, shard: dict[str, Any], dtype: np.dtype | type):
+    def __init__(self, folder: pathlib.Path, shard: dict[str, Any], dtype: np.dtype | type | str):
         """Open a shard of the store in `folder`: its `file`, `items` and, where it is known,
         `sha256`.
         """
-        self.folder, self.path, self.sha256 = folder, folder / shard["file"], shard.get("sha256")
-        self.dtype, self.items = np.dtype(dtype), shard["items"]
+        self.folder = folder
+        self.path = folder / shard["file"]
+        self.sha256 = shard.get("sha256")
+        self.dtype = np.dtype(dtype)
+        self.items = shard["items"]
         try:
             self._file = self.path.open("rb", buffering=0)
         except OSError as error:
             raise self._damaged(str(error.strerror)) from error
-        self._at_first, expected = self._look(), self.items * self.dtype.itemsize
-        if self._at_first[0] != expected:
-            raise self._damaged(f"has {self._at_first[0]:,} bytes instead of {expected:,}")
+        self._at_first = self._look()
+        num_bytes, _ = self._at_first
+        expected_bytes = self.items * self.dtype.itemsize
+        if num_bytes != expected_bytes:
+            raise self._damaged(f"has {num_bytes:,} bytes instead of {expected_bytes:,}")
         if hasattr(os, "posix_fadvise"):
-            advice = (
-                os.POSIX_FADV_WILLNEED if expected <= _READ_AHEAD_BYTES else os.POSIX_FADV_RANDOM
-            )
+            advice = os.POSIX_FADV_RANDOM
+            if expected_bytes <= _READ_AHEAD_BYTES:
+                advice = os.POSIX_FADV_WILLNEED
             os.posix_fadvise(self._file.fileno(), 0, 0, advice)
 
     def _damaged(self, how: str) -> StorageError:
         return damaged(self.folder, self.path, how)
 
     def _look(self) -> tuple[int, int]:
+        """Return the size and the time of modification."""
         status = os.fstat(self._file.fileno())
         return status.st_size, status.st_mtime_ns
 
     def check(self) -> None:
         """Raise StorageError where it was changed since it was opened."""
         now = self._look()
-        if now != self._at_first:
-            with self.path.open("rb") as file:
-                same = (
-                    now[0] == self._at_first[0]
-                    and hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
-                )
-            if not same:
-                raise self._damaged("was changed while it was read")
-            self._at_first = now
+        if now == self._at_first:
+            return
+        with self.path.open("rb") as file:
+            has_size = now[0] == self._at_first[0]
+            is_same = has_size and hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+        if not is_same:
+            raise self._damaged("was changed while it was read")
+        # It was only touched.
+        self._at_first = now
 
     def read(self, begin: int, count: int) -> np.ndarray:
         """Return `count` items from `begin` on."""
@@ -251,7 +271,7 @@ class ArrayFile:
         return np.frombuffer(content, self.dtype)
 
     def mapped(self) -> np.ndarray:
-        """Map the whole; who reads on for long calls `check` before."""
+        """Map the whole; call `check` before each later reading."""
         if not self.items:
             return np.zeros(0, self.dtype)
         content = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -336,12 +356,14 @@ class Store:
         for document in range(first, last):
             begin = int(ends[document - 1]) if document else 0
             length = int(ends[document]) - begin
-            ids, mask = np.empty(length, np.int32), np.empty(length, np.uint8)
+            ids = np.empty(length, np.int32)
+            mask = np.empty(length, np.uint8)
             self.tokens.read(ids, begin)
             self.mask.read(mask, begin)
-            num_prompt = length - int(mask.sum())
-            if num_prompt:
-                yield ids[:num_prompt], ids[num_prompt:-1]
+            prompt_length = length - int(mask.sum())
+            if prompt_length:
+                # The last id is the end of text.
+                yield ids[:prompt_length], ids[prompt_length:-1]
 
     def document_ends(self) -> np.ndarray:
         """Return, for each document, the tokens and bytes up to its end: [documents, 2]."""

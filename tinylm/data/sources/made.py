@@ -43,12 +43,14 @@ class TalesSource(Source):
         reads it too.
         """
         held: dict[str, list[Document]] = {"train": [], "valid": []}
+        wanted = {name: self._count(name) for name in held}
         for index in itertools.count():
             text, log_prob = tales.tale(index)
             split = "valid" if tales.is_valid(text) else "train"
-            if len(held[split]) < self._count(split):
-                held[split].append(Document(text, log_prob=log_prob))
-            elif all(len(held[name]) == self._count(name) for name in held):
+            documents = held[split]
+            if len(documents) < self._count(split):
+                documents.append(Document(text, log_prob=log_prob))
+            elif {name: len(held[name]) for name in held} == wanted:
                 return held
         raise AssertionError("there is always another tale")
 

@@ -19,20 +19,24 @@ from typing import NamedTuple
 
 
 class Slot(NamedTuple):
-    """`{symbol}`, `{Symbol}` (its capital) or `{symbol.fact}`: the first draws a form, later ones
-    repeat it.
+    """A place in a text where a symbol is said: `{symbol}`, `{Symbol}` (with a capital) or
+    `{symbol.fact}`.
+
+    The first slot of a symbol draws one of its forms, later ones repeat it.
     """
 
     symbol: str
     fact: str
 
 
+# What a form is made of: words, and slots for other symbols.
 Parts = tuple[str | Slot, ...]
-Env = dict[str, dict[str, str]]  # the facts of each symbol drawn so far
+# The facts of each symbol that is drawn so far.
+Env = dict[str, dict[str, str]]
 
 
 class Form(NamedTuple):
-    """One way to say a symbol: plain words with facts, or (then without facts) words and slots."""
+    """One way to say a symbol: plain words with facts, or words and slots without facts."""
 
     parts: Parts
     facts: dict[str, str]
@@ -48,66 +52,120 @@ class Choice:
     """
 
     def __init__(self, source: str):
-        weighted = [form.strip().rpartition("* ") for form in source.split("|")]
-        weights = [int(weight or 1) for weight, _, _ in weighted]
+        texts = []
+        weights = []
+        for weighted in source.split("|"):
+            count, _, text = weighted.strip().rpartition("* ")
+            texts.append(text)
+            weights.append(int(count or 1))
         self.total = sum(weights)
-        self.forms = [
-            _form(text, math.log(w / self.total))
-            for (_, _, text), w in zip(weighted, weights, strict=True)
-        ]
-        self.faces = [form for form, w in zip(self.forms, weights, strict=True) for _ in range(w)]
+        self.forms: list[Form] = []
+        # As the faces of a die: each form as often as its weight says.
+        self.faces: list[Form] = []
+        for text, weight in zip(texts, weights, strict=True):
+            form = _form(text, math.log(weight / self.total))
+            self.forms.append(form)
+            self.faces += [form] * weight
+
+
+class Symbol(NamedTuple):
+    """The forms of a symbol.
+
+    Attributes:
+        key: The fact of another symbol that decides between the tables, where there are several.
+        tables: The forms for each value of that fact; for "" where there is no key.
+    """
+
+    key: Slot | None
+    tables: dict[str, Choice]
+
+    @property
+    def forms(self) -> list[Form]:
+        """The forms of all tables."""
+        return [form for choice in self.tables.values() for form in choice.forms]
 
 
 def _form(source: str, log_prob: float) -> Form:
-    """Read a form; a plain one has each fact with a capital too."""
+    """Read a form, such as "kite; use=fly" or "{He} lived {place}."."""
     text, *pairs = source.split("; ")
+    # Words at even places, names of slots at odd ones.
     pieces = re.split(r"\{([\w.]+)\}", text)
-    parts = tuple(_slot(piece) if i % 2 else piece for i, piece in enumerate(pieces) if piece)
-    facts = {} if len(pieces) > 1 else {"text": text, **dict(pair.split("=") for pair in pairs)}
+    parts: list[str | Slot] = []
+    for number, piece in enumerate(pieces):
+        if number % 2:
+            parts.append(_slot(piece))
+        elif piece:
+            parts.append(piece)
+    facts: dict[str, str] = {}
+    if len(pieces) == 1:
+        facts["text"] = text
+        for pair in pairs:
+            fact, words = pair.split("=")
+            facts[fact] = words
+    # A plain form has each fact with a capital too.
     capitals = {fact.capitalize(): words[0].upper() + words[1:] for fact, words in facts.items()}
-    return Form(parts, facts | capitals, log_prob)
+    return Form(tuple(parts), facts | capitals, log_prob)
 
 
 def _slot(source: str) -> Slot:
+    """Read a slot without its braces."""
     symbol, _, fact = source.partition(".")
-    return Slot(symbol.lower(), fact or ("Text" if symbol.istitle() else "text"))
+    if not fact:
+        fact = "Text" if symbol.istitle() else "text"
+    return Slot(symbol.lower(), fact)
+
+
+def _symbol(source: str, key: str) -> Symbol:
+    """Read the forms of a symbol; with a key, its tables between slashes."""
+    source = " ".join(source.split())
+    if not key:
+        return Symbol(None, {"": Choice(source)})
+    tables = {}
+    for table in source.split(" / "):
+        value, forms = table.split(": ", 1)
+        tables[value] = Choice(forms)
+    return Symbol(_slot(key), tables)
 
 
 class Grammar:
-    """A grammar without recursion, in which every text has one derivation.
-
-    symbols: the forms of each symbol (see `Choice` and `Slot`). Under a key `symbol by other.fact` they are tables,
-      `value: forms / value: forms`, of which the fact of the other symbol, drawn before, takes one.
-    start: the symbol whose texts these are.
-    Raises ValueError where one form could begin another, so that a text might be read in two ways.
-    """
+    """A grammar without recursion, in which every text has one derivation."""
 
     def __init__(self, symbols: Mapping[str, str], start: str):
+        """Read a grammar.
+
+        Args:
+            symbols: The forms of each symbol (see `Choice` and `Slot`). Under a key `symbol by
+                other.fact` they are tables, `value: forms / value: forms`, of which the fact of the
+                other symbol, drawn before, takes one.
+            start: The symbol that stands for a whole text.
+
+        Raises:
+            ValueError: One form could begin another, so a text might be read in two ways.
+        """
         self._start: Parts = (_slot(start),)
-        self._symbols: dict[str, tuple[Slot | None, dict[str, Choice]]] = {}
+        self._symbols: dict[str, Symbol] = {}
         for head, source in symbols.items():
-            symbol, _, key = head.partition(" by ")
-            source = " ".join(source.split())
-            tables = (
-                [table.split(": ", 1) for table in source.split(" / ")] if key else [["", source]]
-            )
-            self._symbols[symbol] = (
-                _slot(key) if key else None,
-                {value: Choice(forms) for value, forms in tables},
-            )
-        for choice in [
-            choice for _, tables in self._symbols.values() for choice in tables.values()
-        ]:
-            for one, other in itertools.combinations(choice.forms, 2):
-                if self._alike(one.parts, other.parts):
-                    raise ValueError(f"one form may begin the other: {one.parts}, {other.parts}")
+            name, _, key = head.partition(" by ")
+            self._symbols[name] = _symbol(source, key)
+        for symbol in self._symbols.values():
+            for choice in symbol.tables.values():
+                self._check(choice)
+
+    def _check(self, choice: Choice) -> None:
+        """Raise ValueError where one of some forms may begin another."""
+        for one, other in itertools.combinations(choice.forms, 2):
+            if self._alike(one.parts, other.parts):
+                raise ValueError(f"one form may begin the other: {one.parts}, {other.parts}")
 
     def sample(self, number: int) -> tuple[str, float]:
         """Return a text and its log p (nats); each choice takes a digit of `number`, so uniform
         bits sample p.
         """
-        said, log_prob, todo = [], 0.0, list(self._start)
+        said = []
+        log_prob = 0.0
         env: Env = {}
+        # A stack, so the next part is its last one.
+        todo = list(self._start)
         while todo:
             part = todo.pop()
             if isinstance(part, str):
@@ -131,25 +189,33 @@ class Grammar:
         return tables[env[key.symbol][key.fact] if key else ""]
 
     def _alike(self, one: Parts, other: Parts, agree: bool = True) -> bool:
-        """Whether one may begin the other (in doubt, yes); they agree until a symbol with facts is
-        drawn in one.
+        """Return whether a text of one may begin a text of the other; in doubt, that it may.
+
+        Args:
+            one: The rest of one form.
+            other: The rest of another form.
+            agree: Whether the same slot says the same in both, which holds until a symbol with
+                facts is drawn in one of them.
         """
+        # Leave out what both begin with.
         while one and other and one[0] == other[0] and (agree or isinstance(one[0], str)):
-            one, other = one[1:], other[1:]
+            one = one[1:]
+            other = other[1:]
         if not one or not other:
             return True
-        a, b = one[0], other[0]
-        if isinstance(a, Slot):
-            forms = [
-                form for choice in self._symbols[a.symbol][1].values() for form in choice.forms
-            ]
+        first = one[0]
+        second = other[0]
+        if isinstance(first, Slot):
             return any(
-                self._alike(form.say(a) + one[1:], other, agree and not form.facts)
-                for form in forms
+                self._alike(form.say(first) + one[1:], other, agree and not form.facts)
+                for form in self._symbols[first.symbol].forms
             )
-        if isinstance(b, Slot) or a.startswith(b):
+        if isinstance(second, Slot) or first.startswith(second):
             return self._alike(other, one, agree)
-        return b.startswith(a) and self._alike(one[1:], (b[len(a) :], *other[1:]), agree)
+        if not second.startswith(first):
+            return False
+        rest = second[len(first) :]
+        return self._alike(one[1:], (rest, *other[1:]), agree)
 
 
 _SYMBOLS = {
