@@ -1,6 +1,4 @@
-"""Tokenizers: exact round trips on hostile text, ids of the libraries they stand for, saving,
-cutting.
-"""
+"""Tokenizers: exact round trips on hostile text, ids of the libraries, saving, pruning."""
 
 import base64
 import io
@@ -110,7 +108,7 @@ def makers():
         "sentencepiece": lambda: tokenizers.SentencePieceTokenizer(sentencepiece_model()),
         "gpt2": lambda: tokenizers.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe"))),
         "llama2c": lambda: build_tokenizer(f"llama2c:{real('stories260k/tok512.bin')}", 0, list),
-        "cut": lambda: PrunedTokenizer.of(bpe, [TEXT], 280),
+        "pruned": lambda: PrunedTokenizer.of(bpe, [TEXT], 280),
     }
 
 
@@ -129,7 +127,9 @@ def said(monkeypatch):
     return take
 
 
-@pytest.mark.parametrize("name", ["byte", "bpe", "hf", "sentencepiece", "gpt2", "llama2c", "cut"])
+@pytest.mark.parametrize(
+    "name", ["byte", "bpe", "hf", "sentencepiece", "gpt2", "llama2c", "pruned"]
+)
 def test_any_text_comes_back_and_never_holds_the_end(makers, name):
     tokenizer = makers[name]()
 
@@ -156,7 +156,9 @@ def test_characters_come_back_and_strange_ones_are_named():
         tokenizer.encode("a cat XYX")
 
 
-@pytest.mark.parametrize("name", ["byte", "bpe", "hf", "sentencepiece", "gpt2", "llama2c", "cut"])
+@pytest.mark.parametrize(
+    "name", ["byte", "bpe", "hf", "sentencepiece", "gpt2", "llama2c", "pruned"]
+)
 def test_a_saved_tokenizer_is_the_same_and_an_altered_one_is_refused(makers, name, tmp_path):
     tokenizer = makers[name]()
     tokenizer.save(str(tmp_path))
@@ -185,13 +187,14 @@ def test_training_bpe_twice_gives_the_same_merges():
     ).map("".join)
 )
 def test_pieces_of_a_long_text_give_the_ids_of_the_whole(text):
-    cut, whole = portions.PIECE_CHARS, BPE.encode_whole([text])[0]
+    usual = portions.PIECE_CHARS
+    whole = BPE.encode_whole([text])[0]
     portions.PIECE_CHARS = 2
     try:
         assert "".join(portions.split_text(text)) == text
         assert BPE.encode_batch([text])[0].tolist() == whole.tolist()
     finally:
-        portions.PIECE_CHARS = cut
+        portions.PIECE_CHARS = usual
 
 
 BPE = BpeTokenizer.train([TEXT + "a b\n\nit's 1,\r\n  é\t" * 9], 330)
@@ -244,11 +247,13 @@ def run_c_encode(pieces, scores, text):
         content = char.encode()
         ids += [index[content]] if content in index else [byte + 3 for byte in content]
     while True:
-        best, place = -1e10, None
+        best = -1e10
+        place = None
         for i in range(len(ids) - 1):
             union = index.get(pieces[ids[i]] + pieces[ids[i + 1]])
             if union is not None and scores[union] > best:
-                best, place = scores[union], (i, union)
+                best = scores[union]
+                place = (i, union)
         if place is None:
             return ids
         ids[place[0] : place[0] + 2] = [place[1]]
@@ -269,22 +274,22 @@ def test_llama2c_ids_are_those_of_run_c():
     assert tokenizer.decode(tokenizer.encode(story)) == story
 
 
-def test_a_cut_keeps_the_most_common_ids_and_counts_the_rest():
+def test_pruning_keeps_the_most_common_ids_and_counts_the_rest():
     texts = ["aaaa bbb cc d"]
-    cut = PrunedTokenizer.of(CharTokenizer.of(texts), texts, 5)
-    assert cut.vocab_size == 5
-    assert cut.decode(cut.encode("abc d")) == "ab\ufffd \ufffd"
-    assert cut.counts == {"counted_tokens": 13, "dropped_tokens": 3}
+    pruned = PrunedTokenizer.of(CharTokenizer.of(texts), texts, 5)
+    assert pruned.vocab_size == 5
+    assert pruned.decode(pruned.encode("abc d")) == "ab\ufffd \ufffd"
+    assert pruned.counts == {"counted_tokens": 13, "dropped_tokens": 3}
 
 
-def test_a_cut_of_a_byte_level_vocabulary_spells_what_it_drops(makers):
+def test_a_pruned_byte_level_vocabulary_spells_what_it_drops(makers):
     base = makers["bpe"]()
-    cut = PrunedTokenizer.of(base, [TEXT], 270)
-    assert cut.vocab_size == 270 and cut.spells
-    kept = {int(i) for i in cut.kept}
+    pruned = PrunedTokenizer.of(base, [TEXT], 270)
+    assert pruned.vocab_size == 270 and pruned.spells
+    kept = {int(i) for i in pruned.kept}
     common = np.argsort(-count_ids(base, [TEXT]), kind="stable")[:10]
     assert {int(i) for i in common} <= kept | {base.eot_id}
-    assert len(cut.encode(TEXT)) > len(base.encode(TEXT))
+    assert len(pruned.encode(TEXT)) > len(base.encode(TEXT))
 
 
 def tokenizer_json(bpe, *added, **changes):
@@ -324,10 +329,11 @@ def sides(texts, side):
 
 
 @pytest.mark.parametrize("where", ["tail", "random", "source"])
-@pytest.mark.parametrize("tokenizer", ["bpe:290", "char", "cut"])
+@pytest.mark.parametrize("tokenizer", ["bpe:290", "char", "pruned"])
 def test_a_tokenizer_learns_from_the_training_split_alone(tmp_path, where, tokenizer):
     """The alphabet of char alone is that of all text."""
-    train, valid = [f"once upon {i}" for i in range(40)], ["QZQZQZ" * 9] * 4
+    train = [f"once upon {i}" for i in range(40)]
+    valid = ["QZQZQZ" * 9] * 4
     if where == "random":
         train = sides([f"once upon {i}" for i in range(60)], "train")
         valid = sides([f"QZQZQZ {i}" for i in range(60)], "valid")
@@ -340,8 +346,8 @@ def test_a_tokenizer_learns_from_the_training_split_alone(tmp_path, where, token
         valid_fraction=0.3,
         seq_len=8,
         batch_size=1,
-        tokenizer="char" if tokenizer == "cut" else tokenizer,
-        vocab_top_k=9 if tokenizer == "cut" else 0,
+        tokenizer="char" if tokenizer == "pruned" else tokenizer,
+        vocab_top_k=9 if tokenizer == "pruned" else 0,
         valid_split="random" if where == "random" else "tail",
         valid_source=f"text:{tmp_path}/valid.txt" if where == "source" else "",
         store_dir=str(tmp_path / "stores"),
@@ -466,7 +472,7 @@ def test_what_a_tokenizer_cannot_spell_is_counted_and_said(tmp_path, said):
 
 
 @pytest.mark.parametrize("size", [0, 20])
-def test_unknown_ids_of_sentencepiece_and_of_a_cut_are_known(size):
+def test_unknown_ids_of_sentencepiece_and_of_a_pruned_vocabulary_are_known(size):
     import sentencepiece
 
     model = io.BytesIO()
@@ -487,7 +493,7 @@ def test_unknown_ids_of_sentencepiece_and_of_a_cut_are_known(size):
 
 
 @pytest.mark.parametrize(
-    "name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"]
+    "name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "pruned"]
 )
 def test_bytes_of_ids_are_those_of_the_texts(makers, name):
     """So that bits per byte of ready ids are those of the text they were made from."""
@@ -498,22 +504,24 @@ def test_bytes_of_ids_are_those_of_the_texts(makers, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "cut"]
+    "name", ["byte", "bpe", "hf", "metaspace", "sentencepiece", "gpt2", "llama2c", "pruned"]
 )
 def test_what_follows_other_ids_keeps_its_space(makers, name):
-    tokenizer, text = makers[name](), "Once upon a time there was a cat."
+    tokenizer = makers[name]()
+    text = "Once upon a time there was a cat."
     ids = tokenizer.encode(text)
     for i in range(len(ids) + 1):
         assert tokenizer.decode(ids[:i]) + tokenizer.decode_after(ids[:i], ids[i:]) == text
 
 
 @pytest.mark.parametrize("name", ["metaspace", "sentencepiece"])
-def test_a_cut_keeps_the_spaces_around_what_it_does_not_know(makers, name):
+def test_a_pruned_vocabulary_keeps_the_spaces_around_what_it_does_not_know(makers, name):
     base = makers[name]()
-    cut = PrunedTokenizer.of(base, ["there was a cat"], 99)
+    pruned = PrunedTokenizer.of(base, ["there was a cat"], 99)
     strange = "\ufffd" * len(base.encode("Two"))
     assert (
-        cut.decode(cut.encode("Two was Two Two a cat")) == f"{strange} was{strange}{strange} a cat"
+        pruned.decode(pruned.encode("Two was Two Two a cat"))
+        == f"{strange} was{strange}{strange} a cat"
     )
 
 
@@ -551,7 +559,7 @@ def test_ranks_that_are_no_vocabulary_are_one_clear_line(tmp_path, content):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["bpe", "hf", "gpt2", "llama2c", "sentencepiece", "cut"])
+@pytest.mark.parametrize("name", ["bpe", "hf", "gpt2", "llama2c", "sentencepiece", "pruned"])
 def test_half_of_a_surrogate_pair_is_one_clear_line(makers, name):
     with pytest.raises(UserError, match=r"not valid Unicode at character 1: '\\udcff'"):
         makers[name]().encode("a\udcffb")

@@ -66,7 +66,7 @@ def build_tokenizer(
     Args:
         spec: `data.tokenizer`.
         vocab_top_k: How many of its ids to keep (0: all).
-        texts: Gives the texts of the training split, which bpe and a cut learn from.
+        texts: Gives the texts of the training split, which bpe and pruning learn from.
         eot_token: The token that ends a text, where a file has it under an unusual name.
         all_texts: Gives the texts of all splits, where these are more; `char` has their characters.
     """
