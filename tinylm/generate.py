@@ -36,8 +36,11 @@ def generate(flags: FlagValues) -> None:
             "--stop must not be empty: every text would end before its first character."
         )
     given = [*(flags.prompt or []), *map(read_prompt, flags.prompt_file or [])]
-    prompts = [text for text in given or [""] for _ in range(flags.num_samples)]
     run = open_run(flags.workdir, flags.step)
+    if run.config.get("data", {}).get("lowercase"):
+        # The model knows texts in lower case alone.
+        given = [text.lower() for text in given]
+    prompts = [text for text in given or [""] for _ in range(flags.num_samples)]
     show = None
     if len(prompts) == 1 and is_main() and not flags.json:
         check_prompts([[run.start_id, *run.tokenizer.encode(prompts[0])]], run.model_config.context)

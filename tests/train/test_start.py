@@ -11,6 +11,7 @@ import socket
 import pytest
 from helpers import lines, run_command, state_digest
 
+from tinylm import generate
 from tinylm.config import Config, ModelConfig, load_config
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.settings import to_dict
@@ -365,3 +366,22 @@ def test_an_evaluation_without_any_target_is_no_end_of_a_run(tmp_path):
     outcome = trainer.run()
     assert (outcome.step, outcome.valid_loss) == (2, None)
     assert lines(tmp_path / "run", "valid") == {}
+
+
+def test_prompts_are_in_lower_case_where_all_texts_are(tmp_path, capsys):
+    """With the characters of the corpus alone, a capital letter could not be a prompt."""
+    (tmp_path / "a.txt").write_text("One day. Two days.\n\n" * 60)
+    trainer = begin(
+        tmp_path / "run",
+        f"data.source=text:{tmp_path}/a.txt",
+        "data.separator='\n\n'",
+        "data.tokenizer=char",
+        "data.lowercase=True",
+        "sample.max_tokens=4",
+        "sample.prompts=('One Day',)",
+    )
+    [sample] = trainer.run().samples
+    assert sample.startswith("one day")
+    capsys.readouterr()
+    assert generate.main([f"--workdir={tmp_path}/run", "--prompt=Two", "--max_tokens=3"]) == 0
+    assert capsys.readouterr().out.startswith("two")

@@ -96,7 +96,8 @@ class Evaluator:
             params, self.prompts, max_tokens=c.max_tokens, sampler=c.sampler, seed=self.config.seed
         )
         samples = []
-        for text, prompt, written in zip(c.prompts, self.prompts, rows, strict=True):
+        texts = sample_prompts(self.config)
+        for text, prompt, written in zip(texts, self.prompts, rows, strict=True):
             samples.append(text + self.data.tokenizer.decode_after(prompt, written))
         return samples
 
@@ -120,13 +121,19 @@ def check_evaluation(config: Config, data: Validation) -> list[tuple[np.ndarray,
     return pairs
 
 
+def sample_prompts(config: Config) -> list[str]:
+    """Return the prompts of the samples, in lower case where all texts of the run are."""
+    if not config.sample.max_tokens:
+        return []
+    prompts = list(config.sample.prompts)
+    return [text.lower() for text in prompts] if config.data.lowercase else prompts
+
+
 def encode_prompts(config: Config, tokenizer: Any) -> list[list[int]]:
     """Return the ids of `sample.prompts`, each after an end of text.
 
     Raises UserError for a prompt that can't be used.
     """
-    if not config.sample.max_tokens:
-        return []
-    prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in config.sample.prompts]
+    prompts = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in sample_prompts(config)]
     check_prompts(prompts, config.model.context)
     return prompts
