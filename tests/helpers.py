@@ -1,8 +1,11 @@
 """Small models and batches that the tests share, and a way to run commands as a user would."""
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import importlib
+import io
 import json
 import os
 import pathlib
@@ -120,9 +123,26 @@ def small_state(step: int) -> SmallState:
     return SmallState(jnp.int32(step), params, opt_state, {"best": jnp.float32(0)})
 
 
+def call_command(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Call `main` of a command in this process, on its eight devices; return what it printed.
+
+    For tests of what a command says and does; `run_command` is for those of a process of its own,
+    which sees one device, and a shell's signals, locale and environment.
+    """
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as stdout,
+        contextlib.redirect_stderr(io.StringIO()) as stderr,
+        contextlib.chdir(ROOT),
+    ):
+        exit_code = importlib.import_module(module).main(arguments)
+    return subprocess.CompletedProcess(
+        [module, *arguments], exit_code, stdout.getvalue(), stderr.getvalue()
+    )
+
+
 def run_command(
     module: str, *arguments: str, env: dict[str, str] | None = None, timeout: float = 300
-):
+) -> subprocess.CompletedProcess:
     """Run `python -m module` from the root of the tree; return the finished process."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})}
     return subprocess.run(

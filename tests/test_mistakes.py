@@ -1,12 +1,19 @@
 """Every mistake a user can make ends in one clear line, before anything is compiled or written."""
 
+import json
+import logging
 import pathlib
+import re
+import signal
 import sys
 
+import jax
 import pytest
 from absl import flags
-from helpers import ROOT, run_command
+from helpers import ROOT, call_command, run_command
 
+from tinylm import __main__ as script
+from tinylm import show
 from tinylm.config import Config, define_config, load_config, parse_flags, prepare_arguments
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
@@ -258,7 +265,9 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     ],
 )
 def test_the_command_exits_with_2_and_one_line(arguments, wanted, tmp_path):
-    done = run_command(
+    # Only a process of its own can see another number of devices than this one.
+    command = run_command if "--cpu_devices=2" in arguments else call_command
+    done = command(
         "tinylm.main",
         *arguments,
         *([] if "--wrokdir=x" in arguments else [f"--workdir={tmp_path}/run"]),
@@ -312,7 +321,7 @@ def test_a_workdir_alone_gives_the_config_of_its_run(tmp_path):
 
 
 def test_help_names_every_flag():
-    done = run_command("tinylm.main", "--help")
+    done = call_command("tinylm.main", "--help")
     assert done.returncode == 0
     for flag in ("--config", "--workdir", "--cpu_devices", "--coordinator"):
         assert flag in done.stdout
@@ -324,3 +333,37 @@ def test_a_missing_extra_is_named(monkeypatch):
         UserError, match=r"needs the package sentencepiece: pip install 'tinylm\[tokens\]'"
     ):
         optional_module("sentencepiece", "tokens")
+
+
+def test_commands_follow_each_other_in_one_process_and_leave_it_as_it_was(capfd):
+    """Each has flags of its own, and the caller's handlers, mesh and log stay."""
+    before = [
+        signal.getsignal(signal.SIGTERM),
+        jax.sharding.get_mesh(),
+        logging.getLogger("jax").level,
+        logging.getLogger("tinylm").handlers,
+    ]
+    settings = ["--config.model.embed_dim=32", "--config.model.num_layers=1"]
+    assert show.main(["--config=tales", *settings, "--json"]) == 0
+    small = json.loads(capfd.readouterr().out)
+    assert show.main(["--config=tales", "--json", "--library_logs"]) == 0
+    large = json.loads(capfd.readouterr().out)
+    assert small["num_parameters"] < large["num_parameters"]
+    assert show.main(["--config=tales", "--cpu_devices=3"]) == 2
+    assert "--cpu_devices=3 comes too late: JAX has 8 cpu devices" in capfd.readouterr().err
+    assert before == [
+        signal.getsignal(signal.SIGTERM),
+        jax.sharding.get_mesh(),
+        logging.getLogger("jax").level,
+        logging.getLogger("tinylm").handlers,
+    ]
+
+
+def test_the_script_lists_the_commands_and_names_the_nearest(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tinylm"])
+    assert script.main() == 0
+    listed = re.findall(r"^  (\w+) +\w", capsys.readouterr().out, re.M)
+    assert listed == list(script.COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["tinylm", "trian", "--config=tales"])
+    assert script.main() == 2
+    assert "did you mean 'train'" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import sys
 
 import jax
 import pytest
-from helpers import ROOT, run_command
+from helpers import ROOT, call_command, run_command
 
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
@@ -238,7 +238,7 @@ def test_a_model_that_does_not_fit_names_what_to_change():
     [
         (
             [
-                "--cpu_devices=2",
+                "--cpu_devices=8",
                 "--config.model.vocab_size=0",
                 "--config.data.tokenizer=char",
                 "--config.data.source=text:x",
@@ -246,12 +246,12 @@ def test_a_model_that_does_not_fit_names_what_to_change():
             "typically 66 for",
         ),
         ([], "either --topology"),
-        (["--topology=v5e:4x4", "--cpu_devices=2"], "either --topology"),
-        (["--slices=2", "--cpu_devices=2"], "--slices=2 needs --topology"),
+        (["--topology=v5e:4x4", "--cpu_devices=8"], "either --topology"),
+        (["--slices=2", "--cpu_devices=8"], "--slices=2 needs --topology"),
     ],
 )
 def test_mistakes_are_one_line(arguments, wanted):
-    done = run_command("tinylm.plan", *TINY, *arguments)
+    done = call_command("tinylm.plan", *TINY, *arguments)
     assert done.returncode == 2
     assert wanted in done.stderr
     assert done.stderr.count("\n") == 1

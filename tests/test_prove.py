@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import SMALL, run_command
+from helpers import SMALL, call_command, run_command
 
 from tinylm.config import load_config
 from tinylm.tools import prove as proofs
@@ -44,7 +44,7 @@ def test_gradient_norms_that_differ_are_told(monkeypatch):
 
 
 def test_a_proof_must_be_named():
-    done = run_command("tinylm.prove", *SMALLER)
+    done = call_command("tinylm.prove", *SMALLER)
     assert done.returncode == 2
     assert done.stderr == "error: say first what to prove: compiler, mesh, resume, hosts.\n"
 

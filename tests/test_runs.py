@@ -13,6 +13,7 @@ import pytest
 from helpers import (
     ROOT,
     SMALL,
+    call_command,
     columns_of,
     finished,
     lines,
@@ -194,10 +195,10 @@ def test_generate_writes_text_alone_and_the_same_for_a_seed(whole):
         "--max_tokens=40",
         "--seed=5",
     ]
-    first = run_command("tinylm.generate", *arguments)
+    first = call_command("tinylm.generate", *arguments)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("--- sample 1 of 2 ---\nOnce")
-    again = json.loads(run_command("tinylm.generate", *arguments, "--json").stdout)
+    again = json.loads(call_command("tinylm.generate", *arguments, "--json").stdout)
     assert (
         numbered(again["texts"]) + "\n"
     ).splitlines() == first.stdout.splitlines()  # \r was read as \n
@@ -213,15 +214,15 @@ def test_a_prompt_is_read_from_a_file(whole, tmp_path):
         "--max_tokens=3",
         "--json",
     ]
-    done = run_command("tinylm.generate", *arguments)
+    done = call_command("tinylm.generate", *arguments)
     assert done.returncode == 0, done.stderr
     from_file = json.loads(done.stdout)
     arguments[1] = "--prompt=Two lines,\r\nend."
-    assert json.loads(run_command("tinylm.generate", *arguments).stdout) == from_file
+    assert json.loads(call_command("tinylm.generate", *arguments).stdout) == from_file
 
 
 def test_evaluate_gives_the_loss_that_training_logged(whole):
-    done = run_command(
+    done = call_command(
         "tinylm.evaluate", f"--workdir={whole[0]}", "--json", "--max_batches=4", "--step=latest"
     )
     result = json.loads(done.stdout)
@@ -236,7 +237,7 @@ def test_evaluate_scores_any_text(whole, tmp_path):
 
     text = "A fox that nobody has ever seen"
     (tmp_path / "a.txt").write_text(text)
-    done = run_command(
+    done = call_command(
         "tinylm.evaluate", f"--workdir={whole[0]}", "--json", f"--source=text:{tmp_path}/a.txt"
     )
     assert done.returncode == 0, done.stderr
@@ -263,12 +264,12 @@ def test_pairs_of_a_text_are_answered_after_training(whole, tmp_path):
         "--data=completion_field=a",
         "--data=loss_on=answer",
     ]
-    done = run_command("tinylm.evaluate", *flags, "--answer_pattern=#### ([0-9]+)")
+    done = call_command("tinylm.evaluate", *flags, "--answer_pattern=#### ([0-9]+)")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["exact_match"], result["pairs"], result["tokens"]) == (0.0, 3, 3 * 10)
     assert (result["loss_on"], result["answer_pattern"]) == ("answer", "#### ([0-9]+)")
-    done = run_command("tinylm.evaluate", *flags, "--answer_pattern=(")
+    done = call_command("tinylm.evaluate", *flags, "--answer_pattern=(")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--answer_pattern=( must be a regular expression" in done.stderr
 
@@ -279,7 +280,7 @@ def test_an_imported_model_is_not_scored_on_a_text_that_nobody_named(whole, tmp_
     (tmp_path / "run" / "config.json").write_text(
         json.dumps({**record, "imported_from": "elsewhere"})
     )
-    done = run_command("tinylm.evaluate", f"--workdir={tmp_path}/run")
+    done = call_command("tinylm.evaluate", f"--workdir={tmp_path}/run")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "no text of its own to be scored on; give one: --source=text:FILE" in done.stderr
 
@@ -294,7 +295,7 @@ def test_an_imported_model_is_not_scored_on_a_text_that_nobody_named(whole, tmp_
     ],
 )
 def test_a_mistake_in_what_to_write_is_one_line(whole, mistake, wanted):
-    done = run_command("tinylm.generate", f"--workdir={whole[0]}", mistake)
+    done = call_command("tinylm.generate", f"--workdir={whole[0]}", mistake)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert wanted in done.stderr
 

@@ -7,7 +7,7 @@ import math
 
 import jax
 import pytest
-from helpers import run_command
+from helpers import call_command, run_command
 
 from tinylm.config import load_config, shipped_configs
 from tinylm.core.mesh import MeshConfig, make_mesh, parameter_sharding
@@ -152,7 +152,7 @@ def test_a_run_is_shown_as_it_ran(tmp_path):
     folder.write_config(
         {"config": to_dict(config), "versions": {"mesh": {"replica": 1, "data": 2, "model": 2}}}
     )
-    done = run_command("tinylm.show", f"--workdir={tmp_path}", "--json")
+    done = call_command("tinylm.show", f"--workdir={tmp_path}", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(
         json.dumps(describe(config, make_mesh(MeshConfig(data=2, model=2))))
@@ -161,13 +161,13 @@ def test_a_run_is_shown_as_it_ran(tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--config=tales", "--workdir=x"]])
 def test_either_a_config_or_a_run_is_shown(flags):
-    done = run_command("tinylm.show", *flags)
+    done = call_command("tinylm.show", *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: give either --config=NAME or --workdir=RUN.\n"
 
 
 def test_the_command_takes_the_vocabulary_from_the_tokenizer():
-    done = run_command("tinylm.show", "--config=tales")
+    done = call_command("tinylm.show", "--config=tales")
     assert done.returncode == 0, done.stderr
     assert "vocabulary of 1,024 ids: data.tokenizer=bpe:1024" in done.stderr
     assert "embedding " in done.stdout

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import run_command
+from helpers import call_command, run_command
 from small import small_model, small_run
 
 from tinylm.interop import models
@@ -21,7 +21,7 @@ from tinylm.run.open_run import open_run
     ],
 )
 def test_flags_that_make_no_sense_are_one_line(tmp_path, flags, wanted):
-    done = run_command("tinylm.convert", f"--workdir={tmp_path / 'run'}", *flags)
+    done = call_command("tinylm.convert", f"--workdir={tmp_path / 'run'}", *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert wanted in done.stderr
     assert done.stderr.strip().count("\n") == 0

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
-from helpers import run_command
+from helpers import call_command
 from small import SETTINGS, VOCAB, small_model, small_run
 
 from tinylm.config import Config, DataConfig
@@ -781,7 +781,7 @@ def test_an_imported_run_is_scored_with_its_own_tokenizer_wherever_it_is(tmp_pat
     )
     (tmp_path / "first").rename(tmp_path / "moved")
     flags = ["--source=tales:50", "--json", "--max_batches=1"]
-    done = run_command("tinylm.evaluate", f"--workdir={tmp_path / 'moved'}", *flags)
+    done = call_command("tinylm.evaluate", f"--workdir={tmp_path / 'moved'}", *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 8 * 16
 

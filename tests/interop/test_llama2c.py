@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import run_command
+from helpers import call_command
 from small import data_folder
 
 from tinylm.config import Config
@@ -139,11 +139,11 @@ def test_the_command_makes_a_run(small, tmp_path):
         f"--tokenizer={tokenizer}",
         f"--workdir={tmp_path / 'run'}",
     ]
-    done = run_command("tinylm.convert", *arguments, "--json")
+    done = call_command("tinylm.convert", *arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["vocab_size"] == VOCAB
     assert (tmp_path / "run" / "checkpoints" / "0").exists()
-    again = run_command("tinylm.convert", *arguments)
+    again = call_command("tinylm.convert", *arguments)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert "holds a run already" in again.stderr
 

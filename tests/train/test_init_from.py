@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from helpers import run_command
+from helpers import call_command
 
 from tinylm import evaluate
 from tinylm.config import load_config
@@ -302,11 +302,11 @@ def test_a_folder_of_hugging_face_has_no_optimizer_and_may_have_another_tokenize
 def test_commands_that_train_nothing_know_the_model_that_would_be_trained(exported, tmp_path):
     """`show` and `prepare` take the vocabulary and the tokenizer from the origin as well."""
     flags = [f"--config.train.init_from=hf:{exported}", "--config.data.source=tales:100", "--json"]
-    shown = run_command("tinylm.show", "--config=finetune", *flags)
+    shown = call_command("tinylm.show", "--config=finetune", *flags)
     assert shown.returncode == 0, shown.stderr
     imported = models.import_hf(str(exported))
     sizes = weights.unpadded_shapes(imported.model)
     assert json.loads(shown.stdout)["num_parameters"] == sum(map(math.prod, sizes.values()))
-    prepared = run_command("tinylm.prepare", "--config=finetune", *flags)
+    prepared = call_command("tinylm.prepare", "--config=finetune", *flags)
     assert prepared.returncode == 0, prepared.stderr
     assert json.loads(prepared.stdout)["vocab_size"] == imported.tokenizer.vocab_size

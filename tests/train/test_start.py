@@ -9,7 +9,7 @@ import shutil
 import socket
 
 import pytest
-from helpers import lines, run_command, state_digest
+from helpers import call_command, lines, state_digest
 
 from tinylm import generate
 from tinylm.config import Config, ModelConfig, load_config
@@ -123,7 +123,7 @@ def test_cleaning_removes_the_stores_that_no_run_refers_to(tmp_path):
     (left / "part").write_text("unfinished")
     with (stores / f"{folders['busy'].name}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = run_command(
+        done = call_command(
             "tinylm.prepare", "--clean", "--json", "--config=tales", f"--config.{place}"
         )
     assert done.returncode == 0, done.stderr

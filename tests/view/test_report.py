@@ -13,7 +13,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import columns_of, run_command, tiny_model
+from helpers import call_command, columns_of, tiny_model
 
 from tinylm import report, show
 from tinylm.config import load_config
@@ -177,7 +177,7 @@ def test_one_of_several_runs_may_have_no_attention(tmp_path):
     """As these, which saved nothing; a single one is a mistake."""
     for name in ("a", "b"):
         made_run(tmp_path / "sweep" / name)
-    done = run_command("tinylm.report", f"--workdir={tmp_path}/sweep", "--attention_text=A fox")
+    done = call_command("tinylm.report", f"--workdir={tmp_path}/sweep", "--attention_text=A fox")
     assert done.returncode == 0, done.stderr
     warnings = done.stderr.splitlines()
     assert [line[:28] for line in warnings] == [
@@ -186,7 +186,7 @@ def test_one_of_several_runs_may_have_no_attention(tmp_path):
     assert done.stdout.split() == [
         str(tmp_path / "sweep" / f"report.{kind}") for kind in ("html", "png")
     ]
-    done = run_command("tinylm.report", f"--workdir={tmp_path}/sweep/a", "--attention_text=A fox")
+    done = call_command("tinylm.report", f"--workdir={tmp_path}/sweep/a", "--attention_text=A fox")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
 
