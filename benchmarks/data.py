@@ -1,5 +1,4 @@
-"""How fast data is: encoding beside tiktoken, assembling batches warm and cold, a store of 10^12
-tokens.
+"""Measure data: encoding compared with tiktoken, batches warm and cold, a store of 10^12 tokens.
 
 python benchmarks/data.py --vocabulary=DIR --text='tinystories/*.txt'
 

@@ -1,5 +1,6 @@
-"""Decoding speed beside `transformers` and llama2.c: the same weights, prompt and sampling, in
-turns on one machine.
+"""Compare decoding speed with `transformers` and llama2.c.
+
+Weights, prompt and sampling are the same, and they take turns on one machine.
 
 python benchmarks/decode.py    (needs the `parity` extra)
 python benchmarks/decode.py --run=llama2.c/run --model=stories260K.bin --tokenizer=tok512.bin

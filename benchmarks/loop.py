@@ -1,5 +1,6 @@
-"""The trainer's loop beside the bare jitted step, called in a Python loop on one batch that lies on
-the device.
+"""Compare the trainer's loop with the bare jitted step.
+
+The step is called in a Python loop on one batch that lies on the device.
 
 python benchmarks/loop.py [--pairs=5] [--dispatch=1,10] [--width=32]
 

@@ -1,5 +1,6 @@
-"""The train step beside nanoGPT's, in turns on one machine: the same shapes, batches of the same
-size, float32, AdamW.
+"""Compare the train step with nanoGPT's: the same shapes and batch sizes, float32, AdamW.
+
+They take turns on one machine.
 
 git clone https://github.com/karpathy/nanoGPT
 python benchmarks/nanogpt.py --checkout=nanoGPT [--python=PYTHON_THAT_HAS_TORCH] [--size=small]

@@ -1,5 +1,6 @@
-"""How long a save stops the step loop, and what it needs of memory: python benchmarks/save.py
-[CONFIG]
+"""Measure how long a save stops the step loop, and how much memory it needs.
+
+python benchmarks/save.py [CONFIG]
 
 Takes a few steps of a 110 M-parameter model on this machine's CPU with a small batch (a larger one
 makes steps longer, not saves), saves while it goes on, and prints one JSON object.

@@ -1,5 +1,4 @@
-"""The tables of docs/scaling.md: bytes of state under fsdp, and traffic beside its least on a TPU
-topology.
+"""Print the tables of docs/scaling.md: bytes of state under fsdp, and traffic on a TPU topology.
 
 python benchmarks/scaling.py state
 python benchmarks/scaling.py traffic --mesh=1x16x1 --fsdp --accumulation=4

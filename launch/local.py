@@ -1,10 +1,9 @@
 """Try a pod on one machine: several processes with simulated devices each, joined into one job.
 
-python launch/local.py --processes=2 --devices=4 -- --config=tales --workdir=runs/pod
---config.mesh.fsdp=true
+python launch/local.py --processes=2 --devices=4 -- --config=tales --config.mesh.fsdp=true
 
 What follows `--` goes to tinylm.main (another command: --module=tinylm.evaluate). Ctrl-C and
-SIGTERM reach every process as SIGTERM, as do SIGHUP and what else announces the end: the run saves
+SIGTERM reach every process as SIGTERM, as do SIGHUP and the other signals of a stop: the run saves
 and ends; a second Ctrl-C ends it at once. When a process dies, the others have --grace_secs to end
 by themselves. After an exit code that can be resumed (tinylm/core/errors.py) the job starts again,
 at most --restarts times, after 1, 2, 4, ... seconds; not after a second abort (134) before the
