@@ -93,10 +93,12 @@ class Command:
         if self.has_config:
             lines += ["", "Settings, each an override of the config file, with their defaults:"]
             for key, field, value in settings_of(config_lib.Config()):
+                doc = field.metadata["doc"]
                 bounds = str(field.metadata["bounds"])
-                in_brackets = f" ({bounds})" if bounds else ""
+                if bounds:
+                    doc = f"{doc} ({bounds})"
                 lines.append(f"  --config.{key}={value!r}")
-                lines.append(f"      {field.metadata['doc']}{in_brackets}")
+                lines.append(f"      {doc}")
         return "\n".join(lines)
 
 

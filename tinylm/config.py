@@ -1,5 +1,4 @@
-"""The config of a run as users meet it: files that return one, overrides on the command line,
-resolved numbers.
+"""The config of a run as users meet it: files that return one, and overrides on the command line.
 
 A config is a Python file whose `get_config()` returns a `Config`, or the config.json of a run;
 ml_collections' config_flags turns `--config.model.embed_dim=256` into an override. Everything a
@@ -62,41 +61,52 @@ FLAG_ALIASES = {
 
 
 def shipped_configs() -> pathlib.Path:
-    """Return the folder of the configs that ship: beside the package in a checkout, inside it in a
-    wheel.
-    """
-    here = pathlib.Path(__file__).resolve().parent
-    inside, beside = here / "configs", here.parent / "configs"
-    return inside if inside.is_dir() else beside
+    """Return the folder of the configs that ship: in a wheel inside the package, or next to it."""
+    package = pathlib.Path(__file__).resolve().parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def find_config(name: str) -> str:
-    """Return the path of a config file given by path or by the bare name of one that ships; else
-    raise UserError.
+    """Return the path of a config file, which may carry an argument as in `tinystories:33m`.
+
+    Args:
+      name: a path, or the bare name of a config that ships.
+
+    Raises:
+      UserError: where there is neither.
     """
     if name.endswith(RUN_CONFIG):
         return name
-    path, _, argument = name.partition(":")
-    suffix = f":{argument}" if argument else ""
-    if pathlib.Path(path).is_file():
+    given, _, argument = name.partition(":")
+    path = pathlib.Path(given)
+    if path.is_file():
         return name
-    shipped = shipped_configs() / f"{pathlib.Path(path).name.removesuffix('.py')}.py"
-    if shipped.is_file() and pathlib.Path(path).parent.name in ("", "configs"):
+    bare_name = path.name.removesuffix(".py")
+    shipped = shipped_configs() / f"{bare_name}.py"
+    if shipped.is_file() and path.parent.name in ("", "configs"):
+        suffix = f":{argument}" if argument else ""
         return f"{shipped}{suffix}"
-    names = sorted(file.stem for file in shipped_configs().glob("*.py") if file.stem != "__init__")
-    hint = nearest(path, names) or "."
+    names = [file.stem for file in shipped_configs().glob("*.py")]
+    names = sorted(set(names) - {"__init__"})
+    hint = nearest(given, names) or "."
     raise UserError(f"--config={name} is not a file, nor one that ships ({', '.join(names)}){hint}")
 
 
 def prepare_arguments(argv: Sequence[str], resumes: bool = False) -> list[str]:
-    """Return `argv` with --config as a path, its overrides behind it; raise UserError for keys that
-    don't exist.
+    """Return `argv` as config_flags wants it: --config with a path, its overrides behind it.
 
-    With `resumes`, a command that is given --workdir alone takes the config of the run that is
-    there.
+    Args:
+      argv: a command line, the program's name first.
+      resumes: whether --workdir alone stands for the config of the run that is there.
+
+    Raises:
+      UserError: for a config or a setting that doesn't exist.
     """
-    known = {key: field.type for key, field, _ in settings_of(Config())}
-    rest, chosen, overrides = [], [], []
+    kinds = {key: field.type for key, field, _ in settings_of(Config())}
+    rest = []
+    chosen = []
+    overrides = []
     arguments = iter(argv)
     for argument in arguments:
         name, equals, value = argument.lstrip("-").partition("=")
@@ -104,43 +114,46 @@ def prepare_arguments(argv: Sequence[str], resumes: bool = False) -> list[str]:
             rest.append(argument)
             continue
         key = name.removeprefix("config.")
+        kind = kinds.get(key)
         if not equals:
             # As with any other flag of absl, --config.mesh.fsdp alone means true.
-            value = "true" if known.get(key) is bool else next(arguments, "")
+            value = "true" if kind is bool else next(arguments, "")
         if name == "config":
             chosen = [f"--config={find_config(value)}"]
-        else:
-            if key not in known:
-                raise UserError(f"--config.{key} is not a setting{nearest_setting(key) or '.'}")
-            if known[key] == tuple[str, ...] and not _is_text_literal(value):
-                value = repr(value)
-            overrides.append(f"--{name}={value}")
+            continue
+        if kind is None:
+            raise UserError(f"--config.{key} is not a setting{nearest_setting(key) or '.'}")
+        if kind == tuple[str, ...] and not _is_text_literal(value):
+            value = repr(value)
+        overrides.append(f"--{name}={value}")
     if resumes and not chosen:
         chosen = _config_of_workdir(rest)
     if overrides and not chosen:
         raise UserError(f"{overrides[0]} needs --config=FILE as well.")
-    return [rest[0], *chosen, *overrides, *rest[1:]] if rest else [*chosen, *overrides]
+    return [*rest[:1], *chosen, *overrides, *rest[1:]]
 
 
 def _config_of_workdir(arguments: Sequence[str]) -> list[str]:
     """Return --config with the config of the run in --workdir, or nothing where none is named."""
     for place, argument in enumerate(arguments):
         name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name == "workdir":
-            workdir = value if equals else "".join(arguments[place + 1 : place + 2])
-            folder = RunFolder(workdir)
-            if not folder.exists():
-                raise UserError(
-                    f"--workdir={workdir} holds no run to go on with; give --config for a new one."
-                )
-            return [f"--config={folder.path}{RUN_CONFIG}"]
+        if not argument.startswith("-") or name != "workdir":
+            continue
+        workdir = value
+        if not equals:
+            # The folder is the next argument, if there is one.
+            workdir = "".join(arguments[place + 1 : place + 2])
+        folder = RunFolder(workdir)
+        if not folder.exists():
+            raise UserError(
+                f"--workdir={workdir} holds no run to go on with; give --config for a new one."
+            )
+        return [f"--config={folder.path}{RUN_CONFIG}"]
     return []
 
 
 def _is_text_literal(value: str) -> bool:
-    """Say whether a value is written as Python writes a text or several; if not, it is a text as it
-    stands.
-    """
+    """Say whether a value is a text or several as Python writes them, not a text as it stands."""
     try:
         return isinstance(ast.literal_eval(value), str | tuple | list)
     except (ValueError, SyntaxError):
@@ -160,11 +173,10 @@ class _ConfigFiles(flags.ArgumentParser):
 
 
 def define_config(values: flags.FlagValues, argv: Sequence[str] | None = None) -> Any:
-    """Define --config and its overrides among the flags of `values`; `argv` is where overrides are
-    looked for.
+    """Define --config and its overrides among the flags of `values`.
 
-    config_flags makes a flag of each override; reading the file itself is ours, so that what is
-    wrong in it is said in one line.
+    config_flags makes a flag of each override that it finds in `argv`. We read the file ourselves,
+    to report what is wrong in it in one line.
     """
     from ml_collections import config_flags
 
@@ -180,8 +192,10 @@ def define_config(values: flags.FlagValues, argv: Sequence[str] | None = None) -
 
 
 def read_config_file(name: str) -> Config:
-    """Return what `get_config()` of a Python file returns, or the config of a run; raise UserError
-    where it fails.
+    """Return what `get_config()` of a Python file returns, or the config of a run.
+
+    Raises:
+      UserError: in one line, whatever goes wrong in the file.
     """
     if name.endswith(RUN_CONFIG):
         record = RunFolder(name.removesuffix(RUN_CONFIG)).read_config()
@@ -203,25 +217,27 @@ def read_config_file(name: str) -> Config:
 
 def _failure(error: Exception, path: str) -> str:
     """Return the line about an error that a config file raised, with the place in the file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename == path]
-    where = f"{path}:{own[-1].lineno}" if own else path
+    where = path
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == path:
+            where = f"{path}:{frame.lineno}"
     if isinstance(error, SyntaxError):
         where = f"{error.filename}:{error.lineno}"
     if isinstance(error, UserError):
         return f"{where}: {error}"
-    lines = str(error).strip().splitlines()
-    last = lines[-1] if lines else ""
-    return f"the config file fails: {type(error).__name__}: {last} ({where})"
+    last_line = str(error).strip().rpartition("\n")[2]
+    return f"the config file fails: {type(error).__name__}: {last_line} ({where})"
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Return the checked config of a file or shipped name with overrides like
-    "model.embed_dim=256".
+    """Return the checked config of a file or shipped name.
+
+    Args:
+      name: as --config takes it.
+      overrides: such as "model.embed_dim=256".
     """
-    argv = prepare_arguments(
-        ["tinylm", f"--config={name}", *[f"--config.{line}" for line in overrides]]
-    )
+    flags_of_settings = [f"--config.{line}" for line in overrides]
+    argv = prepare_arguments(["tinylm", f"--config={name}", *flags_of_settings])
     values = flags.FlagValues()
     holder = define_config(values, argv)
     parse_flags(values, argv)
@@ -245,9 +261,7 @@ def parse_flags(values: flags.FlagValues, argv: Sequence[str]) -> list[str]:
 
 
 def _flag_meant(name: str, values: flags.FlagValues) -> str:
-    """Return "; did you mean --X?" for the flag or setting that an unknown flag means, or
-    nothing.
-    """
+    """Return "; did you mean --X?" for what an unknown flag means, or nothing."""
     alias = FLAG_ALIASES.get(name, "")
     if alias in values:
         return f"; did you mean '--{alias}'?"

@@ -46,7 +46,8 @@ def sweep_as_told(flags: FlagValues, arguments: Sequence[str]) -> int:
     rows = sweep(base, flags.grid, flags.workdir, flags.jobs)
     print(json.dumps(rows) if flags.json else text_of(rows))
     say(f"Compare them: python -m tinylm.report --workdir={flags.workdir}")
-    return 0 if all(row["loss"] is not None for row in rows) else 1
+    has_failed = any(row["loss"] is None for row in rows)
+    return 1 if has_failed else 0
 
 
 def asked_to_stop(*_: Any) -> None:
@@ -214,12 +215,16 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     from tinylm.view.plot import line_style, new_grid, save
 
     figure, [axes] = new_grid(1, 1, (7, 4.5))
-    lines: dict[str, list] = {}
+    # The points of each line, by the values of the other keys.
+    lines: dict[str, list[tuple[str, float]]] = {}
     for row in rows:
         value, *others = row["point"].values()
-        lines.setdefault(", ".join(others), []).append((value, row["loss"] or float("nan")))
-    for i, (label, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), marker="o", label=label or "loss", **line_style(i))
+        loss = row["loss"] or float("nan")
+        lines.setdefault(", ".join(others), []).append((value, loss))
+    for number, (label, points) in enumerate(lines.items()):
+        values, losses = zip(*points, strict=True)
+        style = line_style(number)
+        axes.plot(values, losses, marker="o", label=label or "loss", **style)
     key, *others = rows[0]["point"]
     axes.set(xlabel=key, ylabel="loss (nats per token)")
     axes.legend(fontsize=8, title=", ".join(others))
