@@ -175,9 +175,7 @@ class DataConfig(Section, name="data"):
     def check(self) -> None:
         """Raise UserError for a setting that can't work; read no file."""
         super().check()
-        if not self.separator.isascii() and any(
-            "\ud800" <= char <= "\udfff" for char in self.separator
-        ):
+        if any("\ud800" <= char <= "\udfff" for char in self.separator):
             raise UserError(f"data.separator={self.separator!r} must be text in UTF-8.")
         for name in ("store_dir", "tfds_data_dir", "tfds_manual_dir"):
             check_on_disk(f"data.{name}", getattr(self, name))
@@ -190,7 +188,8 @@ class DataConfig(Section, name="data"):
                 f"{self.tokenizer} has an end of text of its own."
             )
         keys = [("data.source", spec) for _, spec in parse_mixture(self.source)]
-        keys += [("data.valid_source", self.valid_source)] * bool(self.valid_source)
+        if self.valid_source:
+            keys.append(("data.valid_source", self.valid_source))
         for key, spec in keys:
             _check_spec(key, spec, SOURCE_KINDS)
             if split_spec(spec)[0] in _SOURCE_FILES:
@@ -251,14 +250,21 @@ def differ_in_place(key: str, spec: str, other: str) -> bool:
     What the files hold decides the numbers of a run, and is compared where they are read.
     """
     if key == "data.tokenizer":
-        return split_spec(spec)[0] == split_spec(other)[0] in _TOKENIZER_FILES
-    if key == "data.source":
-        pairs = list(zip(parse_mixture(spec), parse_mixture(other), strict=False))
-        alike = len(parse_mixture(spec)) == len(parse_mixture(other))
-        return alike and all(
-            weight == of_other and _may_move(one, two) for (weight, one), (of_other, two) in pairs
-        )
-    return key == "data.valid_source" and _may_move(spec, other)
+        kind, _ = split_spec(spec)
+        other_kind, _ = split_spec(other)
+        return kind == other_kind and kind in _TOKENIZER_FILES
+    if key == "data.valid_source":
+        return _may_move(spec, other)
+    if key != "data.source":
+        return False
+    parts = parse_mixture(spec)
+    other_parts = parse_mixture(other)
+    if len(parts) != len(other_parts):
+        return False
+    for (weight, one), (other_weight, another) in zip(parts, other_parts, strict=True):
+        if weight != other_weight or not _may_move(one, another):
+            return False
+    return True
 
 
 def _may_move(spec: str, other: str) -> bool:

@@ -50,12 +50,18 @@ def checksums(paths: Sequence[str], notes: pathlib.Path, work: Progress) -> list
     found: dict[str, Any] = {}
     for path, state in zip(paths, states, strict=True):
         entry = noted.get(path)
-        if not (isinstance(entry, list) and entry[:-1] == state and isinstance(entry[-1], str)):
-            entry = [*state, _checksum(path, work)]
-        found[path] = entry
+        if _is_of(entry, state):
+            found[path] = entry
+        else:
+            found[path] = [*state, _checksum(path, work)]
     if found != noted:
         _write(notes, found)
     return [found[path][-1] for path in paths]
+
+
+def _is_of(entry: Any, state: list[int]) -> bool:
+    """Return whether an entry of the notes, which may be damaged, is of a file in this state."""
+    return isinstance(entry, list) and entry[:-1] == state and isinstance(entry[-1], str)
 
 
 def _checksum(path: str, work: Progress) -> str:

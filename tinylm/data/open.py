@@ -77,13 +77,13 @@ class Validation:
         for store in self.valid_stores:
             split = store.manifest["splits"]["valid"]
             first, last = split["documents"]
+            first_token, last_token = split["tokens"]
             ends = store.document_ends()[:, 0]
-            for number in np.unique(
-                np.linspace(first, last - 1, min(most, last - first)).astype(np.int64)
-            ).tolist():
+            evenly = np.linspace(first, last - 1, min(most, last - first))
+            for number in np.unique(evenly.astype(np.int64)).tolist():
                 # The first document of a split may have begun in the other one.
-                begin = max(int(ends[number - 1]) if number else 0, split["tokens"][0])
-                end = min(int(ends[number]), split["tokens"][1], begin + most_tokens)
+                begin = max(int(ends[number - 1]), first_token) if number else first_token
+                end = min(int(ends[number]), last_token, begin + most_tokens)
                 ids = np.empty(max(end - begin, 0), np.int32)
                 store.tokens.read(ids, begin)
                 yield self.tokenizer.decode(ids.tolist())
@@ -97,11 +97,14 @@ class Validation:
         found = []
         for store in self.valid_stores:
             split = store.manifest["splits"]["valid"]
-            tokens, size = split["tokens"][1] - split["tokens"][0], split["bytes"]
-            for prompt, _ in store.pairs("valid") if self.loss_on == "answer" else ():
-                tokens -= len(prompt)
-                size -= self.tokenizer.count_bytes(prompt)
-            found.append((tokens, size))
+            begin, end = split["tokens"]
+            num_tokens = end - begin
+            num_bytes = split["bytes"]
+            if self.loss_on == "answer":
+                for prompt, _ in store.pairs("valid"):
+                    num_tokens -= len(prompt)
+                    num_bytes -= self.tokenizer.count_bytes(prompt)
+            found.append((num_tokens, num_bytes))
         return found
 
     @property
@@ -304,18 +307,16 @@ class _Opener:
         key: str = "data.source",
     ):
         mixture = parse_mixture(config.source)
-        self.config, self.is_writer, self.wait_secs, self.progress = (
-            config,
-            is_writer,
-            wait_secs,
-            progress,
-        )
+        self.config = config
+        self.is_writer = is_writer
+        self.wait_secs = wait_secs
+        self.progress = progress
         self.weights = [weight for weight, _ in mixture]
         self.sources = [make_source(spec, config, key) for _, spec in mixture]
-        valid_specs = [config.valid_source] * bool(config.valid_source)
-        self.valid_sources = [
-            make_source(spec, config, "data.valid_source") for spec in valid_specs
-        ]
+        self.valid_sources: list[Source] = []
+        if config.valid_source:
+            source = make_source(config.valid_source, config, "data.valid_source")
+            self.valid_sources.append(source)
         self.train_splits = ("train",) if self.valid_sources else ("train", "valid")
         self._folder = stores.store_folder(config)
         self._checksums_of: dict[str, list[str]] = {}
@@ -331,9 +332,11 @@ class _Opener:
         # A file counts by its content, so that its place doesn't count.
         key: list[Any] = [kind, hashes or argument, c.vocab_top_k, c.eot_token]
         if kind in ("char", "bpe") or c.vocab_top_k:
-            key += ["train", *(self.text_key(source, self.train_splits) for source in self.sources)]
+            key.append("train")
+            key += [self.text_key(source, self.train_splits) for source in self.sources]
         if kind == "char":
-            key += ["valid", *(self.text_key(source, ("valid",)) for source in self.valid_sources)]
+            key.append("valid")
+            key += [self.text_key(source, ("valid",)) for source in self.valid_sources]
         return key
 
     def text_key(self, source: Source, splits: tuple[str, ...]) -> list[Any]:
@@ -508,9 +511,11 @@ def _plan(
     if plan := packing.load_plan(folder):
         return plan
     ends = _ends_within(store.document_ends()[:, 0], begin, end)
-    write = functools.partial(
-        packing.write_plan, ends=ends, seq_len=config.seq_len, packed=config.packing == "packed"
-    )
+
+    def write(to: pathlib.Path) -> None:
+        with alive(lambda: f"planning rows of {config.seq_len} tokens of {store.spec}"):
+            packing.write_plan(to, ends, config.seq_len, packed=config.packing == "packed")
+
     try:
         atomic.make(folder, lambda folder: packing.load_plan(folder) is not None, write)
         plan = packing.load_plan(folder)
