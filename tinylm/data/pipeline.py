@@ -26,10 +26,11 @@ class _Runs:
 
     def __init__(self, rows: Rows, batch_shape: tuple[int, int], owned_rows: np.ndarray):
         micro_batches, micro_rows = batch_shape
-        self._rows, self._batch_size = rows, micro_batches * micro_rows
-        self._places = np.arange(micro_batches)[:, None] * micro_rows + np.asarray(
-            owned_rows, np.int64
-        )
+        self._rows = rows
+        self._batch_size = micro_batches * micro_rows
+        # Of each row that this process holds, its place in the global batch: [A, n].
+        first_rows = np.arange(micro_batches)[:, None] * micro_rows
+        self._places = first_rows + np.asarray(owned_rows, np.int64)
         self.length = max(1, 64 // self._places.size)
 
     def __len__(self) -> int:
@@ -37,17 +38,16 @@ class _Runs:
 
     def __getitem__(self, index: int) -> list[tuple[int, Examples]]:
         batches = range(index * self.length, (index + 1) * self.length)
-        indices = np.concatenate(
-            [batch * self._batch_size + self._places.ravel() for batch in batches]
-        )
-        examples = self._rows.read(indices)
-        parts = {
-            name: v.reshape(self.length, *self._places.shape, *v.shape[1:])
-            for name, v in examples.items()
+        places = self._places.ravel()
+        indices = np.concatenate([batch * self._batch_size + places for batch in batches])
+        run = {
+            name: values.reshape(self.length, *self._places.shape, *values.shape[1:])
+            for name, values in self._rows.read(indices).items()
         }
-        return [
-            (batch, {name: v[i] for name, v in parts.items()}) for i, batch in enumerate(batches)
-        ]
+        found = []
+        for nth, batch in enumerate(batches):
+            found.append((batch, {name: values[nth] for name, values in run.items()}))
+        return found
 
 
 def train_batches(

@@ -62,20 +62,23 @@ def _builder_class(source: Source, name: str, version: str) -> Any:
     """
     tfds = optional_module("tensorflow_datasets", "tfds")
     splits = {"train": "train", "validation": "valid"} if source.own_splits else {"train": "all"}
-    kinds = {
-        bool(document.prompt) for split in splits.values() for document in _documents(source, split)
-    }
-    if not kinds:
+    has_prompts = False
+    is_empty = True
+    for split in splits.values():
+        for document in _documents(source, split):
+            is_empty = False
+            has_prompts = has_prompts or bool(document.prompt)
+    if is_empty:
         raise UserError(f"{source.setting} holds no text.")
     c = source.config
-    fields = (c.prompt_field, c.completion_field) if True in kinds else (c.text_field,)
+    fields = (c.prompt_field, c.completion_field) if has_prompts else (c.text_field,)
 
     def examples(split: str) -> Iterator[tuple[int, dict[str, str]]]:
-        for i, document in enumerate(_documents(source, split)):
-            yield (
-                i,
-                dict(zip(fields, [document.prompt, document.text][-len(fields) :], strict=True)),
-            )
+        for number, document in enumerate(_documents(source, split)):
+            record = {fields[-1]: document.text}
+            if has_prompts:
+                record[fields[0]] = document.prompt
+            yield number, record
 
     def info(builder: Any) -> Any:
         features = tfds.features.FeaturesDict({field: tfds.features.Text() for field in fields})
