@@ -94,9 +94,8 @@ def bench_assembling(folder: str) -> None:
         drop_cache(data.stores[0])
         cold = secs_per_batch(data.train)
         print(
-            f"batches   {packing:<7} warm {warm * 1e3:.2f} ms ({STEP_SECS / warm:.0f} "
-            "times what training takes), "
-            f"cold {cold * 1e3:.2f} ms ({STEP_SECS / cold:.0f} times)"
+            f"batches   {packing:<7} warm {warm * 1e3:.2f} ms ({STEP_SECS / warm:.0f} times what "
+            f"training takes), cold {cold * 1e3:.2f} ms ({STEP_SECS / cold:.0f} times)"
         )
 
 
@@ -155,8 +154,7 @@ def bench_large(folder: str) -> None:
         print(
             f"store     10^{len(str(num_tokens)) - 1} tokens opens in {opened * 1e3:.1f} ms, "
             f"{resident_bytes() / 1e6:.0f} MB resident, 64 random windows of 1,024 in "
-            f"{min(first) * 1e3:.2f} ms, "
-            f"again in {min(again) * 1e3:.2f} ms"
+            f"{min(first) * 1e3:.2f} ms, again in {min(again) * 1e3:.2f} ms"
         )
 
 

@@ -147,8 +147,8 @@ def main() -> int:
         rows[number] = f"| {number} | {fault} | {how} | {verdict} | {secs:.0f} |"
         print(rows[number], flush=True)
         head = (
-            f"# Faults\n\nWhat `python benchmarks/faults.py` found on {os.cpu_count()} cores. "
-            "A row passes when all its tests do (their number in brackets).\n\n"
+            f"# Faults\n\nWhat `python benchmarks/faults.py` found on {os.cpu_count()} cores. A "
+            "row passes when all its tests do (their number in brackets).\n\n"
         )
         table = "| # | fault | how | passed | seconds |\n|---|---|---|---|---|\n"
         PAGE.write_text(

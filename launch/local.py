@@ -37,10 +37,9 @@ STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 GIVE_UP = (
-    "aborted twice before the first step (exit code 134): this is no lost peer but a "
-    "crash, of the compiler perhaps; "
-    "its last lines above say where. Change model.unroll, model.attention or the mesh, and "
-    "report it."
+    "aborted twice before the first step (exit code 134): this is no lost peer but a crash, of "
+    "the compiler perhaps; its last lines above say where. Change model.unroll, model.attention "
+    "or the mesh, and report it."
 )
 
 

@@ -73,13 +73,13 @@ def score_text(run: Any, flags: FlagValues) -> dict[str, Any]:
     )
     if not tokens and flags.max_batches:
         raise UserError(
-            f"the first {flags.max_batches} batches hold no target token; set "
-            "--max_batches higher, or 0."
+            f"the first {flags.max_batches} batches hold no target token; set --max_batches "
+            "higher, or 0."
         )
     if not tokens:
         raise UserError(
-            "nothing that is scored is a target token; check --source, data.valid_source "
-            "and data.loss_on."
+            "nothing that is scored is a target token; check --source, data.valid_source and "
+            "data.loss_on."
         )
     loss = nats / tokens
     bytes_per_token = data.valid_bytes_per_token(flags.max_batches * config.data.batch_size)
@@ -155,10 +155,9 @@ def score_stories(run: Any, data: Any, source: str, max_tokens: int = 250) -> di
         origin = f"{len(found)} beginnings of {source}"
         if len(found) < _FEWEST_STORIES:
             raise UserError(
-                f"--stories needs {_FEWEST_STORIES} texts of a few sentences, the first of "
-                "them shorter than half the "
-                f"context, to take beginnings from; {source} has {len(found)}; give others "
-                "with --source."
+                f"--stories needs {_FEWEST_STORIES} texts of a few sentences, the first of them "
+                f"shorter than half the context, to take beginnings from; {source} has "
+                f"{len(found)}; give others with --source."
             )
     names = [one.names for one in found]
     texts = write_texts(
@@ -194,9 +193,8 @@ def open_text(run: Any, flags: FlagValues) -> tuple[Any, str]:
         return data, flags.source
     if is_imported(run):
         raise UserError(
-            f"--workdir={flags.workdir} holds an imported model, which has no text of its "
-            "own to be scored on; "
-            "give one: --source=text:FILE (or any data.source)."
+            f"--workdir={flags.workdir} holds an imported model, which has no text of its own to "
+            "be scored on; give one: --source=text:FILE (or any data.source)."
         )
     try:
         # The tokenizer of a run that took it over is in its own folder, and may be nowhere else
@@ -216,9 +214,8 @@ def open_text(run: Any, flags: FlagValues) -> tuple[Any, str]:
         raise UserError("the run has no validation split; give a text with --source=text:FILE.")
     if own.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise UserError(
-            "the run's text now makes another tokenizer than the run learned with, so it "
-            "has changed; restore it, or "
-            "give a text with --source."
+            "the run's text now makes another tokenizer than the run learned with, so it has "
+            "changed; restore it, or give a text with --source."
         )
     return own, f"{config.valid_source or config.source} (validation)"
 
@@ -284,8 +281,8 @@ def define_flags(flags: FlagValues) -> None:
         "data",
         None,
         (
-            "KEY=VALUE: another value of a setting of the run's data, such as text_field=story "
-            "or seq_len=1024"
+            "KEY=VALUE: another value of a setting of the run's data, such as text_field=story or "
+            "seq_len=1024"
         ),
         flag_values=flags,
     )

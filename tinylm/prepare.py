@@ -88,13 +88,13 @@ def clean(flags: FlagValues) -> None:
     for row in kept:
         users = ", ".join(row["runs"]) or "a process that makes it"
         print(
-            f"kept     {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: "
-            f"used by {users}"
+            f"kept     {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: used by "
+            f"{users}"
         )
     for row in removed:
         print(
-            f"removed  {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: no "
-            "run refers to it"
+            f"removed  {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: no run "
+            "refers to it"
         )
     print(f"{freed / 1e6:,.1f} MB freed in {folder}")
 

@@ -119,8 +119,8 @@ def refuse_twice(names: Iterable[str]) -> None:
     name, count = collections.Counter(names).most_common(1)[0]
     if count > 1:
         raise UserError(
-            f"--grid has {name} twice; give each key once, with all its values, and each "
-            "value once."
+            f"--grid has {name} twice; give each key once, with all its values, and each value "
+            "once."
         )
 
 

@@ -158,8 +158,8 @@ def test_many_that_prepare_at_once_make_one_store(tmp_path):
     source = f"text:{write_text(tmp_path / 'a.txt')}"
     # The last two have no lock, like hosts that share a file system without locks.
     no_lock = (
-        "import fcntl; fcntl.flock = lambda *a: None; import socket; socket.gethostname = "
-        "lambda: 'host%d'\n"
+        "import fcntl; fcntl.flock = lambda *a: None; import socket; socket.gethostname = lambda: "
+        "'host%d'\n"
     )
     processes = [
         start(source, tmp_path / "s", before) for before in ("", "", no_lock % 1, no_lock % 2)

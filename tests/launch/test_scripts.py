@@ -169,8 +169,8 @@ def test_a_slice_without_a_name_is_refused():
     done = subprocess.run([LAUNCH / "tpu_vm.sh", "--zone=z"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        "error: --name, --zone and --type are required (the first lines of this script "
-        "show an example).\n"
+        "error: --name, --zone and --type are required (the first lines of this script show an "
+        "example).\n"
     )
 
 

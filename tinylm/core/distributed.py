@@ -102,16 +102,16 @@ def start(
         coordinator = ""
         if not _in_cluster():
             raise UserError(
-                "--coordinator=auto finds no job of several processes (Slurm's srun, Open "
-                "MPI, a TPU pod); start the command with srun, or give --coordinator=HOST:PORT, "
+                "--coordinator=auto finds no job of several processes (Slurm's srun, Open MPI, a "
+                "TPU pod); start the command with srun, or give --coordinator=HOST:PORT, "
                 "--num_processes and --process_id."
             )
     job = _Job(coordinator, num_processes, process_id)
     if not job.is_empty() and not job.is_complete():
         raise UserError(
-            "--coordinator=HOST:PORT, --num_processes and --process_id, numbered from 0, "
-            f"need each other; found --coordinator={coordinator} "
-            f"--num_processes={num_processes} --process_id={process_id}."
+            "--coordinator=HOST:PORT, --num_processes and --process_id, numbered from 0, need "
+            f"each other; found --coordinator={coordinator} --num_processes={num_processes} "
+            f"--process_id={process_id}."
         )
     if coordinator or (from_cluster and _in_cluster()):
         _join(job, secs or START_SECS)
@@ -188,8 +188,8 @@ def _check_port_is_free(coordinator: str) -> None:
             probe.bind(("", port))
         except (OSError, OverflowError) as error:
             raise UserError(
-                f"--coordinator={coordinator}: port {port} of {host()} cannot be used "
-                f"({error}); another program may have it: give all processes another port."
+                f"--coordinator={coordinator}: port {port} of {host()} cannot be used ({error}); "
+                "another program may have it: give all processes another port."
             ) from error
 
 
@@ -202,19 +202,19 @@ def _nobody_came(job: _Job, secs: float) -> str:
     """Return the line of a process that has waited `secs` for the rest of its job."""
     if not job.coordinator:
         return (
-            f"{host()} waited {secs:.0f} s for the other hosts that the cluster names; "
-            "start this command on all of them, or raise --start_secs where they start far apart."
+            f"{host()} waited {secs:.0f} s for the other hosts that the cluster names; start this "
+            "command on all of them, or raise --start_secs where they start far apart."
         )
     who = f"process {job.process_id} of {job.num_processes} on {host()}"
     if job.process_id and not _is_reachable(job.coordinator):
         return (
-            f"{who} found nobody at --coordinator={job.coordinator} for {secs:.0f} s; is "
-            "process 0 running there?"
+            f"{who} found nobody at --coordinator={job.coordinator} for {secs:.0f} s; is process 0 "
+            "running there?"
         )
     return (
-        f"{who} waited {secs:.0f} s, but not all {job.num_processes} processes came; start "
-        "this command on every host with the same --coordinator and --num_processes and each "
-        "its own --process_id."
+        f"{who} waited {secs:.0f} s, but not all {job.num_processes} processes came; start this "
+        "command on every host with the same --coordinator and --num_processes and each its own "
+        "--process_id."
     )
 
 

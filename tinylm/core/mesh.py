@@ -124,9 +124,9 @@ class MeshConfig(Section, name="mesh"):
             sizes[open_axes[0]] = num_devices // fixed
         elif fixed > num_devices:
             raise UserError(
-                f"the mesh of {fixed} devices (mesh.replica x mesh.data x mesh.model) is "
-                f"larger than the {num_devices} devices here; make the mesh smaller, or give "
-                f"the job {fixed} devices (--cpu_devices simulates them)."
+                f"the mesh of {fixed} devices (mesh.replica x mesh.data x mesh.model) is larger "
+                f"than the {num_devices} devices here; make the mesh smaller, or give the job "
+                f"{fixed} devices (--cpu_devices simulates them)."
             )
         return PerAxis(**sizes)
 
@@ -154,8 +154,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     slices = _slices(devices[:needed])
     if sizes.replica % len(slices):
         raise UserError(
-            f"mesh.replica={sizes.replica} must be a multiple of the {len(slices)} slices; set "
-            f"it to {len(slices)}."
+            f"mesh.replica={sizes.replica} must be a multiple of the {len(slices)} slices; set it "
+            f"to {len(slices)}."
         )
     # Replicas lie one behind the other, so that only they cross between slices.
     slice_sizes = sizes._replace(replica=sizes.replica // len(slices))

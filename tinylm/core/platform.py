@@ -113,10 +113,9 @@ def set_flags() -> None:
         return
     if _backend_exists():
         warnings.warn(
-            "JAX was in use before tinylm was imported, and jaxlib "
-            f"{jaxlib_version.__version__} computes some sums wrong ({', '.join(issues)}); "
-            "restart Python and import tinylm first, or set "
-            f"XLA_FLAGS={' '.join(missing)}.",
+            f"JAX was in use before tinylm was imported, and jaxlib {jaxlib_version.__version__} "
+            f"computes some sums wrong ({', '.join(issues)}); restart Python and import tinylm "
+            f"first, or set XLA_FLAGS={' '.join(missing)}.",
             stacklevel=3,
         )
         return
@@ -157,7 +156,6 @@ def refuse_faulty(platform: str, version: str = jaxlib_version.__version__) -> N
     for fault in faults_of(version):
         if fault.platform == platform and not fault.flag:
             raise UserError(
-                f"jaxlib {version} computes wrong numbers on {platform.upper()} "
-                f"({fault.issue}: {fault.what}), and no flag helps; install another version of "
-                "jax."
+                f"jaxlib {version} computes wrong numbers on {platform.upper()} ({fault.issue}: "
+                f"{fault.what}), and no flag helps; install another version of jax."
             )

@@ -161,8 +161,8 @@ class Section:
         key = _key(type(self), name)
         if self.is_frozen:
             raise dataclasses.FrozenInstanceError(
-                f"{key} can't change: this config is resolved; change the one it was "
-                "resolved from, or an editable_copy() of it."
+                f"{key} can't change: this config is resolved; change the one it was resolved "
+                "from, or an editable_copy() of it."
             )
         kind = _fields(type(self))[name].type
         object.__setattr__(self, name, _converted(key, value, kind))

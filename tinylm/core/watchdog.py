@@ -215,8 +215,8 @@ class Watchdog:
                 silence.secs = 0.0
             if sign.polls != _CLOSED and silence.secs > SILENT_SECS:
                 self._give_up(
-                    f"{_name(process, sign)} gives no sign of life: it is stopped, or its "
-                    "machine is gone"
+                    f"{_name(process, sign)} gives no sign of life: it is stopped, or its machine "
+                    "is gone"
                 )
 
     def _look_for_stragglers(self, signs: dict[int, _SignOfLife]) -> None:
@@ -229,8 +229,8 @@ class Watchdog:
             if is_slow and process not in self._stragglers:
                 self._stragglers.add(process)
                 say(
-                    f"warning: {_name(process, sign)} is slow: its host takes {sign.secs:.2f} s "
-                    f"a step, others {usual:.2f} s"
+                    f"warning: {_name(process, sign)} is slow: its host takes {sign.secs:.2f} s a "
+                    f"step, others {usual:.2f} s"
                 )
 
     def _give_up(self, line: str, tell: bool = True) -> None:

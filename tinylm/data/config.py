@@ -293,6 +293,6 @@ def _check_spec(key: str, spec: str, known: tuple[str, ...]) -> None:
         raise UserError(f"{key}={spec} must have a whole number above 0 after {kind}:.")
     if kind == "bpe" and not 257 <= int(argument) <= MAX_IDS:
         raise UserError(
-            f"{key}={spec} must have at least 257 ids (256 bytes and the end of text), at "
-            f"most {MAX_IDS}."
+            f"{key}={spec} must have at least 257 ids (256 bytes and the end of text), at most "
+            f"{MAX_IDS}."
         )

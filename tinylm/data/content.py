@@ -35,8 +35,8 @@ def file_state(path: str) -> list[int]:
         raise UserError(f"{path} can't be read: {error.strerror}.") from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(
-            f"{path} is a pipe or a device, which can be read only once; write its content "
-            "to a file."
+            f"{path} is a pipe or a device, which can be read only once; write its content to a "
+            "file."
         )
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 

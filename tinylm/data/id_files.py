@@ -38,8 +38,8 @@ def open_ids(path: str, vocab_size: int) -> np.memmap:
     size = pathlib.Path(path).stat().st_size
     if not size or size % 2:
         raise UserError(
-            f"{path} has {size} bytes, which are no ids of 2 or 4 bytes; tokens: reads "
-            "uint16 or uint32."
+            f"{path} has {size} bytes, which are no ids of 2 or 4 bytes; tokens: reads uint16 or "
+            "uint32."
         )
     with pathlib.Path(path).open("rb") as file:
         head = file.read(_HEAD_BYTES)
@@ -61,9 +61,8 @@ def _refuse_marked(path: str, head: bytes) -> None:
     first = int.from_bytes(head[:4], "little")
     if first in _LLMC_HEADER:
         raise UserError(
-            f"{path} has the header of llm.c's files before its {_LLMC_HEADER[first]} ids; "
-            "cut it off: "
-            f"tail -c +1025 {path} > ids.bin"
+            f"{path} has the header of llm.c's files before its {_LLMC_HEADER[first]} ids; cut it "
+            f"off: tail -c +1025 {path} > ids.bin"
         )
 
 

@@ -200,9 +200,8 @@ def open_data(
     )
     if len(data.train) < config.batch_size:
         raise UserError(
-            f"data.batch_size={config.batch_size} must be at most the {len(data.train)} "
-            "rows of an epoch "
-            f"(data.seq_len={config.seq_len}); lower one of them, or add text."
+            f"data.batch_size={config.batch_size} must be at most the {len(data.train)} rows of an "
+            f"epoch (data.seq_len={config.seq_len}); lower one of them, or add text."
         )
     return data
 
@@ -282,9 +281,8 @@ def _num_characters(config: DataConfig) -> int:
             return opener.tokenizer.vocab_size - 1
     raise UserError(
         "data.tokenizer=char has an id for each character of the text, which isn't read here: run "
-        "python -m tinylm.prepare with the same settings first, or set "
-        "--config.model.vocab_size (typically 66 for "
-        "tinyshakespeare, 100 to 200 for English text with its signs)."
+        "python -m tinylm.prepare with the same settings first, or set --config.model.vocab_size "
+        "(typically 66 for tinyshakespeare, 100 to 200 for English text with its signs)."
     )
 
 
@@ -410,8 +408,7 @@ class _Opener:
         say(
             f"warning: {manifest['unknown']:,} of {manifest['tokens']:,} tokens of {source.spec} "
             f"({manifest['unknown'] / manifest['tokens']:.2%}) stand for what "
-            f"data.tokenizer={self.tokenizer.name} "
-            f"can't spell{example}"
+            f"data.tokenizer={self.tokenizer.name} can't spell{example}"
         )
 
     def _unspelled_words(self, source: Source) -> list[str]:

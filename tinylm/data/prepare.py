@@ -142,8 +142,8 @@ class Preparer:
         megabytes = self.writer.num_bytes / 1e6
         say(
             f"prepared {self.source.spec}: {self.writer.tokens.total:,} tokens of "
-            f"{self.num_documents:,} documents in {secs:.1f} s "
-            f"({megabytes / max(secs, 1e-9):.1f} MB/s)"
+            f"{self.num_documents:,} documents in {secs:.1f} s ({megabytes / max(secs, 1e-9):.1f} "
+            "MB/s)"
         )
         held_out = self._held_out()
         if held_out:

@@ -381,8 +381,8 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
         ) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(
-            f"{folder} is a token store of another version of tinylm; delete it to prepare "
-            "it again."
+            f"{folder} is a token store of another version of tinylm; delete it to prepare it "
+            "again."
         )
     return manifest
 

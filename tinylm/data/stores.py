@@ -115,9 +115,9 @@ def wait_for(folder: pathlib.Path, wait_secs: float) -> None:
         while not (folder / MANIFEST).exists():
             if time.monotonic() > end:
                 raise UserError(
-                    f"process 0 has not prepared {folder} within {wait_secs:.0f} s; all "
-                    "processes must see the same data.store_dir and the same files. Prepare "
-                    "first with tinylm.prepare for large data."
+                    f"process 0 has not prepared {folder} within {wait_secs:.0f} s; all processes "
+                    "must see the same data.store_dir and the same files. Prepare first with "
+                    "tinylm.prepare for large data."
                 )
             time.sleep(_POLL_SECS)
 

@@ -43,8 +43,8 @@ class EvalConfig(Section, name="eval"):
     answer_pattern: str = setting(
         "",
         (
-            "regular expression of the final answer, which alone is compared then, as '#### "
-            "(.+)' (empty: compare all)"
+            "regular expression of the final answer, which alone is compared then, as '#### (.+)' "
+            "(empty: compare all)"
         ),
         free=True,
     )

@@ -300,8 +300,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], context: int) -> None:
     for prompt in prompts:
         if not 0 < len(prompt) < context:
             raise UserError(
-                f"a prompt of {len(prompt)} tokens must be shorter than the context "
-                f"({context}); give its end alone."
+                f"a prompt of {len(prompt)} tokens must be shorter than the context ({context}); "
+                "give its end alone."
             )
 
 

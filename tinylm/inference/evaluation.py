@@ -127,15 +127,15 @@ def check_pairs(
     wish, pattern_key = keys
     if not pairs:
         raise UserError(
-            f"{wish} needs validation pairs of prompt and completion, and there are none; "
-            "leave it out."
+            f"{wish} needs validation pairs of prompt and completion, and there are none; leave it "
+            "out."
         )
     longest = max(len(prompt) for prompt, _ in pairs)
     if longest + 1 >= context:
         raise UserError(
-            f"{wish}: a prompt of {longest + 1} tokens, its begin among them, must be "
-            "shorter than the context "
-            f"({context}); take shorter prompts or a longer data.seq_len, or leave {wish} out."
+            f"{wish}: a prompt of {longest + 1} tokens, its begin among them, must be shorter than "
+            f"the context ({context}); take shorter prompts or a longer data.seq_len, or leave "
+            f"{wish} out."
         )
     for prompt, completion in pairs if pattern else ():
         text = tokenizer.decode_after(prompt.tolist(), completion.tolist())

@@ -134,8 +134,8 @@ def first_of(config: JsonObject, key: str) -> Any:
 def _whole(config: JsonObject, key: str, value: Any) -> int:
     if type(value) is not int or not 1 <= value <= _MOST:
         raise UserError(
-            f"config.json has {key}={value!r}; {_family(config)} needs a whole number from "
-            f"1 to {_MOST}."
+            f"config.json has {key}={value!r}; {_family(config)} needs a whole number from 1 to "
+            f"{_MOST}."
         )
     return value
 
@@ -178,8 +178,8 @@ def _only(config: JsonObject, **supported: Any) -> None:
     for key, value in supported.items():
         if config.get(key, value) != value:
             raise UserError(
-                f"config.json has {key}={config[key]!r}; tinylm reads {_family(config)} "
-                f"with {value!r}."
+                f"config.json has {key}={config[key]!r}; tinylm reads {_family(config)} with "
+                f"{value!r}."
             )
 
 
@@ -220,8 +220,8 @@ def _plain_rope(config: JsonObject) -> JsonObject:
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default":
             raise UserError(
-                f"config.json has {key} with rope_type={kind!r}; tinylm reads rotary "
-                "positions unscaled."
+                f"config.json has {key} with rope_type={kind!r}; tinylm reads rotary positions "
+                "unscaled."
             )
         return rope
     return {}

@@ -128,8 +128,8 @@ def _check_numbers(tensors: Tensors) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype == bool:
             raise UserError(
-                f"{name} holds no floating-point numbers (quantized?); tinylm reads F32, "
-                "F16, BF16 and F64."
+                f"{name} holds no floating-point numbers (quantized?); tinylm reads F32, F16, BF16 "
+                "and F64."
             )
 
 
@@ -177,8 +177,8 @@ def _check_num_layers(config: dict[str, Any], family: Family, tensors: Tensors) 
     there = sum(number.isdecimal() for number in numbers)
     if type(wanted) is int and wanted > there:
         raise UserError(
-            f"config.json has {family.names['num_layers']}={wanted}, and the weights hold "
-            f"{there} layers."
+            f"config.json has {family.names['num_layers']}={wanted}, and the weights hold {there} "
+            "layers."
         )
 
 
@@ -199,8 +199,8 @@ def _check_largest(model: ModelConfig, family: Family, tensors: Tensors) -> None
                 else ""
             )
             raise UserError(
-                f"config.json has {shown}={size}, and no dimension of any tensor of the "
-                f"weights is above {largest}."
+                f"config.json has {shown}={size}, and no dimension of any tensor of the weights is "
+                f"above {largest}."
             )
 
 

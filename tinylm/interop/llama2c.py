@@ -78,16 +78,16 @@ def _read_header(path: pathlib.Path) -> _Header:
         raise UserError(f"--from_llama2c={path} can't be read: {error.strerror}.") from error
     if start[:2] == b"PK" or start[:1] == b"\x80":
         raise UserError(
-            f"{path} is a pickle of PyTorch, which can run any code when read; export it "
-            "to a .bin first."
+            f"{path} is a pickle of PyTorch, which can run any code when read; export it to a .bin "
+            "first."
         )
     if len(start) < 4 * _SIZES:
         raise UserError(f"{path} is too short for a model of llama2.c.")
     numbers = np.frombuffer(start, "<i4").tolist()
     if numbers[0] == _NEW_MAGIC:
         raise UserError(
-            f"{path} has llama2.c's newer format; tinylm reads the legacy one (export.py "
-            "--version 0)."
+            f"{path} has llama2.c's newer format; tinylm reads the legacy one (export.py --version "
+            "0)."
         )
     header = _Header(*numbers)
     sizes_are_sane = all(0 < n < 1 << 24 for n in (*numbers[:5], abs(header.vocab), header.seq_len))
@@ -101,8 +101,8 @@ def _cut(path: pathlib.Path, parts: dict[str, tuple[int, ...]]) -> Tensors:
     expected = 4 * (_SIZES + sum(map(math.prod, parts.values())))
     if path.stat().st_size != expected:
         raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes; its sizes ask for {expected:,}: "
-            "cut short or altered."
+            f"{path} has {path.stat().st_size:,} bytes; its sizes ask for {expected:,}: cut short "
+            "or altered."
         )
     numbers, views, end = np.memmap(path, "<f4", mode="r", offset=4 * _SIZES), {}, 0
     for name, shape in parts.items():

@@ -82,17 +82,16 @@ def import_llama2c(path: str, tokenizer: str, mesh_config: MeshConfig | None = N
     model, tensors = open_llama2c(pathlib.Path(path).expanduser())
     if not tokenizer:
         raise UserError(
-            "--from_llama2c needs --tokenizer=FILE, the tokenizer.bin that the model was "
-            "trained with."
+            "--from_llama2c needs --tokenizer=FILE, the tokenizer.bin that the model was trained "
+            "with."
         )
     found = find_tokenizer(pathlib.Path(), tokenizer)
     if (
         found.vocab_size != model.vocab_size
     ):  # llama2.c pads no vocabulary, so another size is another tokenizer
         raise UserError(
-            f"--tokenizer={tokenizer} has {found.vocab_size} ids and the model "
-            f"{model.vocab_size}; name the one that "
-            "the model was trained with."
+            f"--tokenizer={tokenizer} has {found.vocab_size} ids and the model {model.vocab_size}; "
+            "name the one that the model was trained with."
         )
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
@@ -168,8 +167,8 @@ def fitting_family(model: ModelConfig) -> Family:
     if misfits[nearest]:
         raise UserError(
             (
-                f"no family of Hugging Face holds this model ({', '.join(FAMILIES)}); the "
-                f"nearest, {nearest}, would need "
+                f"no family of Hugging Face holds this model ({', '.join(FAMILIES)}); the nearest, "
+                f"{nearest}, would need "
             )
             + ", ".join(misfits[nearest])
             + "."
@@ -205,8 +204,7 @@ def check_logits(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     if not np.array_equal(ours, theirs):
         raise UserError(
             "nothing was exported: logits of what was written differ by up to "
-            f"{np.abs(ours - theirs).max():.3g}; "
-            "please report this."
+            f"{np.abs(ours - theirs).max():.3g}; please report this."
         )
     reference = transformers_logits(folder, tokens)
     if reference is None:
@@ -214,8 +212,8 @@ def check_logits(run: Run, folder: pathlib.Path) -> dict[str, Any]:
     off = float(np.abs(ours - reference).max())
     if not off <= _FURTHEST * max(1.0, float(np.abs(ours).max())):
         raise UserError(
-            "nothing was exported: transformers' logits differ from ours by up to "
-            f"{off:.3g}; please report this."
+            f"nothing was exported: transformers' logits differ from ours by up to {off:.3g}; "
+            "please report this."
         )
     return {"logits": "equal after reading back", "transformers": off}
 

@@ -38,9 +38,8 @@ def open_folder(folder: pathlib.Path) -> Tensors:
     """
     if (folder / _ADAPTER).exists():
         raise UserError(
-            f"{folder} holds an adapter ({_ADAPTER}), which changes its model; merge it "
-            "into the model first (peft's "
-            "merge_and_unload), or remove it to read the model alone."
+            f"{folder} holds an adapter ({_ADAPTER}), which changes its model; merge it into the "
+            "model first (peft's merge_and_unload), or remove it to read the model alone."
         )
     if (folder / _SINGLE).exists():
         return open_file(folder / _SINGLE)
@@ -56,10 +55,9 @@ def open_folder(folder: pathlib.Path) -> Tensors:
     pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
     if pickled:
         raise UserError(
-            f"{folder} holds pickled weights alone ({pickled[0]}); reading a pickle can "
-            "run any code in it, so tinylm "
-            "reads safetensors only: save the model with save_pretrained(..., "
-            "safe_serialization=True)."
+            f"{folder} holds pickled weights alone ({pickled[0]}); reading a pickle can run any "
+            "code in it, so tinylm reads safetensors only: save the model with "
+            "save_pretrained(..., safe_serialization=True)."
         )
     raise UserError(f"{folder} holds no {_SINGLE}.")
 
@@ -118,8 +116,7 @@ def _read_header(path: pathlib.Path, content: np.ndarray) -> tuple[dict, int]:
     if not 2 <= length <= min(_MAX_HEADER_BYTES, len(content) - 8):
         raise UserError(
             f"{path} is no safetensors file: its header would be {length:,} bytes (at most "
-            f"{_MAX_HEADER_BYTES:,}, and "
-            f"the file has {len(content):,})."
+            f"{_MAX_HEADER_BYTES:,}, and the file has {len(content):,})."
         )
     try:
         header = json.loads(content[8 : 8 + length].tobytes())

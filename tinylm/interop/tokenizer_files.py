@@ -44,8 +44,8 @@ def find_tokenizer(folder: pathlib.Path, given: str, eot_id: int | None = None) 
         kind = _KIND_OF_SUFFIX.get(pathlib.Path(given).suffix)
         if kind is None:
             raise UserError(
-                f"--tokenizer={given} must be a .json (Hugging Face), .model "
-                "(SentencePiece) or .bin (llama2.c)."
+                f"--tokenizer={given} must be a .json (Hugging Face), .model (SentencePiece) or "
+                ".bin (llama2.c)."
             )
         return read_vocabulary(f"{kind}:{given}", eot_id)
     if (folder / HEADER_FILE).exists():
@@ -57,8 +57,8 @@ def find_tokenizer(folder: pathlib.Path, given: str, eot_id: int | None = None) 
     if (folder / "tokenizer.model").exists():
         return read_vocabulary(f"sentencepiece:{folder / 'tokenizer.model'}")
     raise UserError(
-        f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or "
-        "tokenizer.model; set --tokenizer=FILE."
+        f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or tokenizer.model; set "
+        "--tokenizer=FILE."
     )
 
 
@@ -67,8 +67,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model's vocabulary "
-            f"{vocab_size}; "
-            "set --tokenizer to the one that the model was trained with."
+            f"{vocab_size}; set --tokenizer to the one that the model was trained with."
         )
 
 
@@ -86,8 +85,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path, context: int) ->
     content = tokenizer_json(tokenizer)
     if content is None:
         say(
-            f"no tokenizer.json gives the ids of tokenizer {tokenizer.name}; {folder.name} "
-            "has it for tinylm alone"
+            f"no tokenizer.json gives the ids of tokenizer {tokenizer.name}; {folder.name} has it "
+            "for tinylm alone"
         )
         return
     (folder / "tokenizer.json").write_bytes(content)

@@ -249,16 +249,14 @@ class ModelConfig(Section, name="model"):
         if self.num_layers % len(self.attention_window):
             raise UserError(
                 f"model.num_layers={self.num_layers} must be divisible by the "
-                f"{len(self.attention_window)} entries of "
-                "model.attention_window."
+                f"{len(self.attention_window)} entries of model.attention_window."
             )
 
     def _check_heads(self) -> None:
         if not self.head_dim and self.embed_dim % self.num_heads:
             raise UserError(
                 f"model.embed_dim={self.embed_dim} must be divisible by "
-                f"model.num_heads={self.num_heads}; "
-                "change one of them or set model.head_dim."
+                f"model.num_heads={self.num_heads}; change one of them or set model.head_dim."
             )
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise UserError(
@@ -274,8 +272,8 @@ class ModelConfig(Section, name="model"):
         rotating = int(head_dim * self.rotary_fraction)
         if self.position == "rotary" and (rotating % 2 or not rotating):
             raise UserError(
-                f"the rotating part of a head, {rotating} of {head_dim} by model.rotary_fraction="
-                f"{self.rotary_fraction}, must be even and at least 2."
+                f"the rotating part of a head, {rotating} of {head_dim} by "
+                f"model.rotary_fraction={self.rotary_fraction}, must be even and at least 2."
             )
 
     def _check_kernel(self) -> None:

@@ -301,8 +301,8 @@ class Checkpoints:
         except ValueError as error:
             said = " ".join(str(error).split())
             raise UserError(
-                f"step {step} in {os.fspath(self._folder)} doesn't hold what config.json "
-                f"says: {said:.120}"
+                f"step {step} in {os.fspath(self._folder)} doesn't hold what config.json says: "
+                f"{said:.120}"
             ) from error
 
 

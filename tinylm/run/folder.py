@@ -40,8 +40,8 @@ class RunFolder:
         storage.check_address("--workdir", workdir)
         if set(path) & set("*?["):
             raise UserError(
-                f"--workdir={path} must be free of * ? and [, which file patterns take for "
-                "other names."
+                f"--workdir={path} must be free of * ? and [, which file patterns take for other "
+                "names."
             )
         self.path = epath.Path(path)
         self.config_file = self.path / "config.json"
@@ -118,17 +118,15 @@ class RunFolder:
         if not self.exists():
             if directory and _holds_steps(here):
                 raise UserError(
-                    f"{here} holds checkpoints of a run that was in --workdir={self.path} "
-                    "before; remove that folder "
-                    "first, or use another workdir."
+                    f"{here} holds checkpoints of a run that was in --workdir={self.path} before; "
+                    "remove that folder first, or use another workdir."
                 )
         elif here == there:
             self._check_owned(there)
         elif _holds_steps(there) and not _holds_steps(here):
             raise UserError(
-                f"the checkpoints of --workdir={self.path} are in {there}; move this "
-                f"folder to {here}, or set "
-                "checkpoint.dir as it was."
+                f"the checkpoints of --workdir={self.path} are in {there}; move this folder to "
+                f"{here}, or set checkpoint.dir as it was."
             )
         if directory:
 
@@ -154,16 +152,14 @@ class RunFolder:
             owner = (folder / _OWNER).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise UserError(
-                f"the checkpoints of --workdir={self.path} were in {folder}, which is gone "
-                "or not mounted; bring it "
-                "back, or begin in another workdir."
+                f"the checkpoints of --workdir={self.path} were in {folder}, which is gone or not "
+                "mounted; bring it back, or begin in another workdir."
             ) from error
         if owner != os.fspath(self.path) and RunFolder(owner).checkpoints == folder:
             raise UserError(
-                f"--workdir={self.path} is a copy of the run in {owner}, which still uses "
-                "the checkpoints in "
-                f"{folder}; copy them to another folder and set checkpoint.dir, or go on "
-                "with that run."
+                f"--workdir={self.path} is a copy of the run in {owner}, which still uses the "
+                f"checkpoints in {folder}; copy them to another folder and set checkpoint.dir, or "
+                "go on with that run."
             )
 
     def create(self) -> None:
@@ -301,8 +297,8 @@ class RunFolder:
             if path not in self._failing:
                 self._failing.add(path)
                 say(
-                    f"warning: {path} cannot be written: {one_line(error)}; its lines are "
-                    "kept until it can."
+                    f"warning: {path} cannot be written: {one_line(error)}; its lines are kept "
+                    "until it can."
                 )
 
     def flush(self) -> None:

@@ -221,9 +221,9 @@ def prove_resume(config: Config, arguments: list[str]) -> Proof:
             )
         )
     claim = (
-        f"a run that was killed once step {first} was saved, and again once step {second} was, "
-        f"has the same losses, bit for bit, and within {limit:g} for {COMPARED_STEPS} steps on "
-        "another mesh"
+        f"a run that was killed once step {first} was saved, and again once step {second} was, has "
+        f"the same losses, bit for bit, and within {limit:g} for {COMPARED_STEPS} steps on another "
+        "mesh"
     )
     return Proof(claim, losses == after_kills and is_near, rows)
 

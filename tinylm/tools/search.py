@@ -39,9 +39,9 @@ def search(
         found += _rows_by_formula(config, mesh_config, devices)
     if not found:
         raise UserError(
-            f"nothing fits: not one row of data.seq_len={config.data.seq_len} a device on any "
-            f"mesh of {len(devices)} devices, not even with model.remat=full; take a smaller "
-            "model, shorter rows, or more devices."
+            f"nothing fits: not one row of data.seq_len={config.data.seq_len} a device on any mesh "
+            f"of {len(devices)} devices, not even with model.remat=full; take a smaller model, "
+            "shorter rows, or more devices."
         )
 
     def rank(row: dict[str, Any]) -> tuple[float, int, int]:

@@ -253,8 +253,8 @@ class Config(Section):
         if self.optimizer.warmup_steps > self.train.num_steps:
             raise UserError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be at most the "
-                "schedule's length "
-                f"(train.num_steps={self.train.num_steps}); make one shorter or the other longer."
+                f"schedule's length (train.num_steps={self.train.num_steps}); make one shorter or "
+                "the other longer."
             )
         if self.eval.patience and not self.eval.every_steps:
             raise UserError("eval.patience needs evaluations; set eval.every_steps.")
@@ -279,24 +279,22 @@ class Config(Section):
             and self.data.seq_len % 2
         ):
             raise UserError(
-                f"model.attention=cudnn needs an even data.seq_len with data.packing=packed (here "
+                "model.attention=cudnn needs an even data.seq_len with data.packing=packed (here "
                 f"{self.data.seq_len}); or set model.attention=auto."
             )
         if self.model.attention == "splash" and self.data.seq_len % 128:
             raise UserError(
                 "model.attention=splash needs a data.seq_len that 128 divides (here "
-                f"{self.data.seq_len}); "
-                "or set model.attention=auto."
+                f"{self.data.seq_len}); or set model.attention=auto."
             )
 
     def check_mesh(self, batch_shards: int) -> None:
         """Raise UserError unless the mesh's `batch_shards` divide a micro-batch."""
         if self.micro_batch_rows % batch_shards:
             raise UserError(
-                f"data.batch_size={self.data.batch_size} must be divisible by the data "
-                f"axis ({batch_shards}) times "
-                f"train.accumulation_steps ({self.train.accumulation_steps}); set "
-                "data.batch_size or mesh.data."
+                f"data.batch_size={self.data.batch_size} must be divisible by the data axis "
+                f"({batch_shards}) times train.accumulation_steps "
+                f"({self.train.accumulation_steps}); set data.batch_size or mesh.data."
             )
 
     def resolve(self, vocab_size: int) -> "Config":
@@ -305,8 +303,8 @@ class Config(Section):
         """
         if self.model.vocab_size and self.model.vocab_size < vocab_size:
             raise UserError(
-                f"model.vocab_size={self.model.vocab_size} must be at least the "
-                f"tokenizer's ({vocab_size}), or 0."
+                f"model.vocab_size={self.model.vocab_size} must be at least the tokenizer's "
+                f"({vocab_size}), or 0."
             )
         resolved = self.editable_copy()
         resolved.model = self.model.resolve(vocab_size, self.data.seq_len)

@@ -84,8 +84,8 @@ def take_over(config: Config, own: RunFolder | None = None) -> tuple[Config, Tok
         return config, None
     if not config.train.init_from:
         raise UserError(
-            "train.init_model needs train.init_from: the folder of a run, or hf:DIR, a "
-            "folder of Hugging Face."
+            "train.init_model needs train.init_from: the folder of a run, or hf:DIR, a folder of "
+            "Hugging Face."
         )
     if own is not None and own.exists():
         record = own.read_config()
@@ -105,8 +105,8 @@ def take_over(config: Config, own: RunFolder | None = None) -> tuple[Config, Tok
     _take_tokenizer(filled.data, origin)
     if filled.data.seq_len > filled.model.context:
         say(
-            f"data.seq_len is {filled.model.context}, the context of the model (the config "
-            f"has {filled.data.seq_len})"
+            f"data.seq_len is {filled.model.context}, the context of the model (the config has "
+            f"{filled.data.seq_len})"
         )
         filled.data.seq_len = filled.model.context
     filled.check()
@@ -129,9 +129,8 @@ def _take_model(model: ModelConfig, origin: Origin) -> None:
         setattr(model, name, theirs)
     if others:
         raise UserError(
-            f"train.init_model takes the model from {origin.where}, and this config sets "
-            f"others: {', '.join(others)}; "
-            "leave them out (--config=finetune does)."
+            f"train.init_model takes the model from {origin.where}, and this config sets others: "
+            f"{', '.join(others)}; leave them out (--config=finetune does)."
         )
 
 
@@ -171,9 +170,8 @@ def check_origin(config: Config, tokenizer: Tokenizer) -> None:
             f"model.{key} (there {there}, here {here})" for key, here, there in differing
         )
         raise UserError(
-            f"{origin.where} holds a model of other settings: {shown}; set them alike, or "
-            "take all with "
-            "--config=finetune (train.init_model)."
+            f"{origin.where} holds a model of other settings: {shown}; set them alike, or take all "
+            "with --config=finetune (train.init_model)."
         )
     if config.train.init_optimizer:
         _check_optimizer(origin, config.optimizer)
@@ -191,10 +189,9 @@ def check_tokenizer(origin: Origin, tokenizer: Tokenizer) -> None:
     if tokenizer.fingerprint != theirs.fingerprint and not alike:
         raise UserError(
             f"{origin.where} learned with another tokenizer (there {theirs.name} of "
-            f"{theirs.vocab_size} ids, here "
-            f"{tokenizer.name} of {tokenizer.vocab_size}); set "
-            f"data.tokenizer={origin.tokenizer_spec}, or take it with "
-            "--config=finetune (train.init_model)."
+            f"{theirs.vocab_size} ids, here {tokenizer.name} of {tokenizer.vocab_size}); set "
+            f"data.tokenizer={origin.tokenizer_spec}, or take it with --config=finetune "
+            "(train.init_model)."
         )
 
 

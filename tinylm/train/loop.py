@@ -307,8 +307,8 @@ class _Loop:
         self.settled += 1
         if math.isnan(metrics["loss"]):
             say_once(
-                "warning: a batch has no target token, so its step learns nothing; "
-                "see data.loss_on."
+                "warning: a batch has no target token, so its step learns nothing; see "
+                "data.loss_on."
             )
         elif self.config.train.on_bad_step != "rollback":
             self.guard = dataclasses.replace(self.guard, bad_in_row=0)
@@ -491,8 +491,8 @@ class _Loop:
         self.folder.flush()
         if not is_finished:
             raise Preempted(
-                f"asked to stop; step {self.step} is saved in {self.folder.path}; "
-                "give the same command."
+                f"asked to stop; step {self.step} is saved in {self.folder.path}; give the same "
+                "command."
             )
         return Outcome(
             step=self.step,

@@ -113,8 +113,8 @@ def check_deterministic(config: Config) -> None:
     is_needed = config.train.deterministic and jax.default_backend() == "gpu"
     if is_needed and _DETERMINISTIC_FLAG not in flags:
         raise UserError(
-            f"train.deterministic on GPU needs XLA_FLAGS={_DETERMINISTIC_FLAG} in the "
-            "environment; set it and retry."
+            f"train.deterministic on GPU needs XLA_FLAGS={_DETERMINISTIC_FLAG} in the environment; "
+            "set it and retry."
         )
 
 
@@ -125,8 +125,8 @@ def check_found_run(config: Config, folder: RunFolder) -> bool:
         return True
     if finished_steps(folder.checkpoints):
         raise UserError(
-            f"--workdir={folder.path} holds checkpoints but no config.json, so nothing tells "
-            "which run they belong to; restore config.json, or use another workdir."
+            f"--workdir={folder.path} holds checkpoints but no config.json, so nothing tells which "
+            "run they belong to; restore config.json, or use another workdir."
         )
     return False
 
@@ -160,8 +160,8 @@ def check_same_config(config: Config, folder: RunFolder) -> None:
             f"{key} (there {there!r}, here {here!r})" for key, here, there in differing[:4]
         )
         raise UserError(
-            f"--workdir={folder.path} holds another run, which differs in {shown}; use "
-            "another workdir."
+            f"--workdir={folder.path} holds another run, which differs in {shown}; use another "
+            "workdir."
         )
 
 
@@ -184,11 +184,11 @@ def check_length(config: Config, theirs: Config, folder: RunFolder) -> None:
     if taken <= here and same_evaluations and bool(jnp.all(rates_there == rates_here)):
         return
     raise UserError(
-        f"--workdir={folder.path} holds another run: it has train.num_steps={there} (here "
-        f"{here}), on which the steps that it took depend with "
-        f"optimizer.schedule={theirs.optimizer.schedule}. A run can be made longer with a "
-        "constant schedule, or with wsd before it decays; to go on from these weights, start "
-        f"another run (--workdir) with train.init_from={folder.path}."
+        f"--workdir={folder.path} holds another run: it has train.num_steps={there} (here {here}), "
+        "on which the steps that it took depend with "
+        f"optimizer.schedule={theirs.optimizer.schedule}. A run can be made longer with a constant "
+        "schedule, or with wsd before it decays; to go on from these weights, start another run "
+        f"(--workdir) with train.init_from={folder.path}."
     )
 
 
@@ -196,8 +196,8 @@ def check_same_tokenizer(fingerprint: str, folder: RunFolder) -> None:
     """Raise UserError where the run in `folder` learned with another tokenizer."""
     if load_tokenizer(str(folder.tokenizer)).fingerprint != fingerprint:
         raise UserError(
-            f"--workdir={folder.path} holds a run with another tokenizer: the text it "
-            "learned from changed."
+            f"--workdir={folder.path} holds a run with another tokenizer: the text it learned from "
+            "changed."
         )
 
 
@@ -211,8 +211,8 @@ def check_same_stores(data: Data, folder: RunFolder) -> None:
     there = list(record.get("token_stores", {}).values())
     if not there and "stores" in record:
         say(
-            "this run was begun by an older tinylm, which noted its tokens in another way; "
-            "they are not compared"
+            "this run was begun by an older tinylm, which noted its tokens in another way; they "
+            "are not compared"
         )
     here = list(store_digests(data).values())
     for i, store in enumerate(data.every_store):

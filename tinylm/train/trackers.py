@@ -142,8 +142,8 @@ class Trackers:
         if self._thread.is_alive():
             waited = time.monotonic() - start
             say(
-                f"{' and '.join(self._makers)} did not finish within {waited:.0f} s; "
-                "metrics.jsonl has all."
+                f"{' and '.join(self._makers)} did not finish within {waited:.0f} s; metrics.jsonl "
+                "has all."
             )
 
     def _work(self, folder: RunFolder, settings: dict[str, Any]) -> None:

@@ -132,14 +132,14 @@ class FileSource(Source):
         paths = files.find(self.argument, self.endings)
         if not paths:
             raise UserError(
-                f"{self.setting} matches no file; set {self.key} to a file, folder or glob "
-                "that exists."
+                f"{self.setting} matches no file; set {self.key} to a file, folder or glob that "
+                "exists."
             )
         for path in paths:
             if not os.access(path, os.R_OK):
                 raise UserError(
-                    f"{path} can't be read by this user; change its permissions, or "
-                    "correct the link."
+                    f"{path} can't be read by this user; change its permissions, or correct the "
+                    "link."
                 )
         return [files.rereadable(path) for path in paths]
 

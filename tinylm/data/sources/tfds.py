@@ -43,14 +43,14 @@ class TfdsSource(RecordSource):
             ) from error
         except ImportError as error:
             raise UserError(
-                f"{self.setting} needs TensorFlow to be prepared (pip install 'tinylm[tfds]'); "
-                "a data set already prepared as array_record needs none: set data.tfds_data_dir."
+                f"{self.setting} needs TensorFlow to be prepared (pip install 'tinylm[tfds]'); a "
+                "data set already prepared as array_record needs none: set data.tfds_data_dir."
             ) from error
         except Exception as error:  # builders raise whatever their own downloads raise
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{self.setting} could not be prepared by TFDS ({why}); "
-                "without a network put its files in a folder and set data.tfds_manual_dir."
+                f"{self.setting} could not be prepared by TFDS ({why}); without a network put its "
+                "files in a folder and set data.tfds_manual_dir."
             ) from error
 
     def _prepared(self, tfds: Any) -> Any:

@@ -178,8 +178,8 @@ class SentencePieceTokenizer(Tokenizer):
         if self.eot_id in self.unknown_ids:
             raise UserError(
                 f"the file of data.tokenizer=sentencepiece: has {self.eot_name!r} for what it "
-                "can't spell, so it can't be the end of text; set data.eot_token to another of its "
-                "pieces."
+                "can't spell, so it can't be the end of text; set data.eot_token to another of "
+                "its pieces."
             )
 
     def _id_of_piece(self, piece: str) -> int:

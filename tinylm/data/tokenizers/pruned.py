@@ -92,9 +92,8 @@ class PrunedTokenizer(Tokenizer):
         total = self.counts["counted_tokens"]
         fate = "spelled in bytes" if self.spells else "one unknown id"
         return (
-            f"vocabulary cut to {self.vocab_size:,} of {self.base.vocab_size:,} ids; "
-            f"{dropped:,} of {total:,} tokens ({dropped / max(total, 1):.2%}) were dropped, "
-            f"each {fate}"
+            f"vocabulary cut to {self.vocab_size:,} of {self.base.vocab_size:,} ids; {dropped:,} "
+            f"of {total:,} tokens ({dropped / max(total, 1):.2%}) were dropped, each {fate}"
         )
 
     def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
