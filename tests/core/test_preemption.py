@@ -99,6 +99,9 @@ for step in range(400):
         print("stopped at", step, flush=True)
         break
     time.sleep(0.05)
+# Process 0 carries the job's service: where it leaves first, JAX aborts the other.
+distributed.barrier("stopped", 30)
+time.sleep(1 - number)
 os._exit(75)
 """
 
