@@ -5,6 +5,7 @@ import pytest
 from helpers import SMALL, call_command, run_command
 
 from tinylm.config import load_config
+from tinylm.core.errors import UserError
 from tinylm.tools import prove as proofs
 
 SMALLER = [*SMALL, "--config.model.num_layers=1"]
@@ -41,6 +42,36 @@ def test_gradient_norms_that_differ_are_told(monkeypatch):
 
     monkeypatch.setattr(proofs, "_one_step", one_step)
     assert not proofs.prove_mesh(load_config("tales", overrides())).holds
+
+
+@pytest.mark.parametrize(
+    ("moved_steps", "holds"), [(range(11, 26), True), (range(0), False), (range(11, 25), False)]
+)
+def test_each_resumed_run_must_train_on_to_the_same_step(monkeypatch, moved_steps, holds):
+    """The last kill strikes at step 10, so 15 steps are left, on the other mesh as well."""
+    saved = iter((5, 10))
+    stops = []
+
+    def killed(arguments, workdir, after):
+        workdir.mkdir(exist_ok=True)
+        return next(saved)
+
+    steps = {"whole": range(1, 26), "killed": range(1, 26), "moved": moved_steps}
+    monkeypatch.setattr(proofs, "_kill_after_save", killed)
+    monkeypatch.setattr(proofs, "_train", lambda arguments, workdir, stop: stops.append(stop))
+    monkeypatch.setattr(proofs, "_finish", lambda process: None)
+    monkeypatch.setattr(
+        proofs, "_losses", lambda workdir, last: dict.fromkeys(steps[workdir.name], 2.0)
+    )
+    assert proofs.prove_resume(load_config("tales", overrides()), []).holds == holds
+    assert stops == [25, 25, 25]
+
+
+def test_a_run_too_short_to_be_killed_twice_is_one_line(monkeypatch):
+    saved = iter((5, 30))
+    monkeypatch.setattr(proofs, "_kill_after_save", lambda *_, **__: next(saved))
+    with pytest.raises(UserError, match=r"set train\.num_steps to 45 at least"):
+        proofs.prove_resume(load_config("tales", overrides()), [])
 
 
 def test_a_proof_must_be_named():
