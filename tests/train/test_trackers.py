@@ -155,12 +155,10 @@ def test_a_tracker_that_fails_is_dropped_with_one_line(tmp_path, monkeypatch):
     assert len([event for event in events(tmp_path) if event.summary.value]) >= 3
 
 
-def end_late(release):
+def end_late(opened, release):
     """Let a tracker that hangs go on, and wait for its thread, which has more to say then."""
     release.set()
-    for thread in threading.enumerate():
-        if thread.name.startswith("Thread-") and "_work" in thread.name:
-            thread.join(10)
+    opened._thread.join(10)
 
 
 def test_a_tracker_that_hangs_holds_up_nothing(tmp_path, monkeypatch):
@@ -171,7 +169,7 @@ def test_a_tracker_that_hangs_holds_up_nothing(tmp_path, monkeypatch):
     opened = open_trackers(tmp_path, "writers.wandb=True")
     feed(opened)
     said_in_time = list(said)
-    end_late(release)
+    end_late(opened, release)
     assert said_in_time == ["wandb did not finish within 0 s; metrics.jsonl has all."]
 
 
@@ -185,7 +183,7 @@ def test_who_is_asked_to_stop_waits_less_for_a_tracker(tmp_path, monkeypatch):
     opened.put("text", 2, ["b"])
     opened.close(hurry=lambda: True)
     said_in_time = list(said)
-    end_late(release)
+    end_late(opened, release)
     assert said_in_time == ["wandb did not finish within 0 s; metrics.jsonl has all."]
 
 
