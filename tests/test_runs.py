@@ -23,7 +23,7 @@ from helpers import (
     state_digest,
 )
 
-from tinylm.inference.writing import numbered
+from tinylm.inference.text import numbered
 from tinylm.view.plot import COLORS
 
 

@@ -142,7 +142,7 @@ def score_stories(run: Any, data: Any, source: str, max_tokens: int = 250) -> di
     """
     from tinylm.inference.samplers import Sampler
     from tinylm.inference.stories import PROMPTS, beginnings, measure
-    from tinylm.inference.writing import write_texts
+    from tinylm.inference.text import write_texts
 
     tokenizer = run.tokenizer
     if data is None:

@@ -24,7 +24,7 @@ def generate(flags: FlagValues) -> None:
     """Write as the flags say; only text goes to stdout."""
     from tinylm.core.distributed import is_main
     from tinylm.inference.decode import check_prompts
-    from tinylm.inference.writing import numbered, write_texts
+    from tinylm.inference.text import numbered, write_texts
     from tinylm.run.open_run import open_run
 
     sampler = Sampler(

@@ -93,16 +93,20 @@ def test_a_straggler_is_named_within_ten_steps(tmp_path):
     assert len(list(tmp_path.glob("1-*"))) <= 10
 
 
-def test_a_process_alone_gives_up_but_not_while_it_is_patient(tmp_path):
-    script = """
+@pytest.mark.parametrize("ending", ["pass", "raise OSError"])
+def test_a_process_alone_gives_up_but_not_while_it_is_patient(ending):
+    """After a section that was given more time the limit holds again, even if an error ended it."""
+    script = f"""
+        import contextlib
         import time
         from tinylm.core import watchdog
         watchdog.POLL_SECS = 0.05
         watched = watchdog.Watchdog(0.5)
         time.sleep(1)  # before the first step nothing is overdue
         watched.beat(1, 0.0)
-        with watched.patient():
+        with contextlib.suppress(OSError), watched.patient():
             time.sleep(2)
+            {ending}
         print("patient", flush=True)
         time.sleep(100)
     """

@@ -21,7 +21,7 @@ from tinylm.core.mesh import MeshConfig
 from tinylm.inference.config import SampleConfig
 from tinylm.inference.decode import Decoder
 from tinylm.inference.samplers import Sampler
-from tinylm.inference.writing import write_texts
+from tinylm.inference.text import write_texts
 from tinylm.interop import models
 from tinylm.interop.llama2c import open_llama2c
 from tinylm.interop.tokenizer_files import tokenizer_json

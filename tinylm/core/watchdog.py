@@ -110,12 +110,17 @@ class Watchdog:
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
-        """Give what is done inside more time."""
+        """Give what is done inside more time, until it ends or raises.
+
+        A run goes on after some errors, such as those of a sample, and is then watched as before.
+        """
         self._patience = _PATIENCE
         self._overdue_secs = 0.0
-        yield
-        self._patience = 1
-        self._overdue_secs = 0.0
+        try:
+            yield
+        finally:
+            self._patience = 1
+            self._overdue_secs = 0.0
 
     def close(self) -> None:
         """End; peers no longer expect signs of life."""

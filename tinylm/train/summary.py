@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards, sizes_by_name
 from tinylm.core.text import mesh_text
-from tinylm.inference.writing import numbered
+from tinylm.inference.text import numbered
 from tinylm.model.flops import count_parameters
 from tinylm.train.loop import Outcome, Trainer
 

@@ -9,7 +9,7 @@ from helpers import tiny_model
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.data.tokenizers import BpeTokenizer
 from tinylm.inference.samplers import Sampler
-from tinylm.inference.writing import numbered, settled, write_texts
+from tinylm.inference.text import numbered, settled, write_texts
 from tinylm.model.transformer import abstract_transformer, init_parameters
 from tinylm.run.open_run import Run
 
