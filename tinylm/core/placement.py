@@ -1,16 +1,50 @@
-"""Where a parameter lies on the mesh, in words: for people who ask, not for programs that place.
+"""Where parameters lie on the mesh: as shardings for programs, and in words for people.
 
-The tables are those of `mesh`; this says what they came to, and where a preferred dimension was
-passed over because the mesh axis doesn't divide its size.
+The tables are those of `mesh`. `place_parameters` applies them to a whole tree, so that training,
+restoring and importing put each parameter in the same place. `describe_parameter` says what they
+came to, and where a preferred dimension was passed over because the mesh axis doesn't divide its
+size.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from jax.sharding import Mesh
+import jax
+from jax.sharding import Mesh, NamedSharding
 
-from tinylm.core.mesh import parameter_rules, parameter_sharding
+from tinylm.core.mesh import parameter_rules, parameter_sharding, replicated
+from tinylm.core.text import path_text
+
+Axes = Sequence[str | None]  # the logical axis of each dimension
+
+
+def place_parameters(shapes: Any, axes: Mapping[str, Axes], mesh: Mesh, fsdp: bool) -> Any:
+    """Give each leaf of a tree its place on the mesh.
+
+    Args:
+      shapes: a tree of shapes: parameters, or what is made from them, as an optimizer's state.
+      axes: the logical axes of each parameter by its path ("blocks/mlp/up/kernel").
+      mesh: its devices may be those of a topology that isn't here.
+      fsdp: whether the data axis splits parameters too.
+
+    Returns:
+      The tree with a sharding in each leaf. A leaf whose path ends with that of a parameter of as
+      many dimensions lies where the parameter does, as a moment of the optimizer. Any other, as a
+      counter, is whole on every device.
+    """
+
+    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding: NamedSharding = replicated(mesh)
+        for start in range(len(path)):
+            found = axes.get(path_text(path[start:]))
+            if found is not None and len(found) == len(leaf.shape):
+                sharding = parameter_sharding(mesh, fsdp, found, leaf.shape)
+                break
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +63,7 @@ class Placement:
     notes: tuple[str, ...]
 
 
-def describe_parameter(
-    mesh: Mesh, fsdp: bool, axes: Sequence[str | None], shape: Sequence[int]
-) -> Placement:
+def describe_parameter(mesh: Mesh, fsdp: bool, axes: Axes, shape: Sequence[int]) -> Placement:
     """Return where a parameter with logical `axes` and `shape` lies on the mesh."""
     sharding = parameter_sharding(mesh, fsdp, axes, shape)
     split_by = []

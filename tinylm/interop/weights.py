@@ -16,7 +16,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import parameter_sharding
+from tinylm.core.placement import place_parameters
 from tinylm.interop.families import Family, Row
 from tinylm.interop.layouts import Shape
 from tinylm.interop.tensor_files import Tensors
@@ -41,11 +41,11 @@ def import_params(
         views = row.layout.split(tensors[row.theirs.format(layer)], shapes)
         for path, view in zip(row.ours, views, strict=True):
             layers[path].append(view)
+    placed = place_parameters(abstract, axes, mesh, fsdp)
     params = {}
-    for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items():
-        sharding = parameter_sharding(mesh, fsdp, axes[path], leaf.shape)
+    for path, leaf in traverse_util.flatten_dict(placed, sep="/").items():
         params[path] = jax.make_array_from_callback(
-            leaf.shape, sharding, _reader(layers[path], path, leaf.shape)
+            leaf.shape, leaf.sharding, _reader(layers[path], path, leaf.shape)
         )
     return traverse_util.unflatten_dict(params, sep="/")
 

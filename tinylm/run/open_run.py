@@ -11,10 +11,10 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from tinylm.core.mesh import MeshConfig, make_mesh, parameter_sharding
+from tinylm.core.mesh import MeshConfig, make_mesh
+from tinylm.core.placement import place_parameters
 from tinylm.core.platform import refuse_faulty
 from tinylm.core.settings import from_dict
-from tinylm.core.text import path_text
 from tinylm.data.tokenizers import load_tokenizer
 from tinylm.model.config import ModelConfig
 from tinylm.model.transformer import Transformer, abstract_transformer
@@ -65,12 +65,8 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
     graph, shapes, axes = abstract_transformer(model_config)
-
-    def place(path, leaf):
-        sharding = parameter_sharding(mesh, mesh_config.fsdp, axes[path_text(path)], leaf.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    params = checkpoints.restore_params(found, jax.tree_util.tree_map_with_path(place, shapes))
+    abstract = place_parameters(shapes, axes, mesh, mesh_config.fsdp)
+    params = checkpoints.restore_params(found, abstract)
     checkpoints.close()
     tokenizer = load_tokenizer(str(folder.tokenizer))
     start_id = record.get("start_id", tokenizer.eot_id)

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from tinylm.core.mesh import parameter_sharding, replicated
-from tinylm.core.text import path_text
+from tinylm.core.placement import place_parameters
 from tinylm.model.transformer import abstract_transformer, init_parameters
 from tinylm.train.bad_steps import Guard, new_guard
 from tinylm.train.config import Config
@@ -79,34 +78,14 @@ def make_blueprint(config: Config, mesh: Mesh) -> Blueprint:
     optimizer = make_optimizer(config.optimizer, num_steps, axes)
     shapes = jax.eval_shape(lambda params: _new_state(params, optimizer), params)
 
-    def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding: NamedSharding = replicated(mesh)
-        leaf_axes = axes_of(axes, path, leaf.shape)
-        if leaf_axes:
-            sharding = parameter_sharding(mesh, config.mesh.fsdp, leaf_axes, leaf.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
     return Blueprint(
         config=config,
         graph=graph,
         optimizer=optimizer,
         schedule=make_schedule(config.optimizer, num_steps),
-        abstract=jax.tree_util.tree_map_with_path(place, shapes),
+        abstract=place_parameters(shapes, axes, mesh, config.mesh.fsdp),
         axes=axes,
     )
-
-
-def axes_of(axes: dict[str, tuple], path: tuple, shape: tuple[int, ...]) -> tuple | None:
-    """Return the logical axes of a leaf of the state.
-
-    They are those of the parameter that the leaf's path ends with: a moment of the optimizer lies
-    where its parameter lies. Counters, which belong to none, give None.
-    """
-    for start in range(len(path)):
-        found = axes.get(path_text(path[start:]))
-        if found is not None and len(found) == len(shape):
-            return found
-    return None
 
 
 def _new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
