@@ -14,7 +14,7 @@ are compiled, too.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,15 +46,20 @@ SOUND = {"float32": 1e-3, "bfloat16": 0.3}
 MOST_FLOPS = 1e10
 # Before the step that is compared, so that moments, biases and scales are not what they begin as.
 WARM_STEPS = 2
+# What a config that costs more is scaled down to: rows of a micro-batch, tokens of a row, and sizes
+# of the model.
 ROWS, LENGTH, VOCAB, HEADS, HEAD_DIM = 8, 128, 512, 4, 32
 
 
 @dataclasses.dataclass
 class Comparison:
-    """How far an array of the compiled step, and of its single operations, is off the exact one."""
+    """How far an array of the compiled step, and of its single operations, is off the exact one.
 
-    kind: str
-    name: str
+    All three figures are parts of the same unit, as `compare` chooses it.
+    """
+
+    kind: str  # what the array is, in words
+    name: str  # its path
     compiled: float
     single: float
     limit: float
@@ -66,40 +71,53 @@ class Comparison:
 
 
 def prove_compiler(config: Config) -> Proof:
-    """Compare the compiled step of a config whose vocabulary is known with its operations one by
-    one.
+    """Compare the compiled step with its operations one by one.
+
+    Args:
+      config: resolved; its step is scaled down where it costs too much.
     """
-    devices = batch_shards(make_mesh(config.mesh))
-    config, scaled = scaled_down(config, devices)
+    shards = batch_shards(make_mesh(config.mesh))
+    config, lowered = scaled_down(config, shards)
     found = [*known_programs(), *compare_step(config)]
+
     rows = [("", "compiled, off the exact", "one by one, off the exact", "allowed", "")]
     for kind in dict.fromkeys(one.kind for one in found):
-        worst = max((one for one in found if one.kind == kind), key=lambda one: _excess(one))
-        rows.append(
-            (
-                kind,
-                f"{worst.compiled:.1e}",
-                f"{worst.single:.1e}",
-                f"{worst.limit:.1e}",
-                worst.name if worst.holds else f"{worst.name}: WRONG",
-            )
-        )
-    size = f"scaled down to {', '.join(scaled)}" if scaled else "at its own size"
-    return Proof(
-        f"the compiled step of this config ({size}) does what its operations say, up to rounding",
-        all(one.holds for one in found),
-        rows,
+        worst = max((one for one in found if one.kind == kind), key=_excess)
+        name = worst.name
+        if not worst.holds:
+            name += ": WRONG"
+        figures = (worst.compiled, worst.single, worst.limit)
+        rows.append((kind, *(f"{figure:.1e}" for figure in figures), name))
+
+    size = "at its own size"
+    if lowered:
+        size = f"scaled down to {', '.join(lowered)}"
+    claim = (
+        f"the compiled step of this config ({size}) does what its operations say, up to rounding"
     )
+    return Proof(claim, all(one.holds for one in found), rows)
 
 
 def _excess(one: Comparison) -> float:
     """Return how many times the limit the difference is; infinity for what is not a number."""
-    return one.compiled / one.limit if math.isfinite(one.compiled) else math.inf
+    if not math.isfinite(one.compiled):
+        return math.inf
+    return one.compiled / one.limit
+
+
+class _KnownProgram(NamedTuple):
+    """A program that some compiler gets wrong, and what it gives in truth."""
+
+    name: str
+    function: Callable
+    arguments: list[np.ndarray]
+    exact: np.ndarray
 
 
 def known_programs() -> list[Comparison]:
-    """Compile the programs that a version of jaxlib is known to get wrong (tinylm.core.platform) on
-    this machine.
+    """Compile the programs that a version of jaxlib is known to get wrong, and run them here.
+
+    tinylm.core.platform has these versions, and the flags that go around the faults.
     """
     rows_NH = np.stack([np.arange(32_769.0), np.zeros(32_769), np.zeros(32_769)], axis=1)
     a_BTK = np.arange(65 * 31 * 5.0).reshape(65, 31, 5) % 7
@@ -111,94 +129,118 @@ def known_programs() -> list[Comparison]:
     def sum_of_columns(a_BTK: jax.Array, b_BK1: jax.Array) -> jax.Array:
         return jnp.sum(a_BTK @ jnp.broadcast_to(b_BK1, (65, 5, 8)), axis=2)
 
-    programs: tuple[tuple[str, Callable, list[np.ndarray], np.ndarray], ...] = (
-        (
+    programs = (
+        _KnownProgram(
             "sum of squares of a product (jax#39103)",
             sum_of_squares,
             [rows_NH],
             np.sum(rows_NH**2, axis=1),
         ),
-        (
+        _KnownProgram(
             "sum over a product with a broadcast operand",
             sum_of_columns,
             [a_BTK, b_BK1],
             8 * (a_BTK @ b_BK1)[..., 0],
         ),
     )
+    # Accelerators multiply in shorter floats by default.
+    limit = 1e-6 if jax.default_backend() == "cpu" else 1e-2
     found = []
-    for name, function, arguments, exact in programs:
-        narrow = [x.astype(np.float32) for x in arguments]
-        apart = float(
-            np.max(np.abs(np.asarray(jax.jit(function)(*narrow)) - exact)) / np.max(exact)
-        )
-        # Accelerators multiply in shorter floats by default.
-        limit = 1e-6 if jax.default_backend() == "cpu" else 1e-2
-        found.append(Comparison("known fault", name, apart, 0.0, limit))
+    for program in programs:
+        narrow = [x.astype(np.float32) for x in program.arguments]
+        result = np.asarray(jax.jit(program.function)(*narrow))
+        apart = np.max(np.abs(result - program.exact)) / np.max(program.exact)
+        found.append(Comparison("known fault", program.name, float(apart), 0.0, limit))
     return found
 
 
 def compare_step(config: Config) -> list[Comparison]:
-    """Return how far each array of a resolved config's compiled step is off, after WARM_STEPS
-    steps.
+    """Return how far each array of the compiled step is off, after WARM_STEPS steps.
+
+    Args:
+      config: resolved; the compiled step is that of its mesh.
     """
     batches = [random_batch(config, seed) for seed in range(WARM_STEPS + 1)]
     before, compiled = _compiled_step(config, batches)
+
     single_config = config.editable_copy()
+    # The kernels of accelerators are single operations, which could not be run in float64.
     single_config.model.attention = "xla"
     single_config.mesh = MeshConfig(data=1)
     mesh = make_mesh(single_config.mesh)
     with jax.set_mesh(mesh):
-        steps = _train_steps(single_config, mesh)[1]
-        placed = {name: x[None] for name, x in batches[-1].items()}
-        operations = operations_of(
-            lambda state, batch: steps(state, batch, 1, config.seed), before, placed
-        )
-        single = operations.run(before, placed)
-        exact = operations.run(before, placed, wide=True)
+        train_steps = make_train_steps(make_blueprint(single_config, mesh))
+
+        def step(state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+            return train_steps(state, batch, 1, config.seed)
+
+        dispatch = stack_steps([batches[-1]])
+        operations = operations_of(step, before, dispatch)
+        single = operations.run(before, dispatch)
+        exact = operations.run(before, dispatch, wide=True)
     return compare(before, compiled, single, exact, config.model.compute_dtype)
 
 
-def _train_steps(config: Config, mesh: jax.sharding.Mesh) -> tuple[Any, Callable]:
-    """Return the blueprint of a config on a mesh, and its steps as the trainer makes them."""
-    blueprint = make_blueprint(config, mesh)
-    return blueprint, make_train_steps(blueprint)
+def _compiled_step(
+    config: Config, batches: list[HostBatch]
+) -> tuple[TrainState, tuple[TrainState, dict[str, np.ndarray]]]:
+    """Take a step for each batch on the config's mesh.
 
-
-def _compiled_step(config: Config, batches: list[dict[str, np.ndarray]]) -> tuple[TrainState, Any]:
-    """Take a step for each batch on the config's mesh; return the state before the last one, and
-    what that gave.
+    Returns:
+      The state before the last one, and what the last one gave: state and metrics, all on the host.
     """
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))
     batch_rows = BatchRows(mesh, config.micro_batch_rows)
     with jax.set_mesh(mesh):
-        blueprint, steps = _train_steps(config, mesh)
+        blueprint = make_blueprint(config, mesh)
+        train_steps = make_train_steps(blueprint)
         state = blueprint.init(config.seed)
         for batch in batches:
             # The trainer's program takes as many batches as a dispatch has steps, and makes the
             # first of them here.
-            placed = batch_rows.place(stack_steps([batch] * config.train.steps_per_dispatch))
+            dispatch = stack_steps([batch] * config.train.steps_per_dispatch)
+            placed = batch_rows.place(dispatch)
+            # Dispatching gives the state away.
             before = jax.device_get(state)
-            state, metrics = steps(state, placed, 1, config.seed)
-    return before, jax.device_get((state, {name: x[:1] for name, x in metrics.items()}))
+            state, metrics = train_steps(state, placed, 1, config.seed)
+    first_metrics = {name: metric[:1] for name, metric in metrics.items()}
+    return before, jax.device_get((state, first_metrics))
 
 
 def random_batch(config: Config, seed: int) -> HostBatch:
-    """Return the micro-batches of a step: random tokens, of which one in eight is no target;
-    packed, of two texts.
+    """Return the micro-batches of a step: random tokens, of which one in eight is not a target.
+
+    A packed row holds two texts.
     """
     rng = np.random.default_rng(seed)
-    shape = (config.train.accumulation_steps, config.micro_batch_rows, config.data.seq_len)
-    ids = rng.integers(0, config.model.vocab_size, (*shape[:2], shape[2] + 1)).astype(np.int32)
-    weights = (rng.random(shape) < 7 / 8).astype(np.float32)
-    batch = batch_of_ids(ids, weights)
+    num_rows = config.micro_batch_rows
+    seq_len = config.data.seq_len
+    shape = (config.train.accumulation_steps, num_rows, seq_len)
+    ids_shape = (config.train.accumulation_steps, num_rows, seq_len + 1)
+    ids = rng.integers(0, config.model.vocab_size, ids_shape)
+    is_target = rng.random(shape) < 7 / 8
+    batch = batch_of_ids(ids.astype(np.int32), is_target.astype(np.float32))
     if config.data.packing == "packed":
-        starts = rng.integers(1, shape[2], (*shape[:2], 1))
-        positions = np.broadcast_to(np.arange(shape[2], dtype=np.int32), shape)
-        second = positions >= starts
-        batch["segments"] = second.astype(np.int32) + 1
-        batch["positions"] = np.where(second, positions - starts, positions).astype(np.int32)
+        starts_shape = (config.train.accumulation_steps, num_rows, 1)
+        starts_of_second = rng.integers(1, seq_len, starts_shape)
+        positions = np.arange(seq_len)
+        is_second = positions >= starts_of_second
+        positions = np.where(is_second, positions - starts_of_second, positions)
+        batch["segments"] = is_second.astype(np.int32) + 1
+        batch["positions"] = positions.astype(np.int32)
     return batch
+
+
+class _Change(NamedTuple):
+    """An array before and after a step, in float64."""
+
+    name: str
+    kind: str
+    compiled: np.ndarray
+    single: np.ndarray
+    exact: np.ndarray
+    size: float  # of the largest change that the exact step makes in it
 
 
 def compare(
@@ -209,40 +251,63 @@ def compare(
     Differences count in parts of what the step changes in an array, or in parts of a metric. Where
     a gradient is zero but for rounding, as that of the bias of keys, they count in thousandths of
     the largest change of its kind.
+
+    Args:
+      before: the state before the step.
+      compiled: (state, metrics) of the compiled step.
+      single: those of its operations one by one.
+      exact: the same in float64.
+      compute_dtype: of the model.
     """
+    # Metrics change from 0.
+    num_metrics = len(jax.tree.leaves(compiled[1]))
+    olds = [*jax.tree.leaves(before), *([0.0] * num_metrics)]
+    singles = jax.tree.leaves(single)
+    exacts = jax.tree.leaves(exact)
+    changes = []
+    for place, (path, new) in enumerate(jax.tree_util.tree_leaves_with_path(compiled)):
+        old = olds[place]
+        if not np.issubdtype(np.asarray(new).dtype, np.floating) or not np.all(np.isfinite(old)):
+            continue
+        name = path_text(path)
+        exact_64 = np.asarray(exacts[place], np.float64)
+        change = _Change(
+            name=name,
+            kind=_kind(name),
+            compiled=np.asarray(new, np.float64),
+            single=np.asarray(singles[place], np.float64),
+            exact=exact_64,
+            size=_largest(exact_64 - np.asarray(old, np.float64)),
+        )
+        changes.append(change)
+
+    largest_of_kind: dict[str, float] = {}
+    for change in changes:
+        so_far = largest_of_kind.get(change.kind, 0.0)
+        largest_of_kind[change.kind] = max(so_far, change.size)
+
     epsilon = float(np.finfo(np.float32).eps)
-    olds = [*jax.tree.leaves(before), *([0.0] * len(jax.tree.leaves(compiled[1])))]
-    arrays = []
-    for (path, new), one, true, old in zip(
-        jax.tree_util.tree_leaves_with_path(compiled),
-        jax.tree.leaves(single),
-        jax.tree.leaves(exact),
-        olds,
-        strict=True,
-    ):
-        if np.issubdtype(np.asarray(new).dtype, np.floating) and np.all(np.isfinite(old)):
-            name = path_text(path)
-            new, one, true, old = (np.asarray(x, np.float64) for x in (new, one, true, old))
-            arrays.append((_kind(name), name, new, one, true, float(np.max(np.abs(true - old)))))
-    largest: dict[str, float] = {}
-    for kind, *_, change in arrays:
-        largest[kind] = max(largest.get(kind, 0.0), change)
     found = []
-    for kind, name, new, one, true, change in arrays:
-        unit = max(change, largest[kind] / 1000)
+    for change in changes:
+        unit = max(change.size, largest_of_kind[change.kind] / 1000)
         if not unit:
             continue
-        off_single = float(np.max(np.abs(one - true))) / unit
-        places = LAST_PLACES * epsilon * max(float(np.max(np.abs(true))) / unit, 1.0)
-        limit = RATIO[compute_dtype] * off_single + max(
-            places, OF_NUMBERS[compute_dtype] if new.size == 1 else 0.0
-        )
-        if kind in ("loss", "gradient norm", "gradients"):
+        off_compiled = _largest(change.compiled - change.exact) / unit
+        off_single = _largest(change.single - change.exact) / unit
+        # A change smaller than the array itself is known to the array's last places alone.
+        always = LAST_PLACES * epsilon * max(_largest(change.exact) / unit, 1.0)
+        if change.compiled.size == 1:
+            always = max(always, OF_NUMBERS[compute_dtype])
+        limit = RATIO[compute_dtype] * off_single + always
+        if change.kind in ("loss", "gradient norm", "gradients"):
             limit = min(limit, SOUND[compute_dtype])
-        found.append(
-            Comparison(kind, name, float(np.max(np.abs(new - true))) / unit, off_single, limit)
-        )
+        found.append(Comparison(change.kind, change.name, off_compiled, off_single, limit))
     return found
+
+
+def _largest(x: np.ndarray) -> float:
+    """Return the largest magnitude in an array."""
+    return float(np.max(np.abs(x)))
 
 
 def _kind(name: str) -> str:
@@ -259,11 +324,17 @@ def _kind(name: str) -> str:
 
 
 def scaled_down(config: Config, shards: int) -> tuple[Config, list[str]]:
-    """Return a resolved config that costs at most MOST_FLOPS a step, and the settings that were
-    lowered for it.
+    """Return a resolved config that costs at most MOST_FLOPS a step, and what was lowered for it.
 
     First go rows, then length, vocabulary, layers and width, each only where the step still costs
-    too much; a micro- batch keeps a multiple of the `shards` that the mesh makes of it.
+    too much.
+
+    Args:
+      config: resolved.
+      shards: parts that the mesh makes of a micro-batch, which keeps a multiple of them.
+
+    Returns:
+      The config, and the settings that it differs in, as texts `model.num_layers=2`.
     """
     small = config.editable_copy()
     lowered: dict[str, Any] = {}
@@ -275,20 +346,22 @@ def scaled_down(config: Config, shards: int) -> tuple[Config, list[str]]:
         for key, value in lowered.items():
             section, name = key.split(".")
             setattr(getattr(small, section), name, value)
-    small = small.resolve(small.model.vocab_size)
-    changed = [
-        f"{key}={value}"
-        for key, value in lowered.items()
-        if value != getattr(getattr(config, key.split(".")[0]), key.split(".")[1])
-    ]
-    return small, changed
+    changed = []
+    for key, value in lowered.items():
+        section, name = key.split(".")
+        if value != getattr(getattr(config, section), name):
+            changed.append(f"{key}={value}")
+    return small.resolve(small.model.vocab_size), changed
 
 
 def _fewer_rows(config: Config, shards: int) -> dict[str, Any]:
     micro = config.micro_batch_rows
-    rows = min(micro, shards * -(-ROWS // shards))
-    steps = min(config.train.accumulation_steps, 2)
-    return {"data.batch_size": rows * steps, "train.accumulation_steps": steps}
+    rows = min(micro, shards * math.ceil(ROWS / shards))
+    micro_batches = min(config.train.accumulation_steps, 2)
+    return {
+        "data.batch_size": rows * micro_batches,
+        "train.accumulation_steps": micro_batches,
+    }
 
 
 def _shorter(config: Config, _: int) -> dict[str, Any]:
@@ -307,8 +380,10 @@ def _fewer_tokens(config: Config, _: int) -> dict[str, Any]:
 
 
 def _fewer_layers(config: Config, _: int) -> dict[str, Any]:
+    # Two layers at least, and a whole number of periods.
     period = len(config.model.attention_window)
-    return {"model.num_layers": min(config.model.num_layers, period * -(-2 // period))}
+    num_layers = period * math.ceil(2 / period)
+    return {"model.num_layers": min(config.model.num_layers, num_layers)}
 
 
 def _narrower(config: Config, _: int) -> dict[str, Any]:
@@ -316,13 +391,16 @@ def _narrower(config: Config, _: int) -> dict[str, Any]:
     heads = min(model.num_heads, HEADS)
     head_dim = min(model.head_dim, HEAD_DIM)
     embed = min(model.embed_dim, HEADS * HEAD_DIM)
-    own_scale = model.attention_scale == model.head_dim**-0.5
+    attention_scale = model.attention_scale
+    if attention_scale == model.head_dim**-0.5:
+        attention_scale = head_dim**-0.5
+    eights_of_mlp = embed * model.mlp_dim // model.embed_dim // 8
     return {
         "model.embed_dim": embed,
         "model.num_heads": heads,
         "model.num_kv_heads": max(1, heads * model.num_kv_heads // model.num_heads),
         "model.head_dim": head_dim,
-        "model.local_heads": -(-heads * model.local_heads // model.num_heads),
-        "model.mlp_dim": 8 * max(1, embed * model.mlp_dim // model.embed_dim // 8),
-        "model.attention_scale": head_dim**-0.5 if own_scale else model.attention_scale,
+        "model.local_heads": math.ceil(heads * model.local_heads / model.num_heads),
+        "model.mlp_dim": 8 * max(1, eights_of_mlp),
+        "model.attention_scale": attention_scale,
     }

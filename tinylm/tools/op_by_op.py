@@ -1,5 +1,4 @@
-"""A function without its compiler: every operation by itself, in the types that it has or all in
-float64.
+"""A function without its compiler: each operation by itself, in its own types or all in float64.
 
 `jax.jit` hands a whole function to XLA, which fuses, reorders and replaces operations. Here the
 same function is traced into its equations, with loops and inner calls unrolled, and each equation
@@ -9,7 +8,8 @@ that float32 can tell. For small arrays: each operation is a call, and each arra
 """
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+# Primitives that call an inner jaxpr, which is one of their parameters.
 _CALLS = (
     "pjit",
     "jit",
@@ -28,6 +29,7 @@ _CALLS = (
     "custom_jvp_call",
     "custom_vjp_call",
 )
+# Primitives that return their operands.
 _UNCHANGED = (
     "sharding_constraint",
     "optimization_barrier",
@@ -36,6 +38,7 @@ _UNCHANGED = (
     "copy_p",
     "stop_gradient",
 )
+# Parameters that are a type of arrays.
 _TYPES = ("new_dtype", "dtype", "preferred_element_type", "accum_dtype")
 
 
@@ -47,18 +50,26 @@ class Operations:
     result: Any
 
     def run(self, *arguments: Any, wide: bool = False) -> Any:
-        """Return the function's result as NumPy arrays; with `wide`, floats are float64 throughout,
-        on the CPU.
+        """Return the function's result as NumPy arrays.
+
+        Args:
+          *arguments: of the shapes and types that it was traced for.
+          wide: run on the CPU, with all floats float64.
         """
-        device = jax.local_devices(backend="cpu")[0] if wide else jax.local_devices()[0]
+        device = jax.local_devices()[0]
+        if wide:
+            device = jax.local_devices(backend="cpu")[0]
+        variables = self.jaxpr.jaxpr.invars
+        leaves = jax.tree.leaves(arguments)
         with jax.default_device(device), jax.enable_x64(wide):
             runner = _Runner(wide, uses_numpy=device.platform == "cpu")
-            types = [var.aval.dtype for var in self.jaxpr.jaxpr.invars]
-            given = zip(jax.tree.leaves(arguments), types, strict=True)
-            inputs = [runner.array(np.asarray(x, dtype)) for x, dtype in given]
-            consts = [runner.array(x) for x in self.jaxpr.consts]
+            inputs = []
+            for variable, leaf in zip(variables, leaves, strict=True):
+                inputs.append(runner.array(np.asarray(leaf, variable.aval.dtype)))
+            consts = [runner.array(const) for const in self.jaxpr.consts]
             results = runner.evaluate(self.jaxpr.jaxpr, consts, inputs)
-        return jax.tree.unflatten(self.result, [np.asarray(x) for x in results])
+        arrays = [np.asarray(result) for result in results]
+        return jax.tree.unflatten(self.result, arrays)
 
 
 def operations_of(function: Callable, *arguments: Any) -> Operations:
@@ -69,18 +80,36 @@ def operations_of(function: Callable, *arguments: Any) -> Operations:
 
 
 def _dot_general(x: np.ndarray, y: np.ndarray, params: dict[str, Any]) -> np.ndarray:
-    """Return `jax.lax.dot_general` of two arrays: batch axes, then the free axes of `x`, then those
-    of `y`.
+    """Return `jax.lax.dot_general` of two arrays.
+
+    The axes of its result are the batch axes, then the free axes of `x`, then those of `y`. With
+    all axes of a kind taken as one, it is a product of matrices: [batch, x free, summed] by
+    [batch, summed, y free].
     """
     (x_summed, y_summed), (x_batch, y_batch) = params["dimension_numbers"]
-    x_free = [axis for axis in range(x.ndim) if axis not in (*x_summed, *x_batch)]
-    y_free = [axis for axis in range(y.ndim) if axis not in (*y_summed, *y_batch)]
-    batch = [x.shape[axis] for axis in x_batch]
-    summed = int(np.prod([x.shape[axis] for axis in x_summed]))
-    left = x.transpose(*x_batch, *x_free, *x_summed).reshape(*batch, -1, summed)
-    right = y.transpose(*y_batch, *y_summed, *y_free).reshape(*batch, summed, -1)
-    shape = [*batch, *(x.shape[axis] for axis in x_free), *(y.shape[axis] for axis in y_free)]
-    return np.matmul(left, right).reshape(shape)
+    x_free = _other_axes(x, x_batch, x_summed)
+    y_free = _other_axes(y, y_batch, y_summed)
+    batch_shape = _sizes(x, x_batch)
+    summed_shape = _sizes(x, x_summed)
+    num_summed = math.prod(summed_shape)
+
+    left = x.transpose((*x_batch, *x_free, *x_summed))
+    left = left.reshape((*batch_shape, -1, num_summed))
+    right = y.transpose((*y_batch, *y_summed, *y_free))
+    right = right.reshape((*batch_shape, num_summed, -1))
+    product = np.matmul(left, right)
+    return product.reshape(batch_shape + _sizes(x, x_free) + _sizes(y, y_free))
+
+
+def _other_axes(x: np.ndarray, *taken: Sequence[int]) -> tuple[int, ...]:
+    """Return the axes of an array that are in none of `taken`."""
+    known = set().union(*taken)
+    return tuple(axis for axis in range(x.ndim) if axis not in known)
+
+
+def _sizes(x: np.ndarray, axes: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes of some axes of an array."""
+    return tuple(x.shape[axis] for axis in axes)
 
 
 def _broadcast_in_dim(x: np.ndarray, params: dict[str, Any]) -> np.ndarray:
@@ -92,11 +121,12 @@ def _broadcast_in_dim(x: np.ndarray, params: dict[str, Any]) -> np.ndarray:
 
 def _slice(x: np.ndarray, params: dict[str, Any]) -> np.ndarray:
     strides = params["strides"] or (1,) * x.ndim
-    return x[tuple(map(slice, params["start_indices"], params["limit_indices"], strides))]
+    slices = map(slice, params["start_indices"], params["limit_indices"], strides)
+    return x[tuple(slices)]
 
 
-# What NumPy does as the operation of this name does, given its operands and the parameters of its
-# equation: of arrays of floats first, then of any type.
+# What NumPy does in place of the primitive of a name, given its operands and the parameters of its
+# equation. These are taken for arrays of floats alone, for NumPy does otherwise with integers.
 _OF_FLOATS: dict[str, Callable] = {
     "add": lambda x, y, _: x + y,
     "add_any": lambda x, y, _: x + y,
@@ -121,9 +151,11 @@ _OF_FLOATS: dict[str, Callable] = {
     "reduce_max": lambda x, params: np.max(x, axis=tuple(params["axes"])),
     "dot_general": _dot_general,
 }
+# These are taken for arrays of any type.
 _OF_ANY: dict[str, Callable] = {
     "select_n": lambda which, no, yes, _: np.where(which, yes, no),
-    "convert_element_type": lambda x, _: x,  # the type of the result follows for every operation
+    # Each result is brought to the type of its variable.
+    "convert_element_type": lambda x, _: x,
     "concatenate": lambda *given: np.concatenate(given[:-1], axis=given[-1]["dimension"]),
     "eq": lambda x, y, _: x == y,
     "lt": lambda x, y, _: x < y,
@@ -142,15 +174,19 @@ class _Runner:
     """Runs equations one by one, in the types that they have or all in float64."""
 
     def __init__(self, wide: bool, uses_numpy: bool):
-        """Choose the types, and whether NumPy may take the place of the platform's own
-        operations.
+        """Choose what to run with.
+
+        Args:
+          wide: make all floats float64.
+          uses_numpy: let NumPy take the place of the platform's operations.
         """
         self.wide = wide
         self.uses_numpy = uses_numpy
 
     def array(self, x: Any) -> Any:
-        """Return a value as an array on the host, a float one as float64 where all are; random keys
-        stay.
+        """Return a value as an array on the host, of float64 where it is a float and all are wide.
+
+        Random keys stay as they are: they have no form on the host.
         """
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
@@ -158,83 +194,93 @@ class _Runner:
         return host.astype(self._type(host.dtype), copy=False)
 
     def evaluate(self, jaxpr: Any, consts: list, inputs: list) -> list:
-        """Return what the equations of `jaxpr` make of `inputs`; an array is let go after its last
-        use.
-        """
-        values: dict[Any, Any] = dict(
-            zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True)
-        )
+        """Return what the equations of `jaxpr` make of `inputs`."""
+        # An array is let go after its last use, for all of a step together may not fit.
         last_use: dict[Any, int] = {}
         for number, equation in enumerate(jaxpr.eqns):
-            last_use.update(
-                {var: number for var in equation.invars if not isinstance(var, core.Literal)}
-            )
-        last_use.update(
-            {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, core.Literal)}
-        )
+            for variable in equation.invars:
+                if not isinstance(variable, core.Literal):
+                    last_use[variable] = number
+        for variable in jaxpr.outvars:
+            if not isinstance(variable, core.Literal):
+                last_use[variable] = len(jaxpr.eqns)
 
-        def read(var: Any) -> Any:
-            if not isinstance(var, core.Literal):
-                return values[var]
-            aval: Any = var.aval
-            return self.array(np.asarray(var.val, aval.dtype))
-
+        values: dict[Any, Any] = {}
+        values.update(zip(jaxpr.constvars, consts, strict=True))
+        values.update(zip(jaxpr.invars, inputs, strict=True))
         for number, equation in enumerate(jaxpr.eqns):
-            results = self._run(equation, [read(var) for var in equation.invars])
+            operands = [self._read(variable, values) for variable in equation.invars]
+            results = self._run(equation, operands)
             values.update(zip(equation.outvars, results, strict=True))
-            for var in equation.invars:
-                if not isinstance(var, core.Literal) and last_use[var] == number:
-                    values.pop(var, None)
-        return [read(var) for var in jaxpr.outvars]
+            for variable in equation.invars:
+                if not isinstance(variable, core.Literal) and last_use[variable] == number:
+                    values.pop(variable, None)
+        return [self._read(variable, values) for variable in jaxpr.outvars]
+
+    def _read(self, variable: Any, values: dict[Any, Any]) -> Any:
+        """Return the value of a variable, or of a literal in its place."""
+        if isinstance(variable, core.Literal):
+            aval: Any = variable.aval
+            return self.array(np.asarray(variable.val, aval.dtype))
+        return values[variable]
 
     def _run(self, equation: Any, operands: list) -> list:
         """Return the results of one equation."""
-        name, params = equation.primitive.name, dict(equation.params)
+        name = equation.primitive.name
+        params = dict(equation.params)
         if name in _CALLS:
-            inner = next(
-                value
-                for value in params.values()
-                if isinstance(value, core.ClosedJaxpr | core.Jaxpr)
-            )
-            consts = [self.array(x) for x in getattr(inner, "consts", ())]
+            jaxpr_types = core.ClosedJaxpr | core.Jaxpr
+            inner = next(value for value in params.values() if isinstance(value, jaxpr_types))
+            # A closed jaxpr holds its constants, an open one has none.
+            consts = [self.array(const) for const in getattr(inner, "consts", ())]
             return self.evaluate(getattr(inner, "jaxpr", inner), consts, operands)
         if name in _UNCHANGED:
             return operands
-        if self.uses_numpy and name in _OF_FLOATS and all(map(_is_float, operands)):
-            return [
-                self._in_numpy(_OF_FLOATS[name], operands, params, equation.outvars[0].aval.dtype)
-            ]
-        if self.uses_numpy and name in _OF_ANY and all(isinstance(x, np.ndarray) for x in operands):
-            return [self._in_numpy(_OF_ANY[name], operands, params, equation.outvars[0].aval.dtype)]
-        if (
-            self.wide and name == "scatter-add"
-        ):  # its parameters hold an addition of the narrow type
+
+        function = None
+        if name in _OF_FLOATS and all(_is_float(x) for x in operands):
+            function = _OF_FLOATS[name]
+        elif name in _OF_ANY and all(isinstance(x, np.ndarray) for x in operands):
+            function = _OF_ANY[name]
+        if self.uses_numpy and function is not None:
+            dtype = equation.outvars[0].aval.dtype
+            return [self._in_numpy(function, operands, params, dtype)]
+
+        arrays = [jnp.asarray(operand) for operand in operands]
+        if self.wide and name == "scatter-add":
+            # Its parameters hold a traced addition of the narrow type.
             params.pop("update_jaxpr")
             params.pop("update_consts")
-            array, indices, updates = map(jnp.asarray, operands)
+            array, indices, updates = arrays
             return [self.array(jax.lax.scatter_add(array, indices, updates, **params))]
-        params |= {key: self._type(params[key]) for key in _TYPES if key in params}
-        results = equation.primitive.bind(*map(jnp.asarray, operands), **params)
-        return [
-            self.array(x) for x in (results if equation.primitive.multiple_results else [results])
-        ]
+        for key in _TYPES:
+            if key in params:
+                params[key] = self._type(params[key])
+        results = equation.primitive.bind(*arrays, **params)
+        if not equation.primitive.multiple_results:
+            results = [results]
+        return [self.array(result) for result in results]
 
     def _in_numpy(
         self, function: Callable, operands: list, params: dict[str, Any], dtype: Any
     ) -> np.ndarray:
-        """Return an operation's result in its type; one of narrow floats is made in float32, then
-        rounded.
+        """Return the result of an operation, which NumPy runs, in the type `dtype`.
+
+        Narrow floats are widened to float32 first, and the result is rounded.
         """
-        operands = [
-            x.astype(np.float32) if _is_float(x) and x.dtype.itemsize < 4 else x for x in operands
-        ]
+        widened = []
+        for x in operands:
+            is_narrow = _is_float(x) and x.dtype.itemsize < 4
+            widened.append(x.astype(np.float32) if is_narrow else x)
         with np.errstate(all="ignore"):
-            return np.asarray(function(*operands, params)).astype(self._type(dtype), copy=False)
+            result = np.asarray(function(*widened, params))
+            return result.astype(self._type(dtype), copy=False)
 
     def _type(self, dtype: Any) -> Any:
         """Return float64 for a type of floats where all are wide, any other type as it is."""
-        is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-        return np.dtype(np.float64) if self.wide and is_float else dtype
+        if not self.wide or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            return dtype
+        return np.dtype(np.float64)
 
 
 def _is_float(x: Any) -> bool:
