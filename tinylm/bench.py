@@ -45,29 +45,26 @@ def bench(flags: FlagValues) -> None:
 
 def text_of(found: dict[str, Any]) -> str:
     """Return the figures as aligned lines."""
-    f = {name: value for name, value in found.items() if value is not None}
-    f["axes"] = text.mesh_text(f["mesh"])
-    known = (
-        "{mfu:.1%} of {peak_flops:.3g} FLOP/s"
-        if "mfu" in f
-        else "unknown: add the chip to tinylm/core/chips.py"
-    )
+    mfu = "unknown: add the chip to tinylm/core/chips.py"
+    if found["mfu"] is not None:
+        mfu = "{mfu:.1%} of {peak_flops:.3g} FLOP/s"
     lines = {
         "device": "{device}, mesh {axes}",
         "tokens per second": "{tokens_per_sec:,.0f}",
         "step": "{step_ms:.2f} ms, eight of ten from {step_ms_p10:.2f} to {step_ms_p90:.2f}",
-        "MFU": known,
+        "MFU": mfu,
         "first step": (
             "{first_step_secs:.1f} s cold, {first_step_warm_secs:.1f} s with a filled compile cache"
         ),
         "host": "{host_ms:.2f} ms a step, {input_wait_ms:.2f} of it for input",
         "peak memory, bytes": "{peak_memory_bytes:,}",
     }
-    rows = [(name, line.format(**f)) for name, line in lines.items()]
-    for kind, part in f["time_by_kind"].items():
+    axes = text.mesh_text(found["mesh"])
+    rows = [(name, line.format(axes=axes, **found)) for name, line in lines.items()]
+    for kind, part in found["time_by_kind"].items():
         rows.append((f"  {kind}", f"{part:.1%} of the operations' time"))
     printed = [text.columns(row, (24, 0)) for row in rows]
-    if f["noisy"]:
+    if found["noisy"]:
         printed.append("The machine was too noisy for small differences.")
     return "\n".join(printed)
 

@@ -45,9 +45,16 @@ def plan(flags: FlagValues) -> None:
 
 
 def topology_devices(topology: str, slices: int) -> list[jax.Device]:
-    """Return the devices of a TPU topology such as v5e:4x4, through the compiler alone; raise
-    UserError for others.
+    """Return the devices of a TPU topology, through the compiler alone.
+
+    Args:
+      topology: such as v5e:4x4.
+      slices: how many of them.
+
+    Raises:
+      UserError: the compiler isn't installed, or doesn't know such a topology.
     """
+    # The compiler's plugin looks for a TPU's machine, waits for it, and writes about it.
     quiet = {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -61,16 +68,14 @@ def topology_devices(topology: str, slices: int) -> list[jax.Device]:
     from jax.experimental import topologies
 
     try:
-        return list(
-            topologies.get_topology_desc(
-                platform="tpu", topology_name=topology, num_slices=slices
-            ).devices
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology, num_slices=slices
         )
+        return list(described.devices)
     except ModuleNotFoundError as error:
         raise UserError('--topology needs the TPU compiler: pip install "tinylm[tpu]".') from error
-    except (
-        Exception
-    ) as error:  # whatever the compiler's plugin raises, for it has no type of its own
+    except Exception as error:
+        # The compiler's plugin has no type of its own for what it raises.
         reason = str(error).splitlines()[0][:200]
         raise UserError(
             f"--topology={topology} cannot be had ({reason}); give one like v5e:4x4 or v5p:2x2x1."

@@ -1,15 +1,16 @@
 """How fast a config trains: the trainer's own step and pipeline on random tokens, timed.
 
-The cold and the warm start are two in one process, with an empty compile cache and with what the
-first one left in it; both count the processor time of the process before it, its imports.
-Dispatches are timed by the clock, the device kept busy as in training.
+The cold and the warm start are two in one process: the first with an empty compile cache, the
+second with what the first one left in it. Both count the processor time that the process took
+before, for its imports. Dispatches are timed by the clock, and the device is kept busy as in
+training.
 """
 
 import contextlib
 import resource
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -39,9 +40,11 @@ class RandomRows:
 
     def read(self, indices: np.ndarray) -> HostBatch:
         """Return examples that depend on their indices alone."""
-        shape, top = (len(indices), self.config.data.seq_len + 1), self.config.model.vocab_size
-        ids = np.random.default_rng(indices).integers(0, top, shape, np.int32)
-        rows = batch_of_ids(ids, np.ones(ids[:, 1:].shape, np.float32))
+        shape = (len(indices), self.config.data.seq_len + 1)
+        rng = np.random.default_rng(indices)
+        ids = rng.integers(0, self.config.model.vocab_size, shape, np.int32)
+        targets = ids[:, 1:]
+        rows = batch_of_ids(ids, np.ones(targets.shape, np.float32))
         if self.config.data.packing == "packed":
             rows["segments"] = np.ones_like(rows["tokens"])
             rows["positions"] = np.cumsum(rows["segments"], axis=1, dtype=np.int32) - 1
@@ -53,21 +56,21 @@ class Workload:
 
     def __init__(self, config: Config, mesh: Mesh):
         """Take the parts; compile nothing yet."""
-        c, self.config, self.mesh = config, config, mesh
-        self.count, micro = c.train.steps_per_dispatch, c.train.accumulation_steps
+        self.config = config
+        self.count = config.train.steps_per_dispatch
         self.blueprint = make_blueprint(config, mesh)
         self.steps = make_train_steps(self.blueprint)
-        self.batch_rows = BatchRows(mesh, c.micro_batch_rows)
+        self.batch_rows = BatchRows(mesh, config.micro_batch_rows)
         self.batches = train_batches(
-            RandomRows(c),
-            batch_shape=(micro, c.micro_batch_rows),
+            RandomRows(config),
+            batch_shape=(config.train.accumulation_steps, config.micro_batch_rows),
             owned_rows=self.batch_rows.owned,
         )
 
     def place(self) -> dict[str, jax.Array]:
         """Put the batches of the next dispatch onto the mesh."""
-        host = [next(self.batches)[1] for _ in range(self.count)]
-        return self.batch_rows.place(stack_steps(host))
+        host_batches = [next(self.batches)[1] for _ in range(self.count)]
+        return self.batch_rows.place(stack_steps(host_batches))
 
     def run(
         self, state: TrainState, placed: dict[str, jax.Array]
@@ -76,67 +79,103 @@ class Workload:
         return self.steps(state, placed, self.count, self.config.seed)
 
 
+class _Started(NamedTuple):
+    """A workload after its first dispatch."""
+
+    work: Workload
+    state: TrainState
+    cold_secs: float  # from nothing to the first dispatch done, with an empty compile cache
+    warm_secs: float  # the same with a filled one
+
+
+class _Timings(NamedTuple):
+    """Seconds a step, of each dispatch."""
+
+    step: np.ndarray
+    wait: np.ndarray  # of it, for input
+    host: np.ndarray  # of it, all that the host does before the device is under way
+
+
 def measure(config: Config, mesh: Mesh, dispatches: int = 20, profile: str = "") -> dict[str, Any]:
-    """Return the figures of a resolved config as plain values; a trace is left in `profile` where
-    that is named.
+    """Return the figures of a resolved config as plain values.
+
+    Args:
+      config: what to run.
+      mesh: where to run it.
+      dispatches: that are timed.
+      profile: folder to leave a trace in (empty: leave none).
     """
     jax.set_mesh(mesh)
-    before, (work, state, cold, warm) = time.process_time(), _starts(config, mesh)
+    before_secs = time.process_time()
+    work, state, cold_secs, warm_secs = _starts(config, mesh)
     with contextlib.closing(work.batches), tempfile.TemporaryDirectory() as scratch:
-        secs, waits, hosts, state = _steady(work, state, dispatches)
-        kinds = _secs_by_kind(work, state, profile or scratch)
-    low, median, high = (float(np.quantile(secs, q)) for q in (0.1, 0.5, 0.9))
+        timings, state = _steady(work, state, dispatches)
+        folder = profile or scratch
+        placed = work.place()
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(work.run(state, placed))
+        kinds = secs_by_kind(folder)
+
+    low_secs, median_secs, high_secs = np.quantile(timings.step, (0.1, 0.5, 0.9)).tolist()
     tokens = config.data.tokens_per_step
     flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
-    peak, device = peak_flops(list(mesh.devices.flat)), mesh.devices.flat[0]
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_flops(list(mesh.devices.flat))
+    device = mesh.devices.flat[0]
+    # Devices that keep no account of their memory, as the CPU, are in that of the process. It is
+    # in KiB on Linux.
+    resident_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory_stats = device.memory_stats() or {}
+    all_kinds_secs = sum(kinds.values())
     return {
         "device": device.device_kind,
         "mesh": sizes_by_name(mesh),
-        "tokens_per_sec": tokens / median,
-        "step_ms": 1e3 * median,
-        "step_ms_p10": 1e3 * low,
-        "step_ms_p90": 1e3 * high,
-        "noisy": high - low > 0.1 * median,  # small differences mean nothing then
-        "mfu": flops / median / peak if peak else None,
+        "tokens_per_sec": tokens / median_secs,
+        "step_ms": 1e3 * median_secs,
+        "step_ms_p10": 1e3 * low_secs,
+        "step_ms_p90": 1e3 * high_secs,
+        # Small differences mean nothing then.
+        "noisy": high_secs - low_secs > 0.1 * median_secs,
+        "mfu": flops / median_secs / peak if peak else None,
         "peak_flops": peak,
-        "first_step_secs": before + cold,
-        "first_step_warm_secs": before + warm,
-        "host_ms": 1e3 * float(np.median(hosts)),
-        "input_wait_ms": 1e3 * float(np.median(waits)),
-        "peak_memory_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use", resident),
-        "time_by_kind": {kind: part / sum(kinds.values()) for kind, part in kinds.items()},
+        "first_step_secs": before_secs + cold_secs,
+        "first_step_warm_secs": before_secs + warm_secs,
+        "host_ms": 1e3 * float(np.median(timings.host)),
+        "input_wait_ms": 1e3 * float(np.median(timings.wait)),
+        "peak_memory_bytes": memory_stats.get("peak_bytes_in_use", resident_bytes),
+        "time_by_kind": {kind: secs / all_kinds_secs for kind, secs in kinds.items()},
     }
 
 
-def _starts(config: Config, mesh: Mesh) -> tuple[Workload, TrainState, float, float]:
-    """Return a workload, its state, and the seconds from nothing to its first dispatch done: cold,
-    then warm.
-    """
-    kept, secs = jax.config.values["jax_compilation_cache_dir"], []
+def _starts(config: Config, mesh: Mesh) -> _Started:
+    """Start twice from nothing, first with an empty compile cache, then with a filled one."""
+    users_cache = jax.config.values["jax_compilation_cache_dir"]
+    starts_secs = []
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         for _ in range(2):
             jax.clear_caches()
+            # The cache's folder is read when the cache is first used, so it has to forget the last.
             compilation_cache.reset_cache()
             begun = time.perf_counter()
             work = Workload(config, mesh)
-            state, _ = jax.block_until_ready(
-                work.run(work.blueprint.init(config.seed), work.place())
-            )
-            secs.append(time.perf_counter() - begun)
-    jax.config.update("jax_compilation_cache_dir", kept)
+            state = work.blueprint.init(config.seed)
+            state, metrics = work.run(state, work.place())
+            jax.block_until_ready((state, metrics))
+            starts_secs.append(time.perf_counter() - begun)
+    jax.config.update("jax_compilation_cache_dir", users_cache)
     compilation_cache.reset_cache()
-    return work, state, secs[0], secs[1]
+    cold_secs, warm_secs = starts_secs
+    return _Started(work, state, cold_secs, warm_secs)
 
 
-def _steady(
-    work: Workload, state: TrainState, dispatches: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, TrainState]:
-    """Return seconds a step of each dispatch, of waiting for input and of all host work in it; and
-    the state.
+def _steady(work: Workload, state: TrainState, dispatches: int) -> tuple[_Timings, TrainState]:
+    """Time dispatches; return also the state after them.
 
-    A dispatch is waited for when the next one is under way, as in the trainer's loop.
+    A dispatch is waited for when the next one is under way, as in the trainer's loop:
+
+        begun       fed         sent               done, and begun again
+          |- place --|-- run ----|-- wait for the --|
+                                     last dispatch
     """
     marks = []
     state, pending = work.run(state, work.place())
@@ -149,13 +188,7 @@ def _steady(
         jax.block_until_ready(pending)
         marks.append((begun, fed, sent, time.perf_counter()))
         pending = metrics
-    begun, fed, sent, done = np.array(marks[1:]).T / work.count
-    return done - begun, fed - begun, sent - begun, jax.block_until_ready(state)
-
-
-def _secs_by_kind(work: Workload, state: TrainState, folder: str) -> dict[str, float]:
-    """Return the seconds of each kind of operation in a dispatch, traced into `folder`."""
-    placed = work.place()
-    with jax.profiler.trace(folder):
-        jax.block_until_ready(work.run(state, placed))
-    return secs_by_kind(folder)
+    # The first is left out, since it waited for a dispatch that was sent before the timing began.
+    begun_D, fed_D, sent_D, done_D = np.array(marks[1:]).T / work.count
+    timings = _Timings(step=done_D - begun_D, wait=fed_D - begun_D, host=sent_D - begun_D)
+    return timings, jax.block_until_ready(state)

@@ -9,7 +9,7 @@ hid the others. So it is a lower bound, not a promise.
 
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -24,6 +24,10 @@ from tinylm.tools.traffic import Work, least_collectives
 from tinylm.train.config import Config
 from tinylm.train.state import Blueprint, TrainState, make_blueprint
 from tinylm.train.step import make_train_steps
+
+# `... RESOURCE_EXHAUSTED: ... Used 20.3G of 15.7G hbm. ... (20.30G) exceeds available memory`
+_REFUSED = re.compile(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([KMGT])\)? exceeds", re.DOTALL)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # bytes
 
 
 def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -44,7 +48,7 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
         refused_bytes = bytes_refused(str(error))
 
     tokens, flops, least = by_formula(config, blueprint.abstract, mesh)
-    found = _collectives_of(compiled, mesh)
+    found = None if compiled is None else _collectives_of(compiled, mesh)
     collectives = least if found is None else found
     stats = None if compiled is None else compiled.memory_analysis()
     memory = per_device_bytes(stats, blueprint, refused_bytes)
@@ -68,16 +72,23 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def by_formula(
-    config: Config, abstract: TrainState, mesh: Mesh
-) -> tuple[int, float, list[Collective]]:
-    """Return the tokens of a step, its FLOPs, and the least that it must communicate."""
+class Formulas(NamedTuple):
+    """What formulas say of a step."""
+
+    tokens: int
+    flops: float
+    collectives: list[Collective]  # the least that it must communicate
+
+
+def by_formula(config: Config, abstract: TrainState, mesh: Mesh) -> Formulas:
+    """Return what formulas say of a step, given the abstract state."""
     tokens = config.data.tokens_per_step
     flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
     leaves = jax.tree.leaves(abstract.params)
     parameter_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     work = Work(parameter_bytes, tokens, config.train.accumulation_steps)
-    return tokens, flops, least_collectives(config.model, config.mesh, mesh, work)
+    collectives = least_collectives(config.model, config.mesh, mesh, work)
+    return Formulas(tokens, flops, collectives)
 
 
 def known_chip(mesh: Mesh) -> Chip:
@@ -102,17 +113,15 @@ def compile_step(config: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages
 
 
 def bytes_refused(message: str) -> int:
-    """Return the bytes of temporaries that a TPU's compiler refused; raise UserError for another.
-
-    Its message has a line like "... RESOURCE_EXHAUSTED: ... Used 20.3G of 15.7G hbm. ...
-    (20.30G) exceeds available memory".
+    """Return the bytes of temporaries that a TPU's compiler refused; raise UserError for another
+    message.
     """
-    found = re.search(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([KMGT])\)? exceeds", message, re.DOTALL)
+    found = _REFUSED.search(message)
     if found is None:
         first_line = message.splitlines()[0][:300]
         raise UserError(f"the compiler refuses the step: {first_line}")
     size, unit = found.groups()
-    return int(float(size) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[unit])
+    return int(float(size) * _UNITS[unit])
 
 
 def per_device_bytes(stats: Any, blueprint: Blueprint, refused_bytes: int = 0) -> dict[str, int]:
@@ -151,10 +160,8 @@ def held_bytes(tree: Any) -> int:
     return total
 
 
-def _collectives_of(compiled: jax.stages.Compiled | None, mesh: Mesh) -> list[Collective] | None:
-    """Return what a program communicates, None where there is none or it can't be printed."""
-    if compiled is None:
-        return None
+def _collectives_of(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective] | None:
+    """Return what a program communicates, None where its text can't be had."""
     try:
         text = compiled.as_text()
     except Exception:
@@ -167,15 +174,17 @@ def _compared(found: list[Collective], least: list[Collective]) -> list[dict[str
     """Return the collectives, each kind and axis with the least that is needed of it."""
     sent = {(one.kind, one.axis): one.bytes_per_step for one in found}
     needed = {(one.kind, one.axis): one.bytes_per_step for one in least}
-    return [
-        {
+    rows = []
+    for key in sorted({*sent, *needed}):
+        kind, axis = key
+        row = {
             "kind": kind,
             "axis": axis,
-            "bytes_per_step": sent.get((kind, axis), 0.0),
-            "minimum_bytes": needed.get((kind, axis), 0.0),
+            "bytes_per_step": sent.get(key, 0.0),
+            "minimum_bytes": needed.get(key, 0.0),
         }
-        for kind, axis in sorted({*sent, *needed})
-    ]
+        rows.append(row)
+    return rows
 
 
 def roofline_secs(
@@ -206,11 +215,15 @@ def roofline_secs(
     moved_bytes = 2 * weight_bytes * config.train.accumulation_steps + 2 * state_bytes
     between_slices = sum(one.bytes_per_step for one in collectives if AXES.replica in one.axis)
     within_slices = sum(one.bytes_per_step for one in collectives) - between_slices
+    links_secs = 0.0
+    slices_secs = 0.0
     # CPU devices share a memory, so they have no links.
-    links = chip.link_bytes_per_sec
+    if chip.link_bytes_per_sec:
+        links_secs = within_slices / chip.link_bytes_per_sec
+        slices_secs = between_slices / SLICE_BYTES_PER_SEC
     return {
         "arithmetic": flops * recomputed / (chip.peak_flops * mesh.size),
         "memory": moved_bytes / chip.memory_bytes_per_sec,
-        "links": within_slices / links if links else 0.0,
-        "slices": between_slices / SLICE_BYTES_PER_SEC if links else 0.0,
+        "links": links_secs,
+        "slices": slices_secs,
     }

@@ -12,11 +12,14 @@ _SEARCH = (20, 6, 7, -8, -13, -13, -13, -13, 0)
 
 _ADVICE = {
     "params": "split parameters over more devices (mesh.fsdp=true, or a larger mesh.model)",
-    "optimizer": "split the optimizer's state over more devices (mesh.fsdp=true, or a larger "
-    "mesh.data)",
+    "optimizer": (
+        "split the optimizer's state over more devices (mesh.fsdp=true, or a larger mesh.data)"
+    ),
     "gradients": "split gradients over more devices (mesh.fsdp=true, or a larger mesh.model)",
-    "activations": "recompute more (model.remat=full), take smaller micro-batches "
-    "(train.accumulation_steps), a smaller data.batch_size, or a larger mesh.model",
+    "activations": (
+        "recompute more (model.remat=full), take smaller micro-batches "
+        "(train.accumulation_steps), a smaller data.batch_size, or a larger mesh.model"
+    ),
     "batch": "take a smaller data.batch_size",
 }
 
@@ -64,17 +67,15 @@ def _traffic_lines(plan: dict[str, Any]) -> list[str]:
 def _time_lines(plan: dict[str, Any]) -> list[str]:
     step_secs = secs_text(plan["step_secs_estimate"])
     bound_by = f"  bound by {plan['bound_by']}"
-    lines = [columns(("time of a step, at least", step_secs, bound_by), _TIME)]
+    rows = [("time of a step, at least", step_secs, bound_by)]
     for name, secs in plan["secs"].items():
         if secs:
-            lines.append(columns((f"  {name}", secs_text(secs), ""), _TIME))
-    flops = f"{plan['flops_per_step']:.3g}"
+            rows.append((f"  {name}", secs_text(secs), ""))
     mfu = f"  MFU at most {plan['mfu_bound']:.0%}"
-    lines.append(columns(("  FLOPs of a step", flops, mfu), _TIME))
-    train_secs = secs_text(plan["train_secs_estimate"])
+    rows.append(("  FLOPs of a step", f"{plan['flops_per_step']:.3g}", mfu))
     tokens = f"  {plan['tokens']:,} tokens"
-    lines.append(columns(("time for the tokens", train_secs, tokens), _TIME))
-    return lines
+    rows.append(("time for the tokens", secs_text(plan["train_secs_estimate"]), tokens))
+    return [columns(row, _TIME) for row in rows]
 
 
 def describe_search(rows: list[dict[str, Any]], shown: int = 12) -> str:
@@ -82,33 +83,41 @@ def describe_search(rows: list[dict[str, Any]], shown: int = 12) -> str:
     heads = ("mesh", "fsdp", "remat", "batch", "memory", "compiled", "tokens/s", "compiled", "")
     lines = [columns(heads, _SEARCH)]
     for row in rows[:shown]:
-        compiled = bytes_text(row["compiled_bytes"]) if row["compiled_bytes"] else "-"
-        figures = (
-            bytes_text(row["bytes"]),
-            compiled,
-            _rate(row["secs_per_token"]),
-            _rate(row["compiled_secs_per_token"]),
-        )
-        mesh = " x ".join(map(str, row["mesh"].values()))
-        fsdp = "yes" if row["fsdp"] else "no"
-        bound_by = f"  {row['bound_by']}"
-        if not row.get("fits", True):
-            bound_by += ", does not fit"
-        cells = (mesh, fsdp, row["remat"], str(row["batch_size"]), *figures, bound_by)
-        lines.append(columns(cells, _SEARCH))
+        lines.append(columns(_cells(row), _SEARCH))
     if len(rows) > shown:
         lines.append(f"{len(rows) - shown} more")
-    lines.append(f"mesh: {' x '.join(rows[0]['mesh'])}; the last column is what bounds a step")
+    axes = " x ".join(rows[0]["mesh"])
+    lines.append(f"mesh: {axes}; the last column is what bounds a step")
 
     best = next((row for row in rows if row.get("fits")), rows[0])
     settings = {f"mesh.{name}": size for name, size in best["mesh"].items()}
-    settings |= {
-        "mesh.fsdp": best["fsdp"],
-        "model.remat": best["remat"],
-        "data.batch_size": best["batch_size"],
-    }
+    settings["mesh.fsdp"] = best["fsdp"]
+    settings["model.remat"] = best["remat"]
+    settings["data.batch_size"] = best["batch_size"]
     flags = " ".join(f"--config.{key}={value}" for key, value in settings.items())
-    return "\n".join([*lines, f"take {flags}"])
+    lines.append(f"take {flags}")
+    return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return a row of a search as the cells of a table's line."""
+    compiled = "-"
+    if row["compiled_bytes"]:
+        compiled = bytes_text(row["compiled_bytes"])
+    bound_by = f"  {row['bound_by']}"
+    if not row.get("fits", True):
+        bound_by += ", does not fit"
+    return (
+        " x ".join(str(size) for size in row["mesh"].values()),
+        "yes" if row["fsdp"] else "no",
+        row["remat"],
+        str(row["batch_size"]),
+        bytes_text(row["bytes"]),
+        compiled,
+        _rate(row["secs_per_token"]),
+        _rate(row["compiled_secs_per_token"]),
+        bound_by,
+    )
 
 
 def _rate(secs_per_token: float | None) -> str:

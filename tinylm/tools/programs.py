@@ -44,8 +44,33 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|called_computations)"
     r"=\{?((?:%[\w.-]+(?:, )?)+)"
 )
-# `bf16[8,128]` in a shape, or in a tuple of shapes
+# `%cond`, the name of a computation or of an operation
+_NAME = re.compile(r"%([\w.-]+)")
+# `bf16[8,128]` in a shape, or in a tuple of shapes: `(bf16[8,128]{1,0}, u32[])`
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
+# `{1,0:T(8,128)}` after an array: its layout in memory
+_LAYOUT = re.compile(r"\{[^}]*\}")
+# `channel_id=2`
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+# `"known_trip_count":{"n":"5"}`, with or without quotes
+_TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+# `condition=%condition, body=%body` of a while loop
+_LOOP_PART = re.compile(r"(condition|body)=%?([\w.-]+)")
+# `compare(%i.1, %limit), direction=LT`
+_LESS = re.compile(r"compare\((%[\w.-]+), (%[\w.-]+)\), direction=LT")
+# `ROOT %out = (bf16[10]{0}, u32[]) tuple(%moved, %next)`
+_ROOT_TUPLE = re.compile(r"ROOT .* tuple\((.*?)\)")
+
+# How collectives list the devices of their groups.
+# `source_target_pairs={{0,2},{2,4}}`: a permutation, whose pairs take the place of groups
+_PAIRS = re.compile(r"source_target_pairs=\{([\d,{}]+)\}")
+# `replica_groups={{0,1},{2,3}}`: all groups, listed; the first one is caught
+_LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+# `replica_groups=[2,4]<=[4,2]T(1,0)`: 0 to 7 as a [4,2] array, transposed, as 2 rows of 4
+_STRIDED_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+# `replica_groups=mesh['a'=4,'b'=2] {'a'}`: the devices that differ along axis a
+_NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+
 # Types whose name doesn't end in their width in bits, or not in the width that they take.
 _ITEM_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
 
@@ -74,17 +99,16 @@ def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
     trips_of = _count_trips(computations)
     by_channel: dict[tuple, Collective] = {}
     for name, lines in computations.items():
+        # The entry never gets to some.
         if not trips_of[name]:
-            continue  # the entry never gets here
+            continue
         for number, line in enumerate(lines):
             found = _read_collective(line, name, trips_of[name], mesh)
             if found is None:
                 continue
             channel = _channel(line) or (name, number)
-            if (
-                channel not in by_channel
-                or found.bytes_per_step < by_channel[channel].bytes_per_step
-            ):
+            known = by_channel.get(channel)
+            if known is None or found.bytes_per_step < known.bytes_per_step:
                 by_channel[channel] = found
     totals: dict[tuple[str, str], float] = collections.defaultdict(float)
     for one in by_channel.values():
@@ -107,8 +131,11 @@ def _split_into_computations(text: str) -> Computations:
 
 
 def _read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Collective | None:
-    """Return the collective of a line that runs `trips` times a step; None where it sends
-    nothing.
+    """Return the collective of a line that runs `trips` times a step, None where nothing is sent.
+
+    Such a line is
+
+        %g = f32[32]{0} all-gather(%p), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}
     """
     found = _COLLECTIVE.search(line)
     if found is None:
@@ -128,7 +155,7 @@ def _channel(line: str) -> tuple[str, str] | None:
     # `metadata={op_name="jit(step)/shard_map/psum"}` marks the sums of a shard_map.
     if "/psum" in line:
         return None
-    found = re.search(r"channel_id=(\d+)", line)
+    found = _CHANNEL.search(line)
     return ("channel", found.group(1)) if found else None
 
 
@@ -140,8 +167,8 @@ def _count_trips(computations: Computations) -> dict[str, int]:
         for line in lines:
             times = _loop_trips(line, computations) if " while(" in line else 1
             for called in _CALLED.finditer(line):
-                for callee in re.findall(r"%([\w.-]+)", called.group(1)):
-                    calls[name].append((callee, times))
+                callees = _NAME.findall(called.group(1))
+                calls[name].extend((callee, times) for callee in callees)
     trips: dict[str, int] = collections.Counter({_ENTRY: 1})
     for name in _callers_first(calls):
         for callee, times in calls[name]:
@@ -166,12 +193,10 @@ def _callers_first(calls: dict[str, list[tuple[str, int]]]) -> list[str]:
 
 def _loop_trips(line: str, computations: Computations) -> int:
     """Return the trips of a while loop as XLA annotates them, or as its counter tells; else 1."""
-    # `... backend_config={"known_trip_count":{"n":"5"}}`, with or without quotes
-    annotated = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
+    annotated = _TRIPS.search(line)
     if annotated:
         return int(annotated.group(1))
-    # `while(%start), condition=%condition, body=%body`
-    parts = dict(re.findall(r"(condition|body)=%?([\w.-]+)", line))
+    parts = dict(_LOOP_PART.findall(line))
     condition = "\n".join(computations.get(parts.get("condition", ""), ()))
     body = "\n".join(computations.get(parts.get("body", ""), ()))
     return _trips_of_counter(condition, body) or 1
@@ -189,21 +214,26 @@ def _trips_of_counter(condition: str, body: str) -> int | None:
         %next = u32[] add(%i, %step)
         ROOT %out = (bf16[10]{0}, u32[]) tuple(%moved, %next)
     """
-    compared = re.search(r"compare\((%[\w.-]+), (%[\w.-]+)\), direction=LT", condition)
+    compared = _LESS.search(condition)
     if compared is None:
         return None
     counter, limit_name = compared.groups()
     limit = _constant(limit_name, condition)
     if not limit:
         return None
+    # `%i.1 = u32[] get-tuple-element(%p.1), index=1`
     place = re.search(rf"{re.escape(counter)} = .*index=(\d+)", condition)
-    result = re.search(r"ROOT .* tuple\((.*?)\)", body)
+    result = _ROOT_TUPLE.search(body)
     if place is None or result is None:
         return limit
-    next_counter = re.findall(r"%[\w.-]+", result.group(1))[int(place.group(1))]
-    added = re.search(rf"{re.escape(next_counter)} = .* add\(%[\w.-]+, (%[\w.-]+)\)", body)
-    growth = _constant(added.group(1), body) if added else None
-    return math.ceil(limit / (growth or 1))
+    results = _NAME.findall(result.group(1))
+    next_counter = re.escape(results[int(place.group(1))])
+    # `%next = u32[] add(%i, %step)`
+    added = re.search(rf"%{next_counter} = .* add\(%[\w.-]+, (%[\w.-]+)\)", body)
+    growth = 1
+    if added:
+        growth = _constant(added.group(1), body) or 1
+    return math.ceil(limit / growth)
 
 
 def _constant(name: str, computation: str) -> int | None:
@@ -214,9 +244,9 @@ def _constant(name: str, computation: str) -> int | None:
 
 def _sent_bytes(found: re.Match, num_members: int) -> float:
     """Return the bytes that one device sends for one collective of `num_members`."""
-    # `{1,0:T(8,128)}` after a shape is its layout in memory, not an array.
-    shapes = re.sub(r"\{[^}]*\}", "", found["shapes"])
-    sizes = [_array_bytes(*array.groups()) for array in _ARRAY.finditer(shapes)]
+    # What is in a layout isn't an array.
+    shapes = _LAYOUT.sub("", found["shapes"])
+    sizes = [_array_bytes(dtype, dims) for dtype, dims in _ARRAY.findall(shapes)]
     # The first half of a collective in two halves lists its operand and its result.
     whole_or_result = max(sizes) if found["start"] else sum(sizes)
     ring = (num_members - 1) / num_members
@@ -234,43 +264,46 @@ def _array_bytes(dtype: str, dims: str) -> float:
     width = re.search(r"\d+", dtype)
     default_bits = int(width.group()) if width else 32
     bits = _ITEM_BITS.get(dtype, default_bits)
-    return math.prod(int(dim) for dim in dims.split(",") if dim) * bits / 8
+    # A scalar, `u32[]`, has no sizes.
+    num_items = math.prod(_integers(dims)) if dims else 1
+    return num_items * bits / 8
 
 
 def _first_group(line: str, num_devices: int) -> np.ndarray:
     """Return the numbers of the devices of a collective's first group."""
-    # `source_target_pairs={{0,2},{2,4}}`: a permutation, whose pairs take the place of groups.
-    pairs = re.search(r"source_target_pairs=\{([\d,{}]+)\}", line)
+    pairs = _PAIRS.search(line)
     if pairs:
         for source, target in re.findall(r"(\d+),(\d+)", pairs.group(1)):
+            # A device that sends to itself sends nothing.
             if source != target:
                 return np.array([int(source), int(target)])
         return np.array([0])
 
-    # `replica_groups={{0,1},{2,3}}`: all groups, listed.
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    listed = _LISTED_GROUPS.search(line)
     if listed:
-        return np.array([int(number) for number in listed.group(1).split(",")])
+        return np.array(_integers(listed.group(1)))
 
-    # `replica_groups=[2,4]<=[4,2]T(1,0)`: 0 to 7 as a [4,2] array, transposed, as 2 rows of 4.
-    strided = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
+    devices = np.arange(num_devices)
+    strided = _STRIDED_GROUPS.search(line)
     if strided:
-        groups_shape = _integers(strided.group(1))
-        source_shape = _integers(strided.group(2))
-        order = _integers(strided.group(3)) if strided.group(3) else None
-        devices = np.arange(num_devices).reshape(source_shape).transpose(order)
-        return devices.reshape(groups_shape)[0]
+        groups_shape, source_shape, order = strided.groups()
+        devices = devices.reshape(_integers(source_shape))
+        if order:
+            devices = devices.transpose(_integers(order))
+        groups = devices.reshape(_integers(groups_shape))
+        return groups[0]
 
-    # `replica_groups=mesh['a'=4,'b'=2] {'a'}`: the devices that differ along axis a.
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line)
+    named = _NAMED_GROUPS.search(line)
     if named:
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named.group(1))}
+        # `'a'=4,'b'=2`
+        axes = re.findall(r"'([^']+)'=(\d+)", named.group(1))
         spanned = re.findall(r"'([^']+)'", named.group(2))
-        devices = np.arange(num_devices).reshape(tuple(sizes.values()))
-        return devices[tuple(slice(None) if name in spanned else 0 for name in sizes)].ravel()
+        sizes = [int(size) for _, size in axes]
+        first = tuple(slice(None) if name in spanned else 0 for name, _ in axes)
+        return devices.reshape(sizes)[first].ravel()
 
     # `replica_groups={}`: one group of all devices.
-    return np.arange(num_devices)
+    return devices
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -20,8 +20,10 @@ from tinylm.tools.plan import by_formula, held_bytes, known_chip, make_plan, roo
 from tinylm.train.config import Config
 from tinylm.train.state import make_blueprint
 
-MARGIN = 0.9  # part of the chip's memory that formulas may fill
-REMATS = ("none", "dots", "full")  # cheapest first
+# Part of the chip's memory that formulas may fill.
+MARGIN = 0.9
+# The cheapest first.
+REMATS = ("none", "dots", "full")
 
 
 def search(
@@ -99,8 +101,8 @@ def _rows_by_formula(
         rows_per_device = 2 ** (rows_per_device.bit_length() - 1)
         micro_batch_rows = rows_per_device * batch_shards(mesh)
         trial.data.batch_size = micro_batch_rows * config.train.accumulation_steps
-        tokens, flops, least = by_formula(trial, blueprint.abstract, mesh)
-        secs = roofline_secs(chip, mesh, flops, held, least, trial)
+        said = by_formula(trial, blueprint.abstract, mesh)
+        secs = roofline_secs(chip, mesh, said.flops, held, said.collectives, trial)
         # How much a compiler can hide behind the slowest part is not known: a tenth of the rest
         # is taken as not hidden.
         step_secs = 0.9 * max(secs.values()) + 0.1 * sum(secs.values())
@@ -111,7 +113,7 @@ def _rows_by_formula(
                 "remat": remat,
                 "batch_size": trial.data.batch_size,
                 "bytes": int(fixed_bytes + rows_per_device * bytes_per_row),
-                "secs_per_token": step_secs / tokens,
+                "secs_per_token": step_secs / said.tokens,
                 "bound_by": max(secs, key=lambda name: secs[name]),
                 "compiled_bytes": None,
                 "compiled_secs_per_token": None,
@@ -133,28 +135,32 @@ def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> floa
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     inner_maps = 2 if model.mlp in GATED else 1
     # What the maps make: queries, keys, values, the two outputs, the inner features of the mlp.
-    products = item_bytes * (qkv + 2 * embed + inner_maps * model.mlp_dim)
+    product_numbers = qkv + 2 * embed + inner_maps * model.mlp_dim
     # What lies between the maps: norms and residuals, the activation, the rotated heads.
-    between = item_bytes * (4 * embed + model.mlp_dim + qkv)
+    between_numbers = 4 * embed + model.mlp_dim + qkv
     # A row of attention: its logits in float32, and their softmax.
-    attention = model.num_heads * seq_len * (4 + item_bytes)
-    everything = products + between + attention
-    kept_by_layer = {
-        "none": everything,
-        "dots": products + item_bytes * embed,
-        "full": item_bytes * embed,
-    }[model.remat]
-    # With recomputation, one layer at a time is there whole.
-    recomputed = 0 if model.remat == "none" else everything
-    logits = 2 * 4 * model.padded_vocab
-    per_token = model.num_layers * kept_by_layer + recomputed + logits
+    attention_bytes = model.num_heads * seq_len * (4 + item_bytes)
+    layer_bytes = item_bytes * (product_numbers + between_numbers) + attention_bytes
+    if model.remat == "none":
+        kept_bytes = layer_bytes
+        # Nothing is made again.
+        recomputed_bytes = 0
+    else:
+        # The input of a layer is kept, and one layer at a time is there whole.
+        kept_bytes = item_bytes * embed
+        recomputed_bytes = layer_bytes
+    if model.remat == "dots":
+        kept_bytes += item_bytes * product_numbers
+    # The logits in float32, and their gradient.
+    vocab_bytes = 2 * 4 * model.padded_vocab
+    per_token = model.num_layers * kept_bytes + recomputed_bytes + vocab_bytes
     return seq_len * per_token / tensor_ways
 
 
 def _compiled(config: Config, row: dict[str, Any], devices: Sequence[jax.Device]) -> dict[str, Any]:
     """Return `row` with what its compiled step takes.
 
-    Its batch is halved until it fits, or is one row a device.
+    Its batch is halved until it fits, or until it is one row a device.
     """
     trial = config.editable_copy()
     trial.mesh = MeshConfig(**row["mesh"], fsdp=row["fsdp"])
