@@ -20,11 +20,13 @@ from absl import app, flags
 
 from tinylm.data import open_data
 from tinylm.data.config import DataConfig
+from tinylm.data.manifest import Shard, SkippedFacts, Split
 from tinylm.data.packing import StreamPlan
 from tinylm.data.pipeline import train_batches
 from tinylm.data.rows import Rows, SplitRows
 from tinylm.data.sources import make_source
 from tinylm.data.store import Store, StoreWriter
+from tinylm.data.tokenizers import ByteTokenizer
 
 ROWS, SEQ_LEN, STEP_SECS = 12, 64, 0.015  # what configs/shakespeare_char_cpu.py asks for
 TRILLION = 10**12
@@ -103,23 +105,21 @@ def sparse_store(folder: pathlib.Path, num_tokens: int) -> None:
     """Make a store of `num_tokens` zeros in sparse files."""
     folder.mkdir()
     shard = 1 << 34
-    sizes = [min(shard, num_tokens - begin) for begin in range(0, num_tokens, shard)]
-    for i, size in enumerate(sizes):
-        with (folder / f"tokens-{i:05d}.bin").open("wb") as file:
+    shards = []
+    for number, begin in enumerate(range(0, num_tokens, shard)):
+        size = min(shard, num_tokens - begin)
+        name = f"tokens-{number:05d}.bin"
+        with (folder / name).open("wb") as file:
             file.truncate(2 * size)
+        shards.append(Shard(name, size))
     writer = StoreWriter(folder, np.dtype(np.uint16))
     writer.ends.append(np.array([num_tokens, num_tokens]))
     writer.finish(
-        {
-            "shards": [
-                {"file": f"tokens-{i:05d}.bin", "items": size} for i, size in enumerate(sizes)
-            ],
-            "tokens": num_tokens,
-            "tokenizer": {"eot_id": 0},
-            "splits": {
-                "train": {"documents": [0, 1], "tokens": [0, num_tokens], "bytes": num_tokens}
-            },
-        }
+        "zeros",
+        ByteTokenizer(),
+        {"train": Split((0, 1), (0, num_tokens), bytes=num_tokens)},
+        skipped=SkippedFacts(),
+        ready_shards=shards,
     )
 
 

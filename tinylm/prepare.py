@@ -106,14 +106,14 @@ def summary(data: Any) -> dict[str, Any]:
     stores = data.every_store
     manifests = [store.manifest for store in stores]
     return {
-        "tokens": sum(manifest["tokens"] for manifest in manifests),
-        "documents": sum(manifest["documents"] for manifest in manifests),
-        "skipped": sum(manifest["skipped"]["count"] for manifest in manifests),
-        "unknown_tokens": sum(manifest["unknown"] for manifest in manifests),
+        "tokens": sum(manifest.tokens for manifest in manifests),
+        "documents": sum(manifest.documents for manifest in manifests),
+        "skipped": sum(manifest.skipped.count for manifest in manifests),
+        "unknown_tokens": sum(manifest.unknown for manifest in manifests),
         "skipped_lists": [
-            str(store.folder / SKIPPED) for store in stores if store.manifest["skipped"]["count"]
+            str(store.folder / SKIPPED) for store in stores if store.manifest.skipped.count
         ],
-        "held_out": [manifest["held_out"] for manifest in manifests if manifest.get("held_out")],
+        "held_out": [manifest.held_out for manifest in manifests if manifest.held_out],
         "vocab_size": data.vocab_size,
         "end_of_text": data.tokenizer.describe_end(),
         "rows": len(data.train),

@@ -154,8 +154,8 @@ def test_a_text_from_a_pipe_is_read_as_often_as_it_is_needed(tmp_path, tokenizer
         config_of(tmp_path, f"text:{pipe}", tokenizer=tokenizer), seed=0, progress=False
     )
     writer.join()
-    split = data.stores[0].manifest["splits"]
-    assert split["train"]["bytes"] + split["valid"]["bytes"] == len((STORY * 20).encode())
+    splits = data.stores[0].manifest.splits
+    assert splits["train"].bytes + splits["valid"].bytes == len((STORY * 20).encode())
     assert files.rereadable(str(pipe)).startswith(files._copies().name)
 
 

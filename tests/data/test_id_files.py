@@ -107,6 +107,6 @@ def test_the_held_out_share_of_ids_is_met_inside_a_document(tmp_path):
         store_dir=str(tmp_path / "s"),
     )
     data = open_data(config, seed=0, progress=False)
-    assert data.stores[0].manifest["splits"]["train"]["tokens"] == [0, 9_000]
-    assert data.valid_tokens == 1_000 and data.valid_splits[0]["bytes"] == 999
-    assert data.stores[0].manifest["held_out"] == "the last 1,000 of 10,000 ids, 10.0% of them"
+    assert data.stores[0].manifest.splits["train"].tokens == (0, 9_000)
+    assert data.valid_tokens == 1_000 and data.valid_splits[0].bytes == 999
+    assert data.stores[0].manifest.held_out == "the last 1,000 of 10,000 ids, 10.0% of them"

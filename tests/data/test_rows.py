@@ -40,7 +40,7 @@ def epoch(rows, number=0):
 
 def stream(data, split="train"):
     store = (data.stores if split == "train" else data.valid_stores)[0]
-    begin, end = store.manifest["splits"][split]["tokens"]
+    begin, end = store.manifest.splits[split].tokens
     out = np.empty(end - begin, np.int32)
     store.tokens.read(out, begin)
     return out

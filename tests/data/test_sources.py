@@ -18,6 +18,7 @@ from tinylm.core.errors import StorageError, UserError
 from tinylm.data import open_data, store
 from tinylm.data.atomic import make
 from tinylm.data.config import DataConfig
+from tinylm.data.manifest import Split
 from tinylm.data.sources import base, files, hub, made, make_source, records
 from tinylm.data.tokenizers import portions
 
@@ -130,7 +131,7 @@ def test_the_cut_of_one_text_is_nanogpts(tmp_path):
     )
     data = open_data(config, seed=0, progress=False)
     assert data.vocab_size == 66
-    assert manifest(data)["splits"]["train"]["tokens"] == [0, 1_003_854]
+    assert manifest(data).splits["train"].tokens == (0, 1_003_854)
     assert data.valid_tokens == 111_540 and data.valid_bytes_per_token() == 1
 
 
@@ -141,16 +142,8 @@ def test_the_cut_of_several_texts_falls_between_two(tmp_path):
         seed=0,
         progress=False,
     )
-    assert manifest(data)["splits"]["train"] == {
-        "documents": [0, 2],
-        "tokens": [0, 82],
-        "bytes": 80,
-    }
-    assert manifest(data)["splits"]["valid"] == {
-        "documents": [2, 4],
-        "tokens": [82, 104],
-        "bytes": 20,
-    }
+    assert manifest(data).splits["train"] == Split((0, 2), (0, 82), bytes=80)
+    assert manifest(data).splits["valid"] == Split((2, 4), (82, 104), bytes=20)
 
 
 def test_a_validation_source_of_its_own_takes_no_text_from_training(tmp_path):
@@ -160,9 +153,7 @@ def test_a_validation_source_of_its_own_takes_no_text_from_training(tmp_path):
         tmp_path, source=f"text:{tmp_path}/a", valid_source=f"text:{tmp_path}/b", tokenizer="char"
     )
     data = open_data(config, seed=0, progress=False)
-    assert (
-        manifest(data)["tokens"] == len(STORIES[0]) + 1 and data.valid_tokens == len(STORIES[1]) + 1
-    )
+    assert manifest(data).tokens == len(STORIES[0]) + 1 and data.valid_tokens == len(STORIES[1]) + 1
 
 
 def test_tales_have_a_floor_and_keep_their_splits_apart(tmp_path, monkeypatch):
@@ -197,12 +188,11 @@ def test_ready_ids_are_read_in_place_in_the_type_they_have(tmp_path, kind, vocab
     out = np.empty(len(ids), np.int32)
     opened.tokens.read(out, 0)
     assert np.array_equal(out, ids)
-    assert not list(opened.folder.glob("tokens-*")) and manifest(data)["documents"] == 120
+    assert not list(opened.folder.glob("tokens-*")) and manifest(data).documents == 120
     assert (
-        manifest(data)["splits"]["train"]["tokens"][1]
-        in np.flatnonzero(ids == made.tokenizer.eot_id) + 1
+        manifest(data).splits["train"].tokens[1] in np.flatnonzero(ids == made.tokenizer.eot_id) + 1
     )
-    assert sum(s["bytes"] for s in manifest(data)["splits"].values()) == 40 * sum(
+    assert sum(s.bytes for s in manifest(data).splits.values()) == 40 * sum(
         len(s.encode()) for s in STORIES
     )
     ids[70] = vocab - 1
@@ -231,8 +221,8 @@ def test_bad_text_is_named_with_file_and_byte_or_skipped_and_counted(tmp_path, c
     spec = {"source": f"text:{tmp_path}/*.txt", "valid_fraction": 0}
     refused(tmp_path, match, **spec)
     data = open_data(config_of(tmp_path, on_bad_text="skip", **spec), seed=0, progress=False)
-    assert manifest(data)["skipped"]["count"] == 1
-    assert manifest(data)["documents"] == 1 + content.count(b"good")
+    assert manifest(data).skipped.count == 1
+    assert manifest(data).documents == 1 + content.count(b"good")
 
 
 def test_a_record_without_its_field_is_skipped_and_counted(tmp_path):
@@ -240,9 +230,8 @@ def test_a_record_without_its_field_is_skipped_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     spec = {"source": f"jsonl:{tmp_path}/a.jsonl", "valid_fraction": 0, "on_bad_text": "skip"}
     data = open_data(config_of(tmp_path, **spec), seed=0, progress=False)
-    assert manifest(data)["skipped"]["count"] == 2 and "line 2, has no field text, only txt" in str(
-        manifest(data)["skipped"]
-    )
+    assert manifest(data).skipped.count == 2
+    assert "line 2, has no field text, only txt" in str(manifest(data).skipped.examples)
     refused(
         tmp_path,
         "holds no text .skipped 3, first: .*has no field story, only text; set data.text_field",
@@ -257,7 +246,7 @@ def test_bad_lines_of_jsonl_are_named_or_skipped(tmp_path):
     spec = {"source": f"jsonl:{tmp_path}/a.jsonl", "valid_fraction": 0}
     refused(tmp_path, r"line 2, at byte 29, is not JSON", **spec)
     data = open_data(config_of(tmp_path, on_bad_text="skip", **spec), seed=0, progress=False)
-    assert manifest(data)["skipped"]["count"] == 4 and manifest(data)["documents"] == 1
+    assert manifest(data).skipped.count == 4 and manifest(data).documents == 1
 
 
 @pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
@@ -271,7 +260,7 @@ def test_bad_strings_of_parquet_are_named_or_skipped(tmp_path, kind):
     spec = {"source": f"parquet:{tmp_path}/a.parquet", "valid_fraction": 0}
     refused(tmp_path, r"a\.parquet, row 1, field text, is not UTF-8 \(byte 0 of it\)", **spec)
     data = open_data(config_of(tmp_path, on_bad_text="skip", **spec), seed=0, progress=False)
-    assert manifest(data)["skipped"]["count"] == 2 and manifest(data)["documents"] == 1
+    assert manifest(data).skipped.count == 2 and manifest(data).documents == 1
 
 
 @pytest.mark.parametrize(
@@ -513,13 +502,10 @@ def test_a_written_tfds_data_set_gives_the_tokens_of_its_source(
         "tfds:my_text", "train", tfds_data_dir=by_name.tfds_data_dir
     )
     for data in (again, direct):
-        data.ids = np.empty(manifest(data)["tokens"], np.int32)
+        data.ids = np.empty(manifest(data).tokens, np.int32)
         data.stores[0].tokens.read(data.ids, 0)
     assert np.array_equal(again.ids, direct.ids)
-    assert (
-        manifest(again)["splits"]["train"]["tokens"]
-        == manifest(direct)["splits"]["train"]["tokens"]
-    )
+    assert manifest(again).splits["train"].tokens == manifest(direct).splits["train"].tokens
     assert "tensorflow" not in sys.modules
 
 
@@ -531,11 +517,11 @@ def test_the_stock_tiny_shakespeare_builder_works_offline(tmp_path):
         "d = open_data(DataConfig(source='tfds:tiny_shakespeare', tokenizer='char', "
         "store_dir=sys.argv[1] + '/s',"
         " tfds_data_dir=sys.argv[1] + '/t', tfds_manual_dir=sys.argv[2]), seed=0, progress=False)\n"
-        "print(d.vocab_size, [s['tokens'] for s in d.stores[0].manifest['splits'].values()])"
+        "print(d.vocab_size, [s.tokens for s in d.stores[0].manifest.splits.values()])"
     )
     command = [sys.executable, "-c", program, str(tmp_path), str(real("tinyshakespeare"))]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert output.splitlines()[-1] == "66 [[0, 1003855], [1003855, 1059626]]"
+    assert output.splitlines()[-1] == "66 [(0, 1003855), (1003855, 1059626)]"
 
 
 def test_the_data_room_needs_neither_jax_nor_its_heavy_libraries_to_open(tmp_path):

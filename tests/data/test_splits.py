@@ -35,8 +35,8 @@ def texts_of_splits(data):
     """Return the text that each split decodes to, document by document."""
     store = data.stores[0]
     found = {}
-    for name, split in store.manifest["splits"].items():
-        begin, end = split["tokens"]
+    for name, split in store.manifest.splits.items():
+        begin, end = split.tokens
         ids = np.empty(end - begin, np.int32)
         store.tokens.read(ids, begin)
         found[name] = data.tokenizer.decode(ids)
@@ -53,14 +53,14 @@ def told(monkeypatch):
 def test_a_large_last_document_is_cut_inside(tmp_path, told):
     write_texts(tmp_path, [700, 700, 700, 700, 80_000])
     data = open_data(config_of(tmp_path), seed=0)
-    held_out = data.valid_splits[0]["bytes"]
+    held_out = data.valid_splits[0].bytes
     assert held_out == pytest.approx(0.1 * 82_800, abs=1)
     assert "held out for validation: the end of the last document, 10.0% of the text" in told
     text = texts_of_splits(data)
     whole = "".join((tmp_path / f"{n}.txt").read_text(encoding="utf-8") for n in range(5))
     assert text["train"] + text["valid"] == whole
     # An end of text follows each document, and none the part of the one that is cut.
-    ids = np.empty(data.stores[0].manifest["tokens"], np.int32)
+    ids = np.empty(data.stores[0].manifest.tokens, np.int32)
     data.stores[0].tokens.read(ids, 0)
     assert (ids == data.tokenizer.eot_id).sum() == 5
 
@@ -68,8 +68,8 @@ def test_a_large_last_document_is_cut_inside(tmp_path, told):
 def test_a_large_document_in_the_middle_is_cut_inside(tmp_path, told):
     write_texts(tmp_path, [100, 80_000, 100])
     data = open_data(config_of(tmp_path, packing="packed"), seed=0)
-    assert data.valid_splits[0]["bytes"] == pytest.approx(8_020, abs=1)
-    assert data.valid_splits[0]["documents"] == [2, 4]
+    assert data.valid_splits[0].bytes == pytest.approx(8_020, abs=1)
+    assert data.valid_splits[0].documents == (2, 4)
     assert (
         "held out for validation: the last 2 documents, cut inside one, 10.0% of the text" in told
     )
@@ -111,7 +111,7 @@ def test_random_documents_are_held_out_by_their_own_text(tmp_path, told):
     )
     text = texts_of_splits(data)
     held_out = [story for story in stories if story in text["valid"]]
-    assert data.valid_splits[0]["bytes"] / sum(map(len, stories)) == pytest.approx(0.1, abs=0.05)
+    assert data.valid_splits[0].bytes / sum(map(len, stories)) == pytest.approx(0.1, abs=0.05)
     assert "".join(held_out) == text["valid"]
     assert "".join(story for story in stories if story not in held_out) == text["train"]
     assert any(

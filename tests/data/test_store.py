@@ -20,6 +20,7 @@ import pytest
 from tinylm.core.errors import StorageError, UserError
 from tinylm.data import encoding, open_data, prepare, sources, store, stores
 from tinylm.data.config import DataConfig
+from tinylm.data.manifest import MANIFEST, Shard, read_manifest
 from tinylm.data.tokenizers import ByteTokenizer, portions
 
 PREPARE = """
@@ -114,9 +115,9 @@ def test_any_number_of_processes_encodes_to_the_same_store(tmp_path, monkeypatch
     many = open_data(
         config_of(path, tmp_path / "many", tokenizer="bpe:300"), seed=0, progress=False
     )
-    assert not here and len(manifest(many)["shards"]) == 1
-    assert manifest(many)["shards"] == manifest(alone)["shards"]
-    assert manifest(many)["document_shards"] == manifest(alone)["document_shards"]
+    assert not here and len(manifest(many).shards) == 1
+    assert manifest(many).shards == manifest(alone).shards
+    assert manifest(many).document_shards == manifest(alone).document_shards
 
 
 def test_where_processes_cannot_encode_this_one_does_and_says_what_is_wrong(tmp_path, monkeypatch):
@@ -177,7 +178,7 @@ def test_others_wait_for_the_writer_but_not_for_ever(tmp_path):
         open_data(config, seed=0, is_writer=False, wait_secs=0.3, progress=False)
     writer = start(config.source, tmp_path / "s")
     data = open_data(config, seed=0, is_writer=False, wait_secs=60, progress=False)
-    assert writer.wait() == 0 and manifest(data)["tokens"] > 0
+    assert writer.wait() == 0 and manifest(data).tokens > 0
 
 
 def test_a_full_disk_is_one_line_with_its_own_exit_code_and_leaves_nothing(tmp_path):
@@ -196,7 +197,7 @@ def test_a_full_disk_is_one_line_with_its_own_exit_code_and_leaves_nothing(tmp_p
         and "data.store_dir" in str(error.value)
     )
     assert not finished(tmp_path / "s") and not list((tmp_path / "s").glob("*.tmp"))
-    assert manifest(open_data(config, seed=0, progress=False))["tokens"] > 100_000
+    assert manifest(open_data(config, seed=0, progress=False)).tokens > 100_000
 
 
 def test_a_store_is_made_once_and_again_when_its_text_changes(tmp_path, monkeypatch):
@@ -346,6 +347,37 @@ def test_a_shard_that_was_only_touched_is_read_on(tmp_path):
     assert np.array_equal(data.train.read(np.arange(9))["tokens"], before["tokens"])
 
 
+MANIFEST_KEYS = (
+    "format dtype tokens documents bytes unknown shards mask_shards document_shards source "
+    "tokenizer splits skipped held_out"
+)
+
+
+def test_a_manifest_has_the_keys_that_other_versions_read_and_comes_back_as_it_was(tmp_path):
+    config = config_of("", tmp_path / "s")
+    config.source = "tales:50"
+    opened = open_data(config, seed=0, progress=False).stores[0]
+    content = json.loads((opened.folder / MANIFEST).read_text())
+    assert list(content) == MANIFEST_KEYS.split()
+    assert list(content["shards"][0]) == ["file", "items", "sha256"]
+    assert list(content["splits"]["valid"]) == ["documents", "tokens", "bytes", "log_prob"]
+    assert list(content["tokenizer"]) == ["name", "fingerprint", "vocab_size", "eot_id"]
+    assert list(content["skipped"]) == ["count", "examples"]
+    opened.manifest.write(tmp_path)
+    assert read_manifest(tmp_path) == opened.manifest
+
+
+@pytest.mark.parametrize("key", ["shards", "splits", "tokenizer"])
+def test_a_manifest_that_lacks_a_part_is_one_line(tmp_path, key):
+    config = config_of(write_text(tmp_path / "a.txt", 500), tmp_path / "s")
+    folder = open_data(config, seed=0, progress=False).stores[0].folder
+    content = json.loads((folder / MANIFEST).read_text())
+    del content[key]
+    (folder / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(StorageError, match=f"can't be read .*{key}.*delete"):
+        open_data(config, seed=0, progress=False)
+
+
 def test_a_store_of_another_tokenizer_is_refused(tmp_path):
     path = write_text(tmp_path / "a.txt", 500)
     config = config_of(path, tmp_path / "s")
@@ -401,9 +433,9 @@ def test_a_trillion_tokens_open_at_once_and_read_like_few(tmp_path):
     for name, (items, count) in sizes.items():
         folder = tmp_path / name
         folder.mkdir()
-        shards = [{"file": f"tokens-{i:05d}.bin", "items": items} for i in range(count)]
+        shards = [Shard(f"tokens-{i:05d}.bin", items) for i in range(count)]
         for shard in shards:
-            with (folder / shard["file"]).open("wb") as file:
+            with (folder / shard.file).open("wb") as file:
                 file.truncate(items)
         array = store.TokenArray(folder, shards, np.dtype(np.uint8))
         out = np.empty(64, np.int32)
@@ -428,7 +460,7 @@ def test_more_files_open_than_the_soft_limit_allows(tmp_path):
         config = config_of("", tmp_path / "s", seq_len=4)
         config.source = f"tokens:{tmp_path}/*.bin"
         data = open_data(config, seed=0, progress=False)
-        assert manifest(data)["documents"] == 200 and ids_of(data.stores[0])[::2].tolist() == list(
+        assert manifest(data).documents == 200 and ids_of(data.stores[0])[::2].tolist() == list(
             range(200)
         )
     finally:

@@ -116,7 +116,7 @@ def makers():
 def said(monkeypatch):
     """A function that returns what was said since it was called last."""
     lines = []
-    for module in ("tokenizers", "open"):
+    for module in ("tokenizers", "store_finder"):
         monkeypatch.setattr(f"tinylm.data.{module}.say", lines.append)
 
     def take():
@@ -463,12 +463,12 @@ def test_what_a_tokenizer_cannot_spell_is_counted_and_said(tmp_path, said):
         store_dir=str(tmp_path / "stores"),
     )
     data = open_data(config, seed=0, progress=False)
-    assert data.stores[0].manifest["unknown"] == 2
+    assert data.stores[0].manifest.unknown == 2
     assert "2 of 12 tokens of text:" in (line := said())
     assert "can't spell, such as '日本'" in line
     np.array([2, 0, 0, 1, 3, 2, 1, 2, 3, 1], np.uint16).tofile(tmp_path / "ids.bin")
     config.source = f"tokens:{tmp_path}/ids.bin"
-    assert open_data(config, seed=0, progress=False).stores[0].manifest["unknown"] == 2
+    assert open_data(config, seed=0, progress=False).stores[0].manifest.unknown == 2
 
 
 @pytest.mark.parametrize("size", [0, 20])

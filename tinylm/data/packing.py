@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinylm.data.manifest import Shard
 from tinylm.data.store import ArrayFile, ArrayWriter
 
 PLAN = "plan.json"
@@ -221,8 +222,8 @@ def load_plan(folder: pathlib.Path) -> DocumentPlan | None:
     """Open a written plan, memory-mapped; None where it isn't there, or not whole."""
     try:
         num_rows, num_pieces, num_split = json.loads((folder / PLAN).read_text(encoding="utf-8"))
-        ends = ArrayFile(folder, {"file": "ends-00000.bin", "items": num_rows}, np.int64)
-        pieces = ArrayFile(folder, {"file": "pieces-00000.bin", "items": 2 * num_pieces}, np.int64)
+        ends = ArrayFile(folder, Shard("ends-00000.bin", num_rows), np.int64)
+        pieces = ArrayFile(folder, Shard("pieces-00000.bin", 2 * num_pieces), np.int64)
     except (OSError, ValueError):
         return None
     return DocumentPlan(ends.mapped(), pieces.mapped().reshape(-1, 2), num_split, (ends, pieces))

@@ -13,7 +13,6 @@ import pathlib
 import time
 from collections.abc import Iterable, Iterator
 from concurrent import futures
-from typing import Any
 
 import numpy as np
 
@@ -21,9 +20,10 @@ from tinylm.core.errors import UserError
 from tinylm.core.log import say
 from tinylm.data import splits as splits_of
 from tinylm.data.encoding import Encoded, encode
+from tinylm.data.manifest import SkippedFacts, Split, read_manifest
 from tinylm.data.progress import Progress, progress
 from tinylm.data.sources.base import Document, Source, good_documents
-from tinylm.data.store import StoreWriter, describe_tokenizer, read_manifest, smallest_dtype
+from tinylm.data.store import StoreWriter, smallest_dtype
 from tinylm.data.tokenizers import Tokenizer
 
 SKIPPED = "skipped.txt"
@@ -88,13 +88,13 @@ def tell_skipped(folder: pathlib.Path) -> None:
     """Say what was skipped for the store in `folder`: the first, with file and place, and where the
     rest stands.
     """
-    skipped = read_manifest(folder)["skipped"]
-    if not skipped["count"]:
+    skipped = read_manifest(folder).skipped
+    if not skipped.count:
         return
-    say(f"skipped {skipped['count']:,} documents (data.on_bad_text=skip):")
-    for problem in skipped["examples"]:
+    say(f"skipped {skipped.count:,} documents (data.on_bad_text=skip):")
+    for problem in skipped.examples:
         say(f"  {problem}")
-    if skipped["count"] > len(skipped["examples"]):
+    if skipped.count > len(skipped.examples):
         say(f"  all of them are in {folder / SKIPPED}")
 
 
@@ -107,7 +107,7 @@ class Preparer:
         self.folder = folder
         self.writer = self._new_writer()
         self.skipped = Skipped(folder / SKIPPED)
-        self.splits: dict[str, Any] = {}
+        self.splits: dict[str, Split] = {}
         self.num_documents = 0  # good ones of the source, whereas the writer counts parts of them
         self._work = work
         self._is_cut_inside = False
@@ -125,14 +125,12 @@ class Preparer:
                 skips = f" (skipped {self.skipped.count:,}, first: {self.skipped.first[0]})"
             raise UserError(f"{self.source.setting} holds no text{skips}.")
         self.writer.finish(
-            {
-                "source": self.source.spec,
-                "tokenizer": describe_tokenizer(self.tokenizer),
-                "splits": self.splits,
-                "documents": self.num_documents,
-                "skipped": {"count": self.skipped.count, "examples": self.skipped.first},
-                "held_out": self._held_out(),
-            }
+            self.source.spec,
+            self.tokenizer,
+            self.splits,
+            skipped=SkippedFacts(self.skipped.count, tuple(self.skipped.first)),
+            documents=self.num_documents,
+            held_out=self._held_out(),
         )
 
     def tell(self, secs: float) -> None:
@@ -155,8 +153,9 @@ class Preparer:
         """Return which part of a source without splits is held out, in words."""
         if self.source.own_splits or not {"train", "valid"} <= self.splits.keys():
             return ""
-        first, last = self.splits["valid"]["documents"]
-        count = last - first
+        held_out = self.splits["valid"]
+        first, end = held_out.documents
+        count = end - first
         if self.source.config.valid_split == "random":
             which = f"{count:,} random documents"
         elif self._is_cut_inside and count == 1:
@@ -167,7 +166,7 @@ class Preparer:
             which = "the last document"
         else:
             which = f"the last {count:,} documents"
-        share = self.splits["valid"]["bytes"] / self.writer.num_bytes
+        share = held_out.bytes / self.writer.num_bytes
         return f"{which}, {share:.1%} of the text"
 
     def _add_all(self, splits: tuple[str, ...]) -> None:
@@ -241,21 +240,20 @@ class Preparer:
         """Write the documents of one split."""
         first = self.writer.num_documents
         log_prob = self._add(documents)
-        self._note_split(name, first, self.writer.num_documents)
-        if log_prob is not None and name in self.splits:
-            self.splits[name]["log_prob"] = log_prob
+        self._note_split(name, first, self.writer.num_documents, log_prob)
 
-    def _note_split(self, name: str, first: int, last: int) -> None:
-        """Note that a split has the documents from `first` to before `last`, where it has any."""
-        if first == last:
+    def _note_split(self, name: str, first: int, end: int, log_prob: float | None = None) -> None:
+        """Note that a split has the documents from `first` to before `end`, where it has any."""
+        if first == end:
             return
         first_token, first_byte = self._written_before(first)
-        last_token, last_byte = self._written_before(last)
-        self.splits[name] = {
-            "documents": [first, last],
-            "tokens": [first_token, last_token],
-            "bytes": last_byte - first_byte,
-        }
+        end_token, end_byte = self._written_before(end)
+        self.splits[name] = Split(
+            documents=(first, end),
+            tokens=(first_token, end_token),
+            bytes=end_byte - first_byte,
+            log_prob=log_prob,
+        )
 
     def _written_before(self, document: int) -> tuple[int, int]:
         """Return how many tokens and bytes come before a document."""

@@ -86,8 +86,8 @@ class SplitRows:
         self._seed = seed
         self._use_mask = use_mask
         self._packed = packed
-        self._begin, self._end = store.manifest["splits"][split]["tokens"]
-        self._eot_id = store.manifest["tokenizer"]["eot_id"]
+        self._begin, self._end = store.manifest.splits[split].tokens
+        self._eot_id = store.manifest.tokenizer.eot_id
 
     def __len__(self) -> int:
         return self._plan.num_rows

@@ -12,6 +12,7 @@ only touched is compared with its checksum, and read on.
 """
 
 import bisect
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -19,16 +20,23 @@ import mmap
 import os
 import pathlib
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from tinylm.core.errors import StorageError, UserError
+from tinylm.core.errors import StorageError
+from tinylm.data.manifest import (
+    Manifest,
+    Shard,
+    SkippedFacts,
+    Split,
+    TokenizerFacts,
+    as_json,
+    read_manifest,
+)
 from tinylm.data.tokenizers import Tokenizer
 
-FORMAT = 2  # 2: stores are named by the content of their files
-MANIFEST = "manifest.json"
 SHARD_TOKENS = 1 << 32  # few files: each costs a descriptor
 _MASK_TOKENS = 1 << 20
 _READ_AHEAD_BYTES = 1 << 26
@@ -44,7 +52,12 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
 
 
 class ArrayWriter:
-    """Appends arrays of one type to numbered shard files, with checksums."""
+    """Appends arrays of one type to numbered shard files, with checksums.
+
+    Attributes:
+        total: How many items were appended.
+        shards: The files that are complete; after `close` these are all.
+    """
 
     def __init__(
         self,
@@ -57,9 +70,11 @@ class ArrayWriter:
         self.stem = stem
         self.dtype = np.dtype(dtype)
         self.shard_items = shard_items
-        self.shards: list[dict[str, Any]] = []
+        self.shards: list[Shard] = []
         self.total = 0
+        # The shard that is being written.
         self._file: Any = None
+        self._items = 0
         self._digest = hashlib.sha256()
 
     def append(self, values: np.ndarray) -> None:
@@ -67,36 +82,41 @@ class ArrayWriter:
         while len(values):
             if self._file is None:
                 self._open()
-            room = self.shard_items - self.shards[-1]["items"]
+            room = self.shard_items - self._items
             content = np.ascontiguousarray(values[:room], self.dtype)
             self._file.write(content.data)
             self._digest.update(content.data)
-            self.shards[-1]["items"] += len(content)
+            self._items += len(content)
             self.total += len(content)
             values = values[room:]
             if len(content) == room:
                 self.close()
 
+    def _name(self, number: int) -> str:
+        return f"{self.stem}-{number:05d}.bin"
+
     def _open(self) -> None:
-        name = f"{self.stem}-{len(self.shards):05d}.bin"
-        self._file = (self.folder / name).open("wb")
+        """Begin the next shard."""
+        self._file = (self.folder / self._name(len(self.shards))).open("wb")
+        self._items = 0
         self._digest = hashlib.sha256()
-        self.shards.append({"file": name, "items": 0})
 
     def so_far(self) -> np.ndarray:
         """Map what the first shard holds by now."""
-        if not self.shards:
+        if not self.total:
             return np.zeros(0, self.dtype)
         if self._file is not None:
             self._file.flush()
-        return np.memmap(self.folder / self.shards[0]["file"], self.dtype, mode="r")
+        return np.memmap(self.folder / self._name(0), self.dtype, mode="r")
 
     def close(self) -> None:
         """End the current shard and note its checksum."""
-        if self._file is not None:
-            self._file.close()
-            self.shards[-1]["sha256"] = self._digest.hexdigest()
-            self._file = None
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        name = self._name(len(self.shards))
+        self.shards.append(Shard(name, self._items, sha256=self._digest.hexdigest()))
 
 
 class StoreWriter:
@@ -164,32 +184,57 @@ class StoreWriter:
         for writer in (self.tokens, self.ends, self.masks):
             writer.close()
 
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Close the files and write the manifest."""
+    def finish(
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        splits: dict[str, Split],
+        *,
+        skipped: SkippedFacts,
+        documents: int | None = None,
+        held_out: str = "",
+        ready_shards: Sequence[Shard] = (),
+    ) -> None:
+        """Close the files and write the manifest.
+
+        Args:
+            source: The spec of the source.
+            tokenizer: What made the ids.
+            splits: The splits by name.
+            skipped: What was skipped.
+            documents: How many documents the source gave, where it isn't as many as were added: one
+                that is cut was added in two parts.
+            held_out: Which part is held out, in words.
+            ready_shards: The files of ids that are read in place, where no ids were added.
+        """
         self.close()
-        manifest = {
-            "format": FORMAT,
-            "dtype": self.tokens.dtype.name,
-            "tokens": self.tokens.total,
-            "documents": self.num_documents,
-            "bytes": self.num_bytes,
-            "unknown": self.num_unknown,
-            "shards": self.tokens.shards,
-            "mask_shards": self.masks.shards,
-            "document_shards": self.ends.shards,
-            **manifest,
-        }
-        (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        shards = list(ready_shards) or self.tokens.shards
+        manifest = Manifest(
+            dtype=self.tokens.dtype.name,
+            tokens=sum(shard.items for shard in shards),
+            documents=self.num_documents if documents is None else documents,
+            bytes=self.num_bytes,
+            unknown=self.num_unknown,
+            shards=shards,
+            mask_shards=self.masks.shards,
+            document_shards=self.ends.shards,
+            source=source,
+            tokenizer=TokenizerFacts.of(tokenizer),
+            splits=splits,
+            skipped=skipped,
+            held_out=held_out,
+        )
+        manifest.write(self.folder)
 
 
 class TokenArray:
     """One long array over several files, read a stretch at a time."""
 
-    def __init__(self, folder: pathlib.Path, shards: list[dict[str, Any]], dtype: np.dtype | type):
+    def __init__(self, folder: pathlib.Path, shards: Sequence[Shard], dtype: np.dtype | type):
         """Open the `shards` of the store in `folder`; `dtype` is that of shards that name none."""
         _allow_files(len(shards))
-        self._files = [ArrayFile(folder, shard, shard.get("dtype", dtype)) for shard in shards]
-        self._starts = [0, *itertools.accumulate(shard["items"] for shard in shards)]
+        self._files = [ArrayFile(folder, shard, shard.dtype or dtype) for shard in shards]
+        self._starts = [0, *itertools.accumulate(shard.items for shard in shards)]
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -213,15 +258,13 @@ class ArrayFile:
     A small file is read ahead whole; a large one never, since its reads are scattered.
     """
 
-    def __init__(self, folder: pathlib.Path, shard: dict[str, Any], dtype: np.dtype | type | str):
-        """Open a shard of the store in `folder`: its `file`, `items` and, where it is known,
-        `sha256`.
-        """
+    def __init__(self, folder: pathlib.Path, shard: Shard, dtype: np.dtype | type | str):
+        """Open a shard of the store in `folder`, whose items are of type `dtype`."""
         self.folder = folder
-        self.path = folder / shard["file"]
-        self.sha256 = shard.get("sha256")
+        self.path = folder / shard.file
+        self.sha256 = shard.sha256
         self.dtype = np.dtype(dtype)
-        self.items = shard["items"]
+        self.items = shard.items
         try:
             self._file = self.path.open("rb", buffering=0)
         except OSError as error:
@@ -298,100 +341,92 @@ def _allow_files(count: int) -> None:
 
 
 class Store:
-    """A finished store, opened for reading."""
+    """A finished store, opened for reading.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What it holds.
+        spec: The source that it is of.
+        tokens: The ids of all documents in a row.
+        mask: 1 where a token carries loss; None where all do.
+    """
 
     def __init__(self, folder: pathlib.Path, spec: str = "", ready_files: Sequence[str] = ()):
-        """Open the store in `folder`; `spec` is the source that it is of, `ready_files` are its
-        files of ids.
+        """Open a store.
+
+        Args:
+            folder: Where it is.
+            spec: The source, where another spec than the one it was prepared for leads to it.
+            ready_files: Where the ready files of ids are now.
         """
         self.folder = folder
         self.manifest = read_manifest(folder)
-        self.spec = spec or self.manifest["source"]
-        shards = self.manifest["shards"]
+        self.spec = spec or self.manifest.source
+        shards = self.manifest.shards
         if ready_files:
             shards = [
-                {**shard, "file": path} for shard, path in zip(shards, ready_files, strict=True)
+                dataclasses.replace(shard, file=path)
+                for shard, path in zip(shards, ready_files, strict=True)
             ]
-        self._shards = shards
-        self.tokens = TokenArray(folder, shards, np.dtype(self.manifest["dtype"]))
-        masks = self.manifest["mask_shards"]
+        self.tokens = TokenArray(folder, shards, np.dtype(self.manifest.dtype))
+        masks = self.manifest.mask_shards
         self.mask = TokenArray(folder, masks, np.uint8) if masks else None
-
-    @property
-    def _files(self) -> list[dict[str, Any]]:
-        return self._shards + self.manifest["mask_shards"] + self.manifest["document_shards"]
+        self._files = shards + masks + self.manifest.document_shards
 
     @property
     def num_bytes(self) -> int:
         """How many bytes its files have."""
-        return sum((self.folder / shard["file"]).stat().st_size for shard in self._files)
+        return sum((self.folder / shard.file).stat().st_size for shard in self._files)
 
     @property
     def digest(self) -> str:
         """A hash of what it holds: ids, masks, ends of documents, splits and the tokenizer; not of
         where it lies.
         """
-        files = [[shard["items"], shard["sha256"]] for shard in self._files]
-        content = [files, self.manifest["splits"], self.manifest["tokenizer"]["fingerprint"]]
+        files = [[shard.items, shard.sha256] for shard in self._files]
+        splits = {name: as_json(split) for name, split in self.manifest.splits.items()}
+        content = [files, splits, self.manifest.tokenizer.fingerprint]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def verify(self) -> None:
         """Read every file and raise StorageError where one differs from its checksum."""
         for shard in self._files:
-            path = self.folder / shard["file"]
+            path = self.folder / shard.file
             try:
                 with path.open("rb") as file:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise StorageError(f"{path} can't be read: {error.strerror}.") from error
-            if found != shard["sha256"]:
+            if found != shard.sha256:
                 raise damaged(self.folder, path, "differs from its checksum")
-
-    def pairs(self, split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (prompt ids, completion ids) of the documents of a split that have a prompt."""
-        if self.mask is None:
-            return
-        first, last = self.manifest["splits"][split]["documents"]
-        ends = self.document_ends()[:, 0]
-        for document in range(first, last):
-            begin = int(ends[document - 1]) if document else 0
-            length = int(ends[document]) - begin
-            ids = np.empty(length, np.int32)
-            mask = np.empty(length, np.uint8)
-            self.tokens.read(ids, begin)
-            self.mask.read(mask, begin)
-            prompt_length = length - int(mask.sum())
-            if prompt_length:
-                # The last id is the end of text.
-                yield ids[:prompt_length], ids[prompt_length:-1]
 
     def document_ends(self) -> np.ndarray:
         """Return, for each document, the tokens and bytes up to its end: [documents, 2]."""
-        (shard,) = self.manifest["document_shards"]
+        (shard,) = self.manifest.document_shards
         return ArrayFile(self.folder, shard, np.int64).mapped().reshape(-1, 2)
 
+    def spans(self, split: Split, documents: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Yield the first token of each of these documents of a split, and the one after its last.
 
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """Return the manifest of a finished store; raise where it can't be read."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"{folder / MANIFEST} can't be read ({error}); delete {folder}."
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(
-            f"{folder} is a token store of another version of tinylm; delete it to prepare it "
-            "again."
-        )
-    return manifest
+        Where a split begins or ends inside a document, only the part in the split counts.
+        """
+        first_token, end_token = split.tokens
+        ends = self.document_ends()[:, 0]
+        for document in documents:
+            begin = int(ends[document - 1]) if document else 0
+            end = int(ends[document])
+            yield max(begin, first_token), min(end, end_token)
 
-
-def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what a manifest says about the tokenizer."""
-    return {
-        "name": tokenizer.name,
-        "fingerprint": tokenizer.fingerprint,
-        "vocab_size": tokenizer.vocab_size,
-        "eot_id": tokenizer.eot_id,
-    }
+    def pairs(self, split: Split) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (prompt ids, completion ids) of the documents of a split that have a prompt."""
+        if self.mask is None:
+            return
+        for begin, end in self.spans(split, range(*split.documents)):
+            ids = np.empty(end - begin, np.int32)
+            self.tokens.read(ids, begin)
+            has_loss = np.empty(end - begin, np.uint8)
+            self.mask.read(has_loss, begin)
+            prompt_length = len(ids) - int(has_loss.sum())
+            if prompt_length:
+                # The last id is the end of text.
+                yield ids[:prompt_length], ids[prompt_length:-1]

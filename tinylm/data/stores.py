@@ -24,8 +24,8 @@ from tinylm.core.files import user_cache
 from tinylm.core.log import alive
 from tinylm.data.atomic import lock_path
 from tinylm.data.config import DataConfig, split_spec
+from tinylm.data.manifest import FORMAT, MANIFEST
 from tinylm.data.sources.base import Source, hash_bytes
-from tinylm.data.store import FORMAT, MANIFEST
 
 USERS = "used_by.txt"
 CHECKSUMS = "checksums"

@@ -6,18 +6,19 @@ store then holds a manifest and those ends, and the files' checksums. Which of t
 has shows in it: in uint32, the upper half of each id is as small as the vocabulary says.
 """
 
+import dataclasses
 import pathlib
-from typing import Any
 
 import numpy as np
 
 from tinylm.core.errors import UserError
 from tinylm.core.log import say
 from tinylm.data.id_files import open_ids, range_hint
+from tinylm.data.manifest import Shard, SkippedFacts, Split
 from tinylm.data.progress import Progress, progress
 from tinylm.data.sources.tokens import TokenSource
 from tinylm.data.splits import Cut, choose_cut
-from tinylm.data.store import StoreWriter, TokenArray, describe_tokenizer
+from tinylm.data.store import StoreWriter, TokenArray
 from tinylm.data.tokenizers import Tokenizer
 
 _CHUNK_TOKENS = 1 << 22
@@ -54,30 +55,28 @@ def prepare_token_files(
         ]
         array = TokenArray(folder, shards, np.uint16)
         scan.close_last_document()
-        ends = writer.document_ends()[:, 0]
-        parts = _split(ends, splits, source)
-        for part in parts.values():
-            begin, end = part["tokens"]
-            part["bytes"] = scan.count_text_bytes(array, begin, end)
+        parts: dict[str, Split] = {}
+        for name, part in _split(writer.document_ends()[:, 0], splits, source).items():
+            num_bytes = scan.count_text_bytes(array, *part.tokens)
+            parts[name] = dataclasses.replace(part, bytes=num_bytes)
+
     held_out = ""
     if {"train", "valid"} <= parts.keys():
-        begin, end = parts["valid"]["tokens"]
-        held_out = f"the last {end - begin:,} of {end:,} ids, {(end - begin) / end:.1%} of them"
+        count = parts["valid"].num_tokens
+        held_out = f"the last {count:,} of {len(array):,} ids, {count / len(array):.1%} of them"
         if is_shown:
             say(f"held out for validation: {held_out}")
     # The manifest doesn't say where the files are, for they may be moved.
-    named_shards = [{**shard, "file": pathlib.Path(shard["file"]).name} for shard in shards]
+    named_shards = [
+        dataclasses.replace(shard, file=pathlib.Path(shard.file).name) for shard in shards
+    ]
     writer.finish(
-        {
-            "source": source.spec,
-            "tokens": len(array),
-            "documents": len(ends),
-            "shards": named_shards,
-            "tokenizer": describe_tokenizer(tokenizer),
-            "splits": parts,
-            "skipped": {"count": 0, "examples": []},
-            "held_out": held_out,
-        }
+        source.spec,
+        tokenizer,
+        parts,
+        skipped=SkippedFacts(),
+        held_out=held_out,
+        ready_shards=named_shards,
     )
 
 
@@ -90,18 +89,18 @@ class _Scan:
         self._work = work
         self._num_tokens = 0
 
-    def file(self, path: str, sha256: str) -> dict[str, Any]:
+    def file(self, path: str, sha256: str) -> Shard:
         """Check the ids of a file, note where documents end in it, and return it as a shard."""
         ids = open_ids(path, self._tokenizer.vocab_size)
         for begin in range(0, len(ids), _CHUNK_TOKENS):
             chunk = ids[begin : begin + _CHUNK_TOKENS]
             self._check(chunk, begin, ids)
-            in_chunk = np.flatnonzero(chunk == self._tokenizer.eot_id)
-            self._note_ends(self._num_tokens + begin + in_chunk + 1)
+            places = np.flatnonzero(chunk == self._tokenizer.eot_id)
+            self._note_ends(self._num_tokens + begin + places + 1)
             self._writer.count_unknown(chunk)
             self._work.update(chunk.nbytes)
         self._num_tokens += len(ids)
-        return {"file": path, "items": len(ids), "dtype": ids.dtype.name, "sha256": sha256}
+        return Shard(path, len(ids), ids.dtype.name, sha256)
 
     def _check(self, chunk: np.ndarray, begin: int, ids: np.memmap) -> None:
         """Raise UserError for an id out of range in the chunk that begins at `begin` of a file."""
@@ -136,25 +135,29 @@ class _Scan:
         return total
 
 
-def _split(ends: np.ndarray, splits: tuple[str, ...], source: TokenSource) -> dict[str, Any]:
+def _split(ends: np.ndarray, splits: tuple[str, ...], source: TokenSource) -> dict[str, Split]:
     """Return the splits of documents that end at `ends`: one split, or the tail held out.
 
-    The tail is cut between two documents, or inside one where these are too large.
+    The tail is cut between two documents, or inside one where these are too large. How many bytes
+    of text each split has is left open, as 0.
     """
+    num_documents = len(ends)
     num_tokens = int(ends[-1])
     fraction = source.config.valid_fraction
     if len(splits) == 1 or not fraction:
-        return {splits[0]: {"documents": [0, len(ends)], "tokens": [0, num_tokens]}}
-    if len(ends) == 1:
+        return {splits[0]: Split((0, num_documents), (0, num_tokens), bytes=0)}
+
+    if num_documents == 1:
         cut = Cut(0, 1 - fraction)
     else:
         cut = choose_cut(ends, source, can_cut_inside=True)
-    place = int(ends[cut.document - 1]) if cut.document else 0
     document = cut.document
+    place = int(ends[document - 1]) if document else 0
     if cut.inside:
+        # The document that is cut counts as one of the training split.
         place += int((int(ends[document]) - place) * cut.inside)
         document += 1
     return {
-        "train": {"documents": [0, document], "tokens": [0, place]},
-        "valid": {"documents": [document, len(ends)], "tokens": [place, num_tokens]},
+        "train": Split((0, document), (0, place), bytes=0),
+        "valid": Split((document, num_documents), (place, num_tokens), bytes=0),
     }

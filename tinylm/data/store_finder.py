@@ -1,0 +1,236 @@
+"""Finds the token stores of a config, and makes those that aren't there yet.
+
+    source, splits --text_key--> what decides the text     \\
+                                                             store_name -> folder: there, or made
+    tokenizer ----tokenizer_key--> what decides the ids     /
+
+A store is named by what decides its content (the files' checksums, the settings, the tokenizer), so
+text that was moved or touched finds its store again, and no tokenizer is made where all stores are
+there. One process of a job makes them, while the others wait.
+
+A tokenizer that learns from the text (bpe, or a cut to the most common ids) learns from the
+training split alone, before the first store is made; only the alphabet of `char` is that of all
+text, since there is no id for a character that it lacks.
+"""
+
+import functools
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from tinylm.core.errors import UserError
+from tinylm.core.log import alive, say
+from tinylm.data import atomic, content, prepare, stores
+from tinylm.data.config import DataConfig, parse_mixture, split_spec
+from tinylm.data.manifest import MANIFEST, read_manifest
+from tinylm.data.progress import progress as progress_of
+from tinylm.data.sources import make_source
+from tinylm.data.sources.base import Document, Source, good_documents
+from tinylm.data.sources.tokens import TokenSource
+from tinylm.data.splits import training_documents
+from tinylm.data.store import Store
+from tinylm.data.token_files import prepare_token_files
+from tinylm.data.tokenizers import Tokenizer, build_tokenizer, tokenizer_file_hashes
+
+WAIT_SECS = 1800.0
+_LOOKED_AT_DOCUMENTS = 1000
+_NUM_EXAMPLES = 3
+
+
+class StoreFinder:
+    """Finds or makes the stores of one config, and at most once the tokenizer that they share.
+
+    Attributes:
+        weights: The share of each source in the mixture.
+        sources: The sources to train on.
+        valid_sources: What data.valid_source names: one source, or none.
+        train_splits: The splits that the stores of `sources` have.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        tokenizer: Tokenizer | None = None,
+        is_writer: bool = True,
+        wait_secs: float = WAIT_SECS,
+        is_shown: bool = True,
+        key: str = "data.source",
+    ):
+        """Read what a config names.
+
+        Args:
+            config: The config.
+            tokenizer: Takes the place of the one that the config names.
+            is_writer: Whether this process makes stores, rather than wait for another that does.
+            wait_secs: How long it waits.
+            is_shown: Whether to show how far a long work is.
+            key: What messages call the source.
+
+        Raises:
+            UserError: A source can't be read.
+        """
+        mixture = parse_mixture(config.source)
+        self.weights = [weight for weight, _ in mixture]
+        self.sources = [make_source(spec, config, key) for _, spec in mixture]
+        self.valid_sources: list[Source] = []
+        if config.valid_source:
+            source = make_source(config.valid_source, config, "data.valid_source")
+            self.valid_sources.append(source)
+        self.train_splits = ("train",) if self.valid_sources else ("train", "valid")
+        self._config = config
+        self._given_tokenizer = tokenizer
+        self._is_writer = is_writer
+        self._wait_secs = wait_secs
+        self._is_shown = is_shown
+        self._folder = stores.store_folder(config)
+        self._checksums_of: dict[str, list[str]] = {}
+
+    def store(self, source: Source, splits: tuple[str, ...]) -> Store:
+        """Return the store of some splits of a source, made by this process, by another, or long
+        ago.
+        """
+        folder = self.folder_of(source, splits)
+        if not self._is_writer:
+            stores.wait_for(folder, self._wait_secs)
+        elif not _is_whole(folder):
+            atomic.make(folder, _is_whole, functools.partial(self._fill, source, splits))
+            self._tell_unknown(source, folder)
+            if self._is_shown:
+                prepare.tell_skipped(folder)
+        ready_files = source.files if isinstance(source, TokenSource) else ()
+        return Store(folder, source.spec, ready_files)
+
+    def folder_of(self, source: Source, splits: tuple[str, ...]) -> pathlib.Path:
+        """Return the folder that the store of some splits of a source has, or will have."""
+        return self._folder / stores.store_name(self._text_key(source, splits), self._tokenizer_key)
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that was given, or that the config names, or that its text teaches."""
+        if self._given_tokenizer is not None:
+            return self._given_tokenizer
+        config = self._config
+        with alive(lambda: f"making data.tokenizer={config.tokenizer}"):
+            return build_tokenizer(
+                config.tokenizer,
+                config.vocab_top_k,
+                self._training_texts,
+                config.eot_token,
+                self._all_texts,
+            )
+
+    @functools.cached_property
+    def _tokenizer_key(self) -> Any:
+        """What decides the tokenizer: its name, its files, and the text where it learns from
+        that.
+        """
+        if self._given_tokenizer is not None:
+            return self._given_tokenizer.fingerprint
+        config = self._config
+        kind, argument = split_spec(config.tokenizer)
+        hashes = tokenizer_file_hashes(config.tokenizer)
+        # A file counts by its content, so that its place doesn't count.
+        key: list[Any] = [kind, hashes or argument, config.vocab_top_k, config.eot_token]
+        if kind in ("char", "bpe") or config.vocab_top_k:
+            key.append("train")
+            key += [self._text_key(source, self.train_splits) for source in self.sources]
+        if kind == "char":
+            key.append("valid")
+            key += [self._text_key(source, ("valid",)) for source in self.valid_sources]
+        return key
+
+    def _text_key(self, source: Source, splits: tuple[str, ...]) -> list[Any]:
+        """Return what decides the text of some splits of a source."""
+        return stores.text_key(source, splits, self._checksums(source))
+
+    def _checksums(self, source: Source) -> list[str]:
+        """Return the checksums of the files of a source, each file read at most once."""
+        if source.setting not in self._checksums_of:
+            self._checksums_of[source.setting] = self._read_checksums(source)
+        return self._checksums_of[source.setting]
+
+    def _read_checksums(self, source: Source) -> list[str]:
+        files = source.content_files
+        if not files:
+            return []
+        notes = stores.checksum_notes(self._folder, source)
+        total_bytes = sum(content.file_state(path)[0] for path in files)
+        with progress_of(total_bytes, self._is_shown, "reading checksums of", source.spec) as work:
+            return content.checksums(files, notes, work)
+
+    def _training_texts(self) -> Iterator[str]:
+        """Yield the texts of the training split, which alone a tokenizer may learn its statistics
+        from.
+        """
+        holds_out = "valid" in self.train_splits
+        for source in self.sources:
+            for document in training_documents(source, holds_out):
+                yield from _texts_of(document)
+
+    def _all_texts(self) -> Iterator[str]:
+        """Yield the texts of all splits, which an alphabet has to cover."""
+        for source in [*self.sources, *self.valid_sources]:
+            for split in ("train", "valid") if source.own_splits else ("all",):
+                for document in good_documents(source.documents(split), self._config.on_bad_text):
+                    yield from _texts_of(document)
+
+    def _fill(self, source: Source, splits: tuple[str, ...], folder: pathlib.Path) -> None:
+        """Write the store of some splits of a source into `folder`."""
+        states_before = [content.file_state(path) for path in source.content_files]
+        self.tokenizer.save(folder / "tokenizer")
+        if isinstance(source, TokenSource):
+            checksums = self._checksums(source)
+            prepare_token_files(
+                source, checksums, self.tokenizer, folder, splits, is_shown=self._is_shown
+            )
+        else:
+            prepare.prepare(source, self.tokenizer, folder, splits, self._is_shown)
+        # The store's name says what the files held before, so it must not hold what came in
+        # meanwhile. The third part of a state changes also where a file is only renamed or linked.
+        for path, before in zip(source.content_files, states_before, strict=True):
+            if content.file_state(path)[:2] != before[:2]:
+                raise UserError(
+                    f"{path} was written to while it was prepared; prepare it when it is complete."
+                )
+
+    def _tell_unknown(self, source: Source, folder: pathlib.Path) -> None:
+        """Say how much of a text its tokenizer could not spell, with examples."""
+        manifest = read_manifest(folder)
+        if not manifest.unknown:
+            return
+        words = self._unspelled_words(source)
+        examples = f", such as {', '.join(map(repr, words))}" if words else ""
+        say(
+            f"warning: {manifest.unknown:,} of {manifest.tokens:,} tokens of {source.spec} "
+            f"({manifest.unknown / manifest.tokens:.2%}) stand for what "
+            f"data.tokenizer={self.tokenizer.name} can't spell{examples}"
+        )
+
+    def _unspelled_words(self, source: Source) -> list[str]:
+        """Return a few words that the tokenizer can't spell, where the first documents have
+        some.
+        """
+        if isinstance(source, TokenSource):
+            return []
+        split = "train" if source.own_splits else "all"
+        documents = good_documents(source.documents(split), "skip")
+        for document in itertools.islice(documents, _LOOKED_AT_DOCUMENTS):
+            unspelled: list[str] = []
+            words = list(dict.fromkeys(document.text.split()))
+            for word, ids in zip(words, self.tokenizer.encode_batch(words), strict=True):
+                if self.tokenizer.count_unknown(ids):
+                    unspelled.append(word)
+            if unspelled:
+                return unspelled[:_NUM_EXAMPLES]
+        return []
+
+
+def _is_whole(folder: pathlib.Path) -> bool:
+    """Return whether there is a store in `folder`, whose manifest is written last."""
+    return (folder / MANIFEST).exists()
+
+
+def _texts_of(document: Document) -> list[str]:
+    return [text for text in (document.prompt, document.text) if text]
