@@ -80,15 +80,15 @@ def test_the_stories_of_a_run_begin_as_its_own_texts_and_are_compared_with_them(
     params = jax.jit(lambda: init_parameters(config, 1))()
     tokenizer = ByteTokenizer()
     run = Run(
-        None,
-        {},
-        7,
-        mesh,
-        config,
-        abstract_transformer(config)[0],
-        params,
-        tokenizer,
-        tokenizer.eot_id,
+        folder=None,
+        config={},
+        step=7,
+        mesh=mesh,
+        model_config=config,
+        graph=abstract_transformer(config)[0],
+        params=params,
+        tokenizer=tokenizer,
+        start_id=tokenizer.eot_id,
     )
     settings = DataConfig(tokenizer="byte", seq_len=16, store_dir=str(tmp_path))
     data = open_validation(settings, "tales:10", tokenizer)

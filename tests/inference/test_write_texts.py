@@ -26,7 +26,17 @@ def run():
     params = jax.jit(lambda: init_parameters(config, 1))()
     mesh = make_mesh(MeshConfig(data=1))
     graph = abstract_transformer(config)[0]
-    return Run(None, {}, 0, mesh, config, graph, params, tokenizer, tokenizer.eot_id)
+    return Run(
+        folder=None,
+        config={},
+        step=0,
+        mesh=mesh,
+        model_config=config,
+        graph=graph,
+        params=params,
+        tokenizer=tokenizer,
+        start_id=tokenizer.eot_id,
+    )
 
 
 def write(run, *stop, shown=None, seed=5):

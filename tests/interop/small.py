@@ -96,15 +96,15 @@ def small_run(config: ModelConfig, mesh: Mesh | None = None) -> Run:
 
     params = jax.tree_util.tree_map_with_path(draw, shapes)
     return Run(
-        None,
-        {},
-        0,
-        mesh or single_device(),
-        config,
-        graph,
-        params,
-        ByteTokenizer(),
-        ByteTokenizer.eot_id,
+        folder=None,
+        config={},
+        step=0,
+        mesh=mesh or single_device(),
+        model_config=config,
+        graph=graph,
+        params=params,
+        tokenizer=ByteTokenizer(),
+        start_id=ByteTokenizer.eot_id,
     )
 
 

@@ -226,7 +226,15 @@ def test_stories260k_goes_on_after_a_prompt_with_its_space(stories):
     imported, shown = on(1, 1), []
     graph = abstract_transformer(imported.model)[0]
     run = Run(
-        None, {}, 0, imported.mesh, imported.model, graph, imported.params, imported.tokenizer, 1
+        folder=None,
+        config={},
+        step=0,
+        mesh=imported.mesh,
+        model_config=imported.model,
+        graph=graph,
+        params=imported.params,
+        tokenizer=imported.tokenizer,
+        start_id=1,
     )
     for stop in ([], ["time"]):
         text = write_texts(

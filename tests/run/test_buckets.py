@@ -2,7 +2,7 @@
 disk.
 
 The store is fsspec's memory behind epath's gs://, with what Google's lacks: appending to an object
-begins it anew.
+begins it again from nothing.
 """
 
 import json
@@ -47,7 +47,7 @@ def folder(monkeypatch):
     return run
 
 
-def test_logs_grow_over_restarts_and_torn_lines_are_mended(folder):
+def test_logs_grow_over_restarts_and_torn_lines_are_cut_off(folder):
     folder.log({"step": 1, "split": "train", "loss": 3.0})
     folder.log({"step": 2, "split": "train", "loss": 2.0})
     assert len(folder.metrics()) == 1  # the second line waits for others, or for a save

@@ -122,7 +122,7 @@ def test_an_entry_of_another_shape_counts_as_an_altered_file(folder, said):
 def test_a_file_too_many_and_a_link_are_named(folder, said, tmp_path):
     (folder / "2" / "params" / "more").write_text("?")
     assert Checkpoints(folder).newest() == 1
-    assert "params/more is not of it" in said[-1]
+    assert "params/more does not belong to it" in said[-1]
     (folder / "2" / "params" / "more").unlink()
     file = folder / "2" / "params" / "_METADATA"
     shutil.move(file, tmp_path / "elsewhere")
@@ -162,7 +162,7 @@ def test_tools_pass_over_damage_but_for_a_number(folder, said):
         Checkpoints(folder).find("2")
 
 
-def test_a_damaged_step_is_written_anew_and_goes_with_the_old(folder, said):
+def test_a_damaged_step_is_written_again_and_goes_with_the_old(folder, said):
     (folder / "2" / "params" / "_METADATA").unlink()
     checkpoints = Checkpoints(folder, CheckpointConfig())
     assert checkpoints.newest() == 1

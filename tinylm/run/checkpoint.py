@@ -1,10 +1,16 @@
 """Checkpoints: sharded, asynchronous, complete or absent, and verified before they are restored.
 
 The one module that knows Orbax. A step is kept as two items: `params`, which tools read alone, and
-`train` (optimizer state, step, guards), with checksums of all files. While a step is written or
-removed, `STEP.unfinished` lies beside it: a kill at any point leaves a step that is whole, or one
-that says it isn't. The latest `checkpoint.keep` steps and the best by validation loss are kept. A
-step that fails its checksums is named and passed over for the one before.
+`train` (optimizer state, step, guards), with checksums of all files. The latest `checkpoint.keep`
+steps and the best by validation loss are kept. A step that fails its checksums is named and passed
+over for the one before.
+
+While a step is written or removed, there is a mark `STEP.unfinished` next to it:
+
+    save    mark | copy to the host | write params, train ... | checksums | unmark | remove old ones
+            <--- the training waits -->  <------------- in the background --------------------->
+
+A kill at any point leaves a step that is whole, or one that the mark says isn't.
 """
 
 import contextlib
@@ -27,7 +33,7 @@ from tinylm.core.storage import check_address, failures
 from tinylm.run import checksums
 
 ITEMS = ("params", "train")
-# After which a save is given up: where one process can't write its part, the others wait so long.
+# After this long a save is given up: where one process can't write its part, others wait for it.
 _COMMIT_SECS = 1800
 
 
@@ -79,10 +85,14 @@ class CheckpointConfig(Section, name="checkpoint"):
 
 def finished_steps(folder: epath.Path) -> list[int]:
     """Return the steps in a run's folder of checkpoints that were finished, in order."""
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    return sorted(
-        int(name) for name in names if name.isdecimal() and f"{name}.unfinished" not in names
-    )
+    if not folder.exists():
+        return []
+    names = {path.name for path in folder.iterdir()}
+    steps = []
+    for name in names:
+        if name.isdecimal() and f"{name}.unfinished" not in names:
+            steps.append(int(name))
+    return sorted(steps)
 
 
 class Checkpoints:
@@ -90,9 +100,12 @@ class Checkpoints:
 
     def __init__(self, folder: epath.Path, config: CheckpointConfig | None = None):
         """Open the folder for reading, or with a config for writing too."""
+        # Orbax is slow to import, and most commands open no checkpoint.
         import orbax.checkpoint as ocp
 
-        self._ocp, self._folder, self._config = ocp, folder, config
+        self._ocp = ocp
+        self._folder = folder
+        self._config = config
         # Floats hardly get smaller, and compressing takes a copy of them and nearly all the time of
         # a save.
         handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
@@ -105,47 +118,57 @@ class Checkpoints:
         self._orbax = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(**handlers), async_options=waiting
         )
+        # The thread that seals a step, and the save that it is at work on.
         self._sealer = ThreadPoolExecutor(1)
         self._sealing: Future[None] | None = None
+        # Steps that were found damaged.
         self._damaged: set[int] = set()
-        self._failure = ""  # of the last save, where it failed
+        # How the last save failed; "" where it didn't.
+        self._failure = ""
 
     def steps(self) -> list[int]:
-        """Return the steps that were finished, in order; not those that were found damaged."""
+        """Return the finished steps in order, without those that were found damaged."""
         return [step for step in finished_steps(self._folder) if step not in self._damaged]
 
     def losses(self) -> dict[int, float]:
         """Return the validation loss of each step that has a finite one."""
-        found = {step: checksums.read(self._folder / str(step)) for step in self.steps()}
-        losses = {
-            step: facts["loss"]
-            for step, facts in found.items()
-            if facts and facts["loss"] is not None
-        }
-        return {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+        losses = {}
+        for step in self.steps():
+            listed = checksums.read(self._folder / str(step))
+            if listed is None or listed.loss is None:
+                continue
+            if math.isfinite(listed.loss):
+                losses[step] = listed.loss
+        return losses
 
     def newest(self) -> int | None:
-        """Clear what dead saves left, and return the newest whole step, or None where no step was
-        ever finished.
+        """Clear what dead saves left, and return the newest whole step.
 
-        Raises StorageError where there are damaged steps alone.
+        None where no step was ever finished. Raises StorageError where all steps are damaged.
         """
         return from_main(self._newest)
 
     def _newest(self) -> int | None:
-        if self._config and self._folder.exists():
+        if self._config is not None and self._folder.exists():
             for path in list(self._folder.iterdir()):
                 if path.suffix == ".unfinished":
                     self._remove(path.stem)
                 elif ".orbax-checkpoint-tmp" in path.name:
                     path.rmtree()
-        return self._first_whole(self.steps()[::-1], ITEMS)
+        newest_first = self.steps()[::-1]
+        return self._first_whole(newest_first, ITEMS)
 
     def find(self, step: str, parts: Sequence[str] = ITEMS) -> int:
-        """Return the step that a --step flag means: best (latest where none was evaluated), latest,
-        or a number.
+        """Return the step that a --step flag means.
 
-        The items `parts` of it are whole; best and latest pass over damaged steps.
+        Args:
+          step: best (by validation loss; the latest where none was evaluated), latest, or a number.
+            Best and latest pass over damaged steps.
+          parts: the items of it that will be read, and so must be whole.
+
+        Raises:
+          UserError: where there is no checkpoint, or not this one.
+          StorageError: where no step that would do is whole.
         """
         return from_main(lambda: self._find(step, parts))
 
@@ -156,38 +179,44 @@ class Checkpoints:
         order = steps[::-1]
         if step == "best":
             losses = self.losses()
-            order.sort(key=lambda s: losses.get(s, float("inf")))
+            # Sorting keeps the order of equals, so that steps without a loss stay newest first.
+            order.sort(key=lambda s: losses.get(s, math.inf))
         elif step != "latest":
-            if step not in map(str, steps):
-                raise UserError(
-                    f"--step={step} must be best, latest or one of {', '.join(map(str, steps))}."
-                )
+            names = [str(number) for number in steps]
+            if step not in names:
+                raise UserError(f"--step={step} must be best, latest or one of {', '.join(names)}.")
             order = [int(step)]
         found = self._first_whole(order, parts)
         assert found is not None, "there are steps"
         return found
 
     def _first_whole(self, order: list[int], parts: Sequence[str]) -> int | None:
-        """Return the first step of `order` that is as it was written, having named those that
-        aren't.
+        """Return the first step of `order` that is whole, having named those before it.
+
+        None where `order` is empty.
         """
-        named = []
+        first_fault = ""
         for step in order:
             damage = checksums.damage(self._folder / str(step), parts)
             if not damage:
                 return step
             self._damaged.add(step)
-            named.append(f"step {step} in {os.fspath(self._folder)} is damaged: {damage}")
-            say(f"warning: {named[-1]}")
-        if named:
+            fault = f"step {step} in {os.fspath(self._folder)} is damaged: {damage}"
+            say(f"warning: {fault}")
+            first_fault = first_fault or fault
+        if first_fault:
             raise StorageError(
-                f"no whole checkpoint is left ({named[0]}); remove the folder to start at step 0."
+                f"no whole checkpoint is left ({first_fault}); remove the folder to start at step "
+                "0."
             )
         return None
 
     def save(self, state: Any, loss: float | None) -> None:
-        """Begin to save a TrainState under its step; `loss` is the validation loss at it, where
-        there is one.
+        """Begin to save a TrainState under its step.
+
+        Args:
+          state: copied before this returns, so that it may be donated.
+          loss: the validation loss at the step, where there was an evaluation.
         """
         self._begin(int(state.step), loss, params=state.params, train=_rest(state))
 
@@ -196,8 +225,9 @@ class Checkpoints:
         self._begin(step, None, params=params)
 
     def _begin(self, step: int, loss: float | None, **items: Any) -> None:
-        """Copy the items and write them in the background; a failure is said, and is final only in
-        `close`.
+        """Copy the items to the host and write them in the background.
+
+        A failure is said, and the next save tries again; only in `close` is it an error.
         """
         self.check(wait=True)
         args = self._ocp.args
@@ -210,49 +240,53 @@ class Checkpoints:
             self._fail(error)
 
     def _make_room(self, step: int) -> None:
+        """Mark a step as unfinished, and remove what a damaged one of the same number left."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._remove(str(step), but_mark=True)  # a damaged one
+            self._remove(str(step), keep_mark=True)
         except failures() as error:
             raise StorageError(one_line(error)) from error
 
     def _seal(self, step: int, loss: float | None) -> None:
-        """Wait until a step is written, add its checksums, and remove the steps that it
-        replaces.
-        """
+        """Wait until a step is written, add its checksums, and remove the steps it replaces."""
         self._orbax.wait_until_finished()
         if not is_main():
             return
         checksums.write(self._folder / str(step), step=step, loss=loss)
         self._mark(step).unlink()
         self._damaged.discard(step)
-        steps, losses = self.steps(), self.losses()
-        kept = (
-            {*steps[-self._config.keep :], *sorted(losses, key=lambda s: losses[s])[:1]}
-            if self._config
-            else steps
-        )
-        for old in {*steps, *self._damaged} - {*kept}:
+
+        steps = self.steps()
+        kept = set(steps)
+        if self._config is not None:
+            losses = self.losses()
+            kept = set(steps[-self._config.keep :])
+            if losses:
+                kept.add(min(losses, key=lambda s: losses[s]))
+        for old in {*steps, *self._damaged} - kept:
             self._remove(str(old))
 
     def _mark(self, step: int | str) -> epath.Path:
         return self._folder / f"{step}.unfinished"
 
-    def _remove(self, step: str, but_mark: bool = False) -> None:
-        """Remove a step, which from the first moment on is no step any more."""
+    def _remove(self, step: str, keep_mark: bool = False) -> None:
+        """Remove a step, which from the first moment on doesn't count as finished."""
         self._mark(step).touch()
         if (self._folder / step).exists():
             (self._folder / step).rmtree()
-        if not but_mark:
+        if not keep_mark:
             self._mark(step).unlink()
 
     def check(self, wait: bool = False) -> None:
-        """Say how the save in the background failed, if it has ended and did (`wait`: after it has
-        ended).
+        """Say how the save in the background failed, where it has ended and did fail.
+
+        Args:
+          wait: first, until it has ended.
         """
-        if self._sealing is None or not (wait or self._sealing.done()):
+        sealing = self._sealing
+        if sealing is None or not (wait or sealing.done()):
             return
-        sealing, self._sealing = self._sealing, None
+        self._sealing = None
         try:
             sealing.result()
             self._failure = ""
@@ -260,44 +294,58 @@ class Checkpoints:
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        # TensorStore names its file at length, and says last what the system said.
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        reason = getattr(error, "strerror", None) or first.rpartition(": ")[2].partition(" [")[0]
+        """Note how a save failed, and say it."""
+        reason = getattr(error, "strerror", None)
+        if not reason:
+            # TensorStore names its file at length, and says last what the system said.
+            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line.rpartition(": ")[2].partition(" [")[0]
         self._failure = f"a checkpoint could not be written to {os.fspath(self._folder)}: {reason}"
         say(f"warning: {speaker()}{self._failure}; the next save tries again", from_all=True)
 
     def finish(self, secs: float) -> None:
         """Wait for a save under way, at most `secs`; say how it failed, where it did."""
-        if self._sealing is not None and not wait_for([self._sealing], secs).not_done:
+        if self._sealing is None:
+            return
+        still_running = wait_for([self._sealing], secs).not_done
+        if not still_running:
             self.check()
 
     def close(self) -> None:
         """Wait for a save under way; raise StorageError where the last one failed."""
         self.check(wait=True)
         self._sealer.shutdown()
-        with contextlib.suppress(*_failures()):  # said by now
+        # It raises once more what the save failed with, which was said by now.
+        with contextlib.suppress(*_failures()):
             self._orbax.close()
         if self._failure:
             raise StorageError(f"{self._failure}; free space there; the same command goes on.")
 
     def restore(self, step: int, abstract: Any) -> Any:
-        """Return the TrainState saved at `step`, laid out as `abstract` says, whatever the mesh
-        that saved it.
+        """Return the TrainState saved at `step`, whatever the mesh that saved it.
+
+        Args:
+          step: as `find` or `newest` returned it.
+          abstract: a TrainState of shapes, each with its dtype and the sharding it is to have.
+
+        Raises:
+          UserError: where what was saved has other parts or shapes.
         """
         found = self._restore(step, params=abstract.params, train=_rest(abstract))
         return dataclasses.replace(abstract, params=found["params"], **found["train"])
 
     def restore_params(self, step: int, abstract: Any) -> Any:
-        """Return the parameters saved at `step` alone."""
+        """Return the parameters saved at `step` alone, laid out as `abstract` says."""
         return self._restore(step, params=abstract)["params"]
 
     def _restore(self, step: int, **items: Any) -> Any:
-        args, laid_out = self._ocp.args, self._ocp.checkpoint_utils.construct_restore_args
-        wanted = args.Composite(
-            **{name: args.PyTreeRestore(item, laid_out(item)) for name, item in items.items()}
-        )
+        args = self._ocp.args
+        wanted = {}
+        for name, abstract in items.items():
+            laid_out = self._ocp.checkpoint_utils.construct_restore_args(abstract)
+            wanted[name] = args.PyTreeRestore(abstract, laid_out)
         try:
-            return self._orbax.restore(self._folder / str(step), args=wanted)
+            return self._orbax.restore(self._folder / str(step), args=args.Composite(**wanted))
         except ValueError as error:
             said = " ".join(str(error).split())
             raise UserError(
@@ -307,4 +355,5 @@ class Checkpoints:
 
 
 def _rest(state: Any) -> dict[str, Any]:
+    """Return what a TrainState has besides the parameters: the item `train`."""
     return {"step": state.step, "opt_state": state.opt_state, "guard": state.guard}

@@ -1,19 +1,18 @@
 """The checksums of a checkpoint: which files it has, how long they are and what is in them.
 
-Orbax writes a step whole or not at all, but nothing in it tells a flipped bit, a cut file or one
-that is gone. So when a step is complete, each file's size and BLAKE2b are written beside them, and
-everything is brought safely onto the disk; before anything is restored they are compared. The list
-begins with its own checksum. It guards against accidents: who can write a checkpoint can write its
-list too.
+Orbax writes a step whole or not at all, but nothing in it tells a flipped bit, a file that was cut
+or one that is gone. So when a step is complete, the size and the BLAKE2b of each file are written
+to a list next to them, and everything is brought safely onto the disk. Before anything is restored,
+the files are compared with the list, which begins with its own checksum. It guards against
+accidents: anyone who can write a checkpoint can write its list too.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -22,64 +21,89 @@ from tinylm.core.storage import in_bucket
 
 NAME = "checksums"
 _CHUNK_BYTES = 1 << 22
-_THREADS = 4  # hashing leaves Python's lock
+# Hashing and reading leave Python's lock, so threads do run at the same time.
+_HASH_THREADS = 4
+# A disk takes many requests to sync in one go.
+_SYNC_THREADS = 32
 
 
-def write(folder: epath.Path, **facts: Any) -> None:
-    """Write the list for all files in `folder`, with `facts` beside them, once all is safe on the
-    disk.
-    """
+class Listed(NamedTuple):
+    """What the list of a step says."""
+
+    # [size in bytes, checksum] by the name of each file. The values are as they were read: a list
+    # with a right checksum of its own may still hold anything.
+    files: dict[str, Any]
+    loss: float | None  # the validation loss at the step, where there was an evaluation
+
+
+def write(folder: epath.Path, step: int, loss: float | None) -> None:
+    """Write the list for all files in the folder of a step, and bring all of it onto the disk."""
     files = _files(folder)
-    with ThreadPoolExecutor(_THREADS) as threads:
-        content = {
-            "files": dict(zip(files, threads.map(_describe, files.values()), strict=True)),
-            **facts,
-        }
+    with ThreadPoolExecutor(_HASH_THREADS) as threads:
+        described = list(threads.map(_describe, files.values()))
+    content = {"files": dict(zip(files, described, strict=True)), "step": step, "loss": loss}
     body = json.dumps(content, indent=0).encode()
     (folder / NAME).write_bytes(_digest(body).encode() + b"\n" + body)
-    written = [
-        *files.values(),
-        folder / NAME,
-        *{path.parent for path in files.values()},
-        folder,
-        folder.parent,
-    ]
-    with ThreadPoolExecutor(32) as threads:  # at once, for a disk that takes many in one go
+
+    parents = {path.parent for path in files.values()}
+    written = [*files.values(), folder / NAME, *parents, folder, folder.parent]
+    with ThreadPoolExecutor(_SYNC_THREADS) as threads:
         list(threads.map(_sync, written))
 
 
-def read(folder: epath.Path) -> dict[str, Any] | None:
-    """Return the list of `folder` with its facts, or None where it is missing or altered."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
+def read(folder: epath.Path) -> Listed | None:
+    """Return the list of a step, or None where it is missing or altered."""
+    try:
         digest, _, body = (folder / NAME).read_bytes().partition(b"\n")
-        match json.loads(body) if digest == _digest(body).encode() else None:
-            case {"files": {}, "loss": int() | float() | None} as content:
-                return content
+        if digest != _digest(body).encode():
+            return None
+        content = json.loads(body)
+    except (OSError, ValueError, RecursionError):
+        return None
+    match content:
+        case {"files": dict() as files, "loss": int() | float() | None as loss}:
+            return Listed(files, loss)
     return None
 
 
-def damage(folder: epath.Path, parts: Iterable[str]) -> str:
-    """Return what is wrong with the files below `parts` of a step, in words; nothing where all is
-    as it was written.
+def damage(folder: epath.Path, parts: Collection[str]) -> str:
+    """Return in words what is wrong with a step: "" where all is as it was written.
+
+    Args:
+      folder: of the step.
+      parts: the items of the step ("params", "train") whose files are read. Files of others must be
+        there, but what is in them doesn't count.
     """
-    content = read(folder)
-    if content is None:
-        return f"{NAME} is {'altered' if (folder / NAME).exists() else 'missing'}"
-    wanted, found = content["files"], _files(folder)
-    for name in sorted(wanted.keys() ^ found.keys()):
-        return f"{name} is {'missing' if name in wanted else 'not of it'}"
-    for name in (name for name, path in found.items() if os.path.islink(os.fspath(path))):
-        return f"{name} is a link"
-    checked = [name for name in wanted if "/" not in name or name.partition("/")[0] in parts]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for name, now in zip(
-            checked, threads.map(lambda name: _describe(found[name]), checked), strict=True
-        ):
-            match wanted[name]:
+    listed = read(folder)
+    if listed is None:
+        fault = "altered" if (folder / NAME).exists() else "missing"
+        return f"{NAME} is {fault}"
+
+    found = _files(folder)
+    for name in sorted(listed.files.keys() ^ found.keys()):
+        if name in listed.files:
+            return f"{name} is missing"
+        return f"{name} does not belong to it"
+    for name, path in found.items():
+        if os.path.islink(os.fspath(path)):
+            return f"{name} is a link"
+
+    # Files directly in the folder of the step belong to all of its items.
+    checked = []
+    for name in listed.files:
+        item, slash, _ = name.partition("/")
+        if item in parts or not slash:
+            checked.append(name)
+    with ThreadPoolExecutor(_HASH_THREADS) as threads:
+        described = threads.map(_describe, [found[name] for name in checked])
+        for name, now in zip(checked, described, strict=True):
+            wanted = listed.files[name]
+            if wanted == now:
+                continue
+            match wanted:
                 case [int(size), str()] if size != now[0]:
                     return f"{name} has {now[0]:,} bytes instead of {size:,}"
-                case entry if entry != now:
-                    return f"{name} is altered"
+            return f"{name} is altered"
     return ""
 
 
@@ -90,12 +114,16 @@ def _sync(path: epath.Path) -> None:
 
 
 def _files(folder: epath.Path) -> dict[str, epath.Path]:
-    """Return every file below a folder, but the list itself, by its name from there on."""
-    files = {path.relative_to(folder).as_posix(): path for path in _walk(folder)}
-    return {name: files[name] for name in sorted(files) if name != NAME}
+    """Return every file below a folder except the list itself, by its path from there, sorted."""
+    files = {}
+    for path in _walk(folder):
+        files[path.relative_to(folder).as_posix()] = path
+    files.pop(NAME, None)
+    return dict(sorted(files.items()))
 
 
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yield every file below a folder, and the links to folders, which are not followed."""
     for path in folder.iterdir():
         if path.is_dir() and not os.path.islink(os.fspath(path)):
             yield from _walk(path)
@@ -103,15 +131,19 @@ def _walk(folder: epath.Path) -> Iterator[epath.Path]:
             yield path
 
 
-def _describe(path: epath.Path) -> list:
-    """Return the size and the checksum of a file."""
-    digest, size = hashlib.blake2b(digest_size=16), 0
+def _describe(path: epath.Path) -> list[Any]:
+    """Return [size in bytes, checksum] of a file, as the list has them.
+
+    A file that the disk can't read back gives [-1, the reason], which no list has.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    size = 0
     try:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 size += len(chunk)
-    except OSError as error:  # a disk that can't read it back
+    except OSError as error:
         return [-1, str(error)]
     return [size, digest.hexdigest()]
 

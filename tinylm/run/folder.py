@@ -1,8 +1,8 @@
 """A run is a folder: config, metrics, tokenizer, checkpoints, samples, plot.
 
 `config.json` holds the resolved config and the versions that wrote it. `metrics.jsonl` is one
-object a line; a torn last line (a crash while writing) is mended at the next start, and a step that
-was logged twice counts by its last line. Checkpoints may lie elsewhere, as on scratch storage
+object a line; a torn last line (from a crash while writing) is cut off at the next start, and where
+a step was logged twice, its last line counts. Checkpoints may lie elsewhere, as on scratch storage
 (`checkpoint.dir`); config.json then says where.
 """
 
@@ -21,9 +21,17 @@ from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.files import replace_text
 from tinylm.core.log import say
 
+# In a bucket an object can't grow, so a log is written whole each time, at most this often.
 BUCKET_SECS = 30.0
 # Says, in a folder of checkpoints outside of a run's folder, which run it belongs to.
 _OWNER = "workdir.txt"
+
+
+def _absolute(path: str) -> str:
+    """Return the absolute form of a path; the address of a bucket stays as it is."""
+    if "://" in path:
+        return path
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _holds_steps(folder: epath.Path) -> bool:
@@ -36,8 +44,8 @@ class RunFolder:
 
     def __init__(self, workdir: str):
         """Name the folder; nothing is made before `create`."""
-        path = workdir if "://" in workdir else os.path.abspath(os.path.expanduser(workdir))
         storage.check_address("--workdir", workdir)
+        path = _absolute(workdir)
         if set(path) & set("*?["):
             raise UserError(
                 f"--workdir={path} must be free of * ? and [, which file patterns take for other "
@@ -46,24 +54,26 @@ class RunFolder:
         self.path = epath.Path(path)
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
-        self._inside = self.path / "checkpoints"
-        self._checkpoints: epath.Path | None = None
         self.tokenizer = self.path / "tokenizer"
         self.samples_file = self.path / "samples.txt"
         self.plot_file = self.path / "loss.png"
-        self._mended: dict[epath.Path, bytes] = {}  # and what they hold, in a bucket
+        self._inside = self.path / "checkpoints"
+        self._checkpoints: epath.Path | None = None
+        # Text of each log that could not be written yet, and when it was last tried.
         self._unwritten: dict[epath.Path, str] = {}
-        self._failing: set[epath.Path] = set()  # said once
-        self._sent: dict[epath.Path, float] = {}
+        self._tried: dict[epath.Path, float] = {}
+        # Logs that are known to end with a whole line: on a disk which, in a bucket all they hold.
+        self._whole: set[epath.Path] = set()
+        self._objects: dict[epath.Path, bytes] = {}
+        # Logs that can't be written, of which that was said.
+        self._failing: set[epath.Path] = set()
 
     def exists(self) -> bool:
         """Say whether a run was started here."""
         return storage.reach(self.path, "--workdir", self.config_file.exists)
 
     def check_bucket(self) -> None:
-        """Raise UserError or StorageError, one line each, where the folder is in a bucket that
-        can't be written.
-        """
+        """Raise UserError or StorageError where the folder is in a bucket that can't be written."""
         if storage.in_bucket(self.path):
             storage.reach(self.path, "--workdir", self._write_and_remove)
 
@@ -74,16 +84,16 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> epath.Path:
-        """The folder of the checkpoints: where config.json says that they are, otherwise within the
-        run's.
-        """
+        """The folder of the checkpoints: the one that config.json names, or one in the run's."""
         if self._checkpoints is not None:
             return self._checkpoints
         try:
             noted = json.loads(self.config_file.read_bytes())["checkpoints"]
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return self._inside
-        return epath.Path(noted) if isinstance(noted, str) else self._inside
+        if not isinstance(noted, str):
+            return self._inside
+        return epath.Path(noted)
 
     @checkpoints.setter
     def checkpoints(self, folder: epath.Path) -> None:
@@ -92,29 +102,33 @@ class RunFolder:
     @property
     def checkpoints_note(self) -> dict[str, str]:
         """What config.json says of checkpoints that lie outside of the run's folder."""
-        return (
-            {} if self.checkpoints == self._inside else {"checkpoints": os.fspath(self.checkpoints)}
-        )
+        if self.checkpoints == self._inside:
+            return {}
+        return {"checkpoints": os.fspath(self.checkpoints)}
 
     def place_checkpoints(self, directory: str) -> str:
-        """Return the folder for the checkpoints of a run that begins or goes on with
-        `checkpoint.dir` as given.
+        """Return the folder for the checkpoints of a run that begins or goes on.
 
         Below a directory that many runs share, each has a folder of its own, named after its
-        workdir. Raises UserError where a run that goes on would find none of its checkpoints and so
-        begin at step 0, or where there are another's.
+        workdir.
+
+        Args:
+          directory: `checkpoint.dir` as given; "" for the run's own folder.
+
+        Raises:
+          UserError: where a run that goes on would find none of its checkpoints, and so begin at
+            step 0, or would take those of another run.
+          StorageError: where the directory can't be written.
         """
         there = self.checkpoints
         here = self._inside
         if directory:
-            absolute = (
-                directory if "://" in directory else os.path.abspath(os.path.expanduser(directory))
-            )
             mark = hashlib.sha256(os.fspath(self.path).encode()).hexdigest()[:8]
-            here = epath.Path(absolute) / f"{self.path.name}-{mark}"
+            here = epath.Path(_absolute(directory)) / f"{self.path.name}-{mark}"
             # A run that was moved goes on with the folder that bears its old name.
             if there.parent == here.parent and not _holds_steps(here):
                 here = there
+
         if not self.exists():
             if directory and _holds_steps(here):
                 raise UserError(
@@ -128,23 +142,25 @@ class RunFolder:
                 f"the checkpoints of --workdir={self.path} are in {there}; move this folder to "
                 f"{here}, or set checkpoint.dir as it was."
             )
+
         if directory:
-
-            def claim() -> None:
-                here.mkdir(parents=True, exist_ok=True)
-                (here / _OWNER).write_text(os.fspath(self.path) + "\n", encoding="utf-8")
-
             try:
-                storage.reach(here, "checkpoint.dir", claim)
+                storage.reach(here, "checkpoint.dir", lambda: self._claim(here))
             except OSError as error:
                 raise StorageError(
                     f"checkpoint.dir={directory} can't be written: {one_line(error)}."
                 ) from error
         return os.fspath(here)
 
+    def _claim(self, folder: epath.Path) -> None:
+        """Make a folder of checkpoints, and write into it that it is this run's."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _OWNER).write_text(os.fspath(self.path) + "\n", encoding="utf-8")
+
     def _check_owned(self, folder: epath.Path) -> None:
-        """Raise UserError where the checkpoints that lie outside are gone, or are those of a run
-        that this copies.
+        """Raise UserError where checkpoints that lie outside are gone, or another run's.
+
+        They are another's where this run's folder is a copy, and the original still uses them.
         """
         if folder == self._inside:
             return
@@ -173,32 +189,37 @@ class RunFolder:
             ) from error
 
     def _refuse_links(self) -> None:
-        """Raise UserError for a link out of the folder: a run from elsewhere reads and writes
-        itself alone.
+        """Raise UserError for a link out of the folder.
+
+        A run may come from elsewhere, and must not read or write anything here but itself.
         """
+        # A bucket knows no links.
         if storage.in_bucket(self.path):
-            return  # which knows no links
+            return
         home = os.path.realpath(self.path)
         for folder in (self.path, self.tokenizer):
-            for path in folder.iterdir() if folder.is_dir() else ():
+            if not folder.is_dir():
+                continue
+            for path in folder.iterdir():
                 target = os.path.realpath(path)
-                if os.path.islink(os.fspath(path)) and os.path.commonpath([home, target]) != home:
-                    remedy = (
-                        "set checkpoint.dir"
-                        if path == self._inside
-                        else "put the file itself there"
-                    )
-                    raise UserError(
-                        f"{path} is a link to {target}, out of the run's folder; {remedy}."
-                    )
+                is_link = os.path.islink(os.fspath(path))
+                if not is_link or os.path.commonpath([home, target]) == home:
+                    continue
+                remedy = "put the file itself there"
+                if path == self._inside:
+                    remedy = "set checkpoint.dir"
+                raise UserError(f"{path} is a link to {target}, out of the run's folder; {remedy}.")
 
     def write_config(self, record: dict[str, Any]) -> None:
         """Write config.json whole or not at all."""
         self.write(self.config_file, json.dumps(record, indent=2) + "\n")
 
     def read_config(self) -> dict[str, Any]:
-        """Read config.json; raise UserError where there is no run, or what the readers name is
-        amiss.
+        """Read config.json.
+
+        Raises:
+          UserError: where there is no run, or config.json lacks what is read of it.
+          StorageError: where the file can't be read.
         """
         self._refuse_links()
         try:
@@ -216,37 +237,14 @@ class RunFolder:
             raise UserError(
                 f"{self.config_file} is not JSON: {error}; restore it or use another workdir."
             ) from error
-        match record:
-            case {
-                "config": {
-                    "seed": int(),
-                    "model": {},
-                    "optimizer": {},
-                    "train": {"accumulation_steps": int()},
-                    "data": {"batch_size": int(), "seq_len": int(), "tokenizer": str()},
-                    "sample": {"prompts": [*_]},
-                },
-                "versions": {"mesh": {}},
-            }:
-                ends = record.get("end_ids", [])
-                end_ids_are_whole = isinstance(ends, list) and all(
-                    isinstance(end, int) for end in ends
-                )
-                end_ids_are_whole = end_ids_are_whole and isinstance(
-                    record.get("checkpoints", ""), str
-                )
-                stores_are_named = isinstance(record.get("token_stores", {}), dict)
-                if (
-                    end_ids_are_whole
-                    and stores_are_named
-                    and isinstance(record.get("start_id", 0), int)
-                ):
-                    return record
-        raise UserError(
-            f"{self.config_file} lacks what a run's has; restore it or use another workdir."
-        )
+        if not _describes_run(record):
+            raise UserError(
+                f"{self.config_file} lacks what a run's has; restore it or use another workdir."
+            )
+        return record
 
     def _config_content(self) -> bytes | None:
+        """Return the bytes of config.json, or None where there is none."""
         try:
             return self.config_file.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
@@ -260,46 +258,58 @@ class RunFolder:
             raise StorageError(f"{path} cannot be written: {one_line(error)}.") from error
 
     def append(self, path: epath.Path, text: str, now: bool = False) -> None:
-        """Add text to the end of a log; the first time, cut off the torn line that an earlier
-        process may have left.
+        """Add text to the end of a log.
 
-        What can't be written is kept, and written with the next that can. In a bucket an object
-        can't grow and is written anew, so it takes what came in BUCKET_SECS at once, unless it has
-        to be written `now`.
+        The first time, a torn line is cut off, which an earlier process may have left. What can't
+        be written is kept, and is written with the next that can.
+
+        Args:
+          path: of the log.
+          text: whole lines.
+          now: whether a log in a bucket has to be written at once. Otherwise it may wait for what
+            comes within BUCKET_SECS.
         """
         self._unwritten[path] = self._unwritten.get(path, "") + text
         in_bucket = storage.in_bucket(path)
-        if (
-            in_bucket
-            and not now
-            and time.monotonic() - self._sent.get(path, -math.inf) < BUCKET_SECS
-        ):
+        secs_since_tried = time.monotonic() - self._tried.get(path, -math.inf)
+        if in_bucket and not now and secs_since_tried < BUCKET_SECS:
             return
-        self._sent[path] = time.monotonic()
+        self._tried[path] = time.monotonic()
+        content = self._unwritten[path].encode()
         try:
-            new = self._unwritten[path].encode()
-            if path not in self._mended:
-                old = path.read_bytes() if path.exists() else b""
-                self._mended[path] = old[: old.rfind(b"\n") + 1]
-                if self._mended[path] != old and not in_bucket:
-                    os.truncate(path, len(self._mended[path]))
             if in_bucket:
-                self._mended[path] += new
-                path.write_bytes(self._mended[path])
+                self._append_in_bucket(path, content)
             else:
-                self._mended[path] = b""
-                with path.open("ab") as file:
-                    file.write(new)
-            del self._unwritten[path]
-            self._failing.discard(path)
+                self._append_on_disk(path, content)
         except storage.failures() as error:
-            self._mended.pop(path, None)  # a part of it may be there
+            # A part of it may have been written, so the next time a torn line is looked for again.
+            self._whole.discard(path)
+            self._objects.pop(path, None)
             if path not in self._failing:
                 self._failing.add(path)
                 say(
                     f"warning: {path} cannot be written: {one_line(error)}; its lines are kept "
                     "until it can."
                 )
+            return
+        del self._unwritten[path]
+        self._failing.discard(path)
+
+    def _append_on_disk(self, path: epath.Path, content: bytes) -> None:
+        if path not in self._whole:
+            old = _content_of(path)
+            whole = _whole_lines(old)
+            if whole != old:
+                os.truncate(path, len(whole))
+            self._whole.add(path)
+        with path.open("ab") as file:
+            file.write(content)
+
+    def _append_in_bucket(self, path: epath.Path, content: bytes) -> None:
+        if path not in self._objects:
+            self._objects[path] = _whole_lines(_content_of(path))
+        self._objects[path] += content
+        path.write_bytes(self._objects[path])
 
     def flush(self) -> None:
         """Write what could not be written before; raise StorageError where it still can't."""
@@ -311,26 +321,28 @@ class RunFolder:
             )
 
     def log(self, record: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl; what is not finite, which JSON can't hold, becomes
-        null.
+        """Add one line to metrics.jsonl.
+
+        A number that is not finite, which JSON can't hold, becomes null.
         """
+        line = {}
         for name, value in record.items():
             if isinstance(value, float) and not math.isfinite(value):
-                record = {**record, name: None}
-        self.append(
-            self.metrics_file, json.dumps(record) + "\n", now=record.get("split") == "time"
-        )  # with a save
+                value = None
+            line[name] = value
+        # The record of times comes with each save, and lines up to a save must not be lost.
+        is_with_save = record.get("split") == "time"
+        self.append(self.metrics_file, json.dumps(line) + "\n", now=is_with_save)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl in order of steps, the last of each (step, split),
-        without torn ones.
-        """
+        """Return the lines of metrics.jsonl in order of steps, the last of each (step, split)."""
         found = {(line["step"], line["split"]): line for line in self.lines()}
         return [found[key] for key in sorted(found)]
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of metrics.jsonl, their split and their numbers, without torn ones and
-        what else is none.
+        """Yield the lines of metrics.jsonl, each with its split and its numbers.
+
+        A line that is torn, or that no run wrote, is passed over.
         """
         if not self.metrics_file.exists():
             return
@@ -341,9 +353,48 @@ class RunFolder:
                 continue
             match line:
                 case {"step": int(), "split": str(split)}:
-                    numbers = {
-                        name: x
-                        for name, x in line.items()
-                        if isinstance(x, int | float) and abs(x) < 1e300
-                    }
+                    numbers: dict[str, Any] = {}
+                    for name, value in line.items():
+                        # JSON may hold numbers that are larger than a float.
+                        if isinstance(value, int | float) and abs(value) < 1e300:
+                            numbers[name] = value
                     yield {**numbers, "split": split}
+
+
+def _content_of(path: epath.Path) -> bytes:
+    """Return what a file holds; nothing where it isn't there."""
+    if not path.exists():
+        return b""
+    return path.read_bytes()
+
+
+def _whole_lines(content: bytes) -> bytes:
+    """Return content without the torn line at its end."""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _describes_run(record: Any) -> bool:
+    """Say whether the content of a config.json has what is read of it without further checks."""
+    match record:
+        case {
+            "config": {
+                "seed": int(),
+                "model": {},
+                "optimizer": {},
+                "train": {"accumulation_steps": int()},
+                "data": {"batch_size": int(), "seq_len": int(), "tokenizer": str()},
+                "sample": {"prompts": [*_]},
+            },
+            "versions": {"mesh": {}},
+        }:
+            pass
+        case _:
+            return False
+    end_ids = record.get("end_ids", [])
+    if not isinstance(end_ids, list) or not all(isinstance(end_id, int) for end_id in end_ids):
+        return False
+    return (
+        isinstance(record.get("checkpoints", ""), str)
+        and isinstance(record.get("token_stores", {}), dict)
+        and isinstance(record.get("start_id", 0), int)
+    )

@@ -1,7 +1,11 @@
 """Opening a run: what the commands have, for notebooks and forks too.
 
-Reads the sections of config.json that concern the model and its text; parameters alone are
-restored, straight onto the mesh, so a run opens on any machine whatever trained it.
+    import tinylm
+    run = tinylm.open_run("runs/tales")
+    logits_BTV = run.model(tokens_BT)
+
+This reads the sections of config.json that concern the model and its text, and restores parameters
+alone, straight onto the mesh, so a run opens on any machine whatever machine trained it.
 """
 
 import dataclasses
@@ -15,17 +19,30 @@ from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.core.placement import place_parameters
 from tinylm.core.platform import refuse_faulty
 from tinylm.core.settings import from_dict
-from tinylm.data.tokenizers import load_tokenizer
+from tinylm.data.tokenizers import Tokenizer, load_tokenizer
 from tinylm.model.config import ModelConfig
 from tinylm.model.transformer import Transformer, abstract_transformer
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Run:
-    """An opened run: `config` as in config.json, `model` ready to call, `params` and `graph` for
-    jitted functions.
+    """An opened run.
+
+    Attributes:
+      folder: of the run.
+      config: as in config.json.
+      step: at which the parameters were saved.
+      mesh: on which they lie.
+      model_config: the settings of the model, resolved.
+      graph: of the model; with `params` it makes `model`, and goes into jitted functions.
+      params: a nested dict of arrays.
+      tokenizer: of the run.
+      start_id: the token that a text begins with: the end of the text before it, or what an
+        imported model has for it.
+      end_ids: the tokens that end a text, besides the tokenizer's own end; an imported model may
+        have several.
     """
 
     folder: RunFolder
@@ -35,12 +52,9 @@ class Run:
     model_config: ModelConfig
     graph: nnx.GraphDef
     params: dict
-    tokenizer: Any
-    # What a text begins with: the end of the one before, or what an imported model has for it.
+    tokenizer: Tokenizer
     start_id: int
-    end_ids: tuple[
-        int, ...
-    ] = ()  # what ends a text beside the tokenizer's end, in an imported model
+    end_ids: tuple[int, ...] = ()
 
     @property
     def model(self) -> Transformer:
@@ -49,10 +63,16 @@ class Run:
 
 
 def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = None) -> Run:
-    """Open the run in `workdir` at `step` (best, latest or a number) on a mesh (default: split over
-    all devices).
+    """Open a run.
 
-    Raises UserError where there is no run, no such checkpoint, or the mesh doesn't fit.
+    Args:
+      workdir: its folder, on a disk or in a bucket.
+      step: best (by validation loss), latest or a number.
+      mesh_config: of the mesh; by default parameters are split over all devices.
+
+    Raises:
+      UserError: where there is no run, no such checkpoint, or the mesh doesn't fit.
+      StorageError: where no such checkpoint is whole.
     """
     refuse_faulty(jax.default_backend())
     folder = RunFolder(workdir)
@@ -61,16 +81,25 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     model_config = from_dict(ModelConfig, config["model"])
     model_config.check()
     checkpoints = Checkpoints(folder.checkpoints)
-    found = checkpoints.find(str(step), ["params"])
+    found_step = checkpoints.find(str(step), ["params"])
+
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
     graph, shapes, axes = abstract_transformer(model_config)
     abstract = place_parameters(shapes, axes, mesh, mesh_config.fsdp)
-    params = checkpoints.restore_params(found, abstract)
+    params = checkpoints.restore_params(found_step, abstract)
     checkpoints.close()
+
     tokenizer = load_tokenizer(str(folder.tokenizer))
-    start_id = record.get("start_id", tokenizer.eot_id)
-    end_ids = tuple(record.get("end_ids", ()))
     return Run(
-        folder, config, found, mesh, model_config, graph, params, tokenizer, start_id, end_ids
+        folder=folder,
+        config=config,
+        step=found_step,
+        mesh=mesh,
+        model_config=model_config,
+        graph=graph,
+        params=params,
+        tokenizer=tokenizer,
+        start_id=record.get("start_id", tokenizer.eot_id),
+        end_ids=tuple(record.get("end_ids", ())),
     )
