@@ -257,12 +257,12 @@ def test_a_sharded_folder_is_read(copy, exported, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b"]
 )
-def test_an_index_names_files_beside_it_alone(copy, name):
+def test_an_index_names_files_in_its_own_folder_alone(copy, name):
     folder = copy()
     (folder / "model.safetensors").unlink()
     index = {"weight_map": {"transformer.wte.weight": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="must lie beside its index"):
+    with pytest.raises(UserError, match="must lie in the folder of its index"):
         models.import_hf(str(folder))
 
 
@@ -603,9 +603,9 @@ def test_pickled_weights_are_refused_with_the_reason(copy):
     [
         (struct.pack("<Q", 1 << 40) + b"{}", "its header would be 1,099,511,627,776 bytes"),
         (struct.pack("<Q", 5) + b"hello", "its header is not JSON"),
-        (struct.pack("<Q", 2) + b"[]", "its header is no object"),
+        (struct.pack("<Q", 2) + b"[]", "its header is not an object"),
         (struct.pack("<Q", 100_000) + b"[" * 100_000, "its header is not JSON"),
-        (b"abc", "is no safetensors file"),
+        (b"abc", "is not a safetensors file"),
         (b"", "can't be read as safetensors"),
     ],
 )
@@ -626,7 +626,7 @@ def test_a_tensor_must_lie_inside_its_file(tmp_path, offsets):
 
 @pytest.mark.parametrize("kind", ["F32", "I64"])
 @pytest.mark.parametrize(
-    "shape", [["a"], [-1], [True], [2**62] * 2, [0, 2**63], [1] * 70, [1.0], 5, "1", None]
+    "shape", [["a"], [-1], [True], [2**62] * 2, [0, 2**63], [1] * 70, [1.0], 5, "1", "", {}, None]
 )
 def test_a_shape_that_no_tensor_has_is_refused(tmp_path, kind, shape):
     text = json.dumps({"w": {"dtype": kind, "shape": shape, "data_offsets": [0, 4]}}).encode()

@@ -1,10 +1,14 @@
 """Safetensors files, read as views and written as a stream.
 
-The format is 8 bytes of length, a JSON header (type, shape, offsets of each tensor) and the raw
-numbers: nothing in it can be run. Tensors are memory-mapped, so transposing and cutting make views,
-and only what a device needs is read. A header is checked before it is believed: its length, its
-types, and that every tensor lies inside the file. Source of the format:
-github.com/huggingface/safetensors, section "Format".
+The format is three parts, in which there is nothing that can be run:
+
+    8 bytes   the length of the header, little endian
+    header    JSON: {"NAME": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ...}
+    numbers   of all tensors; the offsets count from here
+
+Tensors are memory-mapped, so transposing and cutting make views, and only what a device needs is
+read. A header is checked before it is believed: its length, its types, and that every tensor lies
+inside the file. Source of the format: github.com/huggingface/safetensors, section "Format".
 """
 
 import json
@@ -12,6 +16,7 @@ import math
 import pathlib
 import struct
 from collections.abc import Iterable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -19,7 +24,9 @@ import numpy as np
 from tinylm.core.errors import StorageError, UserError
 
 _MAX_HEADER_BYTES = 100_000_000
-_MAX_NUMBERS = 1 << 48  # of a tensor
+# Limits of one tensor. NumPy has one for dimensions, too.
+_MAX_DIMENSIONS = 32
+_MAX_NUMBERS = 1 << 48
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -30,11 +37,13 @@ Tensors = dict[str, np.ndarray]
 
 
 def open_folder(folder: pathlib.Path) -> Tensors:
-    """Return every tensor of a model's folder by name, memory-mapped; raise UserError for what
-    can't be trusted.
+    """Return every tensor of a model's folder by name, memory-mapped.
 
     Of several files those are read that transformers reads: model.safetensors, or what an index
     names.
+
+    Raises:
+      UserError: where there are no such files, or none that can be trusted.
     """
     if (folder / _ADAPTER).exists():
         raise UserError(
@@ -52,10 +61,12 @@ def open_folder(folder: pathlib.Path) -> Tensors:
         )
     if files:
         return open_file(files[0])
-    pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
+    pickled: list[str] = []
+    for pattern in _PICKLED:
+        pickled.extend(file.name for file in folder.glob(pattern))
     if pickled:
         raise UserError(
-            f"{folder} holds pickled weights alone ({pickled[0]}); reading a pickle can run any "
+            f"{folder} holds pickled weights alone ({min(pickled)}); reading a pickle can run any "
             "code in it, so tinylm reads safetensors only: save the model with "
             "save_pretrained(..., safe_serialization=True)."
         )
@@ -74,6 +85,7 @@ def unread_files(folder: pathlib.Path) -> list[str]:
 
 
 def _weight_map(folder: pathlib.Path) -> dict[str, str]:
+    """Return the file of each tensor, as the index of a folder has it."""
     where = read_json(folder / _INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise UserError(f"{folder / _INDEX} has no weight_map of names to files.")
@@ -81,21 +93,21 @@ def _weight_map(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _open_sharded(folder: pathlib.Path) -> Tensors:
-    """Open the files that the index names; they must lie in the same folder."""
+    """Open the files that the index names, each of which must lie in the same folder."""
     where = _weight_map(folder)
     opened: dict[str, Tensors] = {}
     for name in sorted(set(where.values())):
         if pathlib.PurePath(name).name != name or "\\" in name or name == "..":
             raise UserError(
-                f"{folder / _INDEX} names {name!r}; a file of weights must lie beside its index."
+                f"{folder / _INDEX} names {name!r}; a file of weights must lie in the folder of "
+                "its index."
             )
         opened[name] = open_file(folder / name)
-    missing = [
-        f"{tensor} in {name}" for tensor, name in where.items() if tensor not in opened[name]
-    ]
+    missing = [tensor for tensor, name in where.items() if tensor not in opened[name]]
     if missing:
         raise UserError(
-            f"{folder / _INDEX} names {missing[0]}, which isn't there ({len(missing)} such)."
+            f"{folder / _INDEX} names {missing[0]} in {where[missing[0]]}, which isn't there "
+            f"({len(missing)} such)."
         )
     return {tensor: opened[name][tensor] for tensor, name in where.items()}
 
@@ -112,42 +124,72 @@ def open_file(path: pathlib.Path) -> Tensors:
 
 
 def _read_header(path: pathlib.Path, content: np.ndarray) -> tuple[dict, int]:
-    length = struct.unpack("<Q", content[:8].tobytes())[0] if len(content) >= 8 else 0
+    """Return the header of a file, and where the numbers begin.
+
+    Args:
+      path: for errors.
+      content: all bytes of the file.
+    """
+    length = 0
+    if len(content) >= 8:
+        length = struct.unpack("<Q", content[:8].tobytes())[0]
     if not 2 <= length <= min(_MAX_HEADER_BYTES, len(content) - 8):
         raise UserError(
-            f"{path} is no safetensors file: its header would be {length:,} bytes (at most "
+            f"{path} is not a safetensors file: its header would be {length:,} bytes (at most "
             f"{_MAX_HEADER_BYTES:,}, and the file has {len(content):,})."
         )
     try:
         header = json.loads(content[8 : 8 + length].tobytes())
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} is no safetensors file: its header is not JSON ({error})."
+            f"{path} is not a safetensors file: its header is not JSON ({error})."
         ) from error
     if not isinstance(header, dict):
-        raise UserError(f"{path} is no safetensors file: its header is no object.")
+        raise UserError(f"{path} is not a safetensors file: its header is not an object.")
     return header, 8 + length
 
 
 def _view(path: pathlib.Path, data: np.ndarray, name: str, entry: dict) -> np.ndarray:
+    """Return one tensor as a view of its bytes.
+
+    A tensor of a type that isn't read (a mask, quantized weights) is given as False in its shape,
+    which takes no memory; where it is wanted as weights, it is refused then.
+
+    Args:
+      path: for errors.
+      data: all bytes behind the header.
+      name: of the tensor.
+      entry: what the header has for it.
+    """
     try:
-        kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        dtype = np.dtype(_DTYPES[kind]) if kind in _DTYPES else None
-        fits = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end <= len(
-            data
-        )
-        fits = fits and len(shape) <= 32 and math.prod(max(n, 1) for n in shape) <= _MAX_NUMBERS
+        shape = entry["shape"]
+        begin, end = entry["data_offsets"]
+        is_read = entry["dtype"] in _DTYPES
+        fits = _fits(shape, begin, end, len(data))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} describes {name} wrongly: {entry}.") from error
-    if not fits or (dtype is not None and end - begin != math.prod(shape) * dtype.itemsize):
+    dtype = np.dtype(_DTYPES[entry["dtype"]] if is_read else bool)
+    if fits and is_read:
+        fits = end - begin == math.prod(shape) * dtype.itemsize
+    if not fits:
         raise UserError(
             f"{path} is cut short or altered: {name} {shape} isn't in bytes {begin} to {end}."
         )
-    if dtype is None:
-        return np.broadcast_to(
-            np.zeros((), bool), shape
-        )  # a mask or a quantized weight, refused where it is wanted
+    if not is_read:
+        return np.broadcast_to(np.zeros((), bool), shape)
     return data[begin:end].view(dtype).reshape(shape)
+
+
+def _fits(shape: Any, begin: Any, end: Any, num_bytes: int) -> bool:
+    """Say whether a tensor may have this shape, and lie at these offsets of so many bytes."""
+    if not isinstance(shape, list) or len(shape) > _MAX_DIMENSIONS:
+        return False
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        return False
+    # A dimension of 0 doesn't excuse others that no array can have.
+    if math.prod(max(n, 1) for n in shape) > _MAX_NUMBERS:
+        return False
+    return begin <= end <= num_bytes
 
 
 def write_file(
@@ -155,13 +197,21 @@ def write_file(
     shapes: dict[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-    """Write float32 tensors, which must come in the order of `shapes`, one at a time."""
+    """Write tensors as float32, one at a time.
+
+    Args:
+      path: of the file.
+      shapes: of all tensors by their names; the header is made of them.
+      tensors: (name, tensor) in the order of `shapes`.
+    """
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-    end = 0
+    begin = 0
     for name, shape in shapes.items():
-        begin, end = end, end + 4 * math.prod(shape)
+        end = begin + 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(header).encode()
+    # Spaces behind the JSON align the numbers to 8 bytes, as the format asks for.
     text += b" " * (-len(text) % 8)
     try:
         with path.open("wb") as file:
@@ -176,7 +226,7 @@ def write_file(
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """Return the object in a JSON file; raise UserError where there is none."""
+    """Return the object in a JSON file; raise UserError where it holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -1,9 +1,19 @@
 """Weights between a model's files and the mesh, by a family's table.
 
-In: each device asks for its own part of each parameter, and only that part is read from the
-memory-mapped file and converted, so no device ever holds a whole copy. Out: one tensor at a time is
-gathered to the host. The rows that pad our vocabulary are zeros on the way in and are cut on the
-way out.
+One parameter followed from file to device: the queries of a Llama of 2 layers, with 32 features and
+4 heads of 8. The table has the line
+
+    model.layers.{}.self_attn.q_proj.weight   blocks/attention/query/kernel   OUTPUT_FIRST
+
+1. Theirs is a matrix [outputs, inputs] = [32, 32] for each layer, ours one array for all layers,
+   [layers, embed, heads, head_dim] = [2, 32, 4, 8].
+2. OUTPUT_FIRST transposes theirs and cuts its outputs into heads, so that
+   ours[1, e, n, h] = theirs of layer 1 [n * 8 + h, e]. Both are views of the memory-mapped file.
+3. On a mesh whose model axis of 2 splits the heads, the first device asks for ours[:, :, 0:2, :].
+   So of the file it reads rows 0 to 15 of each layer's matrix, and converts these to float32.
+
+So no device ever holds a whole copy. On the way out, one kind of parameter at a time is gathered to
+the host. The rows that pad our vocabulary are zeros on the way in and are cut on the way out.
 """
 
 import dataclasses
@@ -29,44 +39,65 @@ Shapes = dict[str, Shape]
 def import_params(
     tensors: Tensors, family: Family, config: ModelConfig, mesh: Mesh, fsdp: bool
 ) -> dict:
-    """Return our parameters, laid out on `mesh`, from tensors by their names; raise UserError where
-    these don't fit.
+    """Return our parameters, laid out on a mesh.
+
+    Args:
+      tensors: by the names of the family's table.
+      family: whose table it is.
+      config: of the model, resolved.
+      mesh: for the parameters.
+      fsdp: whether its data axis splits them too.
+
+    Returns:
+      A nested dict of float32 arrays, as `abstract_transformer` describes it.
+
+    Raises:
+      UserError: where a tensor is missing, too many, or of another shape.
     """
-    _, abstract, axes = abstract_transformer(config)
-    cut = unpadded_shapes(config)
     check_tensors(tensors, family, config)
-    layers: dict[str, list[np.ndarray]] = {path: [] for path in cut}
-    for row, layer in _walk(family, config):
-        shapes = [layer_shape(path, cut) for path in row.ours]
-        views = row.layout.split(tensors[row.theirs.format(layer)], shapes)
-        for path, view in zip(row.ours, views, strict=True):
-            layers[path].append(view)
+    shapes = unpadded_shapes(config)
+    # The views of each parameter: one for each layer, or a single one.
+    views: dict[str, list[np.ndarray]] = {path: [] for path in shapes}
+    for row in _rows(family, config):
+        row_shapes = [layer_shape(path, shapes) for path in row.ours]
+        for layer in _layers(row, config):
+            ours = row.layout.split(tensors[row.theirs.format(layer)], row_shapes)
+            for path, view in zip(row.ours, ours, strict=True):
+                views[path].append(view)
+
+    _, abstract, axes = abstract_transformer(config)
     placed = place_parameters(abstract, axes, mesh, fsdp)
     params = {}
     for path, leaf in traverse_util.flatten_dict(placed, sep="/").items():
-        params[path] = jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, _reader(layers[path], path, leaf.shape)
-        )
+        read = functools.partial(_read_part, views[path], is_stacked(path), leaf.shape)
+        params[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def _reader(views: list[np.ndarray], path: str, shape: Shape):
-    """Return the callback that reads one device's part of a parameter as float32, zeros where
-    theirs ends.
+def _read_part(
+    views: list[np.ndarray], stacked: bool, shape: Shape, index: tuple[slice, ...]
+) -> np.ndarray:
+    """Return one device's part of a parameter as float32.
+
+    Args:
+      views: of the parameter's layers, or of the parameter if it has none.
+      stacked: whether it has layers.
+      shape: of the whole parameter, with the rows that pad the vocabulary.
+      index: the part, a slice for each dimension.
     """
+    sizes = tuple(len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True))
+    if not stacked:
+        return _padded(views[0][index], sizes)
+    layers, in_layer = index[0], index[1:]
+    return np.stack([_padded(view[in_layer], sizes[1:]) for view in views[layers]])
 
-    def part(view: np.ndarray, index: tuple[slice, ...], size: Shape) -> np.ndarray:
-        out, found = np.zeros(size, np.float32), view[index]
-        out[tuple(slice(n) for n in found.shape)] = found
-        return out
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        size = tuple(len(range(*cut.indices(n))) for cut, n in zip(index, shape, strict=True))
-        if not is_stacked(path):
-            return part(views[0], index, size)
-        return np.stack([part(view, index[1:], size[1:]) for view in views[index[0]]])
-
-    return read
+def _padded(part: np.ndarray, shape: Shape) -> np.ndarray:
+    """Return `part` as float32, filled up to `shape` with zeros behind its end."""
+    out = np.zeros(shape, np.float32)
+    real = tuple(slice(n) for n in part.shape)
+    out[real] = part
+    return out
 
 
 def check_tensors(tensors: Tensors, family: Family, config: ModelConfig) -> None:
@@ -89,33 +120,46 @@ def check_tensors(tensors: Tensors, family: Family, config: ModelConfig) -> None
             )
 
 
+def _more(names: list[str]) -> str:
+    if len(names) == 1:
+        return ""
+    return f" and {len(names) - 1} more"
+
+
 def export_tensors(
     params: dict, family: Family, config: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (their name, float32 tensor) in the order of `their_shapes`."""
-    flat, cut = traverse_util.flatten_dict(params, sep="/"), unpadded_shapes(config)
-    gathered: tuple[Row | None, list[np.ndarray]] = None, []
-    for row, layer in _walk(family, config):
-        if gathered[0] is not row:
-            wanted = [flat[path][tuple(slice(n) for n in cut[path])] for path in row.ours]
-            gathered = row, [np.asarray(x) for x in wanted]
-        ours = [x[layer] if is_stacked(row.ours[0]) else x for x in gathered[1]]
-        yield row.theirs.format(layer), row.layout.join(ours)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    shapes = unpadded_shapes(config)
+    for row in _rows(family, config):
+        # All layers are gathered at once, because slicing a layer out of an array that is split
+        # over devices would be a program of its own for each.
+        gathered = []
+        for path in row.ours:
+            real = tuple(slice(n) for n in shapes[path])
+            gathered.append(np.asarray(flat[path][real]))
+        for layer in _layers(row, config):
+            ours = gathered
+            if is_stacked(row.ours[0]):
+                ours = [array[layer] for array in gathered]
+            yield row.theirs.format(layer), row.layout.join(ours)
 
 
 def their_shapes(family: Family, config: ModelConfig) -> Shapes:
     """Return the shape of every tensor of theirs by name."""
-    cut = unpadded_shapes(config)
-    return {
-        row.theirs.format(layer): row.layout.shape([layer_shape(path, cut) for path in row.ours])
-        for row, layer in _walk(family, config)
-    }
+    shapes = unpadded_shapes(config)
+    theirs = {}
+    for row in _rows(family, config):
+        row_shape = row.layout.shape([layer_shape(path, shapes) for path in row.ours])
+        for layer in _layers(row, config):
+            theirs[row.theirs.format(layer)] = row_shape
+    return theirs
 
 
 def unpadded_shapes(config: ModelConfig) -> Shapes:
-    """Return the shape of every parameter of ours by path, without the rows that pad the
-    vocabulary.
-    """
+    """Return the shape of every parameter of ours by path, without the vocabulary's padding."""
+    # A config can't be hashed, but its settings can.
     return _unpadded_shapes(dataclasses.astuple(config))
 
 
@@ -123,29 +167,32 @@ def unpadded_shapes(config: ModelConfig) -> Shapes:
 def _unpadded_shapes(settings: tuple) -> Shapes:
     config = ModelConfig(*settings)
     _, abstract, axes = abstract_transformer(config)
-    flat = traverse_util.flatten_dict(abstract, sep="/")
-    return {
-        path: tuple(
-            config.vocab_size if axis == "vocab" else n
-            for axis, n in zip(axes[path], leaf.shape, strict=True)
-        )
-        for path, leaf in flat.items()
-    }
+    shapes = {}
+    for path, leaf in traverse_util.flatten_dict(abstract, sep="/").items():
+        sizes = list(leaf.shape)
+        if "vocab" in axes[path]:
+            sizes[axes[path].index("vocab")] = config.vocab_size
+        shapes[path] = tuple(sizes)
+    return shapes
 
 
 def with_family_names(tensors: Tensors, family: Family) -> Tensors:
     """Return tensors by the names of the family's table.
 
-    Some versions of transformers name a tensor otherwise, and files of a bare model (published
-    GPT-2's) leave out the prefix.
+    Some versions of transformers give a tensor another name, and files of a bare model (as GPT-2
+    was published) leave out the prefix.
     """
     named = {family.renamed.get(name, name): tensor for name, tensor in tensors.items()}
     if any(name.startswith(family.prefix) for name in named):
         return named
+    # The names that have no prefix in a whole model either: the output matrix's.
     outside = {row.theirs for row in family.rows if not row.theirs.startswith(family.prefix)}
-    return {
-        name if name in outside else family.prefix + name: tensor for name, tensor in named.items()
-    }
+    prefixed = {}
+    for name, tensor in named.items():
+        if name not in outside:
+            name = family.prefix + name
+        prefixed[name] = tensor
+    return prefixed
 
 
 def is_stacked(path: str) -> bool:
@@ -154,22 +201,25 @@ def is_stacked(path: str) -> bool:
 
 
 def layer_shape(path: str, shapes: Shapes) -> Shape:
-    """Return the shape of one layer of a parameter of ours."""
-    return shapes[path][1:] if is_stacked(path) else shapes[path]
+    """Return the shape of one layer of a parameter of ours, or of one that has no layers."""
+    if is_stacked(path):
+        return shapes[path][1:]
+    return shapes[path]
 
 
-def _walk(family: Family, config: ModelConfig) -> Iterator[tuple[Row, int]]:
-    """Yield each line of the table that the model has, for each layer."""
+def _rows(family: Family, config: ModelConfig) -> list[Row]:
+    """Return the lines of the family's table for which the model has parameters."""
     shapes = unpadded_shapes(config)
     rows = [row for row in family.rows if all(path in shapes for path in row.ours)]
-    covered = {path for row in rows for path in row.ours}
-    assert covered == set(shapes), (
-        f"{family.model_type} has no name for {sorted(set(shapes) - covered)}"
-    )
+    missing = set(shapes)
     for row in rows:
-        for layer in range(config.num_layers if is_stacked(row.ours[0]) else 1):
-            yield row, layer
+        missing.difference_update(row.ours)
+    assert not missing, f"{family.model_type} has no name for {sorted(missing)}"
+    return rows
 
 
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+def _layers(row: Row, config: ModelConfig) -> range:
+    """Return the numbers of the layers for which a line of the table names tensors."""
+    if is_stacked(row.ours[0]):
+        return range(config.num_layers)
+    return range(1)
