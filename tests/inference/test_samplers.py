@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinylm.core.errors import UserError
-from tinylm.inference.samplers import Sampler, cumulate, draw, keep_likely, penalize
+from tinylm.inference.samplers import Filters, Sampler, cumulate, draw, keep_likely, penalize
 
 PROBABILITIES = np.array([0.02, 0.4, 0.08, 0.3, 0.05, 0.15])
 LOGITS = jnp.log(jnp.asarray(PROBABILITIES, jnp.float32))[None]
@@ -50,7 +50,7 @@ def test_draws_follow_the_definition(case):
     sampler, n = Sampler(*case), 20_000
     uniform = jax.random.uniform(jax.random.key(1), n)
     logits = jnp.broadcast_to(LOGITS, (n, 6))
-    ids = jax.jit(draw, static_argnums=2)(uniform, logits, sampler.candidates, sampler.values)
+    ids = jax.jit(draw, static_argnums=2)(uniform, logits, sampler.candidates, sampler.filters)
     counts = np.bincount(np.asarray(ids), minlength=6)
     wanted = expected(*case)
     assert (counts[wanted == 0] == 0).all()
@@ -60,7 +60,7 @@ def test_draws_follow_the_definition(case):
 
 def test_temperature_zero_is_greedy():
     sampler = Sampler(0.0)
-    assert int(draw(jnp.zeros(1), LOGITS, sampler.candidates, sampler.values)[0]) == 1
+    assert int(draw(jnp.zeros(1), LOGITS, sampler.candidates, sampler.filters)[0]) == 1
 
 
 def test_equal_logits_keep_exactly_top_k():
@@ -72,7 +72,7 @@ def test_the_lowest_and_the_highest_number_draw_tokens_that_can_be_drawn():
     """Over a vocabulary of several blocks, with tokens of probability 0 at its ends and between."""
     logits = np.full((2, 1000), -1e30, np.float32)
     logits[:, 3:900:7] = np.random.default_rng(0).normal(size=(2, 129))
-    ids = draw(jnp.array([0.0, 1 - 2**-24]), jnp.asarray(logits), -1, (1.0, 0, 1.0, 0.0))
+    ids = draw(jnp.array([0.0, 1 - 2**-24]), jnp.asarray(logits), -1, Filters(1.0, 0, 1.0, 0.0))
     assert ids.tolist() == [3, 899]
 
 
@@ -98,7 +98,7 @@ def test_values_at_the_ends_of_their_ranges_mean_what_they_say(extreme, drawn):
     sampler, uniform = Sampler(**extreme), jnp.linspace(0, 1, 200, endpoint=False)
     sampler.check(prefix="--")
     logits = jnp.broadcast_to(LOGITS, (200, 6))
-    ids = jax.jit(draw, static_argnums=2)(uniform, logits, sampler.candidates, sampler.values)
+    ids = jax.jit(draw, static_argnums=2)(uniform, logits, sampler.candidates, sampler.filters)
     assert set(ids.tolist()) == drawn
 
 

@@ -25,7 +25,7 @@ from flax import nnx
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import constrain
-from tinylm.inference.samplers import Sampler, draw, penalize
+from tinylm.inference.samplers import Filters, Sampler, draw, penalize
 from tinylm.model.layers import MASKED_LOGIT
 from tinylm.model.transformer import Cache, Transformer
 
@@ -139,7 +139,7 @@ class Decoder:
                     seeds=(seed, num_reads),
                     count=count,
                     candidates=sampler.candidates,
-                    values=sampler.values,
+                    filters=sampler.filters,
                     penalty=float(sampler.repetition_penalty),
                     scored=scored,
                 )
@@ -224,7 +224,7 @@ def _decode_chunk(
     seeds: tuple[jax.Array, jax.Array],
     count: jax.Array,
     candidates: int,
-    values: tuple,
+    filters: Filters,
     penalty: jax.Array,
     scored: bool,
 ) -> tuple[Writing, jax.Array, jax.Array, jax.Array]:
@@ -246,7 +246,7 @@ def _decode_chunk(
         wanted_BV = logits_BV
         if writing.seen_BV.shape[1]:
             wanted_BV = penalize(logits_BV, writing.seen_BV, penalty)
-        drawn_B = draw(uniform_CB[t], wanted_BV, candidates, values)
+        drawn_B = draw(uniform_CB[t], wanted_BV, candidates, filters)
         drawn_B = jnp.where(writing.done_B, known.end, drawn_B)
         id_B = drawn_B
         for other_end in known.more_ends:

@@ -1,5 +1,6 @@
-"""Scores on a validation split: the loss as sums and counts, divided once, and the share of answers
-met exactly.
+"""Scores on a validation split: the loss, and the share of answers met exactly.
+
+The loss is a sum and a count, divided once.
 
 An answer is compared token by token. Where it is worked out in words first, as in GSM8K (Cobbe et
 al. 2021), only the final answer counts, which a pattern finds in both texts.
@@ -15,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from tinylm.core.batch import BatchRows
+from tinylm.core.batch import Batch, BatchRows
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import constrain
 from tinylm.data.pipeline import eval_batches
@@ -28,7 +29,7 @@ from tinylm.model.losses import next_token_loss
 def make_eval_step(graph: nnx.GraphDef) -> Callable:
     """Return jitted `(params, batch [B, T]) -> (nats, target tokens)`."""
 
-    def eval_step(params, batch):
+    def eval_step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
         nats, count, _ = next_token_loss(nnx.merge(graph, params), batch)
         return constrain(nats), constrain(count)
 
@@ -50,16 +51,16 @@ def evaluate(
     Batches are added up in double precision on the host, so the sums don't depend on their number.
 
     Args:
-        eval_step: As `make_eval_step` returns it.
-        params: The model's parameters.
-        split: The rows to score.
-        mesh: Where to.
-        rows: Rows of a micro-batch, which are scored at a time.
-        micro_batches: Micro-batches of a batch, as training has them: train.accumulation_steps.
-        max_batches: Batches to score at most, the first ones (0: all).
+      eval_step: as `make_eval_step` returns it.
+      params: of the model.
+      split: the rows to score.
+      mesh: where to score them.
+      rows: of a micro-batch, which are scored at a time.
+      micro_batches: of a batch, as training has them: train.accumulation_steps.
+      max_batches: batches to score at most, the first ones (0: all).
 
     Returns:
-        The two sums; both are 0 where no batch holds a target token.
+      The two sums; both are 0 where no batch holds a target token.
     """
     batch_rows = BatchRows(mesh, rows)
     batches = eval_batches(
@@ -68,9 +69,9 @@ def evaluate(
     sums: list[tuple[jax.Array, jax.Array]] = []
     for batch in batches:
         sums.append(eval_step(params, batch_rows.place(batch, rows_dim=0)))
-        jax.block_until_ready(
-            sums[-2:][0]
-        )  # programs that wait for other processes, many at a time, block each other
+        # Many programs at a time that wait for other processes block each other: two are under way
+        # at most.
+        jax.block_until_ready(sums[-2:][0])
     nats = math.fsum(float(n) for n, _ in sums)
     count = math.fsum(float(c) for _, c in sums)
     return nats, count
@@ -86,28 +87,34 @@ def exact_match(
     is_right: Callable[[np.ndarray, np.ndarray, list[int]], bool] | None = None,
     before_batch: Callable[[], None] = lambda: None,
 ) -> float:
-    """Return the share of (prompt ids, completion ids) that the model answers rightly by greedy
-    decoding.
+    """Return the share of pairs that the model answers rightly by greedy decoding.
 
-    `rows` prompts are decoded at once, each after `start_id`, with room for the longest completion
-    and its end. An answer is right where it is the completion and then the end, or where
-    `is_right(prompt, completion, answer)` says so, as the function that `final_answers` returns
-    does. `before_batch` is called before each batch of prompts.
+    Args:
+      decoder: of the model.
+      params: of the model.
+      pairs: (prompt ids, completion ids); there is room for the longest completion and its end.
+      start_id: stands before each prompt.
+      rows: prompts that are decoded at once.
+      is_right: asked as `is_right(prompt, completion, answer)`, such as what `final_answers`
+        returns; without it an answer is right where it is the completion and then the end.
+      before_batch: called before each batch of prompts.
     """
     longest = max(len(completion) for _, completion in pairs) + 1
     num_right = 0
     for start in range(0, len(pairs), rows):
         before_batch()
         part = pairs[start : start + rows]
-        filled = [*part, *[part[-1]] * (rows - len(part))]
-        prompts = [[start_id, *prompt.tolist()] for prompt, _ in filled]
+        prompts = [[start_id, *prompt.tolist()] for prompt, _ in part]
+        # A last batch with fewer prompts is filled up, so that one program serves all.
+        prompts += [prompts[-1]] * (rows - len(part))
         answers = decoder.write(
             params, prompts, max_tokens=longest, sampler=Sampler(temperature=0.0)
         )
         for (prompt, completion), answer in zip(part, answers, strict=False):
-            num_right += (
-                is_right(prompt, completion, answer) if is_right else answer == completion.tolist()
-            )
+            if is_right is None:
+                num_right += answer == completion.tolist()
+            else:
+                num_right += is_right(prompt, completion, answer)
     return num_right / len(pairs)
 
 
@@ -121,8 +128,14 @@ def check_pairs(
     """Raise UserError where `exact_match` could not count pairs.
 
     There have to be some, each prompt has to fit into the context, and each completion has to have
-    a final answer where a pattern tells what that is. `keys` are what messages call the wish to
-    count, and the pattern.
+    a final answer where a pattern tells what that is.
+
+    Args:
+      pairs: (prompt ids, completion ids).
+      context: of the model, tokens.
+      tokenizer: of the ids.
+      pattern: of the final answer (empty: the whole completion counts).
+      keys: what messages call the wish to count, and the pattern.
     """
     wish, pattern_key = keys
     if not pairs:
@@ -137,7 +150,9 @@ def check_pairs(
             f"the context ({context}); take shorter prompts or a longer data.seq_len, or leave "
             f"{wish} out."
         )
-    for prompt, completion in pairs if pattern else ():
+    if not pattern:
+        return
+    for prompt, completion in pairs:
         text = tokenizer.decode_after(prompt.tolist(), completion.tolist())
         if final_answer(text, pattern) is None:
             raise UserError(
@@ -146,8 +161,9 @@ def check_pairs(
 
 
 def final_answer(text: str, pattern: str) -> str | None:
-    """Return what a pattern finds last in a text: its first group, or all of it; None where it
-    finds nothing.
+    """Return what a pattern finds last in a text, None where it finds nothing.
+
+    Where the pattern has groups, it is what the first of them holds.
     """
     matches = list(re.finditer(pattern, text))
     if not matches:
@@ -159,16 +175,12 @@ def final_answer(text: str, pattern: str) -> str | None:
 def final_answers(
     tokenizer: Any, pattern: str
 ) -> Callable[[np.ndarray, np.ndarray, list[int]], bool]:
-    """Return a function that says whether the final answers in a completion and in the model's
-    answer are the same.
-    """
+    """Return whether completion and answer have the same final answer, as `exact_match` asks."""
 
     def is_right(prompt: np.ndarray, completion: np.ndarray, answer: list[int]) -> bool:
         before = prompt.tolist()
-        wanted, got = (
-            final_answer(tokenizer.decode_after(before, ids), pattern)
-            for ids in (completion.tolist(), answer)
-        )
+        wanted = final_answer(tokenizer.decode_after(before, completion.tolist()), pattern)
+        got = final_answer(tokenizer.decode_after(before, answer), pattern)
         return wanted is not None and got == wanted
 
     return is_right

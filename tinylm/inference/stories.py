@@ -13,13 +13,11 @@ from typing import NamedTuple
 
 
 class Beginning(NamedTuple):
-    """The beginning of a story, the names in it, which the story should keep, and how it goes on
-    (if it is known).
-    """
+    """The beginning of a story."""
 
     prompt: str
-    names: tuple[str, ...]
-    rest: str = ""
+    names: tuple[str, ...]  # which the story should keep
+    rest: str = ""  # how it goes on, where that is known
 
 
 PROMPTS = (
@@ -38,49 +36,77 @@ PROMPTS = (
     Beginning("Grandma gave Tim a box and told him not to open it.", ("Tim",)),
 )
 
-_FEWEST_WORDS = 8  # of a beginning
+# Of a beginning.
+_FEWEST_WORDS = 8
+# `.` or `!"` before a space
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)]*(?=\s)")
-_NAME = re.compile(
-    r"(?<=[\w,;] )[A-Z][a-z]+"
-)  # not at the begin of a sentence, where every word has a capital
+# `Lily` in `named Lily`: not at the begin of a sentence, where every word has a capital.
+_NAME = re.compile(r"(?<=[\w,;] )[A-Z][a-z]+")
 
 
 def beginnings(texts: Iterable[str]) -> list[Beginning]:
-    """Cut each text after its first sentences, eight words at least; a text that has no more than
-    that is left out.
+    """Cut each text after its first sentences, which have _FEWEST_WORDS at least.
+
+    A text that has no more than that is left out.
     """
     found = []
     for text in texts:
         for end in _SENTENCE_END.finditer(text):
-            prompt, rest = text[: end.end()], text[end.end() :]
-            if len(prompt.split()) >= _FEWEST_WORDS:
-                if rest.strip():
-                    found.append(
-                        Beginning(prompt, tuple(dict.fromkeys(_NAME.findall(prompt))), rest)
-                    )
-                break
+            prompt = text[: end.end()]
+            if len(prompt.split()) < _FEWEST_WORDS:
+                continue
+            rest = text[end.end() :]
+            if rest.strip():
+                names = dict.fromkeys(_NAME.findall(prompt))
+                found.append(Beginning(prompt, tuple(names), rest))
+            break
     return found
 
 
 def measure(
     stories: Sequence[str], names: Sequence[Sequence[str]], ended: Sequence[bool]
 ) -> dict[str, float | None]:
-    """Return measures of what was written after prompts that have `names`.
+    """Measure stories that were written after prompts.
 
-    `repetition` is the share of 4-grams of words that stood in the same story before, `distinct_N`
-    the share of different ones among all N-grams of all stories, `names_kept` the share of the
-    prompts' names that come again (None where they have none).
+    Args:
+      stories: without their prompts.
+      names: those in the prompt of each story.
+      ended: whether each story came to an end.
+
+    Returns:
+      `stories`, their number, and `words`, of a story; `repetition`, the share of 4-grams of words
+      that stood in the same story before; `distinct_N`, the share of different ones among all
+      N-grams of all stories; `names_kept`, the share of the prompts' names that come again (None
+      where they have none); `ended`, the share of stories.
     """
-    words = [re.findall(r"\w+", story.lower()) for story in stories]
-    within = [ngrams(one, 4) for one in words]
-    grams = {n: [gram for one in words for gram in ngrams(one, n)] for n in (1, 2, 3)}
-    kept = [name.lower() in one for one, group in zip(words, names, strict=True) for name in group]
+    words_of = [re.findall(r"\w+", story.lower()) for story in stories]
+    num_words = sum(len(words) for words in words_of)
+
+    num_grams = 0
+    num_new = 0
+    for words in words_of:
+        grams = ngrams(words, 4)
+        num_grams += len(grams)
+        num_new += len(set(grams))
+
+    distinct = {}
+    for n in (1, 2, 3):
+        all_grams = [gram for words in words_of for gram in ngrams(words, n)]
+        distinct[f"distinct_{n}"] = _share(len(set(all_grams)), len(all_grams))
+
+    num_names = 0
+    num_kept = 0
+    for words, wanted in zip(words_of, names, strict=True):
+        num_names += len(wanted)
+        num_kept += sum(name.lower() in words for name in wanted)
+
     return {
         "stories": len(stories),
-        "words": _share(sum(map(len, words)), len(words)),
-        "repetition": 1 - _share(sum(len(set(one)) for one in within), sum(map(len, within)), 1.0),
-        **{f"distinct_{n}": _share(len(set(found)), len(found)) for n, found in grams.items()},
-        "names_kept": _share(sum(kept), len(kept)) if kept else None,
+        "words": _share(num_words, len(stories)),
+        # Where nothing is long enough for a 4-gram, nothing is repeated.
+        "repetition": 1 - _share(num_new, num_grams, empty=1.0),
+        **distinct,
+        "names_kept": _share(num_kept, num_names) if num_names else None,
         "ended": _share(sum(ended), len(ended)),
     }
 
