@@ -65,8 +65,8 @@ def beside_transformers():
     import torch
     import transformers
 
-    from tinylm.interop import models, weights
-    from tinylm.interop.tensor_files import open_folder
+    from tinylm.interop import weights
+    from tinylm.interop.hf_model import read_model
 
     mesh, new = make_mesh(MeshConfig(data=1)), FLAGS.tokens
     for name, (num_layers, width, heads, vocab) in SIZES.items():
@@ -82,10 +82,9 @@ def beside_transformers():
         theirs = transformers.GPT2LMHeadModel(config).eval()
         with tempfile.TemporaryDirectory() as folder:
             theirs.save_pretrained(folder)
-            family, model = models.read_model_config(pathlib.Path(folder))
-            tensors = weights.with_prefix(open_folder(pathlib.Path(folder)), family)
-            params = weights.import_params(tensors, family, model, mesh, False)
-        decoder = Decoder(abstract_transformer(model)[0], 256, vocab, vocab)
+            read = read_model(pathlib.Path(folder))
+            params = weights.import_params(read.tensors, read.family, read.model, mesh, False)
+        decoder = Decoder(abstract_transformer(read.model)[0], 256, vocab, vocab)
         for rows in (1, 16):
             prompt = np.random.default_rng(0).integers(0, 65, (rows, 8))
             ids = torch.from_numpy(prompt)

@@ -16,7 +16,7 @@ from tinylm.run.open_run import open_run
     [
         ([], "one of --from_hf=DIR, --to_hf=DIR and --from_llama2c=FILE is required"),
         (["--from_hf=a", "--to_hf=b"], "one of --from_hf=DIR"),
-        (["--from_hf=nowhere"], "--from_hf=nowhere is no folder"),
+        (["--from_hf=nowhere"], "--from_hf=nowhere is not a folder"),
         (["--to_hf=b"], "holds no run"),
     ],
 )

@@ -361,7 +361,7 @@ def test_values_of_any_kind_in_a_config_are_read_or_refused(copy, name):
         for value in WRONG:
             (folder / "config.json").write_text(json.dumps({**config, key: value}))
             try:
-                model = read_model(folder)[1]
+                model = read_model(folder).model
             except UserError as error:
                 assert "\n" not in str(error)
             else:
@@ -639,7 +639,7 @@ def test_folders_that_are_no_model(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"deep.json can't be read"):
         tensor_files.read_json(tmp_path / "deep.json")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         models.import_hf(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"config.json can't be read"):
         models.import_hf(str(tmp_path))
@@ -697,7 +697,7 @@ def test_an_export_into_the_empty_folder_that_one_is_in(tmp_path, monkeypatch):
     assert sorted(map(str, pathlib.Path().iterdir())) == sorted(
         path.name for path in tmp_path.iterdir()
     )
-    assert read_model(pathlib.Path())[0].model_type == "gpt2"
+    assert read_model(pathlib.Path()).family.model_type == "gpt2"
 
 
 @pytest.mark.parametrize("place", ["file/hf", "/proc/hf", "full"])

@@ -188,7 +188,7 @@ def test_rotary_settings_are_read_from_where_transformers_reads_them(name, pairs
         wanted = getattr(
             loaded(folder), "gpt_neox" if name == "gpt_neox" else "model"
         ).rotary_emb.inv_freq.numpy()
-        model = read_model(folder)[1]
+        model = read_model(folder).model
         size = int(model.head_dim * model.rotary_fraction)
         ours = model.rotary_base ** (-np.arange(0, size, 2) / size)
         np.testing.assert_allclose(ours, wanted, rtol=1e-6, err_msg=str(rope))

@@ -262,7 +262,7 @@ def test_fine_tuning_starts_from_a_folder_of_hugging_face(exported, tmp_path):
         (["train.init_from=nowhere"], r"train.init_from=nowhere holds no run.*hf:DIR"),
         (
             ["train.init_from=hf:nowhere"],
-            r"train.init_from=hf:nowhere is no folder; download the model first",
+            r"train.init_from=hf:nowhere is not a folder; download the model first",
         ),
         (
             ["model.embed_dim=64", "model.mlp=swiglu"],

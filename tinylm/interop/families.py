@@ -1,9 +1,13 @@
-"""The model families of Hugging Face that tinylm can be: one table each (their name, our path, the
-transform).
+"""The model families of Hugging Face that tinylm can be, each as a table from their names to ours.
 
-{} in a name is the layer. A line whose path a model doesn't have (a bias, an output matrix that is
-tied) is skipped, so one table serves every variant of a family. `family_configs` maps the
-config.json of each both ways.
+A line of a table says which tensor of theirs holds which parameters of ours, and how:
+
+    model.layers.{}.self_attn.q_proj.weight   blocks/attention/query/kernel   OUTPUT_FIRST
+
+{} is the number of the layer. A line whose path a model doesn't have (a bias, an output matrix that
+is tied) is skipped, so one table serves every variant of a family. `layouts` has the transforms,
+`weights` follows this line from file to device, and `family_configs` maps the config.json of each
+family both ways.
 """
 
 import dataclasses
@@ -15,30 +19,47 @@ from tinylm.interop import layouts as to
 from tinylm.interop.layouts import Layout
 from tinylm.model.config import ModelConfig
 
+_ATTENTION = "blocks/attention"
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a table: their name ({} is the layer), our paths that it holds, the transform."""
+    """One line of a table.
+
+    Attributes:
+      theirs: the name of their tensor, where {} is the layer.
+      ours: the paths of our parameters that it holds; several where it is fused.
+      layout: how it holds them.
+    """
 
     theirs: str
     ours: tuple[str, ...]
     layout: Layout
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """A family: its names, its table, its config both ways.
 
-    `ignored` says of tensors that hold no weight, by the end of their names, why they are left out;
-    `renamed` are names that some versions of transformers give to tensors of the table.
+    Attributes:
+      model_type: its name in a config.json.
+      architecture: the class of transformers that loads it.
+      prefix: of the names of all tensors but the output matrix's; some published files leave it
+        out.
+      rows: the table.
+      ignored: why tensors that hold no weights are left out, by the end of their names.
+      names: the family's own name of each setting of ours.
+      read_config: from the content of a config.json to our settings.
+      write_config: the other way.
+      renamed: names that some versions of transformers give to tensors of the table.
     """
 
     model_type: str
     architecture: str
-    prefix: str  # of all names but the output matrix's; some published files leave it out
+    prefix: str
     rows: tuple[Row, ...]
     ignored: Mapping[str, str]
-    names: configs.Names  # the family's own name of a setting of ours
+    names: configs.Names
     read_config: Callable[[dict[str, Any]], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]]
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -54,52 +75,49 @@ class Family:
         return next(row.theirs.partition("{}")[0] for row in self.rows if "{}" in row.theirs)
 
 
-def _rows(*lines: tuple[str, str | tuple[str, ...], Layout]) -> tuple[Row, ...]:
-    return tuple(
-        Row(theirs, (ours,) if isinstance(ours, str) else ours, layout)
-        for theirs, ours, layout in lines
-    )
+def _norms(prefix: str, names: dict[str, str]) -> list[Row]:
+    """Return the lines of norms, a scale and a bias each.
+
+    Args:
+      prefix: of their names.
+      names: our path by their name.
+    """
+    rows = []
+    for theirs, ours in names.items():
+        rows.append(Row(f"{prefix}{theirs}.weight", (f"{ours}/scale",), to.SAME))
+        rows.append(Row(f"{prefix}{theirs}.bias", (f"{ours}/bias",), to.SAME))
+    return rows
 
 
-def _norms(prefix: str, names: dict[str, str]) -> list[tuple[str, str, Layout]]:
-    """Lines of norms {their name: our path}."""
-    ends = (("weight", "scale"), ("bias", "bias"))
-    return [
-        (f"{prefix}{t}.{end}", f"{o}/{ours}", to.SAME)
-        for t, o in names.items()
-        for end, ours in ends
-    ]
+def _linears(prefix: str, names: dict[str, tuple[str, Layout]]) -> list[Row]:
+    """Return the lines of linear maps, a kernel and a bias each.
 
-
-def _linears(prefix: str, names: dict[str, tuple[str, Layout]]) -> list[tuple[str, str, Layout]]:
-    """Lines of linear maps {their name: (our path, transform of the kernel)} with their biases."""
-    lines = []
+    Args:
+      prefix: of their names.
+      names: our path and the transform of the kernel by their name.
+    """
+    rows = []
     for theirs, (ours, layout) in names.items():
-        lines += [
-            (f"{prefix}{theirs}.weight", f"{ours}/kernel", layout),
-            (f"{prefix}{theirs}.bias", f"{ours}/bias", to.FLAT),
-        ]
-    return lines
+        rows.append(Row(f"{prefix}{theirs}.weight", (f"{ours}/kernel",), layout))
+        rows.append(Row(f"{prefix}{theirs}.bias", (f"{ours}/bias",), to.FLAT))
+    return rows
 
 
-def _fused(name: str, layout: Layout) -> list[tuple[str, tuple[str, ...], Layout]]:
-    """Lines of one map that makes queries, keys and values."""
-    paths = [f"blocks/attention/{part}" for part in ("query", "key", "value")]
-    return [
-        (f"{name}.weight", tuple(f"{path}/kernel" for path in paths), layout),
-        (f"{name}.bias", tuple(f"{path}/bias" for path in paths), layout),
-    ]
+def _fused(name: str, layout: Layout) -> list[Row]:
+    """Return the lines of one map that makes queries, keys and values."""
+    paths = [f"{_ATTENTION}/{part}" for part in ("query", "key", "value")]
+    kernels = tuple(f"{path}/kernel" for path in paths)
+    biases = tuple(f"{path}/bias" for path in paths)
+    return [Row(f"{name}.weight", kernels, layout), Row(f"{name}.bias", biases, layout)]
 
 
-_ATTENTION = "blocks/attention"
-_GPT_TOP = (
-    ("transformer.wte.weight", "embedding", to.SAME),
-    ("transformer.wpe.weight", "positions", to.SAME),
+# GPT-2 and GPT-Neo share all names but those of the maps in a layer.
+_GPT_ROWS = (
+    Row("transformer.wte.weight", ("embedding",), to.SAME),
+    Row("transformer.wpe.weight", ("positions",), to.SAME),
     *_norms("transformer.", {"ln_f": "norm"}),
-    ("lm_head.weight", "head", to.OUTPUT_FIRST),
-)
-_GPT_NORMS = _norms(
-    "transformer.h.{}.", {"ln_1": "blocks/attention_norm", "ln_2": "blocks/mlp_norm"}
+    Row("lm_head.weight", ("head",), to.OUTPUT_FIRST),
+    *_norms("transformer.h.{}.", {"ln_1": "blocks/attention_norm", "ln_2": "blocks/mlp_norm"}),
 )
 _IGNORED = {
     ".attn.bias": "causal mask, which is computed",
@@ -109,13 +127,13 @@ _IGNORED = {
     ".rotary_emb.inv_freq": "rotary frequencies, which follow from config.json",
 }
 
+# Queries, keys and values come from one matrix, and all matrices have the inputs first.
 GPT2 = Family(
-    "gpt2",
-    "GPT2LMHeadModel",
-    "transformer.",
-    _rows(
-        *_GPT_TOP,
-        *_GPT_NORMS,
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    prefix="transformer.",
+    rows=(
+        *_GPT_ROWS,
         *_fused("transformer.h.{}.attn.c_attn", to.THIRDS),
         *_linears(
             "transformer.h.{}.",
@@ -126,19 +144,20 @@ GPT2 = Family(
             },
         ),
     ),
-    _IGNORED,
-    configs.GPT2_NAMES,
-    configs.read_gpt2,
-    configs.write_gpt2,
+    ignored=_IGNORED,
+    names=configs.GPT2_NAMES,
+    read_config=configs.read_gpt2,
+    write_config=configs.write_gpt2,
 )
 
+# GPT-2 with a matrix each for queries, keys and values, which have no biases, and with windows of
+# attention. Its attention is not scaled by the size of a head.
 GPT_NEO = Family(
-    "gpt_neo",
-    "GPTNeoForCausalLM",
-    "transformer.",
-    _rows(
-        *_GPT_TOP,
-        *_GPT_NORMS,
+    model_type="gpt_neo",
+    architecture="GPTNeoForCausalLM",
+    prefix="transformer.",
+    rows=(
+        *_GPT_ROWS,
         *_linears(
             "transformer.h.{}.",
             {
@@ -151,20 +170,22 @@ GPT_NEO = Family(
             },
         ),
     ),
-    _IGNORED,
-    configs.GPT_NEO_NAMES,
-    configs.read_gpt_neo,
-    configs.write_gpt_neo,
+    ignored=_IGNORED,
+    names=configs.GPT_NEO_NAMES,
+    read_config=configs.read_gpt_neo,
+    write_config=configs.write_gpt_neo,
 )
 
+# Rotary positions for a part of each head, and a block whose two halves may read the same input.
+# The matrix of queries, keys and values goes head by head.
 GPT_NEOX = Family(
-    "gpt_neox",
-    "GPTNeoXForCausalLM",
-    "gpt_neox.",
-    _rows(
-        ("gpt_neox.embed_in.weight", "embedding", to.SAME),
+    model_type="gpt_neox",
+    architecture="GPTNeoXForCausalLM",
+    prefix="gpt_neox.",
+    rows=(
+        Row("gpt_neox.embed_in.weight", ("embedding",), to.SAME),
         *_norms("gpt_neox.", {"final_layer_norm": "norm"}),
-        ("embed_out.weight", "head", to.OUTPUT_FIRST),
+        Row("embed_out.weight", ("head",), to.OUTPUT_FIRST),
         *_norms(
             "gpt_neox.layers.{}.",
             {
@@ -182,21 +203,22 @@ GPT_NEOX = Family(
             },
         ),
     ),
-    _IGNORED,
-    configs.GPT_NEOX_NAMES,
-    configs.read_gpt_neox,
-    configs.write_gpt_neox,
-    {"lm_head.weight": "embed_out.weight"},
+    ignored=_IGNORED,
+    names=configs.GPT_NEOX_NAMES,
+    read_config=configs.read_gpt_neox,
+    write_config=configs.write_gpt_neox,
+    renamed={"lm_head.weight": "embed_out.weight"},
 )
 
+# Norms without mean and bias, a gated mlp, and fewer heads of keys and values than of queries.
 LLAMA = Family(
-    "llama",
-    "LlamaForCausalLM",
-    "model.",
-    _rows(
-        ("model.embed_tokens.weight", "embedding", to.SAME),
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    prefix="model.",
+    rows=(
+        Row("model.embed_tokens.weight", ("embedding",), to.SAME),
         *_norms("model.", {"norm": "norm"}),
-        ("lm_head.weight", "head", to.OUTPUT_FIRST),
+        Row("lm_head.weight", ("head",), to.OUTPUT_FIRST),
         *_norms(
             "model.layers.{}.",
             {
@@ -217,12 +239,13 @@ LLAMA = Family(
             },
         ),
     ),
-    _IGNORED,
-    configs.LLAMA_NAMES,
-    configs.read_llama,
-    configs.write_llama,
+    ignored=_IGNORED,
+    names=configs.LLAMA_NAMES,
+    read_config=configs.read_llama,
+    write_config=configs.write_llama,
 )
 
+# The tensors are Llama's; what differs is in config.json: one window of attention for all layers.
 MISTRAL = dataclasses.replace(
     LLAMA,
     model_type="mistral",
@@ -231,6 +254,7 @@ MISTRAL = dataclasses.replace(
     write_config=configs.write_mistral,
 )
 
+# Again Llama's tensors, with biases of queries, keys and values, and a window in some layers.
 QWEN2 = dataclasses.replace(
     LLAMA,
     model_type="qwen2",

@@ -1,5 +1,4 @@
-"""A model of Hugging Face as it lies in a folder: settings, tensors and tokenizer, checked against
-each other.
+"""A model of Hugging Face in its folder: settings, tensors and tokenizer, checked together.
 
 Nothing is built here. The header of the weights says what is there, so sizes of a config.json are
 compared with it before anything grows with them: 250 bytes can ask for 100 million layers. Where
@@ -10,7 +9,7 @@ transformers (`tie_weights`).
 import dataclasses
 import pathlib
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -25,24 +24,44 @@ from tinylm.interop.tensor_files import Tensors, open_folder, read_json, unread_
 from tinylm.interop.tokenizer_files import check_vocabulary, find_tokenizer
 from tinylm.model.config import ModelConfig
 
-_ROWS = 4096  # of two matrices that are compared at a time
+# Rows of two matrices that are compared at a time.
+_ROWS = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class HfModel:
-    """An opened folder. Texts begin with `start_id`; any of `end_ids` ends one, as the tokenizer's
-    own end does.
+class ReadModel(NamedTuple):
+    """What config.json and the weights of a folder say together.
+
+    Attributes:
+      family: of the model.
+      model: its settings, resolved.
+      tensors: by the names of the family's table, memory-mapped.
+      left_out: a line for each kind of tensor or file that is not read: names, and why.
     """
 
     family: Family
     model: ModelConfig
     tensors: Tensors
+    left_out: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HfModel:
+    """An opened folder.
+
+    Attributes:
+      family, model, tensors, left_out: as in `ReadModel`.
+      tokenizer: of its texts.
+      start_id: the token that a text begins with.
+      end_ids: the tokens that end a text, besides the tokenizer's own end.
+    """
+
+    family: Family
+    model: ModelConfig
+    tensors: Tensors
+    left_out: tuple[str, ...]
     tokenizer: Tokenizer
     start_id: int
     end_ids: tuple[int, ...]
-    left_out: tuple[
-        str, ...
-    ]  # a line for each kind of tensor or file that is not read: names, and why
 
     def params(self, mesh: Mesh, fsdp: bool) -> dict:
         """Return our parameters, laid out on `mesh`."""
@@ -50,68 +69,74 @@ class HfModel:
 
 
 def open_hf(folder: str, setting: str, tokenizer: str = "") -> HfModel:
-    """Open a local folder, which `setting` named; `tokenizer` is a file, where the folder has none.
+    """Open a local folder.
 
-    Raises UserError for what is missing, doesn't fit together, or no setting of ours expresses.
+    Args:
+      folder: with config.json and model.safetensors.
+      setting: the flag or setting that named it, for errors.
+      tokenizer: a file, where the folder has none.
+
+    Raises:
+      UserError: for what is missing, doesn't fit together, or no setting of ours expresses.
     """
     place = pathlib.Path(folder).expanduser()
     if not place.is_dir():
         raise UserError(
-            f"{setting} is no folder; download the model first (tinylm fetches nothing by itself)."
+            f"{setting} is not a folder; download the model first (tinylm fetches nothing by "
+            "itself)."
         )
-    family, model, tensors, left_out = read_model(place)
+    read = read_model(place)
+    vocab_size = read.model.vocab_size
     config = read_json(place / "config.json")
-    ends = _special_ids(config, "eos_token_id", model.vocab_size)
+    ends = _special_ids(config, "eos_token_id", vocab_size)
+    # transformers stops at the ends of either file.
     if (place / "generation_config.json").exists():
         generation = read_json(place / "generation_config.json")
-        ends += _special_ids(generation, "eos_token_id", model.vocab_size)
+        ends += _special_ids(generation, "eos_token_id", vocab_size)
     found = find_tokenizer(place, tokenizer, ends[0] if ends else None)
-    check_vocabulary(found, model.vocab_size)
+    check_vocabulary(found, vocab_size)
     starts = _special_ids(config, "bos_token_id", found.vocab_size)
+    # The model may have rows for more ids than the tokenizer has.
     more_ends = {end for end in ends if end < found.vocab_size} - {found.eot_id}
     return HfModel(
-        family,
-        model,
-        tensors,
-        found,
-        starts[0] if starts else found.eot_id,
-        tuple(sorted(more_ends)),
-        left_out,
+        family=read.family,
+        model=read.model,
+        tensors=read.tensors,
+        left_out=read.left_out,
+        tokenizer=found,
+        start_id=starts[0] if starts else found.eot_id,
+        end_ids=tuple(sorted(more_ends)),
     )
 
 
 def _special_ids(config: dict[str, Any], key: str, vocab_size: int) -> list[int]:
-    """Return the ids below `vocab_size` that a JSON object gives for `key`: one, or several in a
-    list.
-    """
-    found = config.get(key)
-    several = found if isinstance(found, list) else [found]
-    return [one for one in several if type(one) is int and 0 <= one < vocab_size]
+    """Return the ids below `vocab_size` that a JSON object has for `key`: one, or a list."""
+    value = config.get(key)
+    values = value if isinstance(value, list) else [value]
+    return [one for one in values if type(one) is int and 0 <= one < vocab_size]
 
 
-def read_model(folder: pathlib.Path) -> tuple[Family, ModelConfig, Tensors, tuple[str, ...]]:
-    """Return family, resolved settings, tensors by the family's names, and a line for each kind of
-    what is left out.
-    """
+def read_model(folder: pathlib.Path) -> ReadModel:
+    """Read and check config.json and the weights of a folder."""
     config = read_json(folder / "config.json")
     family = _family_of(config)
-    tensors, left_out = _without_ignored(
-        weights.with_family_names(open_folder(folder), family), family
-    )
+    named = weights.with_family_names(open_folder(folder), family)
+    tensors, left_out = _without_ignored(named, family)
     _check_numbers(tensors)
     _check_num_layers(config, family, tensors)
     model = read_settings(config, family)
     _check_largest(model, family, tensors)
     model, left_out_of_pair = _settle_output(tensors, family, model)
-    left_out |= left_out_of_pair
-    lines = _grouped(left_out)
-    lines += [f"{name}: a file that transformers does not read" for name in unread_files(folder)]
-    return family, model, tensors, tuple(lines)
+    lines = _grouped({**left_out, **left_out_of_pair})
+    for name in unread_files(folder):
+        lines.append(f"{name}: a file that transformers does not read")
+    return ReadModel(family, model, tensors, tuple(lines))
 
 
 def _without_ignored(tensors: Tensors, family: Family) -> tuple[Tensors, dict[str, str]]:
     """Return the tensors that hold weights, and why each of the others is left out."""
-    kept, left_out = {}, {}
+    kept: Tensors = {}
+    left_out: dict[str, str] = {}
     for name, tensor in tensors.items():
         reasons = [why for end, why in family.ignored.items() if name.endswith(end)]
         if reasons:
@@ -122,9 +147,7 @@ def _without_ignored(tensors: Tensors, family: Family) -> tuple[Tensors, dict[st
 
 
 def _check_numbers(tensors: Tensors) -> None:
-    """Raise UserError for a tensor of a type that isn't read, which `open_file` gives as False
-    without its numbers.
-    """
+    """Raise UserError for a tensor of a type that isn't read, which `open_file` gives as False."""
     for name, tensor in tensors.items():
         if tensor.dtype == bool:
             raise UserError(
@@ -134,20 +157,20 @@ def _check_numbers(tensors: Tensors) -> None:
 
 
 def _family_of(config: dict[str, Any]) -> Family:
+    """Return the family that a config.json names; raise UserError where we have none for it."""
     kind = config.get("model_type")
     if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
     line = f"config.json has model_type={kind!r}; tinylm reads {', '.join(FAMILIES)}"
     if isinstance(kind, str) and kind in RELATIVES:
-        raise UserError(
-            f"{line}, and has no setting for what {kind} has besides: {RELATIVES[kind]}."
-        )
+        raise UserError(f"{line}, and has no setting for what {kind} adds: {RELATIVES[kind]}.")
     raise UserError(f"{line}{nearest(str(kind), FAMILIES)}.")
 
 
 def read_settings(config: dict[str, Any], family: Family) -> ModelConfig:
-    """Return the resolved and checked settings of a config.json; refusals use the family's own
-    words.
+    """Return the resolved and checked settings of a config.json.
+
+    Raises UserError in the family's own words for its settings.
     """
     try:
         model = family.read_config(config)
@@ -156,9 +179,10 @@ def read_settings(config: dict[str, Any], family: Family) -> ModelConfig:
         fault = in_their_words(str(error), family)
         if fault.startswith("config.json"):
             raise UserError(fault) from error
-        # What to set instead, behind a semicolon, is no advice for a file of others.
+        # Behind a semicolon is what to set instead, which nobody can do in a file of others.
         raise UserError(f"config.json: {fault.partition(';')[0].rstrip('.')}.") from error
-    except Exception as error:  # what a value of a wrong kind leads to
+    except Exception as error:
+        # A value of a wrong kind, where no check of ours looked for it, can lead to any error.
         raise UserError(
             f"config.json has a value of a wrong kind ({type(error).__name__}: {error})."
         ) from error
@@ -184,22 +208,26 @@ def _check_num_layers(config: dict[str, Any], family: Family, tensors: Tensors) 
 
 def _check_largest(model: ModelConfig, family: Family, tensors: Tensors) -> None:
     """Raise UserError for a size that is larger than any dimension of any tensor."""
-    largest = max((max(tensor.shape, default=0) for tensor in tensors.values()), default=0)
-    sizes = {name: getattr(model, name) for name in ("vocab_size", "embed_dim", "mlp_dim")}
-    sizes["num_heads"] = model.num_heads * model.head_dim
-    sizes["num_kv_heads"] = model.num_kv_heads * model.head_dim
+    largest = 0
+    for tensor in tensors.values():
+        largest = max(largest, *tensor.shape, 0)
+    names = family.names
+    head_dim = names.get("head_dim", "the size of a head")
+    sizes = {
+        names["vocab_size"]: model.vocab_size,
+        names["embed_dim"]: model.embed_dim,
+        names["mlp_dim"]: model.mlp_dim,
+        f"{names['num_heads']} x {head_dim}": model.num_heads * model.head_dim,
+        f"{names.get('num_kv_heads', 'num_kv_heads')} x {head_dim}": (
+            model.num_kv_heads * model.head_dim
+        ),
+    }
     if model.position == "learned":
-        sizes["context"] = model.context
+        sizes[names["context"]] = model.context
     for name, size in sizes.items():
         if size > largest:
-            shown = family.names.get(name, name)
-            shown += (
-                f" x {family.names.get('head_dim', 'the size of a head')}"
-                if "heads" in name
-                else ""
-            )
             raise UserError(
-                f"config.json has {shown}={size}, and no dimension of any tensor of the weights is "
+                f"config.json has {name}={size}, and no dimension of any tensor of the weights is "
                 f"above {largest}."
             )
 
@@ -207,13 +235,21 @@ def _check_largest(model: ModelConfig, family: Family, tensors: Tensors) -> None
 def _settle_output(
     tensors: Tensors, family: Family, model: ModelConfig
 ) -> tuple[ModelConfig, dict[str, str]]:
-    """Make tensors and settings agree about the output matrix; return the settings, and what of it
-    is left out.
+    """Make tensors and settings agree about the output matrix.
 
-    A file may hold both matrices of a tied pair, or either. Two that differ are no pair, whatever
-    config.json says.
+    A file may hold both matrices of a tied pair, or either of them. Two that differ are not a pair,
+    whatever config.json says.
+
+    Args:
+      tensors: changed to what the settings ask for.
+      family: has the names of both.
+      model: the settings, as config.json has them.
+
+    Returns:
+      The settings, and why a matrix is left out by its name.
     """
-    embedding, head = family.name_of("embedding"), family.name_of("head")
+    embedding = family.name_of("embedding")
+    head = family.name_of("head")
     if not model.tie_embeddings or head not in tensors:
         return model, {}
     if embedding not in tensors:
@@ -228,24 +264,27 @@ def _settle_output(
 
 
 def same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
-    """Say whether two matrices, which may be larger than the memory, are equal; read a few rows at
-    a time.
+    """Say whether two matrices [rows, columns] are equal.
+
+    They may be larger than the memory, so a few rows are read at a time.
     """
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    starts = range(0, len(one), _ROWS)
-    return all(
-        np.array_equal(one[start : start + _ROWS], other[start : start + _ROWS]) for start in starts
-    )
+    for start in range(0, len(one), _ROWS):
+        rows = slice(start, start + _ROWS)
+        if not np.array_equal(one[rows], other[rows]):
+            return False
+    return True
 
 
 def _grouped(left_out: dict[str, str]) -> list[str]:
-    """Return a line for all tensors of a name but for the layer, and the reason."""
+    """Return a line for all tensors that differ in the number of the layer alone, and why."""
     groups: dict[tuple[str, str], int] = {}
     for name, why in left_out.items():
-        group = re.sub(r"\.\d+\.", ".*.", name), why
+        group = (re.sub(r"\.\d+\.", ".*.", name), why)
         groups[group] = groups.get(group, 0) + 1
-    return [
-        f"{name} ({count}): {why}" if count > 1 else f"{name}: {why}"
-        for (name, why), count in groups.items()
-    ]
+    lines = []
+    for (name, why), count in groups.items():
+        shown = name if count == 1 else f"{name} ({count})"
+        lines.append(f"{shown}: {why}")
+    return lines

@@ -1,10 +1,16 @@
-"""Models of karpathy/llama2.c in its legacy format (v0): seven sizes, then float32 weights, one
-kind after another.
+"""Models of karpathy/llama2.c in its legacy format (v0).
 
-The weights are named as Llama's, so that Llama's table lays them out. The one difference is rotary
-positions: llama2.c rotates neighbouring features of a head, we rotate feature i with i + half, so
-rows of its query and key maps are put in that order; products of queries and keys don't see the
-difference. Layout: llama2.c, `memory_map_weights` in run.c.
+A file is seven sizes and then float32 weights, one kind after another, each for all layers. The
+weights get Llama's names here, so that Llama's table lays them out.
+
+The one difference to Llama is in the rotary positions. Llama2.c rotates neighbouring features of a
+head, and we rotate feature i with feature i + half. So rows of its query and key maps are put in
+that order; as both are, the products of queries and keys stay what they were:
+
+    theirs   0a 0b 1a 1b 2a 2b 3a 3b     a head of 8 features, of which ia and ib rotate together
+    ours     0a 1a 2a 3a 0b 1b 2b 3b
+
+Layout: llama2.c, `memory_map_weights` in run.c.
 """
 
 import dataclasses
@@ -17,71 +23,73 @@ from tinylm.core.errors import UserError
 from tinylm.interop.tensor_files import Tensors
 from tinylm.model.config import ModelConfig
 
-_SIZES = 7
+_NUM_SIZES = 7
+# The newer formats begin with this number, "ak42".
 _NEW_MAGIC = 0x616B3432
+# A size of this many, or more, is not a model's.
+_SIZE_LIMIT = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
 class _Header:
-    dim: int
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int  # negative where the output matrix is its own
-    seq_len: int
+    """The sizes at the beginning of a file, in its order."""
+
+    embed_dim: int
+    mlp_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    # Negative where the output matrix is not that of the embedding.
+    signed_vocab: int
+    context: int
+
+    @property
+    def vocab_size(self) -> int:
+        return abs(self.signed_vocab)
+
+    @property
+    def is_tied(self) -> bool:
+        return self.signed_vocab > 0
 
 
 def open_llama2c(path: pathlib.Path) -> tuple[ModelConfig, Tensors]:
-    """Return the resolved model settings and the memory-mapped weights by Llama's names."""
+    """Return the resolved model settings and the memory-mapped weights by Llama's names.
+
+    Raises UserError for a file that can't be read, or is not such a model.
+    """
     header = _read_header(path)
-    h, kv_dim, vocab = header, header.dim // header.heads * header.kv_heads, abs(header.vocab)
     config = ModelConfig(
-        vocab_size=vocab,
-        context=h.seq_len,
-        embed_dim=h.dim,
-        num_layers=h.layers,
-        num_heads=h.heads,
-        num_kv_heads=h.kv_heads,
-        mlp_dim=h.hidden,
+        vocab_size=header.vocab_size,
+        context=header.context,
+        embed_dim=header.embed_dim,
+        num_layers=header.num_layers,
+        num_heads=header.num_heads,
+        num_kv_heads=header.num_kv_heads,
+        mlp_dim=header.mlp_dim,
         position="rotary",
         norm="rmsnorm",
         norm_epsilon=1e-5,
         mlp="swiglu",
-        tie_embeddings=h.vocab > 0,
+        tie_embeddings=header.is_tied,
     )
-    config = config.resolve(vocab, h.seq_len)
+    config = config.resolve(header.vocab_size, header.context)
     config.check()
-    parts = {
-        "embed_tokens": (vocab, h.dim),
-        "input_layernorm": (h.layers, h.dim),
-        "self_attn.q_proj": (h.layers, h.dim, h.dim),
-        "self_attn.k_proj": (h.layers, kv_dim, h.dim),
-        "self_attn.v_proj": (h.layers, kv_dim, h.dim),
-        "self_attn.o_proj": (h.layers, h.dim, h.dim),
-        "post_attention_layernorm": (h.layers, h.dim),
-        "mlp.gate_proj": (h.layers, h.hidden, h.dim),
-        "mlp.down_proj": (h.layers, h.dim, h.hidden),
-        "mlp.up_proj": (h.layers, h.hidden, h.dim),
-        "norm": (h.dim,),
-        "rotary tables": (2, h.seq_len, config.head_dim // 2),
-        "lm_head": (0 if h.vocab > 0 else vocab, h.dim),
-    }
-    return config, _named(_cut(path, parts), header)
+    return config, _with_llama_names(_cut(path, header), header)
 
 
 def _read_header(path: pathlib.Path) -> _Header:
     try:
         with path.open("rb") as file:
-            start = file.read(4 * _SIZES)
+            start = file.read(4 * _NUM_SIZES)
     except OSError as error:
         raise UserError(f"--from_llama2c={path} can't be read: {error.strerror}.") from error
+    # A zip file (as torch.save makes) or a pickle.
     if start[:2] == b"PK" or start[:1] == b"\x80":
         raise UserError(
             f"{path} is a pickle of PyTorch, which can run any code when read; export it to a .bin "
             "first."
         )
-    if len(start) < 4 * _SIZES:
+    if len(start) < 4 * _NUM_SIZES:
         raise UserError(f"{path} is too short for a model of llama2.c.")
     numbers = np.frombuffer(start, "<i4").tolist()
     if numbers[0] == _NEW_MAGIC:
@@ -90,46 +98,87 @@ def _read_header(path: pathlib.Path) -> _Header:
             "0)."
         )
     header = _Header(*numbers)
-    sizes_are_sane = all(0 < n < 1 << 24 for n in (*numbers[:5], abs(header.vocab), header.seq_len))
-    if not sizes_are_sane or header.dim % header.heads or header.heads % header.kv_heads:
-        raise UserError(f"{path} is no model of llama2.c: its sizes would be {numbers}.")
+    sizes = dataclasses.replace(header, signed_vocab=header.vocab_size)
+    sizes_are_sane = all(0 < n < _SIZE_LIMIT for n in dataclasses.astuple(sizes))
+    if (
+        not sizes_are_sane
+        or header.embed_dim % header.num_heads != 0
+        or header.num_heads % header.num_kv_heads != 0
+    ):
+        raise UserError(f"{path} is not a model of llama2.c: its sizes would be {numbers}.")
     return header
 
 
-def _cut(path: pathlib.Path, parts: dict[str, tuple[int, ...]]) -> Tensors:
-    """Return each part as a view of the file, which must hold exactly these."""
-    expected = 4 * (_SIZES + sum(map(math.prod, parts.values())))
-    if path.stat().st_size != expected:
+def _cut(path: pathlib.Path, header: _Header) -> Tensors:
+    """Return each kind of weights as a view of the file, which must hold exactly these."""
+    layers = header.num_layers
+    embed = header.embed_dim
+    head_dim = embed // header.num_heads
+    kv_dim = head_dim * header.num_kv_heads
+    # Matrices are [outputs, inputs], as Llama's.
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens": (header.vocab_size, embed),
+        "input_layernorm": (layers, embed),
+        "self_attn.q_proj": (layers, embed, embed),
+        "self_attn.k_proj": (layers, kv_dim, embed),
+        "self_attn.v_proj": (layers, kv_dim, embed),
+        "self_attn.o_proj": (layers, embed, embed),
+        "post_attention_layernorm": (layers, embed),
+        "mlp.gate_proj": (layers, header.mlp_dim, embed),
+        "mlp.down_proj": (layers, embed, header.mlp_dim),
+        "mlp.up_proj": (layers, header.mlp_dim, embed),
+        "norm": (embed,),
+        "rotary tables": (2, header.context, head_dim // 2),
+    }
+    if not header.is_tied:
+        shapes["lm_head"] = (header.vocab_size, embed)
+
+    expected = 4 * (_NUM_SIZES + sum(math.prod(shape) for shape in shapes.values()))
+    found = path.stat().st_size
+    if found != expected:
         raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes; its sizes ask for {expected:,}: cut short "
-            "or altered."
+            f"{path} has {found:,} bytes; its sizes ask for {expected:,}: cut short or altered."
         )
-    numbers, views, end = np.memmap(path, "<f4", mode="r", offset=4 * _SIZES), {}, 0
-    for name, shape in parts.items():
-        begin, end = end, end + math.prod(shape)
-        views[name] = numbers[begin:end].reshape(shape)
-    return views
+    numbers = np.memmap(path, "<f4", mode="r", offset=4 * _NUM_SIZES)
+    parts = {}
+    begin = 0
+    for name, shape in shapes.items():
+        end = begin + math.prod(shape)
+        parts[name] = numbers[begin:end].reshape(shape)
+        begin = end
+    return parts
 
 
-def _named(parts: Tensors, header: _Header) -> Tensors:
-    """Give the parts of each layer Llama's names."""
-    named = {"model.embed_tokens.weight": parts["embed_tokens"], "model.norm.weight": parts["norm"]}
-    if header.vocab < 0:
-        named["lm_head.weight"] = parts["lm_head"]
+def _with_llama_names(parts: Tensors, header: _Header) -> Tensors:
+    """Give the weights Llama's names, those of each layer one for each, without rotary tables."""
+    named = {}
     for name, part in parts.items():
-        heads = {"self_attn.q_proj": header.heads, "self_attn.k_proj": header.kv_heads}.get(name)
-        if name in ("embed_tokens", "norm", "rotary tables", "lm_head"):
+        if name == "rotary tables":
+            continue
+        if name == "lm_head":
+            named["lm_head.weight"] = part
+            continue
+        if name in ("embed_tokens", "norm"):
+            named[f"model.{name}.weight"] = part
             continue
         for layer, weight in enumerate(part):
-            named[f"model.layers.{layer}.{name}.weight"] = (
-                halves(weight, heads) if heads else weight
-            )
+            if name == "self_attn.q_proj":
+                weight = halves(weight, header.num_heads)
+            elif name == "self_attn.k_proj":
+                weight = halves(weight, header.num_kv_heads)
+            named[f"model.layers.{layer}.{name}.weight"] = weight
     return named
 
 
 def halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Reorder rows [num_heads * H, D] from neighbouring rotary pairs (2i, 2i+1) to pairs of halves
-    (i, i + H/2).
+    """Reorder the rows of each head from neighbouring rotary pairs to pairs of halves.
+
+    Args:
+      weight: [num_heads * head_dim, embed], where rows 2i and 2i + 1 of a head rotate together.
+      num_heads: how many heads it makes.
+
+    Returns:
+      The same shape, where rows i and i + head_dim / 2 of a head rotate together.
     """
     pairs = weight.reshape(num_heads, -1, 2, weight.shape[-1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)

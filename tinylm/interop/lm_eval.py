@@ -1,7 +1,7 @@
 """A run as a model of EleutherAI's harness (Gao et al. 2021), by likelihood and by what it writes.
 
-python -m tinylm.interop.lm_eval run --model=tinylm --model_args=workdir=runs/tales
---tasks=lambada_openai
+    python -m tinylm.interop.lm_eval run --model=tinylm \\
+        --model_args=workdir=runs/tales --tasks=lambada_openai
 
 Flags are the harness's own; the model is named `tinylm` there. Every text begins as in training.
 Rows are padded to powers of two, so that few programs are compiled.
@@ -25,9 +25,10 @@ _Template: Any = optional_module("lm_eval.api.model", "lm-eval").TemplateLM
 _register = optional_module("lm_eval.api.registry", "lm-eval").register_model
 _windows = optional_module("lm_eval.utils", "lm-eval").get_rolling_token_windows
 
-
-Pair = tuple[list[int], list[int]]  # ids of a context and of what follows it
-Score = tuple[float, bool]  # log probability in nats, whether greedy decoding would write it
+# Ids of a context and of what follows it.
+Pair = tuple[list[int], list[int]]
+# Log probability in nats, and whether greedy decoding would write it. The harness takes both apart.
+Score = tuple[float, bool]
 
 
 @_register("tinylm")
@@ -116,26 +117,27 @@ class TinyLM(_Template):
         return context[-room:], continuation
 
     def _score_batch(self, batch: list[Pair]) -> list[Score]:
-        """Score up to `rows` pairs, the longest first."""
-        # A row is one id longer than what the model reads, because it predicts the next ids.
+        """Score up to `rows` pairs that fit into the context, the longest first."""
+        # The last id is predicted and not read, so a row is one id longer than what is read.
         longest = _length(batch[0]) - 1
         padded = min(self.context, 1 << (longest - 1).bit_length())
         ids_BT = np.zeros((self.rows, padded + 1), np.int32)
-        for row, (context, continuation) in zip(ids_BT, batch, strict=False):
-            row[: len(context)] = context
-            row[len(context) : len(context) + len(continuation)] = continuation
+        for row, (context, continuation) in enumerate(batch):
+            ids = [*context, *continuation]
+            ids_BT[row, : len(ids)] = ids
         with jax.set_mesh(self.run.mesh):
             log_p_BT, is_greedy_BT = self._score(self.run.params, ids_BT[:, :-1], ids_BT[:, 1:])
+        log_p_BT = np.asarray(log_p_BT)
+        is_greedy_BT = np.asarray(is_greedy_BT)
         scores = []
-        for (context, continuation), log_p_T, is_greedy_T in zip(
-            batch, np.asarray(log_p_BT), np.asarray(is_greedy_BT), strict=False
-        ):
+        for row, (context, continuation) in enumerate(batch):
             # Position t predicts id t + 1, so the first id of the continuation is predicted at the
             # last one of the context.
             first = len(context) - 1
             scored = slice(first, first + len(continuation))
-            total = float(log_p_T[scored].sum(dtype=np.float64))
-            scores.append((total, bool(is_greedy_T[scored].all())))
+            total = log_p_BT[row, scored].sum(dtype=np.float64)
+            is_greedy = is_greedy_BT[row, scored].all()
+            scores.append((float(total), bool(is_greedy)))
         return scores
 
     def _loglikelihood_tokens(
@@ -175,7 +177,9 @@ class TinyLM(_Template):
         # The text leaves room for what is written, at most half of the context.
         room = min(max_tokens, self.context // 2)
         prompt = self.tok_encode(text)[-max(1, self.context - room) :]
-        temperature = float(options.get("temperature", 1.0)) if options.get("do_sample") else 0.0
+        temperature = 0.0
+        if options.get("do_sample"):
+            temperature = float(options.get("temperature", 1.0))
         top_k = int(options.get("top_k", 0))
         top_p = float(options.get("top_p", 1.0))
         with jax.set_mesh(self.run.mesh):
@@ -195,6 +199,7 @@ class TinyLM(_Template):
 
 
 def _length(pair: Pair) -> int:
+    """Return the number of ids of a pair."""
     context, continuation = pair
     return len(context) + len(continuation)
 

@@ -38,15 +38,22 @@ from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.run.open_run import Run
 
-_FURTHEST = 1e-4  # between our logits and transformers', as a part of the largest
+# How far transformers' logits may be from ours, as a part of the largest one.
+_TOLERANCE = 1e-4
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class Imported:
     """A model that came from elsewhere, on the mesh.
 
-    Its texts begin with `start_id`; any of `end_ids` ends one, as the tokenizer's own end does.
-    `left_out` has a line for each kind of what was not read.
+    Attributes:
+      model: its settings, resolved.
+      params: a nested dict of arrays.
+      tokenizer: of its texts.
+      mesh: on which the parameters lie.
+      start_id: the token that its texts begin with.
+      end_ids: the tokens that end a text, besides the tokenizer's own end.
+      left_out: a line for each kind of what was not read.
     """
 
     model: ModelConfig
@@ -59,26 +66,35 @@ class Imported:
 
 
 def import_hf(folder: str, tokenizer: str = "", mesh_config: MeshConfig | None = None) -> Imported:
-    """Return the model in a local folder of Hugging Face; `tokenizer` is a file, where the folder
-    has none.
+    """Return the model in a local folder of Hugging Face.
+
+    Args:
+      folder: with config.json and model.safetensors.
+      tokenizer: a file, where the folder has none.
+      mesh_config: of the mesh; by default parameters are split over all devices.
     """
     opened = open_hf(folder, f"--from_hf={folder}", tokenizer)
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
-    params = opened.params(mesh, mesh_config.fsdp)
     return Imported(
-        opened.model,
-        params,
-        opened.tokenizer,
-        mesh,
-        opened.start_id,
-        opened.end_ids,
-        opened.left_out,
+        model=opened.model,
+        params=opened.params(mesh, mesh_config.fsdp),
+        tokenizer=opened.tokenizer,
+        mesh=mesh,
+        start_id=opened.start_id,
+        end_ids=opened.end_ids,
+        left_out=opened.left_out,
     )
 
 
 def import_llama2c(path: str, tokenizer: str, mesh_config: MeshConfig | None = None) -> Imported:
-    """Return the model in a legacy .bin of llama2.c with its tokenizer.bin."""
+    """Return the model in a legacy .bin of llama2.c.
+
+    Args:
+      path: of the model's file.
+      tokenizer: the path of its tokenizer.bin.
+      mesh_config: of the mesh; by default parameters are split over all devices.
+    """
     model, tensors = open_llama2c(pathlib.Path(path).expanduser())
     if not tokenizer:
         raise UserError(
@@ -86,9 +102,8 @@ def import_llama2c(path: str, tokenizer: str, mesh_config: MeshConfig | None = N
             "with."
         )
     found = find_tokenizer(pathlib.Path(), tokenizer)
-    if (
-        found.vocab_size != model.vocab_size
-    ):  # llama2.c pads no vocabulary, so another size is another tokenizer
+    # Nothing in llama2.c pads the vocabulary, so another size means another tokenizer.
+    if found.vocab_size != model.vocab_size:
         raise UserError(
             f"--tokenizer={tokenizer} has {found.vocab_size} ids and the model {model.vocab_size}; "
             "name the one that the model was trained with."
@@ -96,11 +111,19 @@ def import_llama2c(path: str, tokenizer: str, mesh_config: MeshConfig | None = N
     mesh_config = mesh_config or MeshConfig(fsdp=True)
     mesh = make_mesh(mesh_config)
     params = weights.import_params(tensors, LLAMA, model, mesh, mesh_config.fsdp)
-    return Imported(model, params, found, mesh, found.eot_id)
+    return Imported(model=model, params=params, tokenizer=found, mesh=mesh, start_id=found.eot_id)
 
 
 def write_run(folder: RunFolder, record: dict[str, Any], imported: Imported) -> None:
-    """Make a run's folder of an imported model; `record` is its config.json."""
+    """Make a run's folder of an imported model.
+
+    config.json is written last: until it is there, the folder holds no run.
+
+    Args:
+      folder: of the run.
+      record: the content of its config.json.
+      imported: the model.
+    """
     folder.create()
     imported.tokenizer.save(str(folder.tokenizer))
     checkpoints = Checkpoints(folder.checkpoints, CheckpointConfig())
@@ -110,10 +133,15 @@ def write_run(folder: RunFolder, record: dict[str, Any], imported: Imported) -> 
 
 
 def export_hf(run: Run, folder: str) -> dict[str, Any]:
-    """Write a run's model into a new folder that `transformers` loads; return what was checked.
+    """Write a run's model into a new folder that `transformers` loads.
 
-    Raises UserError where no family holds the model or the logits of what was written differ from
-    the run's.
+    Returns:
+      For people and --json: folder, family, and what `check_logits` found.
+
+    Raises:
+      UserError: where the folder is in use, no family holds the model, or the logits of what was
+        written differ from the run's.
+      StorageError: where it can't be written.
     """
     check_on_disk("--to_hf", folder)
     place = pathlib.Path(folder).expanduser().resolve()
@@ -122,13 +150,15 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
     if jax.process_count() > 1:
         raise UserError("--to_hf runs in one process; start it without --num_processes.")
     family = fitting_family(run.model_config)
+    # The folder gets its name only when what was written into it has been checked.
     part = place.with_name(f".{place.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
         _write_model(run, family, part)
         checked = check_logits(run, part)
-        if place.exists():  # and is empty: it is filled, as someone may be in it
+        if place.exists():
+            # An empty folder is filled rather than replaced, as someone may be in it.
             for path in part.iterdir():
                 path.rename(place / path.name)
         else:
@@ -143,13 +173,17 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
 
 
 def _write_model(run: Run, family: Family, folder: pathlib.Path) -> None:
-    model, end = run.model_config, run.tokenizer.eot_id
+    """Write config.json, model.safetensors and the tokenizer."""
+    model = run.model_config
+    end: int | list[int] = run.tokenizer.eot_id
+    if run.end_ids:
+        end = [run.tokenizer.eot_id, *run.end_ids]
     config = {
         "model_type": family.model_type,
         "architectures": [family.architecture],
         "dtype": "float32",
         "bos_token_id": run.start_id,
-        "eos_token_id": [end, *run.end_ids] if run.end_ids else end,
+        "eos_token_id": end,
         **family.write_config(model),
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -159,85 +193,102 @@ def _write_model(run: Run, family: Family, folder: pathlib.Path) -> None:
 
 
 def fitting_family(model: ModelConfig) -> Family:
-    """Return the family that holds a model; raise UserError with what stands in the way of the
-    nearest one.
+    """Return the family that holds a model.
+
+    Raises UserError, where there is none, with what stands in the way of the nearest one.
     """
     misfits = {family.model_type: _misfits(family, model) for family in FAMILIES.values()}
     nearest = min(misfits, key=lambda kind: len(misfits[kind]))
     if misfits[nearest]:
         raise UserError(
-            (
-                f"no family of Hugging Face holds this model ({', '.join(FAMILIES)}); the nearest, "
-                f"{nearest}, would need "
-            )
-            + ", ".join(misfits[nearest])
-            + "."
+            f"no family of Hugging Face holds this model ({', '.join(FAMILIES)}); the nearest, "
+            f"{nearest}, would need {', '.join(misfits[nearest])}."
         )
     return FAMILIES[nearest]
 
 
 def _misfits(family: Family, model: ModelConfig) -> list[str]:
     """Return the settings that change on the way to a family's config.json and back."""
-    there = family.read_config(family.write_config(model) | {"model_type": family.model_type})
-    there = there.resolve(model.vocab_size, model.context)
+    config = {**family.write_config(model), "model_type": family.model_type}
+    there = family.read_config(config).resolve(model.vocab_size, model.context)
+    # Logits don't depend on these, or not in this model.
     irrelevant = {"dropout", "init_std", "compute_dtype", "z_loss"}
     if model.position != "rotary":
         irrelevant |= {"rotary_base", "rotary_fraction"}
     if not model.bias:
         irrelevant |= {"mlp_bias", "out_bias"}
-    keys = [key for key, _, _ in differing_settings(model, there) if key not in irrelevant]
-    return [f"model.{key}={getattr(there, key)!r} (here {getattr(model, key)!r})" for key in keys]
+    misfits = []
+    for key, _, _ in differing_settings(model, there):
+        if key not in irrelevant:
+            needed = getattr(there, key)
+            misfits.append(f"model.{key}={needed!r} (here {getattr(model, key)!r})")
+    return misfits
 
 
 def check_logits(run: Run, folder: pathlib.Path) -> dict[str, Any]:
-    """Read a written model back and compare its logits with the run's, and with transformers' where
-    it is installed.
+    """Read a written model back and compare its logits with the run's.
+
+    Where transformers is installed, they are compared with its own, too.
+
+    Returns:
+      For people and --json: `logits` in words, and `transformers`, the largest difference from its
+      logits, or None.
+
+    Raises:
+      UserError: where they differ.
     """
-    family, model, tensors, _ = read_model(folder)
-    again = weights.import_params(tensors, family, model, run.mesh, fsdp=True)
-    again = jax.device_put(again, jax.tree.map(lambda leaf: leaf.sharding, run.params))
-    length = min(model.context, max(*model.attention_window, 56) + 8)
-    tokens = np.random.default_rng(0).integers(0, model.vocab_size, (2, length), np.int32)
+    read = read_model(folder)
+    params = weights.import_params(read.tensors, read.family, read.model, run.mesh, fsdp=True)
+    # In the same places the same program computes the same bits.
+    params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, run.params))
+    # Longer than the largest window of attention, so that windows count, where the context allows.
+    length = min(read.model.context, max(*read.model.attention_window, 56) + 8)
+    rng = np.random.default_rng(0)
+    tokens_BT = rng.integers(0, read.model.vocab_size, (2, length), np.int32)
     with jax.set_mesh(run.mesh):
-        ours = _logits(run.model_config, run.params, tokens)
-        theirs = _logits(model, again, tokens)
-    if not np.array_equal(ours, theirs):
+        ours_BTV = _logits(run.model_config, run.params, tokens_BT)
+        read_BTV = _logits(read.model, params, tokens_BT)
+    if not np.array_equal(ours_BTV, read_BTV):
         raise UserError(
             "nothing was exported: logits of what was written differ by up to "
-            f"{np.abs(ours - theirs).max():.3g}; please report this."
+            f"{np.abs(ours_BTV - read_BTV).max():.3g}; please report this."
         )
-    reference = transformers_logits(folder, tokens)
-    if reference is None:
-        return {"logits": "equal after reading back", "transformers": None}
-    off = float(np.abs(ours - reference).max())
-    if not off <= _FURTHEST * max(1.0, float(np.abs(ours).max())):
+    found = {"logits": "equal after reading back", "transformers": None}
+    theirs_BTV = transformers_logits(folder, tokens_BT)
+    if theirs_BTV is None:
+        return found
+    difference = float(np.abs(ours_BTV - theirs_BTV).max())
+    largest = float(np.abs(ours_BTV).max())
+    # Written so that a difference that is not a number fails, too.
+    if not difference <= _TOLERANCE * max(1.0, largest):
         raise UserError(
-            f"nothing was exported: transformers' logits differ from ours by up to {off:.3g}; "
-            "please report this."
+            f"nothing was exported: transformers' logits differ from ours by up to "
+            f"{difference:.3g}; please report this."
         )
-    return {"logits": "equal after reading back", "transformers": off}
+    return {**found, "transformers": difference}
 
 
-def _logits(model: ModelConfig, params: dict, tokens: np.ndarray) -> np.ndarray:
-    """Return float32 logits over the real vocabulary."""
+def _logits(model: ModelConfig, params: dict, tokens_BT: np.ndarray) -> np.ndarray:
+    """Return float32 logits [B, T, V] over the real vocabulary."""
     plain = dataclasses.replace(
         model, compute_dtype="float32", dropout=0.0, remat="none", unroll=1, attention="xla"
     )
-    logits = _forward(dataclasses.astuple(plain))(params, jnp.asarray(tokens))
-    return np.asarray(logits)[..., : model.vocab_size]
+    logits_BTV = _forward(dataclasses.astuple(plain))(params, jnp.asarray(tokens_BT))
+    return np.asarray(logits_BTV)[..., : model.vocab_size]
 
 
 @functools.cache
 def _forward(settings: tuple) -> Callable:
-    """Return the compiled forward pass of a model's settings, the same program for the same
-    settings.
+    """Return the compiled forward pass of a model's settings.
+
+    It is the same program for the same settings, so that equal weights give equal bits.
     """
     graph = abstract_transformer(ModelConfig(*settings))[0]
     return jax.jit(lambda params, tokens_BT: nnx.merge(graph, params)(tokens_BT))
 
 
-def transformers_logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray | None:
-    """Return the logits that transformers gives for a folder, or None where it isn't installed."""
+def transformers_logits(folder: pathlib.Path, tokens_BT: np.ndarray) -> np.ndarray | None:
+    """Return the logits [B, T, V] of transformers for a folder, or None if it isn't installed."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return None
     import torch
@@ -247,4 +298,4 @@ def transformers_logits(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray 
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     ).eval()
     with torch.no_grad():
-        return model(torch.from_numpy(tokens).long()).logits.numpy()
+        return model(torch.from_numpy(tokens_BT).long()).logits.numpy()

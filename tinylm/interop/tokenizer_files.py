@@ -1,9 +1,8 @@
-"""Tokenizers as the files that `transformers` reads, and the tokenizer that lies in a model's
-folder.
+"""Tokenizers as files that `transformers` reads, and the tokenizer in the folder of a model.
 
 Out: our own files, so that we read back exactly what was written, and a tokenizer.json that gives
-the same ids. In: our own files, a tokenizer.json, GPT-2's vocab.json with merges.txt, or a
-SentencePiece model, whichever is there first.
+the same ids. In: the first that is there of our own files, a tokenizer.json, GPT-2's vocab.json
+with merges.txt, and a SentencePiece model.
 """
 
 import itertools
@@ -37,8 +36,15 @@ _KIND_OF_FILE = {
 
 
 def find_tokenizer(folder: pathlib.Path, given: str, eot_id: int | None = None) -> Tokenizer:
-    """Return the tokenizer of the file `given`, or else the one in a model's folder, whose texts
-    end with `eot_id`.
+    """Return a model's tokenizer.
+
+    Args:
+      folder: of the model.
+      given: a file with the tokenizer; "" for the one in the folder.
+      eot_id: the id that ends a text, where the model's config names one.
+
+    Raises:
+      UserError: where there is no tokenizer, or it can't be read.
     """
     if given:
         kind = _KIND_OF_SUFFIX.get(pathlib.Path(given).suffix)
@@ -80,7 +86,13 @@ def data_tokenizer(tokenizer: Tokenizer, folder: Any) -> str:
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path, context: int) -> None:
-    """Write a tokenizer for us and, where one can say the same, for `transformers`."""
+    """Write a tokenizer for us and, where a tokenizer.json gives the same ids, for `transformers`.
+
+    Args:
+      tokenizer: of the model.
+      folder: of the model.
+      context: the most tokens that the model reads.
+    """
     tokenizer.save(folder)
     content = tokenizer_json(tokenizer)
     if content is None:
@@ -92,13 +104,15 @@ def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path, context: int) ->
     (folder / "tokenizer.json").write_bytes(content)
     import tokenizers
 
-    end = tokenizers.Tokenizer.from_str(content.decode()).id_to_token(tokenizer.eot_id)
-    special = {"bos_token": end, "eos_token": end} if end else {}
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
-        **special,
     }
+    end = tokenizers.Tokenizer.from_str(content.decode()).id_to_token(tokenizer.eot_id)
+    if end:
+        settings["bos_token"] = end
+        settings["eos_token"] = end
+    # Otherwise some versions of transformers take the space before a full stop out of texts.
     settings["clean_up_tokenization_spaces"] = False
     (folder / "tokenizer_config.json").write_text(
         json.dumps(settings, indent=2) + "\n", encoding="utf-8"
@@ -106,7 +120,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path, context: int) ->
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
-    """Return a tokenizer.json with the same ids, or None where there is no such thing."""
+    """Return the content of a tokenizer.json that gives the same ids, or None if none does."""
     if isinstance(tokenizer, PrunedTokenizer):
         return None
     if isinstance(tokenizer, Gpt2Tokenizer):
@@ -114,9 +128,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
     if isinstance(tokenizer, Llama2cTokenizer):
         return tokenizer.inner.to_str().encode()
     if isinstance(tokenizer, ByteTokenizer):
-        return _byte_level(
-            {char: byte for byte, char in byte_chars().items()} | {END: tokenizer.eot_id}, []
-        )
+        vocab = {char: byte for byte, char in byte_chars().items()}
+        return _byte_level({**vocab, END: tokenizer.eot_id}, merges=[])
     if isinstance(tokenizer, CharTokenizer):
         return _of_chars(tokenizer)
     if isinstance(tokenizer, JsonTokenizer) and not tokenizer.eot_name:
@@ -125,23 +138,29 @@ def tokenizer_json(tokenizer: Tokenizer) -> bytes | None:
 
 
 def _with_end(tokenizer: JsonTokenizer) -> bytes | None:
-    """Add the end of text, which the file had no token for, under the id that the run gave it."""
+    """Return a tokenizer.json with the end of text under the id that the run gave it.
+
+    The file had no token for it. None where it can't have that id.
+    """
     import tokenizers
 
     inner = tokenizers.Tokenizer.from_str(tokenizer.files["tokenizer.json"].decode())
     inner.add_special_tokens([END])
     # The library gives it the next id after its own count, which is another one where the file's
     # ids have gaps.
-    return inner.to_str().encode() if inner.token_to_id(END) == tokenizer.eot_id else None
+    if inner.token_to_id(END) != tokenizer.eot_id:
+        return None
+    return inner.to_str().encode()
 
 
 def _of_merges(folder: pathlib.Path, eot_id: int | None) -> JsonTokenizer:
-    """Read the two files of GPT-2's kind."""
+    """Return the tokenizer of the two files that GPT-2 was published with."""
     from tokenizers import models
 
     try:
         vocab, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # the library raises a bare Exception
+    except Exception as error:
+        # The library raises a bare Exception.
         raise UserError(
             f"{folder} has vocab.json and merges.txt that can't be read: {error}."
         ) from error
@@ -149,6 +168,12 @@ def _of_merges(folder: pathlib.Path, eot_id: int | None) -> JsonTokenizer:
 
 
 def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> bytes:
+    """Return the tokenizer.json of byte-level BPE, as GPT-2's.
+
+    Args:
+      vocab: id by token; a byte is written as one character, as `byte_chars` has it.
+      merges: pairs of tokens that are joined, the first ones first.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -161,33 +186,49 @@ def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> bytes:
 
 
 def _of_ranks(tokenizer: Gpt2Tokenizer) -> bytes:
-    """Find the merges again: a token's parts are what the merges before it make of its bytes."""
+    """Return the tokenizer.json of a vocabulary that has ranks, as tiktoken's, but no merges.
+
+    The merge that made a token joined its last two parts, and these are what the merges of lower
+    rank make of its bytes.
+    """
     rank = {token: i for i, token in enumerate(tokenizer.bytes_of_id)}
     chars = byte_chars()
 
     def written(token: bytes) -> str:
         return "".join(chars[byte] for byte in token)
 
-    def parts(token: bytes) -> list[bytes]:
-        pieces = [bytes([byte]) for byte in token]
-        while len(pieces) > 2:
-            pairs = [rank.get(a + b, len(rank)) for a, b in itertools.pairwise(pieces)]
-            at = pairs.index(min(pairs))
-            pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
-        return pieces
-
-    longer = [parts(token) for token in tokenizer.bytes_of_id if len(token) > 1]
-    merges = [(written(first), written(second)) for first, second in longer]
-    vocab = {written(token): i for token, i in rank.items()} | {END: tokenizer.eot_id}
+    vocab = {written(token): i for token, i in rank.items()}
+    vocab[END] = tokenizer.eot_id
+    merges = []
+    for token in tokenizer.bytes_of_id:
+        if len(token) > 1:
+            first, second = _last_two_parts(token, rank)
+            merges.append((written(first), written(second)))
     return _byte_level(vocab, merges)
 
 
+def _last_two_parts(token: bytes, rank: dict[bytes, int]) -> list[bytes]:
+    """Return the parts of a token before the merge that made it.
+
+    Joining bytes by rank, the lowest first, arrives at the token in the end; this stops before.
+    """
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        ranks = []
+        for left, right in itertools.pairwise(parts):
+            ranks.append(rank.get(left + right, len(rank)))
+        lowest = ranks.index(min(ranks))
+        parts[lowest : lowest + 2] = [parts[lowest] + parts[lowest + 1]]
+    return parts
+
+
 def _of_chars(tokenizer: CharTokenizer) -> bytes:
-    """A vocabulary of characters that nothing merges."""
+    """Return the tokenizer.json of a vocabulary of characters, which nothing merges."""
     import tokenizers
     from tokenizers import decoders, models
 
-    vocab = {char: i for i, char in enumerate(tokenizer.chars)} | {END: tokenizer.eot_id}
+    vocab = {char: i for i, char in enumerate(tokenizer.chars)}
+    vocab[END] = tokenizer.eot_id
     inner = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     inner.decoder = decoders.Fuse()
     inner.add_special_tokens([END])
