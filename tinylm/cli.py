@@ -27,7 +27,7 @@ from absl import flags as absl_flags
 from absl.flags import FlagValues
 
 from tinylm import config as config_lib
-from tinylm.core import distributed, log, platform
+from tinylm.core import agreement, distributed, log, platform
 from tinylm.core.errors import PeerLost, UserError
 from tinylm.core.files import user_cache
 from tinylm.core.settings import settings_of
@@ -251,8 +251,9 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
             secs=flags.start_secs,
             joins_cluster=command.joins_cluster,
         )
-        distributed.agree(_facts(flags), flags.start_secs)
-        platform.refuse_faulty(jax.default_backend())
+        with agreement.share_failures():
+            agreement.agree(_facts(flags), flags.start_secs)
+            platform.refuse_faulty(jax.default_backend())
         log.start(distributed.is_main(), flags.library_logs)
         if command.joins_cluster and distributed.is_shell_of_slurm():
             log.say(

@@ -163,11 +163,11 @@ def test_an_error_on_one_process_ends_both_and_has_its_number(tmp_path):
     (tmp_path / "player.py").write_text(
         "import sys\n"
         "from tinylm import cli\n"
-        "from tinylm.core import distributed\n"
+        "from tinylm.core import agreement, distributed\n"
         "def main(flags):\n"
         "    if not distributed.is_main():\n"
         "        raise ZeroDivisionError('a bug')\n"
-        "    distributed.barrier('a point that only one comes to', 5)\n"
+        "    agreement.barrier('a point that only one comes to', 5)\n"
         "sys.exit(cli.run(cli.Command(__doc__, main)))\n"
     )
     pair = Pair(tmp_path)

@@ -83,13 +83,13 @@ def test_waiting_for_the_store_of_another_process_ends_at_once(number):
 JOB = """
 import os, signal, socket, sys, time
 import jax
-from tinylm.core import distributed
+from tinylm.core import agreement, distributed
 from tinylm.core.preemption import StopRequest
 number, trained = int(sys.argv[2]), sys.argv[3] == "trained"
 distributed.start(cpu_devices=1, coordinator=sys.argv[1], num_processes=2, process_id=number)
 stop = StopRequest()
 stop.nothing_to_save = not trained
-distributed.barrier("begin", 60)
+agreement.barrier("begin", 60)
 if number == 1:
     os.kill(os.getpid(), signal.SIGHUP)
     if not trained:
@@ -100,7 +100,7 @@ for step in range(400):
         break
     time.sleep(0.05)
 # Process 0 carries the job's service: where it leaves first, JAX aborts the other.
-distributed.barrier("stopped", 30)
+agreement.barrier("stopped", 30)
 time.sleep(1 - number)
 os._exit(75)
 """

@@ -17,7 +17,7 @@ from multiprocessing import Pipe
 import numpy as np
 import pytest
 
-from tinylm.core.errors import StorageError, UserError
+from tinylm.core.errors import HangError, StorageError, UserError
 from tinylm.data import encoding, open_data, prepare, sources, store, stores
 from tinylm.data.config import DataConfig
 from tinylm.data.manifest import MANIFEST, Shard, read_manifest
@@ -174,7 +174,9 @@ def test_many_that_prepare_at_once_make_one_store(tmp_path):
 def test_others_wait_for_the_writer_but_not_for_ever(tmp_path):
     path = write_text(tmp_path / "a.txt")
     config = config_of(path, tmp_path / "s")
-    with pytest.raises(UserError, match=r"within 0 s.*data\.store_dir"):
+    with pytest.raises(
+        HangError, match=r"waited 0 s for another process to prepare .*nothing moved"
+    ):
         open_data(config, seed=0, is_writer=False, wait_secs=0.3, progress=False)
     writer = start(config.source, tmp_path / "s")
     data = open_data(config, seed=0, is_writer=False, wait_secs=60, progress=False)

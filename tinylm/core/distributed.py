@@ -17,28 +17,25 @@ service, which needs no device and knows time limits.
 
 import contextlib
 import dataclasses
-import functools
+import fcntl
 import hashlib
 import importlib.metadata
-import itertools
-import json
 import os
 import pathlib
 import platform
 import re
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 import jax
 
-from tinylm.core import errors
-from tinylm.core.errors import HangError, UserError
+from tinylm.core.errors import UserError
 
 START_SECS = 50.0
-BARRIER_SECS = 600.0
 LEAVE_SECS = 10.0
 # JAX's own limit is so much later than ours, whose line a user can act on.
 _JAX_LATER_SECS = 30
@@ -49,10 +46,8 @@ _SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 _COORDINATORS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
 # What the numbers of a run depend on.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-# In a message that says how processes differ.
-_MOST_DIFFERENCES = 3
-# Numbers the calls of `from_main`, which all processes make in the same order.
-_calls = itertools.count()
+# Files that are locked for as long as this process runs.
+_places: list[IO[bytes]] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +114,8 @@ def start(
 
 def _join(job: _Job, secs: float) -> None:
     """Join the other processes, or end the program with one line after `secs`."""
+    if job.coordinator:
+        _take_place(job)
     if job.process_id == 0:
         _check_port_is_free(job.coordinator)
     arguments: dict[str, Any] = {}
@@ -139,6 +136,33 @@ def _join(job: _Job, secs: float) -> None:
             ) from error
         # The first use of the devices, where hosts tell each other what they have.
         jax.process_index()
+
+
+def _take_place(job: _Job) -> None:
+    """Raise UserError where this process of the job runs on this host already.
+
+    JAX would let it join a second time, and abort all the others for it. The system unlocks the
+    file when the process ends, however it does.
+    """
+    name = hashlib.sha256(f"{job.coordinator}/{job.process_id}".encode()).hexdigest()[:16]
+    path = pathlib.Path(tempfile.gettempdir(), f"tinylm-{os.getuid()}-process-{name}.lock")
+    try:
+        place = path.open("ab")
+    except OSError:
+        # Without a folder for temporary files there is no telling.
+        return
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        place.close()
+        raise UserError(
+            f"process {job.process_id} of {job.num_processes} runs on {host()} already; stop it "
+            "first, or give this one another --process_id or --coordinator."
+        ) from error
+    except OSError:
+        place.close()
+    else:
+        _places.append(place)
 
 
 def _simulate(cpu_devices: int) -> None:
@@ -292,126 +316,17 @@ def note_first_step() -> None:
             pathlib.Path(path).touch()
 
 
-def leave_soon(exit_code: int) -> None:
-    """See that this process, which ends after an error, is gone within LEAVE_SECS.
+def leave_soon(exit_code: int, secs: float = LEAVE_SECS) -> None:
+    """See that this process, which ends after an error, is gone within `secs`.
 
     Its peers may not know of the error, and JAX waits for them at the exit.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         # At exit JAX waits for its peers, which may wait for this process.
-        timer = threading.Timer(LEAVE_SECS, lambda: os._exit(exit_code))
+        timer = threading.Timer(secs, lambda: os._exit(exit_code))
         timer.daemon = True
         timer.start()
-
-
-@functools.cache
-def client() -> Any:
-    """Return the client of JAX's coordination service.
-
-    JAX itself has no public name for it; Orbax has.
-    """
-    from orbax.checkpoint import multihost
-
-    return multihost.get_jax_distributed_client()
-
-
-def barrier(name: str, secs: float = BARRIER_SECS) -> None:
-    """Wait until all processes have come to the point `name`, once in a program.
-
-    Raises HangError after `secs`.
-    """
-    if jax.process_count() == 1:
-        return
-    with _waiting(f"not all processes came to {name!r} within {secs:.0f} s"):
-        client().wait_at_barrier(f"tinylm/{name}", int(secs * 1000))
-
-
-@contextlib.contextmanager
-def _waiting(line: str) -> Iterator[None]:
-    """Raise HangError with `line` where a call of the coordination service gives up waiting."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise HangError(f"{line}: {str(error).splitlines()[0]}") from error
-
-
-def _from_0(key: str, secs: float) -> Any:
-    """Return what process 0 has put, or puts within `secs`, under `key`."""
-    with _waiting(f"process 0 did not answer within {secs:.0f} s"):
-        return json.loads(client().blocking_key_value_get(key, int(secs * 1000)))
-
-
-def from_main(make: Callable[[], Any], secs: float = BARRIER_SECS) -> Any:
-    """Return on every process what `make` returns on process 0.
-
-    All processes must call this equally often.
-
-    Args:
-      make: returns plain values, as JSON has them.
-      secs: how long the others wait for it.
-
-    Raises:
-      UserError: on all processes, where `make` raises it.
-      HangError: where process 0 doesn't answer in time.
-    """
-    if jax.process_count() == 1:
-        return make()
-    key = f"tinylm/from_main/{next(_calls)}"
-    # The answer is [value], or [name of the error, its line].
-    if is_main():
-        try:
-            value = make()
-        except UserError as error:
-            client().key_value_set(key, json.dumps([type(error).__name__, str(error)]))
-            raise
-        client().key_value_set(key, json.dumps([value]))
-        return value
-    answer = _from_0(key, secs)
-    if len(answer) == 1:
-        return answer[0]
-    name, line = answer
-    raise getattr(errors, name)(line)
-
-
-def agree(facts: dict[str, Any], secs: float = START_SECS) -> None:
-    """Raise the same UserError on every process where one differs from process 0 in one of `facts`.
-
-    To be called once, by all processes; the line names the host and up to three facts with both
-    values.
-    """
-    if jax.process_count() == 1:
-        return
-    process = jax.process_index()
-    ours = {name: repr(fact) for name, fact in facts.items()}
-    if process == 0:
-        client().key_value_set("tinylm/facts", json.dumps([host(), ours]))
-    else:
-        their_host, theirs = _from_0("tinylm/facts", secs)
-        differing = _differing(ours, theirs)
-        if differing:
-            client().key_value_set(
-                f"tinylm/differing/{process:06}",
-                f"process {process} on {host()} was started differently from process 0 on "
-                f"{their_host}: {differing}; start every host with the same command, files and "
-                "versions.",
-            )
-    barrier("comparing how processes were started", secs)
-    # In the order of the processes, so that all name the same one.
-    complaints = sorted(client().key_value_dir_get("tinylm/differing/"))
-    if complaints:
-        _, line = complaints[0]
-        raise UserError(line)
-
-
-def _differing(ours: dict[str, str], theirs: dict[str, str]) -> str:
-    """Return "X=a instead of b" for the facts that differ, the first few of them."""
-    names = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
-    shown = names[:_MOST_DIFFERENCES]
-    text = ", ".join(f"{name}={ours.get(name)} instead of {theirs.get(name)}" for name in shown)
-    if len(names) > len(shown):
-        text += f" and {len(names) - len(shown)} more"
-    return text
 
 
 def code_versions() -> dict[str, str]:

@@ -35,6 +35,8 @@ _LONGEST_PAUSE_SECS = 60.0
 _logger = logging.getLogger("tinylm")
 _lines: queue.Queue = queue.Queue()
 _said_once: set[str] = set()
+# What this process is doing, the innermost last.
+_at_work: list[Callable[[], str]] = []
 # What `start` changed in this process, to be undone by `stop`.
 _undo = contextlib.ExitStack()
 
@@ -124,6 +126,23 @@ def say_once(line: str) -> None:
 
 
 @contextlib.contextmanager
+def at_work(describe: Callable[[], str]) -> Iterator[None]:
+    """Have `current_work` return what `describe` returns, while the body runs."""
+    _at_work.append(describe)
+    try:
+        yield
+    finally:
+        _at_work.remove(describe)
+
+
+def current_work() -> str:
+    """Return a line on what this process is doing right now, "" where it hasn't said."""
+    # A copy, since the works of other threads come and go.
+    works = list(_at_work)
+    return works[-1]() if works else ""
+
+
+@contextlib.contextmanager
 def alive(describe: Callable[[], str], after_secs: float = 5.0) -> Iterator[None]:
     """Say what is going on where it takes long: after `after_secs`, then ever more rarely.
 
@@ -144,7 +163,8 @@ def alive(describe: Callable[[], str], after_secs: float = 5.0) -> Iterator[None
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     try:
-        yield
+        with at_work(describe):
+            yield
     finally:
         done.set()
         thread.join()

@@ -34,8 +34,8 @@ from typing import Any
 
 import jax
 
-from tinylm.core import distributed
-from tinylm.core.distributed import host
+from tinylm.core.agreement import client
+from tinylm.core.distributed import host, speaker
 from tinylm.core.errors import HangError
 from tinylm.core.log import say
 
@@ -94,7 +94,7 @@ class Watchdog:
 
         self._client: Any = None
         if jax.process_count() > 1:
-            self._client = distributed.client()
+            self._client = client()
         if limit_secs > 0:
             threading.Thread(target=self._watch, daemon=True).start()
         if limit_secs > 0 and self._client is not None:
@@ -243,7 +243,7 @@ class Watchdog:
 
         Its peers follow where it is the first to `tell` them.
         """
-        print(f"error: {distributed.speaker()}{line}", file=sys.stderr, flush=True)
+        print(f"error: {speaker()}{line}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
         if self._client and tell:
             with contextlib.suppress(RuntimeError):

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from tinylm.core.log import alive
+from tinylm.core.log import alive, at_work
 
 
 class Progress:
@@ -61,7 +61,10 @@ def progress(
     """
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(Progress(total_bytes, is_shown, what))
-        if not work.has_bar:
-            named = f"{what} {subject}".rstrip()
-            stack.enter_context(alive(lambda: f"{named}: {work.done_bytes / 1e6:,.0f} MB"))
+        named = f"{what} {subject}".rstrip()
+
+        def describe() -> str:
+            return f"{named}: {work.done_bytes / 1e6:,.0f} MB"
+
+        stack.enter_context(at_work(describe) if work.has_bar else alive(describe))
         yield work

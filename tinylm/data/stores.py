@@ -15,13 +15,12 @@ import pathlib
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tinylm.core.errors import StorageError, UserError
+from tinylm.core.agreement import wait_until
+from tinylm.core.errors import StorageError
 from tinylm.core.files import user_cache
-from tinylm.core.log import alive
 from tinylm.data.atomic import lock_path
 from tinylm.data.config import DataConfig, split_spec
 from tinylm.data.manifest import FORMAT, MANIFEST
@@ -29,7 +28,6 @@ from tinylm.data.sources.base import Source, hash_bytes
 
 USERS = "used_by.txt"
 CHECKSUMS = "checksums"
-_POLL_SECS = 0.2
 
 
 @dataclasses.dataclass
@@ -105,21 +103,12 @@ def checksum_notes(folder: pathlib.Path, source: Source) -> pathlib.Path:
 
 
 def wait_for(folder: pathlib.Path, wait_secs: float) -> None:
-    """Wait until another process has prepared the store in `folder`.
+    """Wait until another process that sees the same folder has prepared the store in it.
 
     Raises:
-        UserError: It has not within `wait_secs`.
+        HangError: Nothing has moved for `wait_secs`.
     """
-    end = time.monotonic() + wait_secs
-    with alive(lambda: f"waiting for process 0 to prepare {folder}"):
-        while not (folder / MANIFEST).exists():
-            if time.monotonic() > end:
-                raise UserError(
-                    f"process 0 has not prepared {folder} within {wait_secs:.0f} s; all processes "
-                    "must see the same data.store_dir and the same files. Prepare first with "
-                    "tinylm.prepare for large data."
-                )
-            time.sleep(_POLL_SECS)
+    wait_until((folder / MANIFEST).exists, f"another process to prepare {folder}", wait_secs)
 
 
 def note_run(folder: pathlib.Path, workdir: str) -> None:

@@ -25,7 +25,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from tinylm.core.distributed import from_main, is_main, speaker
+from tinylm.core.agreement import from_main
+from tinylm.core.distributed import is_main, speaker
 from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.log import say
 from tinylm.core.settings import Section, setting

@@ -21,15 +21,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tinylm.core.agreement import BARRIER_SECS, barrier
 from tinylm.core.chips import peak_flops
-from tinylm.core.distributed import (
-    BARRIER_SECS,
-    LEAVE_SECS,
-    barrier,
-    is_main,
-    lost_peer,
-    note_first_step,
-)
+from tinylm.core.distributed import LEAVE_SECS, is_main, lost_peer, note_first_step
 from tinylm.core.errors import Preempted, one_line
 from tinylm.core.log import say, say_once
 from tinylm.core.preemption import StopRequest

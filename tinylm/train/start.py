@@ -7,6 +7,7 @@ tokens that it was begun with.
 
 import contextlib
 import os
+import pathlib
 from typing import Any
 
 import flax
@@ -18,15 +19,24 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tinylm import __version__
-from tinylm.core.distributed import from_main, is_main
+from tinylm.core.agreement import (
+    agree,
+    from_main,
+    is_shared,
+    leads,
+    share_failures,
+    wait_for_all,
+)
+from tinylm.core.distributed import host, is_main
 from tinylm.core.errors import UserError
 from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards, make_mesh, sizes_by_name
 from tinylm.core.settings import differing_settings, from_dict, to_dict
+from tinylm.core.storage import in_bucket
 from tinylm.data import Data, open_data
 from tinylm.data.config import differ_in_place
-from tinylm.data.stores import note_run
-from tinylm.data.tokenizers import load_tokenizer
+from tinylm.data.stores import note_run, store_folder
+from tinylm.data.tokenizers import Tokenizer, load_tokenizer
 from tinylm.run.checkpoint import finished_steps
 from tinylm.run.folder import RunFolder
 from tinylm.run.lock import WorkdirLock
@@ -39,6 +49,8 @@ from tinylm.train.state import make_blueprint
 
 # Stores up to this size are verified whenever a run goes on; larger ones by prepare --verify.
 _VERIFIED_BYTES = 1 << 30
+# How long to wait for other processes that tell of no progress in preparing their data.
+_SILENT_SECS = 1800.0
 _DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 
 
@@ -53,6 +65,13 @@ def start_run(config: Config, workdir: str) -> Trainer:
       UserError: for a config that doesn't fit the devices or the data, or that differs from the
         run's own in an identity setting, and for a workdir in use.
     """
+    # A failure of any process ends all of them, until a step is under way.
+    with share_failures():
+        return _start_run(config, workdir)
+
+
+def _start_run(config: Config, workdir: str) -> Trainer:
+    """Do what `start_run` does, on one process of the job."""
     # What needs neither data nor the workdir's lock comes first; nothing is written yet.
     folder = RunFolder(workdir)
     from_main(folder.check_bucket)
@@ -62,7 +81,7 @@ def start_run(config: Config, workdir: str) -> Trainer:
     check_deterministic(config)
     check_found_run(config, folder)
 
-    data = open_data(config.data, seed=config.seed, is_writer=is_main(), tokenizer=tokenizer)
+    data = open_shared_data(config, tokenizer)
     config = config.resolve(data.vocab_size)
     encode_prompts(config, data.tokenizer)
     check_evaluation(config, data)
@@ -70,6 +89,7 @@ def start_run(config: Config, workdir: str) -> Trainer:
         check_origin(config, data.tokenizer)
 
     folder.create()
+    check_shared("--workdir", folder.path)
     # The lock is let go where something fails, or else by the trainer at the end of its run.
     with contextlib.ExitStack() as lock:
         from_main(lambda: take_lock(folder, lock))
@@ -80,6 +100,7 @@ def start_run(config: Config, workdir: str) -> Trainer:
             check_same_stores(data, folder)
         checkpoints = from_main(lambda: folder.place_checkpoints(config.checkpoint.dir))
         folder.checkpoints = epath.Path(checkpoints)
+        check_shared("checkpoint.dir", folder.checkpoints)
         if is_main():
             if not exists:
                 data.tokenizer.save(str(folder.tokenizer))
@@ -88,6 +109,46 @@ def start_run(config: Config, workdir: str) -> Trainer:
         trainer = Trainer(config, data, mesh, folder, make_blueprint(config, mesh))
         trainer.lock = lock.pop_all()
     return trainer
+
+
+def open_shared_data(config: Config, tokenizer: Tokenizer | None) -> Data:
+    """Return the data of a run, the same on all processes of the job.
+
+    Of the processes that see the same folder of stores one prepares them; hosts that share none
+    prepare each their own, from the same text.
+
+    Raises:
+      UserError: on all processes, where the text, the tokenizer or a store of one differs.
+    """
+    is_writer = leads(store_folder(config.data))
+    data = open_data(config.data, seed=config.seed, is_writer=is_writer, tokenizer=tokenizer)
+    wait_for_all("to prepare their data", _SILENT_SECS)
+    facts: dict[str, Any] = {"tokenizer": data.tokenizer.fingerprint[:12]}
+    for store in data.every_store:
+        facts[f"tokens of {store.spec}"] = store.digest[:12]
+    facts["rows of an epoch"] = len(data.train)
+    facts["rows to evaluate"] = data.valid_rows
+    agree(
+        facts,
+        what="has other data than",
+        remedy="give every host the same text and tokenizer; where they are the same, remove the "
+        "token store of the one that differs",
+    )
+    return data
+
+
+def check_shared(setting: str, path: epath.Path) -> None:
+    """Raise UserError where a folder that all processes write to is not the same on all hosts."""
+    if in_bucket(path) or is_shared(pathlib.Path(path)):
+        return
+    # It was made a moment ago, or holds something of an earlier run.
+    with contextlib.suppress(OSError):
+        os.rmdir(path)
+    raise UserError(
+        f"{setting}={os.fspath(path)} on {host()} is not the folder that process 0 has under that "
+        "name; set it to a bucket (gs://... or s3://...), or to a folder on a disk that all hosts "
+        "share."
+    )
 
 
 def take_lock(folder: RunFolder, lock: contextlib.ExitStack) -> None:

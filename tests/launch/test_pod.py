@@ -1,0 +1,232 @@
+"""Hosts that share nothing but a network and a bucket: a pod in a box (see pod.py), and what a job
+on it must withstand.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from helpers import ROOT, SMALL, finished, lines, run_command, state_digest
+
+sys.path.insert(0, os.path.dirname(__file__))
+import pod
+from pod import BUCKET, ends, make_pod, output
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(pod.MISSING), reason=pod.MISSING),
+    # Name spaces and their network are made once at a time.
+    pytest.mark.xdist_group("pod"),
+]
+
+# Two dispatches of four steps between saves, so that a kill falls between them.
+RUN = [*SMALL, "--config.train.num_steps=20", "--config.checkpoint.every_steps=5"]
+WORKDIR = f"gs://{BUCKET}/run"
+RESUMABLE = {4, 6, 75, 134, -6, 137, -9}
+
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory):
+    """A pod of two hosts."""
+    with make_pod(tmp_path_factory.mktemp("pod") / "pod", 2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(two_hosts):
+    """The folder of a run that two hosts of two devices finished from empty caches."""
+    done = ends(two_hosts.train(*RUN, f"--workdir={WORKDIR}"))
+    assert [code for code, _ in done] == [0, 0], done
+    return two_hosts.store / BUCKET / "run"
+
+
+def test_a_job_on_hosts_that_share_nothing_trains_as_one_process_does(undisturbed, tmp_path):
+    run = run_command(
+        "tinylm.main",
+        *RUN,
+        "--cpu_devices=4",
+        f"--workdir={tmp_path}/run",
+        env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )
+    assert run.returncode == 0, run.stderr
+    here = lines(tmp_path / "run")
+    there = lines(undisturbed)
+    assert sorted(there) == sorted(here) == list(range(1, 21))
+    assert np.allclose([here[step] for step in here], [there[step] for step in here], rtol=1e-5)
+    for name in "config.json", "tokenizer", "samples.txt", "loss.png", "checkpoints/20":
+        assert (undisturbed / name).exists()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_host_that_is_killed_and_comes_back_empty_changes_nothing(two_hosts, undisturbed, victim):
+    name = f"killed{victim}"
+    folder = two_hosts.store / BUCKET / name
+    command = [*RUN, f"--workdir=gs://{BUCKET}/{name}"]
+    processes = two_hosts.train(*command)
+    _until(lambda: finished(folder, 5), processes)
+    os.killpg(processes[victim].pid, signal.SIGKILL)
+    done = ends(processes, 100)
+    assert done[1 - victim][0] in RESUMABLE, done
+    two_hosts.hosts[victim].crash()
+    two_hosts.hosts[victim].boot()
+    done = ends(two_hosts.train(*command))
+    assert [code for code, _ in done] == [0, 0], done
+    assert "resuming from step" in done[0][1]
+    assert lines(folder) == lines(undisturbed)
+    assert state_digest(folder, 20) == state_digest(undisturbed, 20)
+
+
+def _until(is_so, processes: list[subprocess.Popen], secs: float = 200) -> None:
+    """Wait for something while processes run."""
+    deadline = time.monotonic() + secs
+    while not is_so():
+        assert time.monotonic() < deadline, [output(process) for process in processes]
+        assert all(process.poll() is None for process in processes), [
+            output(process) for process in processes
+        ]
+        time.sleep(0.05)
+
+
+TEXT = "The cat sat on the mat. A dog ran by.\n" * 400
+
+
+def write_texts(made: pod.Pod, *texts: str) -> None:
+    """Give each host a file text.txt in its working folder."""
+    for host, text in zip(made.hosts, texts, strict=True):
+        host.path("text.txt").write_text(text)
+
+
+def refused(made: pod.Pod, processes: list[subprocess.Popen], secs: float = 60) -> list[str]:
+    """Return the one line with which all ended within `secs`, exit code 2."""
+    started = time.monotonic()
+    done = ends(processes, secs)
+    assert [code for code, _ in done] == [2] * len(done), done
+    assert time.monotonic() - started < secs
+    found = [[line for line in text.splitlines() if "error:" in line] for _, text in done]
+    assert all(len(errors) == 1 for errors in found), done
+    return [errors[0] for errors in found]
+
+
+OWN_TEXT = [*RUN, "--config.data.source=text:text.txt"]
+
+
+def test_a_host_with_another_text_is_named_on_all(two_hosts):
+    write_texts(two_hosts, TEXT, TEXT.replace("cat", "cow"))
+    errors = refused(two_hosts, two_hosts.train(*OWN_TEXT, f"--workdir=gs://{BUCKET}/texts"))
+    for error in errors:
+        assert "process 1 on host host1 has other data than process 0 on host host0" in error
+        assert "text:text.txt" in error
+    assert not (two_hosts.store / BUCKET / "texts" / "config.json").exists()
+
+
+def test_a_host_without_the_text_is_named_on_all(two_hosts):
+    write_texts(two_hosts, TEXT, TEXT)
+    two_hosts.hosts[1].path("text.txt").unlink()
+    errors = refused(two_hosts, two_hosts.train(*OWN_TEXT, f"--workdir=gs://{BUCKET}/texts"))
+    for error in errors:
+        assert "process 1 of 2 (host host1): " in error
+        assert "text.txt" in error
+
+
+def test_a_workdir_that_only_one_host_sees_is_refused(two_hosts):
+    for error in refused(two_hosts, two_hosts.train(*RUN, "--workdir=run")):
+        assert "--workdir=" in error and "on host host1 is not the folder that process 0" in error
+    assert not any(host.path("run").exists() for host in two_hosts.hosts[1:])
+
+
+def test_hosts_that_share_a_disk_prepare_once(two_hosts, tmp_path):
+    """Their caches are private; a folder outside of those is seen by both."""
+    write_texts(two_hosts, TEXT, TEXT)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    done = ends(
+        two_hosts.train(
+            *OWN_TEXT,
+            f"--config.data.store_dir={shared}",
+            f"--workdir=gs://{BUCKET}/shared",
+            "--config.train.stop_step=4",
+        )
+    )
+    assert [code for code, _ in done] == [0, 0], done
+    manifests = list(shared.glob("*/manifest.json"))
+    assert len(manifests) == 1
+    assert not list(shared.glob(".job-*"))
+
+
+CLOCK = """
+import runpy, sys, time
+ahead = 3600.0
+for name in "time", "time_ns":
+    real = getattr(time, name)
+    shift = ahead * (1e9 if name == "time_ns" else 1)
+    setattr(time, name, lambda real=real, shift=shift: real() + type(real())(shift))
+sys.argv[0] = "tinylm.main"
+runpy.run_module("tinylm.main", run_name="__main__")
+"""
+
+
+def test_a_clock_that_is_an_hour_off_does_not_matter(two_hosts):
+    first, second = two_hosts.hosts
+    job = [f"--coordinator={first.address}:5999", "--num_processes=2", "--cpu_devices=2"]
+    command = [*RUN, f"--workdir=gs://{BUCKET}/clock", "--config.train.stop_step=4"]
+    processes = [
+        first.python("-m", "tinylm.main", *job, "--process_id=0", *command),
+        second.python("-c", CLOCK, *job, "--process_id=1", *command),
+    ]
+    done = ends(processes)
+    assert [code for code, _ in done] == [0, 0], done
+
+
+def test_another_version_of_the_code_is_named_on_all(two_hosts, tmp_path):
+    for folder in "tinylm", "configs":
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    with (tmp_path / "tinylm" / "model" / "losses.py").open("a") as file:
+        file.write("# a change that only one host has\n")
+    first, second = two_hosts.hosts
+    job = [f"--coordinator={first.address}:5998", "--num_processes=2", "--cpu_devices=2"]
+    command = ["-m", "tinylm.main", *job, *RUN, f"--workdir=gs://{BUCKET}/versions"]
+    processes = [
+        first.python(*command, "--process_id=0"),
+        second.python(*command, "--process_id=1", PYTHONPATH=str(tmp_path)),
+    ]
+    for error in refused(two_hosts, processes):
+        assert "process 1 on host host1" in error and "tinylm code=" in error
+
+
+def test_a_host_that_comes_late_is_waited_for_and_one_that_comes_twice_is_refused(two_hosts):
+    first, second = two_hosts.hosts
+    job = [f"--coordinator={first.address}:5997", "--num_processes=2", "--cpu_devices=2"]
+    run = [*RUN, f"--workdir=gs://{BUCKET}/late", "--config.train.stop_step=12"]
+    command = ["-m", "tinylm.main", *job, *run]
+    processes = [first.python(*command, "--process_id=0")]
+    time.sleep(10)
+    processes.append(second.python(*command, "--process_id=1"))
+    _until(lambda: "model  " in output(processes[0]), processes)
+    again = second.python(*command, "--process_id=1")
+    (error,) = refused(two_hosts, [again])
+    assert "process 1 of 2 runs on host host1 already" in error
+    done = ends(processes)
+    assert [code for code, _ in done] == [0, 0], done
+
+
+def test_a_host_that_never_comes_is_one_line(two_hosts):
+    first, _ = two_hosts.hosts
+    alone = first.python(
+        "-m",
+        "tinylm.main",
+        f"--coordinator={first.address}:5996",
+        "--num_processes=2",
+        "--process_id=0",
+        "--start_secs=5",
+        *RUN,
+        f"--workdir=gs://{BUCKET}/alone",
+    )
+    (error,) = refused(two_hosts, [alone])
+    assert "waited 5 s, but not all 2 processes came" in error
