@@ -50,6 +50,12 @@ class Pieces(NamedTuple):
     start: np.ndarray
     length: np.ndarray
 
+    def as_numbers(self) -> Iterator[tuple[int, int, int, int]]:
+        """Return row, column, start and length of each piece, as Python's numbers: to a loop, these
+        come faster than NumPy's.
+        """
+        return zip(*(array.tolist() for array in self), strict=True)
+
 
 def count_within(counts: np.ndarray) -> np.ndarray:
     """Return 0, 1, ... up to each count in turn: [2, 3] gives [0, 1, 0, 1, 2]."""
@@ -110,14 +116,16 @@ class DocumentPlan:
             file.check()
         first = np.where(rows > 0, self._ends[np.maximum(rows, 1) - 1], 0)
         counts = self._ends[rows] - first
+
+        # For each piece: its row of the batch, and its place in the index.
         row = np.repeat(np.arange(len(rows)), counts)
-        chosen = self._pieces[first[row] + count_within(counts)]
-        start = chosen[:, 0]
-        length = chosen[:, 1]
+        place = first[row] + count_within(counts)
+        start, length = self._pieces[place].T
+
         # A piece begins where those before it in the batch end, counted from the begin of its row.
         before = np.cumsum(length) - length
-        first_of_row = np.cumsum(counts) - counts
-        column = before - np.repeat(before[first_of_row], counts)
+        first_piece_of_row = np.cumsum(counts) - counts
+        column = before - before[first_piece_of_row][row]
         return Pieces(row, column, start, length)
 
 
@@ -133,10 +141,12 @@ def split_documents(ends: np.ndarray, begin: int, seq_len: int) -> tuple[np.ndar
         Start and length of each piece, [pieces, 2], and how many documents are cut.
     """
     starts = np.concatenate([[begin], ends[:-1]])
-    num_parts = -(-(ends - starts) // seq_len)
+    num_parts = -(-(ends - starts) // seq_len)  # rounded up
+    num_cut = int((num_parts > 1).sum())
     piece_starts = np.repeat(starts, num_parts) + count_within(num_parts) * seq_len
-    piece_lengths = np.minimum(seq_len, np.repeat(ends, num_parts) - piece_starts)
-    return np.stack([piece_starts, piece_lengths], axis=1), int((num_parts > 1).sum())
+    left = np.repeat(ends, num_parts) - piece_starts
+    piece_lengths = np.minimum(seq_len, left)
+    return np.stack([piece_starts, piece_lengths], axis=1), num_cut
 
 
 def first_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
@@ -145,24 +155,25 @@ def first_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     Rows are kept in a heap per number of free columns, so a piece costs a look at `seq_len` tops at
     most.
     """
-    # No row has this number: it stands for "none", and argmin takes it last.
-    full = len(lengths)
-    # The first row of each heap.
-    tops = np.full(seq_len + 1, full, np.int64)
+    # The number of no row: it stands for "none", and argmin takes it last.
+    none = len(lengths)
+    # The rows with 0, 1, ... free columns, and the first row of each heap.
     heaps: list[list[int]] = [[] for _ in range(seq_len + 1)]
+    tops = np.full(seq_len + 1, none, np.int64)
     rows = np.empty(len(lengths), np.int64)
     num_rows = 0
     for i, length in enumerate(lengths.tolist()):
-        room = length + int(tops[length:].argmin())
-        if tops[room] == full:
+        free = length + int(tops[length:].argmin())
+        if tops[free] == none:
+            # No row has room for this piece, so it begins a row.
             row = num_rows
-            room = seq_len
             num_rows += 1
+            free = seq_len
         else:
-            row = heapq.heappop(heaps[room])
-            tops[room] = heaps[room][0] if heaps[room] else full
+            row = heapq.heappop(heaps[free])
+            tops[free] = heaps[free][0] if heaps[free] else none
         rows[i] = row
-        left = room - length
+        left = free - length
         if left:
             heapq.heappush(heaps[left], row)
             tops[left] = heaps[left][0]
@@ -191,11 +202,13 @@ def plan_chunks(ends: np.ndarray, seq_len: int, packed: bool) -> Iterator[Planne
         pieces, num_split = split_documents(chunk_ends, begin, seq_len)
         begin = int(chunk_ends[-1])
         if packed:
-            rows = first_fit(pieces[:, 1], seq_len)
+            lengths = pieces[:, 1]
+            rows = first_fit(lengths, seq_len)
+            counts = np.bincount(rows)
             pieces = pieces[np.argsort(rows, kind="stable")]
-            yield PlannedChunk(np.bincount(rows), pieces, num_split)
         else:
-            yield PlannedChunk(np.ones(len(pieces), np.int64), pieces, num_split)
+            counts = np.ones(len(pieces), np.int64)
+        yield PlannedChunk(counts, pieces, num_split)
 
 
 def write_plan(folder: pathlib.Path, ends: np.ndarray, seq_len: int, packed: bool) -> None:

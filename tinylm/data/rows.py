@@ -19,12 +19,27 @@ A mixture interleaves such rows by a fixed schedule.
     segments   1 1 1 1 2 2     packed rows only: which piece, 0 behind the last one
     positions  0 1 2 3 0 1     packed rows only: from the begin of each piece
 
+For example, a split of 10 tokens in windows of 4 targets has three rows an epoch. Epoch 0 has drawn
+the offset 1 and the order 2, 0, 1; epoch 1 the offset 3 and the order 0, 2, 1. The stream is a
+ring, so each token is the target of one row in each epoch:
+
+    token      0 1 2 3 4 5 6 7 8 9
+    epoch 0    2|0 0 0 0|1 1 1 1|2        the row whose target the token is
+    epoch 1    1|2 2|0 0 0 0|1 1 1
+
+    index      0  1 | 2  3 | 4  5         batches of two rows
+    epoch      0  0 | 0  1 | 1  1
+    place      0  1 | 2  0 | 1  2
+    row        2  0 | 1  0 | 2  1
+    start      9  1 | 5  3 | 1  7
+
 What an example costs is a read of the store for each piece, and a shuffle of one number.
 """
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple, Protocol
 
@@ -49,7 +64,7 @@ class Rows(Protocol):
 
 
 def draw(*purpose: object) -> int:
-    """Return 32 random bits that depend on `purpose` alone."""
+    """Return 32 random bits that depend on `purpose` alone, as in `draw(seed, "order", epoch)`."""
     text = repr(purpose).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
 
@@ -112,18 +127,24 @@ class SplitRows:
         from grain.experimental import index_shuffle
 
         last = len(self) - 1
-        order_seeds = {epoch: draw(self._seed, "order", epoch) for epoch in set(epochs)}
-        grid_offsets = {epoch: self._grid_offset(epoch) for epoch in set(epochs)}
-        rows = [
-            index_shuffle(place, max_index=last, seed=order_seeds[epoch], rounds=4)
-            for epoch, place in zip(epochs, places, strict=True)
-        ]
-        offsets = [grid_offsets[epoch] for epoch in epochs]
-        return np.array(rows, np.int64), np.array(offsets, np.int64)
+        # Indices lie close together, so most often all are of one epoch.
+        draws: dict[int, tuple[int, int]] = {}
+        rows = np.empty(len(places), np.int64)
+        offsets = np.empty(len(places), np.int64)
+        for i, (epoch, place) in enumerate(zip(epochs, places, strict=True)):
+            if epoch not in draws:
+                draws[epoch] = self._draws(epoch)
+            order_seed, offset = draws[epoch]
+            rows[i] = index_shuffle(place, max_index=last, seed=order_seed, rounds=4)
+            offsets[i] = offset
+        return rows, offsets
 
-    def _grid_offset(self, epoch: int) -> int:
-        """Return where the grid of windows begins in an epoch."""
-        return draw(self._seed, "grid", epoch) % min(self._seq_len, self._end - self._begin)
+    def _draws(self, epoch: int) -> tuple[int, int]:
+        """Return the seed of an epoch's order, and where its grid of windows begins."""
+        order_seed = draw(self._seed, "order", epoch)
+        num_tokens = self._end - self._begin
+        offset = draw(self._seed, "grid", epoch) % min(self._seq_len, num_tokens)
+        return order_seed, offset
 
     def _assemble(self, num_rows: int, pieces: Pieces) -> Examples:
         """Read the pieces of `num_rows` rows from the store."""
@@ -132,14 +153,17 @@ class SplitRows:
         targets = np.full(shape, self._eot_id, np.int32)
         weights = np.zeros(shape, np.float32)
         window = np.empty(self._seq_len + 1, np.int32)
-        for row, column, start, length in _each(pieces):
-            here = slice(column, column + length)
-            self._read_window(window[: length + 1], start)
-            tokens[row, here] = window[:length]
-            targets[row, here] = window[1 : length + 1]
-            weights[row, here] = 1
+        for row, column, start, length in pieces.as_numbers():
+            # The last target's own token is no input, and the first input is no target.
+            piece = window[: length + 1]
+            self._read_window(piece, start)
+            end = column + length
+            tokens[row, column:end] = piece[:-1]
+            targets[row, column:end] = piece[1:]
+            weights[row, column:end] = 1
             if self._use_mask:
-                self._read_ring(self._store.mask, weights[row, here], start)
+                self._read_ring(self._store.mask, weights[row, column:end], start)
+
         examples = {"tokens": tokens, "targets": targets, "weights": weights}
         if self._packed:
             segments, positions = _segments_and_positions(shape, pieces)
@@ -166,31 +190,22 @@ class SplitRows:
             array.read(out[straight:], self._begin)
 
 
-def _each(pieces: Pieces) -> Iterator[tuple[int, int, int, int]]:
-    """Return row, column, start and length of each piece, as Python's numbers: these are faster."""
-    return zip(
-        pieces.row.tolist(),
-        pieces.column.tolist(),
-        pieces.start.tolist(),
-        pieces.length.tolist(),
-        strict=True,
-    )
-
-
 def _segments_and_positions(
     shape: tuple[int, int], pieces: Pieces
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return which piece of its row each column is in, 1, 2, ..., or 0 where there is none, and its
     position from the begin of the piece.
     """
+    num_rows, seq_len = shape
     segments = np.zeros(shape, np.int32)
     positions = np.zeros(shape, np.int32)
-    count = np.arange(shape[1], dtype=np.int32)
-    first_of_row = np.searchsorted(pieces.row, pieces.row)
-    segment_numbers = (np.arange(len(pieces.row)) - first_of_row + 1).tolist()
-    for number, (row, column, _, length) in zip(segment_numbers, _each(pieces), strict=True):
-        segments[row, column : column + length] = number
-        positions[row, column : column + length] = count[:length]
+    counting = np.arange(seq_len, dtype=np.int32)
+    pieces_so_far = [0] * num_rows
+    for row, column, _, length in pieces.as_numbers():
+        pieces_so_far[row] += 1
+        end = column + length
+        segments[row, column:end] = pieces_so_far[row]
+        positions[row, column:end] = counting[:length]
     return segments, positions
 
 
@@ -215,7 +230,8 @@ class MixedRows:
         sources, ranks, counts = self._schedule
         periods, places = np.divmod(np.asarray(indices, np.int64), len(sources))
         chosen = sources[places]
-        return _read_parts(self._parts, chosen, periods * counts[chosen] + ranks[places])
+        turns_before = periods * counts[chosen] + ranks[places]
+        return _read_parts(self._parts, chosen, turns_before)
 
 
 class JoinedRows:
@@ -265,19 +281,21 @@ class Schedule(NamedTuple):
 @functools.cache
 def schedule(weights: tuple[Fraction, ...]) -> Schedule:
     """Return one period of the mixture with these weights, which sum to 1."""
-    period = functools.reduce(np.lcm, [weight.denominator for weight in weights])
+    period = math.lcm(*(weight.denominator for weight in weights))
     shares = [int(weight * period) for weight in weights]
     counts = [0] * len(weights)
     sources = np.empty(period, np.int64)
     ranks = np.empty(period, np.int64)
     for place in range(period):
-        # The quota: one more turn keeps these at or below their share rounded up.
-        below_quota = [
-            source
-            for source, share in enumerate(shares)
-            if counts[source] * period < share * (place + 1)
-        ]
-        chosen = max(below_quota, key=lambda source: shares[source] / (counts[source] + 1))
+        chosen = -1
+        largest_claim = 0.0
+        for source, share in enumerate(shares):
+            # The quota: one more turn keeps the source at or below its share rounded up.
+            is_below_quota = counts[source] * period < share * (place + 1)
+            claim = share / (counts[source] + 1)
+            if is_below_quota and claim > largest_claim:
+                chosen = source
+                largest_claim = claim
         sources[place] = chosen
         ranks[place] = counts[chosen]
         counts[chosen] += 1
