@@ -1,4 +1,5 @@
-"""Measure data: encoding compared with tiktoken, batches warm and cold, a store of 10^12 tokens.
+"""Measure data: encoding compared with tiktoken, preparing, batches warm and cold, a store of 10^12
+tokens.
 
 python benchmarks/data.py --vocabulary=DIR --text='tinystories/*.txt'
 
@@ -8,6 +9,7 @@ room. Times depend on what else the machine does; each is the best of several.
 
 import contextlib
 import functools
+import itertools
 import os
 import pathlib
 import tempfile
@@ -20,9 +22,10 @@ from absl import app, flags
 
 from tinylm.data import open_data
 from tinylm.data.config import DataConfig
-from tinylm.data.manifest import Shard, SkippedFacts, Split
+from tinylm.data.manifest import Shard, SkippedFacts, Split, read_manifest
 from tinylm.data.packing import StreamPlan
 from tinylm.data.pipeline import train_batches
+from tinylm.data.prepare import prepare
 from tinylm.data.rows import Rows, SplitRows
 from tinylm.data.sources import make_source
 from tinylm.data.store import Store, StoreWriter
@@ -60,6 +63,24 @@ def bench_encoding(vocabulary: str, text: str) -> None:
         f"{'equal to' if equal else 'DIFFERENT FROM'} tiktoken's"
     )
     print(f"          tinylm {size / mine:.1f} MB/s, tiktoken.encode_batch {size / plain:.1f} MB/s")
+
+
+def bench_preparing(spec: str, text: str, folder: str) -> None:
+    """Time what makes a store of a text, with the tokenizer `spec`."""
+    from tinylm.data.tokenizers import build_tokenizer
+
+    config = DataConfig(f"text:{text}", tokenizer=spec)
+    source = make_source(config.source, config)
+    first_documents = itertools.islice(source.documents("all"), 2000)
+    texts = [document.text for document in first_documents]
+    tokenizer = build_tokenizer(spec, 0, lambda: texts)
+    place = pathlib.Path(folder, tokenizer.fingerprint)
+    place.mkdir()
+    begun = time.perf_counter()
+    prepare(source, tokenizer, place, ("train", "valid"), is_shown=False)
+    secs = time.perf_counter() - begun
+    num_bytes = read_manifest(place).bytes
+    print(f"preparing {tokenizer.name:<9} {num_bytes / 1e6 / secs:.1f} MB/s")
 
 
 def drop_cache(store: Store) -> None:
@@ -172,6 +193,9 @@ def main(_: list[str]) -> None:
         bench_assembling(folder)
     if flags.FLAGS.vocabulary and flags.FLAGS.text:
         bench_encoding(flags.FLAGS.vocabulary, flags.FLAGS.text)
+        with working_folder() as folder:
+            bench_preparing(f"gpt2:{flags.FLAGS.vocabulary}", flags.FLAGS.text, folder)
+            bench_preparing("bpe:4096", flags.FLAGS.text, folder)
 
 
 if __name__ == "__main__":

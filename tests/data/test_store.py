@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing import Pipe
 
 import numpy as np
 import pytest
@@ -101,50 +100,39 @@ def test_a_store_is_whole_or_absent_after_kill_9_at_any_point(tmp_path, points):
         assert not list(folder.glob("*.tmp"))
 
 
-def test_any_number_of_processes_encodes_to_the_same_store(tmp_path, monkeypatch):
+def test_batches_of_any_size_encode_to_the_same_store(tmp_path, monkeypatch):
     path = write_text(tmp_path / "a.txt", 3_000)
     path.write_text(path.read_text() + "<|endoftext|>café\r\n— 日本 🙂\n")
-    alone = open_data(
-        config_of(path, tmp_path / "alone", tokenizer="bpe:300"), seed=0, progress=False
-    )
-    monkeypatch.setattr(encoding, "ALONE_SECS", 0)
-    monkeypatch.setattr(portions, "BATCH_CHARS", 1 << 14)
-    monkeypatch.setattr(encoding.os, "cpu_count", lambda: 3)
-    here = []
-    monkeypatch.setattr(encoding, "encode_texts", lambda *args: here.append(args))
+    few = open_data(config_of(path, tmp_path / "few", tokenizer="bpe:300"), seed=0, progress=False)
+    monkeypatch.setattr(portions, "BATCH_CHARS", 1 << 10)
     many = open_data(
         config_of(path, tmp_path / "many", tokenizer="bpe:300"), seed=0, progress=False
     )
-    assert not here and len(manifest(many).shards) == 1
-    assert manifest(many).shards == manifest(alone).shards
-    assert manifest(many).document_shards == manifest(alone).document_shards
+    assert len(manifest(many).shards) == 1
+    assert manifest(many).shards == manifest(few).shards
+    assert manifest(many).document_shards == manifest(few).document_shards
 
 
-def test_where_processes_cannot_encode_this_one_does_and_says_what_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "ALONE_SECS", 0)
-    monkeypatch.setattr(encoding.sys, "executable", "/nowhere/python")
-    path = write_text(tmp_path / "a.txt", 50)
-    data = open_data(config_of(path, tmp_path / "s", tokenizer="bpe:257"), seed=0, progress=False)
-    assert len(data.stores[0].tokens) == 50 * 41 + 90
+def test_documents_are_read_no_further_ahead_than_a_batch(monkeypatch):
+    """This bounds memory, whatever the size of a source."""
+    monkeypatch.setattr(portions, "BATCH_CHARS", 10)
+    read = []
+
+    def documents():
+        for number in range(100):
+            read.append(number)
+            yield sources.Document("abcd", prompt="é" if number % 2 else "")
+
+    batches = encoding.encode(documents(), ByteTokenizer())
+    batch, encoded = next(batches)
+    assert len(batch) == len(read) == 3
+    assert encoded.counts.tolist() == [0, 4, 2, 4, 0, 4]
+    assert bytes(encoded.ids.tolist()) == "abcdéabcdabcd".encode()
+
+
+def test_a_text_that_is_not_unicode_is_one_line():
     with pytest.raises(UserError, match="not valid Unicode"):
-        list(
-            encoding.encode(
-                [sources.Document("\ud800")], data.tokenizer, data.stores[0].folder / "tokenizer"
-            )
-        )
-
-
-def test_a_process_that_encodes_ends_with_the_one_that_asked(tmp_path):
-    """Also when that is killed: its end of the pipe is closed by the system."""
-    ByteTokenizer().save(tmp_path)
-    ours, theirs = Pipe()
-    command = [sys.executable, "-c", encoding.WORKER_PROGRAM, str(tmp_path), str(theirs.fileno())]
-    with subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process:
-        theirs.close()
-        ids, counts = encoding.ask(ours, ["ab", "", "é"])
-        assert ids.tolist() == [97, 98, 195, 169] and counts.tolist() == [2, 0, 2]
-        ours.close()
-        assert process.wait(20) == 0
+        list(encoding.encode([sources.Document("\ud800")], ByteTokenizer()))
 
 
 def test_a_store_that_was_not_renamed_is_none(tmp_path):

@@ -25,8 +25,10 @@ from tinylm.data.tokenizers import (
     load_tokenizer,
     portions,
 )
+from tinylm.data.tokenizers import bpe as bpe_module
 from tinylm.data.tokenizers.imported import read_llama2c
 from tinylm.data.tokenizers.pruned import count_ids
+from tinylm.data.tokenizers.tokenizer_json import encode_by_library
 
 TEXT = "Once upon a time there was a cat.\nShe said: “café!”\n\n  Two  spaces, 日本 and 🙂.\n" * 20
 HOSTILE = st.text(max_size=60) | st.lists(
@@ -210,6 +212,21 @@ def test_ids_by_words_are_those_of_the_library(text):
         BPE.encode_by_words([text, "", text])[0].tolist()
         == BPE.inner.encode(text, add_special_tokens=False).ids
     )
+
+
+def test_one_text_that_is_not_ascii_does_not_send_the_others_to_the_library(monkeypatch):
+    """A curly quote in a batch of a million characters would make all of it slow."""
+    texts = ["it's a", "é a", "", "b 1,"]
+    alone = [BPE.encode(text) for text in texts]
+    by_library = []
+
+    def encode_and_note(inner, texts):
+        by_library.extend(texts)
+        return encode_by_library(inner, texts)
+
+    monkeypatch.setattr(bpe_module, "encode_by_library", encode_and_note)
+    assert [ids.tolist() for ids in BPE.encode_whole(texts)] == alone
+    assert by_library == ["é a"]
 
 
 def test_gpt2_ids_are_those_of_tiktoken_and_of_both_tinystories_files():

@@ -1,6 +1,8 @@
 """Preparing: the documents of a source are encoded once, into a token store.
 
-    documents -> encode (all cores) -> write (a thread) -> tokens, mask, ends of documents
+    documents -> encode (threads of the tokenizer's library) -> write (a thread)
+                                                                     |
+                                                       tokens, mask, ends of documents
                                                                      |
     split by the source, by a hash of each document, or cut at the tail, once all ends are known
 
@@ -211,7 +213,7 @@ class Preparer:
         log_prob: float | None = 0.0
         with futures.ThreadPoolExecutor(1) as thread:
             writing: futures.Future | None = None
-            for batch, encoded in encode(documents, self.tokenizer, self.folder / "tokenizer"):
+            for batch, encoded in encode(documents, self.tokenizer):
                 for document in batch:
                     if document.log_prob is None:
                         log_prob = None

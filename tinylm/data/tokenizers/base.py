@@ -35,7 +35,6 @@ class Tokenizer:
         eot_id: The id that ends a text.
         eot_name: How the files write the end of text; empty where they have no token for it.
         unknown_ids: The ids that stand for what the vocabulary can't spell.
-        is_light: It encodes in less time than it takes to hand text to another process.
         files: The files that make this tokenizer, by name.
         header: What makes this tokenizer in addition to its files.
     """
@@ -45,7 +44,6 @@ class Tokenizer:
     eot_id: int
     eot_name: str = ""
     unknown_ids: tuple[int, ...] = ()
-    is_light: bool = False
     files: Mapping[str, bytes] = MappingProxyType({})
     header: Mapping[str, Any] = MappingProxyType({})
 

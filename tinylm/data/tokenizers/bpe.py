@@ -38,7 +38,7 @@ class BpeTokenizer(JsonTokenizer):
 
     def __init__(self, name: str, tokenizer_json: bytes):
         super().__init__(tokenizer_json, name=name)
-        self._known: dict[str, list[int]] = {}
+        self._known: dict[str, bytes] = {}  # the ids of each word, as int32
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "BpeTokenizer":
@@ -63,29 +63,28 @@ class BpeTokenizer(JsonTokenizer):
 
     def encode_whole(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, none of which is cut in pieces."""
-        if all(text.isascii() for text in texts):
-            return self.encode_by_words(texts)
-        return encode_by_library(self.inner, texts)
+        # One character such as a curly quote must not send a million others to the library, so
+        # each text goes its own way.
+        in_ascii = iter(self.encode_by_words([text for text in texts if text.isascii()]))
+        others = iter(encode_by_library(self.inner, [text for text in texts if not text.isascii()]))
+        return [next(in_ascii) if text.isascii() else next(others) for text in texts]
 
     def encode_by_words(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, which is ASCII, by a table of the words met so far."""
         words_of_texts: list[list[str]] = [_ASCII_WORDS.findall(text) for text in texts]
-        words: set[str] = set()
-        for words_of_text in words_of_texts:
-            words.update(words_of_text)
-
-        new = [word for word in words if word not in self._known]
+        words: set[str] = set().union(*words_of_texts)
+        new = list(words.difference(self._known))
         if len(self._known) + len(new) > _MOST_KNOWN_WORDS:
             self._known = {}
             new = list(words)
-        encodings = self.inner.encode_batch_fast(new, add_special_tokens=False)
-        for word, encoding in zip(new, encodings, strict=True):
-            self._known[word] = encoding.ids
+        for word, ids in zip(new, encode_by_library(self.inner, new), strict=True):
+            self._known[word] = ids.tobytes()
 
+        # Joined as bytes, ids never become numbers of Python, which would take most of the time.
         ids_of_texts: list[np.ndarray] = []
         for words_of_text in words_of_texts:
-            ids = [i for word in words_of_text for i in self._known[word]]
-            ids_of_texts.append(np.array(ids, np.int32))
+            content = b"".join(map(self._known.__getitem__, words_of_text))
+            ids_of_texts.append(np.frombuffer(content, np.int32))
         return ids_of_texts
 
 

@@ -17,7 +17,6 @@ class CharTokenizer(Tokenizer):
     """The characters of one text, sorted; the end of text is the id after them."""
 
     name = "char"
-    is_light = True
 
     def __init__(self, chars: str):
         self.chars = chars

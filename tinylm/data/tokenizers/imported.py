@@ -23,8 +23,7 @@ from tinylm.data.tokenizers.tokenizer_json import byte_chars, encode_by_library
 if TYPE_CHECKING:
     import tokenizers
 
-# As many threads as the `tokenizers` library takes, whose variable this is; a process of `encoding`
-# has one.
+# As many threads as the `tokenizers` library takes, whose variable this is.
 THREADS = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
 
 
