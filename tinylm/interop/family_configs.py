@@ -1,10 +1,13 @@
 """The config.json of each family as model settings, and back.
 
-A model of ours fits a family where going there and back changes none of its settings (`misfits`),
-so there is no second list of what a family can express. What a config.json asks for and no setting
-of ours expresses is refused, by the family's own name for it; files of old and new versions of
-`transformers` are read as transformers reads them: the same place of a key wins where it is there
-twice, and the same default holds where it is missing.
+For each family there are its names for settings of ours, `read_FAMILY` (a config.json to a
+ModelConfig) and `write_FAMILY` (the other way). What they have in common comes first. A model of
+ours fits a family where going there and back changes none of its settings
+(`models.fitting_family`), so there is no second list of what a family can express.
+
+What a config.json asks for and no setting of ours expresses is refused, by the family's own name
+for it. Files of old and new versions of `transformers` are read as transformers reads them: where a
+key is in two places the same one wins, and where it is missing the same default holds.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,64 +16,13 @@ from typing import Any
 from tinylm.core.errors import UserError
 from tinylm.model.config import ModelConfig
 
+# A family's own name of each setting of ours.
 Names = Mapping[str, str]
 JsonObject = dict[str, Any]
 
-_MOST = 2**31 - 1  # of any size
-
-# Each family's own name of a setting of ours.
-GPT2_NAMES = {
-    "vocab_size": "vocab_size",
-    "context": "n_positions",
-    "embed_dim": "n_embd",
-    "num_layers": "n_layer",
-    "num_heads": "n_head",
-    "mlp_dim": "n_inner",
-    "norm_epsilon": "layer_norm_epsilon",
-    "mlp": "activation_function",
-    "tie_embeddings": "tie_word_embeddings",
-}
-GPT_NEO_NAMES = {
-    "vocab_size": "vocab_size",
-    "context": "max_position_embeddings",
-    "embed_dim": "hidden_size",
-    "num_layers": "num_layers",
-    "num_heads": "num_heads",
-    "mlp_dim": "intermediate_size",
-    "norm_epsilon": "layer_norm_epsilon",
-    "mlp": "activation_function",
-    "tie_embeddings": "tie_word_embeddings",
-    "attention_window": "window_size",
-}
-GPT_NEOX_NAMES = {
-    "vocab_size": "vocab_size",
-    "context": "max_position_embeddings",
-    "embed_dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_dim": "intermediate_size",
-    "norm_epsilon": "layer_norm_eps",
-    "mlp": "hidden_act",
-    "tie_embeddings": "tie_word_embeddings",
-    "rotary_base": "rotary_emb_base",
-    "rotary_fraction": "rotary_pct",
-    "parallel_residual": "use_parallel_residual",
-}
-LLAMA_NAMES = {
-    "vocab_size": "vocab_size",
-    "context": "max_position_embeddings",
-    "embed_dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "mlp_dim": "intermediate_size",
-    "norm_epsilon": "rms_norm_eps",
-    "mlp": "hidden_act",
-    "tie_embeddings": "tie_word_embeddings",
-    "rotary_base": "rope_theta",
-    "attention_window": "sliding_window",
-}
+# The largest value of any size.
+_MOST = 2**31 - 1
+# Our settings that are sizes. A family that has no name for one has no such choice.
 _SIZES = (
     "vocab_size",
     "context",
@@ -91,6 +43,7 @@ _ALSO = {
     "num_heads": "num_attention_heads",
 }
 
+# Their names of activations, and ours: those of plain mlps, and those of gated ones.
 _ACTIVATIONS = {
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
@@ -122,16 +75,20 @@ RELATIVES = {
 
 
 def _family(config: JsonObject) -> str:
+    """Return the name of the family, for errors."""
     return str(config.get("model_type"))
 
 
 def first_of(config: JsonObject, key: str) -> Any:
     """Return the value of a key, or of the other name that transformers knows it by."""
     value = config.get(key)
-    return config.get(_ALSO.get(key, key)) if value is None else value
+    if value is None:
+        return config.get(_ALSO.get(key, key))
+    return value
 
 
 def _whole(config: JsonObject, key: str, value: Any) -> int:
+    """Return a value if it can be a size; raise UserError if it can't."""
     if type(value) is not int or not 1 <= value <= _MOST:
         raise UserError(
             f"config.json has {key}={value!r}; {_family(config)} needs a whole number from 1 to "
@@ -141,8 +98,13 @@ def _whole(config: JsonObject, key: str, value: Any) -> int:
 
 
 def _sizes(config: JsonObject, names: Names, optional: Sequence[str] = ()) -> dict[str, Any]:
-    """Return our sizes as a config.json has them; those of `optional` that it lacks are 0, which
-    follow from others.
+    """Return our settings that are sizes.
+
+    Args:
+      config: the content of a config.json.
+      names: the family's.
+      optional: our names of those that it may lack. They become 0, which means that they follow
+        from others.
     """
     sizes: dict[str, Any] = {}
     for ours in _SIZES:
@@ -158,7 +120,13 @@ def _sizes(config: JsonObject, names: Names, optional: Sequence[str] = ()) -> di
     return sizes
 
 
+def _their_sizes(model: ModelConfig, names: Names) -> JsonObject:
+    """Return our settings that are sizes by the family's names."""
+    return {names[ours]: getattr(model, ours) for ours in _SIZES if ours in names}
+
+
 def _flag(config: JsonObject, key: str, default: bool) -> bool:
+    """Return true or false from a config.json; raise UserError for anything else."""
     value = config.get(key, default)
     if type(value) is not bool:
         raise UserError(f"config.json has {key}={value!r}; {_family(config)} needs true or false.")
@@ -166,6 +134,7 @@ def _flag(config: JsonObject, key: str, default: bool) -> bool:
 
 
 def _number(config: JsonObject, key: str, value: Any) -> float:
+    """Return a value if it is a number above 0; raise UserError if it isn't."""
     if type(value) not in (int, float) or not 0 < value < 1e30:
         raise UserError(
             f"config.json has {key}={value!r}; {_family(config)} needs a number above 0."
@@ -184,6 +153,7 @@ def _only(config: JsonObject, **supported: Any) -> None:
 
 
 def _activation(config: JsonObject, key: str, default: str, known: dict[str, str]) -> str:
+    """Return our name of the activation of a config.json; raise UserError if it isn't `known`."""
     name = config.get(key, default)
     if not isinstance(name, str) or name not in known:
         raise UserError(
@@ -193,26 +163,30 @@ def _activation(config: JsonObject, key: str, default: str, known: dict[str, str
     return known[name]
 
 
-def _named(known: dict[str, str], ours: str) -> str:
-    """Return their name of an activation; one that the family doesn't have reads back as
-    another.
+def _activation_name(known: dict[str, str], ours: str) -> str:
+    """Return the family's name of an activation of ours.
+
+    One that the family doesn't have gets the name of another, so that it reads back as that one and
+    `models.fitting_family` finds the difference.
     """
-    return next((theirs for theirs, mlp in known.items() if mlp == ours), next(iter(known)))
+    for theirs, mlp in known.items():
+        if mlp == ours:
+            return theirs
+    return next(iter(known))
 
 
 def _plain_rope(config: JsonObject) -> JsonObject:
-    """Return the nested rotary settings of a config.json, empty in old ones; raise UserError where
-    they scale.
+    """Return the nested settings of rotary positions, which old files don't have.
 
-    A `rope_scaling` that says anything wins over `rope_parameters` (transformers 5,
-    `convert_rope_params_to_dict`).
+    Raises UserError where they scale the positions. A `rope_scaling` that says anything wins over
+    `rope_parameters` (transformers 5, `convert_rope_params_to_dict`).
     """
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key)
         if not rope:
             continue
         if not isinstance(rope, dict):
-            raise UserError(f"config.json has {key}={rope!r:.60}, which is no object.")
+            raise UserError(f"config.json has {key}={rope!r:.60}, which is not an object.")
         if any(isinstance(value, dict) for value in rope.values()):
             raise UserError(
                 f"config.json has {key} for each kind of layer; tinylm reads one for all."
@@ -227,104 +201,6 @@ def _plain_rope(config: JsonObject) -> JsonObject:
     return {}
 
 
-def _neox_rope(config: JsonObject) -> tuple[float, float]:
-    """Return (base, rotating fraction) of GPT-NeoX, which has old names of its own for both."""
-    rope = _plain_rope(config)
-    base = rope.get("rope_theta", config.get("rotary_emb_base", 10_000.0))
-    fraction = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    return _number(config, "rope_theta", base), _number(config, "partial_rotary_factor", fraction)
-
-
-def _llama_rope(config: JsonObject) -> float:
-    """Return the base of Llama and its kin: they rotate whole heads, whatever
-    `partial_rotary_factor` says.
-    """
-    base = _plain_rope(config).get("rope_theta", config.get("rope_theta", 10_000.0))
-    return _number(config, "rope_theta", base)
-
-
-def read_gpt2(c: JsonObject) -> ModelConfig:
-    """Return the model settings of a GPT-2 config.json."""
-    _only(
-        c, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False
-    )
-    return ModelConfig(
-        **_sizes(c, GPT2_NAMES, optional=("mlp_dim",)),
-        position="learned",
-        norm="layernorm",
-        norm_epsilon=c.get("layer_norm_epsilon", 1e-5),
-        mlp=_activation(c, "activation_function", "gelu_new", _ACTIVATIONS),
-        bias=True,
-        qkv_bias=True,
-        tie_embeddings=_flag(c, "tie_word_embeddings", True),
-    )
-
-
-def write_gpt2(m: ModelConfig) -> JsonObject:
-    """Return what a GPT-2 config.json says of a model."""
-    return {
-        **_their_sizes(m, GPT2_NAMES),
-        "layer_norm_epsilon": m.norm_epsilon,
-        "activation_function": _named(_ACTIVATIONS, m.mlp),
-        "tie_word_embeddings": m.tie_embeddings,
-        "embd_pdrop": m.dropout,
-        "attn_pdrop": m.dropout,
-        "resid_pdrop": m.dropout,
-    }
-
-
-def _their_sizes(m: ModelConfig, names: Names) -> dict[str, int]:
-    return {names[ours]: getattr(m, ours) for ours in _SIZES if ours in names}
-
-
-def read_gpt_neo(c: JsonObject) -> ModelConfig:
-    """Return the model settings of a GPT-Neo config.json."""
-    sizes = _sizes(c, GPT_NEO_NAMES, optional=("mlp_dim",))
-    num_layers = sizes["num_layers"]
-    kinds = c.get("attention_layers")
-    if kinds is None:
-        kinds = _expanded(c, num_layers)
-    windows = _windows(
-        {"window_size": 256, **c},
-        "attention_layers",
-        kinds,
-        known=("global", "local"),
-        num_layers=num_layers,
-        size_key="window_size",
-    )
-    return ModelConfig(
-        **sizes,
-        position="learned",
-        norm="layernorm",
-        norm_epsilon=c.get("layer_norm_epsilon", 1e-5),
-        mlp=_activation(c, "activation_function", "gelu_new", _ACTIVATIONS),
-        bias=True,
-        attention_scale=1.0,
-        attention_window=windows,
-        tie_embeddings=_flag(c, "tie_word_embeddings", True),
-    )
-
-
-def _expanded(config: JsonObject, num_layers: int) -> list[Any]:
-    """Return the kind of each layer that `attention_types` names, as [kinds, how often] pairs.
-
-    Their sum is compared with the number of layers first: a short text can ask for any number of
-    them.
-    """
-    pairs = config.get("attention_types", [[["global", "local"], 12]])
-    try:
-        count = sum(len(kinds) * _whole(config, "attention_types", times) for kinds, times in pairs)
-    except (TypeError, ValueError) as error:
-        raise UserError(
-            "config.json has attention_types that are no list of [kinds, how often]."
-        ) from error
-    if count != num_layers:
-        raise UserError(
-            f"config.json has attention_types of {count} layers and num_layers={num_layers}."
-        )
-    return [kind for kinds, times in pairs for kind in list(kinds) * times]
-
-
 def _windows(
     config: JsonObject,
     key: str,
@@ -334,8 +210,18 @@ def _windows(
     num_layers: int,
     size_key: str,
 ) -> tuple[int, ...]:
-    """Return our pattern of windows from the kind of each layer: `known` are that without and that
-    with a window.
+    """Return our pattern of windows of attention from the kind of each layer.
+
+    Args:
+      config: the content of a config.json.
+      key: the one that has the kinds, for errors.
+      kinds: the kind of each layer, as the file has them.
+      known: the name of the kind without a window, and of that with one.
+      num_layers: how many kinds there must be.
+      size_key: the key that has the size of the window, in tokens.
+
+    Returns:
+      The shortest pattern that, repeated over the layers, gives the window of each; 0 for none.
     """
     if not isinstance(kinds, list) or not all(kind in known for kind in kinds):
         raise UserError(
@@ -346,159 +232,345 @@ def _windows(
     if known[1] not in kinds:
         return (0,)
     size = _whole(config, size_key, config.get(size_key))
-    return _period([size if kind == known[1] else 0 for kind in kinds])
+    windows = [size if kind == known[1] else 0 for kind in kinds]
+    return _shortest_pattern(windows)
 
 
-def write_gpt_neo(m: ModelConfig) -> JsonObject:
-    """Return what a GPT-Neo config.json says of a model."""
-    windows = _each_layer(m)
-    kinds = ["local" if window else "global" for window in windows]
+def _shortest_pattern(windows: list[int]) -> tuple[int, ...]:
+    """Return the shortest pattern that gives the window of each layer when it is repeated."""
+    for length in range(1, len(windows)):
+        if len(windows) % length == 0:
+            pattern = windows[:length]
+            if pattern * (len(windows) // length) == windows:
+                return tuple(pattern)
+    return tuple(windows)
+
+
+def _window_of_each_layer(model: ModelConfig) -> tuple[int, ...]:
+    """Return the window of each layer, in tokens; 0 for none."""
+    return model.attention_window * (model.num_layers // len(model.attention_window))
+
+
+# GPT-2. The mlp is 4 times as wide as the model unless n_inner says otherwise.
+
+GPT2_NAMES = {
+    "vocab_size": "vocab_size",
+    "context": "n_positions",
+    "embed_dim": "n_embd",
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "mlp_dim": "n_inner",
+    "norm_epsilon": "layer_norm_epsilon",
+    "mlp": "activation_function",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
+
+def read_gpt2(config: JsonObject) -> ModelConfig:
+    """Return the model settings of a GPT-2 config.json."""
+    _only(
+        config,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        add_cross_attention=False,
+    )
+    return ModelConfig(
+        **_sizes(config, GPT2_NAMES, optional=("mlp_dim",)),
+        position="learned",
+        norm="layernorm",
+        norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
+        mlp=_activation(config, "activation_function", "gelu_new", _ACTIVATIONS),
+        bias=True,
+        qkv_bias=True,
+        tie_embeddings=_flag(config, "tie_word_embeddings", True),
+    )
+
+
+def write_gpt2(model: ModelConfig) -> JsonObject:
+    """Return what a GPT-2 config.json says of a model."""
     return {
-        **_their_sizes(m, GPT_NEO_NAMES),
-        "layer_norm_epsilon": m.norm_epsilon,
-        "activation_function": _named(_ACTIVATIONS, m.mlp),
-        "attention_types": [[[kind], 1] for kind in kinds],
-        "attention_layers": kinds,
-        "window_size": max(windows) or 256,
-        "tie_word_embeddings": m.tie_embeddings,
-        "embed_dropout": m.dropout,
-        "attention_dropout": m.dropout,
-        "resid_dropout": m.dropout,
+        **_their_sizes(model, GPT2_NAMES),
+        "layer_norm_epsilon": model.norm_epsilon,
+        "activation_function": _activation_name(_ACTIVATIONS, model.mlp),
+        "tie_word_embeddings": model.tie_embeddings,
+        "embd_pdrop": model.dropout,
+        "attn_pdrop": model.dropout,
+        "resid_pdrop": model.dropout,
     }
 
 
-def _each_layer(m: ModelConfig) -> tuple[int, ...]:
-    """Return the window of each layer."""
-    return m.attention_window * (m.num_layers // len(m.attention_window))
+# GPT-Neo. Layers attend globally or in a window, attention is not scaled, and its queries, keys and
+# values have no biases.
+
+GPT_NEO_NAMES = {
+    "vocab_size": "vocab_size",
+    "context": "max_position_embeddings",
+    "embed_dim": "hidden_size",
+    "num_layers": "num_layers",
+    "num_heads": "num_heads",
+    "mlp_dim": "intermediate_size",
+    "norm_epsilon": "layer_norm_epsilon",
+    "mlp": "activation_function",
+    "tie_embeddings": "tie_word_embeddings",
+    "attention_window": "window_size",
+}
 
 
-def _period(windows: list[int]) -> tuple[int, ...]:
-    """Return the shortest pattern that, repeated, gives the window of each layer."""
-    lengths = [n for n in range(1, len(windows) + 1) if len(windows) % n == 0]
-    return next(tuple(windows[:n]) for n in lengths if windows[:n] * (len(windows) // n) == windows)
-
-
-def read_gpt_neox(c: JsonObject) -> ModelConfig:
-    """Return the model settings of a GPT-NeoX config.json."""
-    base, fraction = _neox_rope(c)
-    attention_bias = _flag(c, "attention_bias", True)
+def read_gpt_neo(config: JsonObject) -> ModelConfig:
+    """Return the model settings of a GPT-Neo config.json."""
+    sizes = _sizes(config, GPT_NEO_NAMES, optional=("mlp_dim",))
+    num_layers = sizes["num_layers"]
+    kinds = config.get("attention_layers")
+    if kinds is None:
+        kinds = _expanded(config, num_layers)
+    windows = _windows(
+        {"window_size": 256, **config},
+        "attention_layers",
+        kinds,
+        known=("global", "local"),
+        num_layers=num_layers,
+        size_key="window_size",
+    )
     return ModelConfig(
-        **_sizes(c, GPT_NEOX_NAMES),
+        **sizes,
+        position="learned",
+        norm="layernorm",
+        norm_epsilon=config.get("layer_norm_epsilon", 1e-5),
+        mlp=_activation(config, "activation_function", "gelu_new", _ACTIVATIONS),
+        bias=True,
+        attention_scale=1.0,
+        attention_window=windows,
+        tie_embeddings=_flag(config, "tie_word_embeddings", True),
+    )
+
+
+def _expanded(config: JsonObject, num_layers: int) -> list[Any]:
+    """Return the kind of each layer that `attention_types` asks for, a list of [kinds, how often].
+
+    Their sum is compared with the number of layers first: a short text can ask for any number of
+    them.
+    """
+    pairs = config.get("attention_types", [[["global", "local"], 12]])
+    try:
+        count = sum(len(kinds) * _whole(config, "attention_types", times) for kinds, times in pairs)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            "config.json has attention_types that are not a list of [kinds, how often]."
+        ) from error
+    if count != num_layers:
+        raise UserError(
+            f"config.json has attention_types of {count} layers and num_layers={num_layers}."
+        )
+    expanded: list[Any] = []
+    for kinds, times in pairs:
+        expanded += list(kinds) * times
+    return expanded
+
+
+def write_gpt_neo(model: ModelConfig) -> JsonObject:
+    """Return what a GPT-Neo config.json says of a model."""
+    windows = _window_of_each_layer(model)
+    kinds = ["local" if window else "global" for window in windows]
+    return {
+        **_their_sizes(model, GPT_NEO_NAMES),
+        "layer_norm_epsilon": model.norm_epsilon,
+        "activation_function": _activation_name(_ACTIVATIONS, model.mlp),
+        "attention_types": [[[kind], 1] for kind in kinds],
+        "attention_layers": kinds,
+        "window_size": max(windows) or 256,
+        "tie_word_embeddings": model.tie_embeddings,
+        "embed_dropout": model.dropout,
+        "attention_dropout": model.dropout,
+        "resid_dropout": model.dropout,
+    }
+
+
+# GPT-NeoX. Both halves of a block read the same input unless it says otherwise, and a part of each
+# head rotates. Biases of attention can be left out.
+
+GPT_NEOX_NAMES = {
+    "vocab_size": "vocab_size",
+    "context": "max_position_embeddings",
+    "embed_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+    "norm_epsilon": "layer_norm_eps",
+    "mlp": "hidden_act",
+    "tie_embeddings": "tie_word_embeddings",
+    "rotary_base": "rotary_emb_base",
+    "rotary_fraction": "rotary_pct",
+    "parallel_residual": "use_parallel_residual",
+}
+
+
+def read_gpt_neox(config: JsonObject) -> ModelConfig:
+    """Return the model settings of a GPT-NeoX config.json."""
+    base, fraction = _neox_rope(config)
+    attention_bias = _flag(config, "attention_bias", True)
+    return ModelConfig(
+        **_sizes(config, GPT_NEOX_NAMES),
         position="rotary",
         rotary_fraction=fraction,
         rotary_base=base,
         norm="layernorm",
-        norm_epsilon=c.get("layer_norm_eps", 1e-5),
-        mlp=_activation(c, "hidden_act", "gelu", _ACTIVATIONS),
+        norm_epsilon=config.get("layer_norm_eps", 1e-5),
+        mlp=_activation(config, "hidden_act", "gelu", _ACTIVATIONS),
         bias=True,
         qkv_bias=attention_bias,
         out_bias=attention_bias,
-        parallel_residual=_flag(c, "use_parallel_residual", True),
-        tie_embeddings=_flag(c, "tie_word_embeddings", False),
+        parallel_residual=_flag(config, "use_parallel_residual", True),
+        tie_embeddings=_flag(config, "tie_word_embeddings", False),
     )
 
 
-def write_gpt_neox(m: ModelConfig) -> JsonObject:
+def _neox_rope(config: JsonObject) -> tuple[float, float]:
+    """Return (base, rotating fraction) of GPT-NeoX, which has old names of its own for both."""
+    rope = _plain_rope(config)
+    base = rope.get("rope_theta", config.get("rotary_emb_base", 10_000.0))
+    base = _number(config, "rope_theta", base)
+    fraction = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
+    fraction = _number(config, "partial_rotary_factor", fraction)
+    return base, fraction
+
+
+def write_gpt_neox(model: ModelConfig) -> JsonObject:
     """Return what a GPT-NeoX config.json says of a model, by names that old versions know too."""
     return {
-        **_their_sizes(m, GPT_NEOX_NAMES),
-        "rotary_pct": m.rotary_fraction,
-        "rotary_emb_base": m.rotary_base,
-        "layer_norm_eps": m.norm_epsilon,
-        "hidden_act": _named(_ACTIVATIONS, m.mlp),
-        "use_parallel_residual": m.parallel_residual,
-        "attention_bias": m.qkv_bias,
-        "tie_word_embeddings": m.tie_embeddings,
-        "attention_dropout": m.dropout,
-        "hidden_dropout": m.dropout,
+        **_their_sizes(model, GPT_NEOX_NAMES),
+        "rotary_pct": model.rotary_fraction,
+        "rotary_emb_base": model.rotary_base,
+        "layer_norm_eps": model.norm_epsilon,
+        "hidden_act": _activation_name(_ACTIVATIONS, model.mlp),
+        "use_parallel_residual": model.parallel_residual,
+        "attention_bias": model.qkv_bias,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_dropout": model.dropout,
+        "hidden_dropout": model.dropout,
     }
 
 
-def _llama_settings(c: JsonObject, **more: Any) -> dict[str, Any]:
+# Llama, and what Mistral and Qwen2 share with it. It has switches of their own for the biases of
+# attention and of the mlp, where we have one for all biases and exceptions from it.
+
+LLAMA_NAMES = {
+    "vocab_size": "vocab_size",
+    "context": "max_position_embeddings",
+    "embed_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp_dim": "intermediate_size",
+    "norm_epsilon": "rms_norm_eps",
+    "mlp": "hidden_act",
+    "tie_embeddings": "tie_word_embeddings",
+    "rotary_base": "rope_theta",
+    "attention_window": "sliding_window",
+}
+
+
+def _llama_settings(config: JsonObject, **more: Any) -> dict[str, Any]:
     """Return the settings that Llama, Mistral and Qwen2 share."""
     return {
-        **_sizes(c, LLAMA_NAMES, optional=("num_kv_heads", "head_dim")),
+        **_sizes(config, LLAMA_NAMES, optional=("num_kv_heads", "head_dim")),
         "position": "rotary",
-        "rotary_base": _llama_rope(c),
+        "rotary_base": _llama_rope(config),
         "norm": "rmsnorm",
-        "norm_epsilon": c.get("rms_norm_eps", 1e-6),
-        "mlp": _activation(c, "hidden_act", "silu", _GATED),
-        "tie_embeddings": _flag(c, "tie_word_embeddings", False),
+        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "mlp": _activation(config, "hidden_act", "silu", _GATED),
+        "tie_embeddings": _flag(config, "tie_word_embeddings", False),
         **more,
     }
 
 
-def _write_llama_settings(m: ModelConfig) -> JsonObject:
+def _llama_rope(config: JsonObject) -> float:
+    """Return the base of the rotary positions of Llama and its kin.
+
+    They rotate whole heads, whatever `partial_rotary_factor` says.
+    """
+    base = _plain_rope(config).get("rope_theta", config.get("rope_theta", 10_000.0))
+    return _number(config, "rope_theta", base)
+
+
+def _write_llama_settings(model: ModelConfig) -> JsonObject:
     return {
-        **_their_sizes(m, LLAMA_NAMES),
-        "rope_theta": m.rotary_base,
-        "rms_norm_eps": m.norm_epsilon,
-        "hidden_act": _named(_GATED, m.mlp),
-        "tie_word_embeddings": m.tie_embeddings,
-        "attention_dropout": m.dropout,
+        **_their_sizes(model, LLAMA_NAMES),
+        "rope_theta": model.rotary_base,
+        "rms_norm_eps": model.norm_epsilon,
+        "hidden_act": _activation_name(_GATED, model.mlp),
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_dropout": model.dropout,
     }
 
 
-def read_llama(c: JsonObject) -> ModelConfig:
+def read_llama(config: JsonObject) -> ModelConfig:
     """Return the model settings of a Llama config.json."""
-    attention_bias, mlp_bias = _flag(c, "attention_bias", False), _flag(c, "mlp_bias", False)
-    settings = _llama_settings(c, bias=attention_bias or mlp_bias, qkv_bias=attention_bias)
-    if settings["bias"]:
-        settings |= {"out_bias": attention_bias, "mlp_bias": mlp_bias}
+    attention_bias = _flag(config, "attention_bias", False)
+    mlp_bias = _flag(config, "mlp_bias", False)
+    has_bias = attention_bias or mlp_bias
+    settings = _llama_settings(config, bias=has_bias, qkv_bias=attention_bias)
+    # Without biases the exceptions stay at their defaults, as in a model of ours.
+    if has_bias:
+        settings["out_bias"] = attention_bias
+        settings["mlp_bias"] = mlp_bias
     return ModelConfig(**settings)
 
 
-def write_llama(m: ModelConfig) -> JsonObject:
+def write_llama(model: ModelConfig) -> JsonObject:
     """Return what a Llama config.json says of a model."""
     return {
-        **_write_llama_settings(m),
-        "attention_bias": m.qkv_bias,
-        "mlp_bias": m.bias and m.mlp_bias,
+        **_write_llama_settings(model),
+        "attention_bias": model.qkv_bias,
+        "mlp_bias": model.bias and model.mlp_bias,
     }
 
 
-def read_mistral(c: JsonObject) -> ModelConfig:
-    """Return the model settings of a Mistral config.json: Llama's with one window for all layers,
-    or none.
+def read_mistral(config: JsonObject) -> ModelConfig:
+    """Return the model settings of a Mistral config.json.
+
+    Mistral is Llama with one window of attention for all layers, or none.
     """
-    window = c.get("sliding_window", 4096)
-    size = 0 if window is None else _whole(c, "sliding_window", window)
+    window = config.get("sliding_window", 4096)
+    size = 0 if window is None else _whole(config, "sliding_window", window)
     # Transformers' default, unlike Llama's, is a number.
-    c = {"num_key_value_heads": 8, **c}
-    return ModelConfig(**_llama_settings(c, attention_window=(size,)))
+    config = {"num_key_value_heads": 8, **config}
+    return ModelConfig(**_llama_settings(config, attention_window=(size,)))
 
 
-def write_mistral(m: ModelConfig) -> JsonObject:
+def write_mistral(model: ModelConfig) -> JsonObject:
     """Return what a Mistral config.json says of a model."""
-    return {**_write_llama_settings(m), "sliding_window": max(m.attention_window) or None}
+    return {**_write_llama_settings(model), "sliding_window": max(model.attention_window) or None}
 
 
-def read_qwen2(c: JsonObject) -> ModelConfig:
-    """Return the model settings of a Qwen2 config.json: Llama's with biases of queries, keys and
-    values alone.
+def read_qwen2(config: JsonObject) -> ModelConfig:
+    """Return the model settings of a Qwen2 config.json.
 
-    Layers have a window where `layer_types` says so; without it, from layer `max_window_layers` on.
+    Qwen2 is Llama with biases of queries, keys and values alone, and a window of attention in some
+    of the layers: in those for which `layer_types` says so, or where that is missing in those from
+    `max_window_layers` on.
     """
-    # Transformers' defaults, which differ from Llama's, and the window that counts only where it is
-    # switched on.
-    c = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, **c}
-    if not _flag(c, "use_sliding_window", False):
-        c["sliding_window"] = None
-    settings = _llama_settings(c, qkv_bias=True)
+    # Transformers' defaults differ from Llama's.
+    config = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, **config}
+    # A window that isn't switched on doesn't count.
+    if not _flag(config, "use_sliding_window", False):
+        config["sliding_window"] = None
+    settings = _llama_settings(config, qkv_bias=True)
     num_layers = settings["num_layers"]
-    kinds = c.get("layer_types")
+    kinds = config.get("layer_types")
     if kinds is None:
-        first = num_layers if c["sliding_window"] is None else c["max_window_layers"]
+        first = config["max_window_layers"]
+        if config["sliding_window"] is None:
+            first = num_layers
         if type(first) is not int:
             raise UserError(
                 f"config.json has max_window_layers={first!r}; qwen2 needs a whole number."
             )
-        kinds = [
-            "full_attention" if layer < first else "sliding_attention"
-            for layer in range(num_layers)
-        ]
+        kinds = []
+        for layer in range(num_layers):
+            kinds.append("full_attention" if layer < first else "sliding_attention")
     settings["attention_window"] = _windows(
-        c,
+        config,
         "layer_types",
         kinds,
         known=("full_attention", "sliding_attention"),
@@ -508,13 +580,13 @@ def read_qwen2(c: JsonObject) -> ModelConfig:
     return ModelConfig(**settings)
 
 
-def write_qwen2(m: ModelConfig) -> JsonObject:
+def write_qwen2(model: ModelConfig) -> JsonObject:
     """Return what a Qwen2 config.json says of a model."""
-    windows = _each_layer(m)
+    windows = _window_of_each_layer(model)
     kinds = ["sliding_attention" if window else "full_attention" for window in windows]
-    first = kinds.index("sliding_attention") if any(windows) else m.num_layers
+    first = kinds.index("sliding_attention") if any(windows) else model.num_layers
     return {
-        **_write_llama_settings(m),
+        **_write_llama_settings(model),
         "use_sliding_window": any(windows),
         "sliding_window": max(windows) or None,
         "max_window_layers": first,
