@@ -125,14 +125,22 @@ def test_pairs_after_plain_texts_are_masked_from_their_own_begin(tmp_path, monke
     assert scored == ["abc", "f"]
 
 
-def test_the_cut_of_one_text_is_nanogpts(tmp_path):
-    config = config_of(
-        tmp_path, source=f"text:{real('tinyshakespeare/input.txt')}", tokenizer="char"
+@pytest.mark.parametrize("text", ["own", "real"])
+def test_the_cut_of_one_text_is_nanogpts(tmp_path, text):
+    """A tenth is held out: nanoGPT trains on the first int(0.9 * n) characters."""
+    if text == "own":
+        path = tmp_path / "input.txt"
+        path.write_text("abcde" * 25 + "fgh")
+        vocab_size, train_tokens, valid_tokens = 9, 115, 13
+    else:
+        path = real("tinyshakespeare/input.txt")
+        vocab_size, train_tokens, valid_tokens = 66, 1_003_854, 111_540
+    data = open_data(
+        config_of(tmp_path, source=f"text:{path}", tokenizer="char"), seed=0, progress=False
     )
-    data = open_data(config, seed=0, progress=False)
-    assert data.vocab_size == 66
-    assert manifest(data).splits["train"].tokens == (0, 1_003_854)
-    assert data.valid_tokens == 111_540 and data.valid_bytes_per_token() == 1
+    assert data.vocab_size == vocab_size
+    assert manifest(data).splits["train"].tokens == (0, train_tokens)
+    assert data.valid_tokens == valid_tokens and data.valid_bytes_per_token() == 1
 
 
 def test_the_cut_of_several_texts_falls_between_two(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vocabularies import write_gpt2, write_llama2c
 
 from tinylm.core.errors import StorageError, UserError
 from tinylm.data import open_data, splits, tokenizers
@@ -100,16 +101,23 @@ def metaspace_json():
 
 
 @pytest.fixture(scope="module")
-def makers():
+def makers(tmp_path_factory):
     bpe = BpeTokenizer.train([TEXT], 300)
+    own = tmp_path_factory.mktemp("vocabularies")
+    gpt2 = write_gpt2(own / "gpt2")
+    llama2c = write_llama2c(own / "tokenizer.bin")
     return {
         "byte": ByteTokenizer,
         "bpe": lambda: bpe,
         "hf": lambda: tokenizers.JsonTokenizer(hf_json(bpe)),
         "metaspace": lambda: tokenizers.JsonTokenizer(metaspace_json()),
         "sentencepiece": lambda: tokenizers.SentencePieceTokenizer(sentencepiece_model()),
-        "gpt2": lambda: tokenizers.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe"))),
-        "llama2c": lambda: build_tokenizer(f"llama2c:{real('stories260k/tok512.bin')}", 0, list),
+        "gpt2": lambda: tokenizers.Gpt2Tokenizer.of_folder(str(gpt2)),
+        "real gpt2": lambda: tokenizers.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe"))),
+        "llama2c": lambda: build_tokenizer(f"llama2c:{llama2c}", 0, list),
+        "real llama2c": lambda: build_tokenizer(
+            f"llama2c:{real('stories260k/tok512.bin')}", 0, list
+        ),
         "pruned": lambda: PrunedTokenizer.of(bpe, [TEXT], 280),
     }
 
@@ -130,7 +138,18 @@ def said(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["byte", "bpe", "hf", "sentencepiece", "gpt2", "llama2c", "pruned"]
+    "name",
+    [
+        "byte",
+        "bpe",
+        "hf",
+        "sentencepiece",
+        "gpt2",
+        "real gpt2",
+        "llama2c",
+        "real llama2c",
+        "pruned",
+    ],
 )
 def test_any_text_comes_back_and_never_holds_the_end(makers, name):
     tokenizer = makers[name]()
@@ -229,7 +248,7 @@ def test_one_text_that_is_not_ascii_does_not_send_the_others_to_the_library(monk
     assert by_library == ["é a"]
 
 
-def test_gpt2_ids_are_those_of_tiktoken_and_of_both_tinystories_files():
+def test_gpt2_ids_of_both_tinystories_files_are_those_of_tiktoken():
     tokenizer = tokenizers.Gpt2Tokenizer.of_folder(str(real("gpt2_bpe")))
     texts = [
         story
@@ -240,10 +259,16 @@ def test_gpt2_ids_are_those_of_tiktoken_and_of_both_tinystories_files():
     ids = tokenizer.encode_batch(texts)
     assert sum(map(len, ids)) + len(ids) == 1_231_914
     assert [one.tolist() for one in ids[:300]] == tokenizer.inner.encode_ordinary_batch(texts[:300])
-    odd = ["plain", "has <|endoftext|> inside", ""]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "real gpt2"])
+def test_gpt2_ids_are_those_of_tiktoken_whatever_the_text(makers, name):
+    tokenizer = makers[name]()
+    odd = ["plain", "has <|endoftext|> inside", "", TEXT]
     assert [one.tolist() for one in tokenizer.encode_batch(odd)] == [
-        tokenizer.inner.encode_ordinary(t) for t in odd
+        tokenizer.inner.encode_ordinary(text) for text in odd
     ]
+    assert len(tokenizer.encode(TEXT)) < len(TEXT.encode()), "merges are made"
 
 
 def test_hf_and_sentencepiece_ids_are_those_of_their_libraries(makers):
@@ -276,8 +301,14 @@ def run_c_encode(pieces, scores, text):
         ids[place[0] : place[0] + 2] = [place[1]]
 
 
-def test_llama2c_ids_are_those_of_run_c():
-    content = real("stories260k/tok512.bin").read_bytes()
+@pytest.mark.parametrize("name", ["own", "real"])
+def test_llama2c_ids_are_those_of_run_c(tmp_path, name):
+    if name == "own":
+        content = write_llama2c(tmp_path / "tokenizer.bin").read_bytes()
+        story = "the cat ate that"
+    else:
+        content = real("stories260k/tok512.bin").read_bytes()
+        story = real("stories260k/expected_greedy_200.txt").read_text()
     tokenizer = tokenizers.Llama2cTokenizer(content)
     pieces, scores = read_llama2c(content)
 
@@ -287,7 +318,6 @@ def test_llama2c_ids_are_those_of_run_c():
         assert tokenizer.encode(text) == run_c_encode(pieces, scores, text)
 
     check()
-    story = real("stories260k/expected_greedy_200.txt").read_text()
     assert tokenizer.decode(tokenizer.encode(story)) == story
 
 
@@ -555,10 +585,8 @@ def test_a_damaged_header_is_one_clear_line(tmp_path, damage):
 @pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\n\xff", b"", b'{"a": 0}'])
 def test_a_damaged_gpt2_vocabulary_is_one_clear_line(tmp_path, name, content):
-    for file in ("encoder.json", "vocab.bpe"):
-        (tmp_path / file).write_bytes(
-            content if file == name else real(f"gpt2_bpe/{file}").read_bytes()
-        )
+    write_gpt2(tmp_path)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match="belong together"):
         build_tokenizer(f"gpt2:{tmp_path}", 0, list)
 

@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 from helpers import call_command
 from small import data_folder
+from vocabularies import write_llama2c
 
 from tinylm.config import Config
 from tinylm.core.errors import UserError
@@ -61,17 +62,6 @@ def write_model(path, vocab=VOCAB):
     return parts
 
 
-def write_tokenizer(path):
-    """Write llama2.c's special ids and bytes, then pieces that merge by score."""
-    pieces = ["<unk>", "\n<s>\n", "\n</s>\n", *[f"<0x{byte:02X}>" for byte in range(256)]]
-    pieces += [*" abcdet", "at", " a", "the", " the", "cat", " cat", "ed", "th", "he", "h"]
-    pieces += [f"unused{i}" for i in range(VOCAB - len(pieces))]
-    body = b"".join(
-        struct.pack("<fi", -float(i), len(p.encode())) + p.encode() for i, p in enumerate(pieces)
-    )
-    path.write_bytes(struct.pack("<i", 16) + body)
-
-
 def reference_logits(p, tokens):
     """The model as run.c computes it: neighbouring features rotate, matrices are [outputs,
     inputs].
@@ -105,7 +95,7 @@ def reference_logits(p, tokens):
 
 @pytest.fixture
 def small(tmp_path):
-    write_tokenizer(tmp_path / "tokenizer.bin")
+    write_llama2c(tmp_path / "tokenizer.bin", VOCAB)
     return tmp_path / "model.bin", str(tmp_path / "tokenizer.bin")
 
 

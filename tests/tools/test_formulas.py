@@ -34,14 +34,14 @@ CASES = {
     "default": {},
     "vocabulary": {"vocab_size": 1000, "tie_embeddings": False},
     "gated": {"mlp": "swiglu", "mlp_dim": 512},
-    "heads": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32},
-    "narrow": {"embed_dim": 32, "num_layers": 4},
+    "heads": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64},
+    "wide and deep": {"embed_dim": 256, "num_layers": 4},
     "parallel": {"parallel_residual": True},
     "dots": {"remat": "dots"},
     "full": {"remat": "full"},
 }
 # Compiled only with `-m slow`.
-SLOW = ("vocabulary", "narrow", "parallel", "dots")
+SLOW = ("vocabulary", "wide and deep", "parallel", "dots")
 # Fields of the model that the formulas needn't know, and why.
 UNKNOWN = {
     "context": "the rows that are trained on have data.seq_len tokens",
@@ -133,13 +133,14 @@ def test_activations_and_traffic_of_the_tensor_axis(case):
     # kept. With it they are scanned, since in one unrolled program the compiler drops it.
     recomputes = "remat" in CASES[case]
     measured = measure(case, MeshConfig(data=1, model=2), unroll=1 if recomputes else 0)
-    assert 0.85 < measured.activations < 1.55
+    lowest, highest = (0.85, 1.2) if recomputes else (0.95, 1.55)
+    assert lowest < measured.activations < highest
     # Attention and mlp of one input could share their collectives, and here they don't.
     shares = 2 if case == "parallel" else 1
     assert 0.95 < measured.traffic / shares < 1.4
 
 
-@pytest.mark.parametrize("case", marked(("default", "vocabulary", "narrow", "full")))
+@pytest.mark.parametrize("case", marked(("default", "vocabulary", "wide and deep", "full")))
 def test_traffic_of_fsdp(case):
     """The CPU's compiler sends what the formula says, and moves some features by itself.
 
