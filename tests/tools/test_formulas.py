@@ -51,7 +51,7 @@ UNKNOWN = {
     "local_heads": "as attention_window",
     "loss_chunks": "saves a part that depends on the compiler; formulas count all logits at once",
     "unroll": "a choice of how to compile",
-    "dropout": "its masks are made again in the backward pass on accelerators",
+    "dropout": "its masks, a third more on a CPU, are not counted",
     **dict.fromkeys(
         ("bias", "qkv_bias", "mlp_bias", "out_bias", "norm", "position", "conv_taps"),
         "parameters, which are counted by their shapes; their activations are few",
