@@ -1,6 +1,4 @@
-"""Hugging Face folders without Hugging Face: layouts, round trips, meshes, and every file that must
-be refused.
-"""
+"""Hugging Face folders without Hugging Face: layouts, round trips, meshes, and what is refused."""
 
 import dataclasses
 import json
@@ -173,9 +171,7 @@ def copy(exported, tmp_path):
 
 
 def rewrite(folder: pathlib.Path, change, dtype="F32", file="model.safetensors"):
-    """Write the tensors of a folder again after `change(tensors)`, with the header that the format
-    asks for.
-    """
+    """Write the tensors of a folder again after `change(tensors)`, in the format by its letter."""
     tensors = {name: np.array(tensor) for name, tensor in tensor_files.open_folder(folder).items()}
     tensors = change(tensors) or tensors
     header, body = {}, b""
@@ -197,8 +193,9 @@ def edit_config(folder, **changes):
 
 
 def test_names_without_prefix_and_buffers_are_read(copy, exported):
-    """As OpenAI's gpt2 is published: no "transformer.", the causal mask as a tensor, the tied
-    matrix written twice.
+    """As OpenAI's gpt2 is published.
+
+    Without "transformer.", with the causal mask as a tensor, and with the tied matrix twice.
     """
     folder = copy()
 
@@ -562,7 +559,7 @@ def test_files_among_which_none_is_the_model_are_refused(copy):
 
 
 def test_all_ends_of_text_are_read_and_kept(copy, tmp_path):
-    """Ends that the tokenizer has no id for are none."""
+    """Ends for which the tokenizer has no id are left out."""
     folder = copy("llama")
     edit_config(folder, eos_token_id=[256, 9])
     (folder / "generation_config.json").write_text(
@@ -635,7 +632,7 @@ def test_a_shape_that_no_tensor_has_is_refused(tmp_path, kind, shape):
         tensor_files.open_folder(tmp_path)
 
 
-def test_folders_that_are_no_model(tmp_path):
+def test_folders_that_hold_no_model(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"deep.json can't be read"):
         tensor_files.read_json(tmp_path / "deep.json")
@@ -799,7 +796,7 @@ def test_stories_begin_as_the_texts_of_the_run_do(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{"z_loss": 1e-4}, {"dropout": 0.1}, {"init_std": 0.1}])
-def test_what_logits_do_not_depend_on_stands_in_no_way(changes):
+def test_what_logits_do_not_depend_on_does_not_stand_in_the_way(changes):
     assert models.fitting_family(small_model("llama", **changes)).model_type == "llama"
 
 

@@ -1,6 +1,4 @@
-"""llama2.c's files: a small one against the definition of its model, and stories260K byte for
-byte.
-"""
+"""llama2.c's files: a small one by the definition of its model, and stories260K byte for byte."""
 
 import functools
 import json
@@ -63,8 +61,9 @@ def write_model(path, vocab=VOCAB):
 
 
 def reference_logits(p, tokens):
-    """The model as run.c computes it: neighbouring features rotate, matrices are [outputs,
-    inputs].
+    """The model as run.c computes it.
+
+    Neighbouring features rotate, and matrices are [outputs, inputs].
     """
 
     def norm(x, w):
@@ -152,7 +151,7 @@ def test_the_command_makes_a_run(small, tmp_path):
         ),
     ],
 )
-def test_files_that_are_no_such_model_are_refused(tmp_path, content, wanted):
+def test_files_that_are_not_such_a_model_are_refused(tmp_path, content, wanted):
     path = tmp_path / "model.bin"
     path.write_bytes(content)
     with pytest.raises(UserError, match=wanted) as caught:
@@ -173,9 +172,7 @@ def test_files_and_tokenizers_that_are_missing_are_named(small, tmp_path):
 
 @pytest.mark.parametrize("vocab", [VOCAB + 5, VOCAB - 5])
 def test_a_tokenizer_of_another_size_is_refused(small, vocab):
-    """Each model of llama2.c has a tokenizer of just its size; a smaller one would write other
-    words.
-    """
+    """A model of llama2.c has a tokenizer of just its size; another one writes other words."""
     path, tokenizer = small
     numbers = struct.pack("<7i", 4, 4, 1, 1, 1, vocab, 2)
     path.write_bytes(numbers + bytes(4 * (vocab * 4 + 4 + 4 * 16 + 4 + 3 * 16 + 4 + 2 * 2 * 2)))
@@ -240,10 +237,8 @@ def test_samples_keep_the_space_after_their_prompt(small):
     write_model(path)
     read = models.import_llama2c(str(path), tokenizer, MeshConfig(data=1)).tokenizer
     evaluator = object.__new__(Evaluator)
-    evaluator.config, evaluator.data = (
-        Config(sample=SampleConfig(prompts=("the",))),
-        types.SimpleNamespace(tokenizer=read),
-    )
+    evaluator.config = Config(sample=SampleConfig(prompts=("the",)))
+    evaluator.data = types.SimpleNamespace(tokenizer=read)
     evaluator.prompts = [[read.eot_id, *read.encode("the")]]
     evaluator.decoder = types.SimpleNamespace(write=lambda *_, **__: [read.encode("cat")])
     assert evaluator.samples({}) == ["the cat"]
@@ -255,8 +250,7 @@ def test_stories260k_writes_the_same_without_a_cache(stories, data, model):
     imported = on(data, model)
     graph = abstract_transformer(imported.model)[0]
 
-    # The text that greedy writing gives is the one of which each token is the argmax after those
-    # before it.
+    # Greedy writing gives the text in which each token is the argmax after those before it.
     ids = [1, *imported.tokenizer.encode(expected)]
     assert len(ids) == 201 and imported.tokenizer.decode(ids[1:]) == expected
     with jax.set_mesh(imported.mesh):

@@ -1,6 +1,4 @@
-"""The harness scores a run: likelihoods are the model's own, long texts are whole, tasks of local
-files work.
-"""
+"""The harness scores a run: likelihoods are the model's own, long texts are scored whole."""
 
 import json
 import types
@@ -34,8 +32,9 @@ def requests(*arguments):
 
 
 def log_probabilities(model, ids):
-    """Return log p of each id but the first, and whether it is the most probable one, in one plain
-    forward pass.
+    """Return log p of each id but the first, and whether it is the most probable one.
+
+    By one plain forward pass.
     """
     logits = np.asarray(model.run.model(np.asarray([ids[:-1]])))[0].astype(np.float64)
     logits -= np.logaddexp.reduce(logits, axis=-1, keepdims=True)
@@ -48,9 +47,10 @@ def test_likelihoods_are_those_of_the_plain_model(model):
     for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
         ids = [model.prefix_token_id, *model.tokenizer.encode(context + continuation)]
         scores, hits = log_probabilities(model, ids)
-        size = len(continuation) + (
-            context.endswith(" ")
-        )  # the harness moves spaces to the continuation
+        size = len(continuation)
+        if context.endswith(" "):
+            # The harness moves spaces to the continuation.
+            size += 1
         assert total == pytest.approx(scores[-size:].sum(), rel=1e-5)
         assert greedy == hits[-size:].all()
 
@@ -73,7 +73,8 @@ def test_every_byte_of_a_long_text_is_scored_once(model):
     )
     ids, expected, done = model.tok_encode(long), 0.0, 24
     expected += log_probabilities(model, ids[:25])[0].sum()
-    while done < len(ids) - 1:  # windows of the context, whose new half is scored
+    # Of each window of the context only the new half is scored.
+    while done < len(ids) - 1:
         new = min(13, len(ids) - 1 - done)
         expected += log_probabilities(model, ids[done + new - 24 : done + new + 1])[0][-new:].sum()
         done += new
@@ -91,8 +92,9 @@ def test_writing_stops_at_the_first_end(model):
 
 
 def test_a_task_of_local_files(model, tmp_path, monkeypatch):
-    """Of each question the answer is named right that the model finds likelier by the byte:
-    accuracy must be 1.
+    """The right answer of each question is the one that the model finds likelier.
+
+    So the harness must find an accuracy of 1.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager

@@ -1,5 +1,4 @@
-"""The same numbers as `transformers` in torch: logits, padding, five optimizer steps, and what we
-export loads there.
+"""The same numbers as `transformers` in torch: logits, padding, five optimizer steps, exports.
 
 Needs torch and transformers (the `parity` extra); without them these tests are skipped.
 """
@@ -319,9 +318,9 @@ def test_five_optimizer_steps_agree(name, pairs, monkeypatch):
     }
     losses, _, _ = train(ONE, ours.model, batches, name="adamw", clip_norm=1.0, **settings)
 
-    reference, model = (
-        [],
-        transformers.AutoModelForCausalLM.from_config(theirs.config, attn_implementation="eager"),
+    reference = []
+    model = transformers.AutoModelForCausalLM.from_config(
+        theirs.config, attn_implementation="eager"
     )
     model.load_state_dict(theirs.state_dict())
     groups = [
@@ -356,9 +355,7 @@ def test_five_optimizer_steps_agree(name, pairs, monkeypatch):
     ],
 )
 def test_what_we_export_loads_there(name, tmp_path):
-    """The export's own check compares with transformers; every tensor of theirs is filled, none
-    left over.
-    """
+    """The export's own check compares with transformers; here every tensor of theirs is filled."""
     run = small_run(small_model(name))
     checked = models.export_hf(run, str(tmp_path / "hf"))
     assert checked["transformers"] < 1e-4

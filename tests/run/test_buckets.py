@@ -1,5 +1,4 @@
-"""A run's folder may be a bucket: lock, logs, config and checksums work on an object store as on a
-disk.
+"""A run's folder may be a bucket: lock, logs, config and checksums work there as on a disk.
 
 The store is fsspec's memory behind epath's gs://, with what Google's lacks: appending to an object
 begins it again from nothing.
@@ -50,7 +49,7 @@ def folder(monkeypatch):
 def test_logs_grow_over_restarts_and_torn_lines_are_cut_off(folder):
     folder.log({"step": 1, "split": "train", "loss": 3.0})
     folder.log({"step": 2, "split": "train", "loss": 2.0})
-    assert len(folder.metrics()) == 1  # the second line waits for others, or for a save
+    assert len(folder.metrics()) == 1, "the second line waits for others, or for a save"
     folder.log({"step": 2, "split": "time"})
     assert len(folder.metrics()) == 3
     folder.metrics_file.write_text(folder.metrics_file.read_text() + '{"step": 3, "sp')

@@ -1,6 +1,4 @@
-"""Checkpoints under damage: every file, any bit, a kill at any point of a save; disks that are
-full.
-"""
+"""Checkpoints under damage: every file, any bit, a kill at any point of a save, a full disk."""
 
 import json
 import os
@@ -183,9 +181,7 @@ class Killed(BaseException):
 
 
 def writes(monkeypatch, kill_at):
-    """Count what changes the folder while sealing and removing; at number `kill_at`, stop before
-    it.
-    """
+    """Count what changes the folder while sealing and removing, and stop before number `kill_at`."""
     from etils.epath import gpath
 
     count = 0
@@ -208,8 +204,9 @@ def writes(monkeypatch, kill_at):
 
 
 def test_a_kill_between_any_two_writes_leaves_a_whole_step(saved, tmp_path, monkeypatch):
-    """Saving step 3 over 1 and 2: stopped before each change of the folder, 2 or 3 restores and
-    leftovers go.
+    """Saving step 3 over 1 and 2 is stopped before each change of the folder.
+
+    Then 2 or 3 restores, and leftovers go.
     """
     total, reached = 99, set()
     for kill_at in range(1, 100):

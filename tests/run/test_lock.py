@@ -1,4 +1,4 @@
-"""One run in a workdir: who has it is named, who is dead has not."""
+"""One run in a workdir: the process that has it is named, and a dead one doesn't have it."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def test_a_dead_process_of_this_host_has_nothing(folder):
 @pytest.mark.parametrize(
     "content", ["{}", "[]", "5", '{"host": 1, "pid": 2, "id": 3, "since": 4}', "[" * 100_000]
 )
-def test_what_is_no_lease_holds_nothing(folder, content):
+def test_what_is_not_a_lease_holds_nothing(folder, content):
     (folder / "lock.json").write_text(content)
     WorkdirLock(folder).release()
 
@@ -60,12 +60,14 @@ def test_another_hosts_lease_counts_while_it_is_renewed(folder):
     (folder / "lock.json").write_text(
         json.dumps({"host": "other", "pid": 1, "id": "x", "since": "then", "renewals": 1})
     )
-    WorkdirLock(folder).release()  # nobody renewed it
+    # Nobody renewed it.
+    WorkdirLock(folder).release()
     first = WorkdirLock(folder)
     first._me["host"] = "other"
     first._write()
     if first._file is not None:
-        first._file.close()  # a lock that this host can't see
+        # As a lock that this host can't see.
+        first._file.close()
     with pytest.raises(UserError, match=r"in use by process .* on other"):
         WorkdirLock(folder)
     first._ended.set()

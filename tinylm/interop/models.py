@@ -195,7 +195,7 @@ def _write_model(run: Run, family: Family, folder: pathlib.Path) -> None:
 def fitting_family(model: ModelConfig) -> Family:
     """Return the family that holds a model.
 
-    Raises UserError, where there is none, with what stands in the way of the nearest one.
+    Raises UserError where none does, with what stands in the way of the nearest one.
     """
     misfits = {family.model_type: _misfits(family, model) for family in FAMILIES.values()}
     nearest = min(misfits, key=lambda kind: len(misfits[kind]))

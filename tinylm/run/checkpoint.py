@@ -168,7 +168,7 @@ class Checkpoints:
           parts: the items of it that will be read, and so must be whole.
 
         Raises:
-          UserError: where there is no checkpoint, or not this one.
+          UserError: where there is no checkpoint at all, or none of this number.
           StorageError: where no step that would do is whole.
         """
         return from_main(lambda: self._find(step, parts))

@@ -40,13 +40,19 @@ def write(folder: epath.Path, step: int, loss: float | None) -> None:
     """Write the list for all files in the folder of a step, and bring all of it onto the disk."""
     files = _files(folder)
     with ThreadPoolExecutor(_HASH_THREADS) as threads:
-        described = list(threads.map(_describe, files.values()))
-    content = {"files": dict(zip(files, described, strict=True)), "step": step, "loss": loss}
+        described = threads.map(_describe, files.values())
+        content = {
+            "files": dict(zip(files, described, strict=True)),
+            "step": step,
+            "loss": loss,
+        }
     body = json.dumps(content, indent=0).encode()
     (folder / NAME).write_bytes(_digest(body).encode() + b"\n" + body)
 
     parents = {path.parent for path in files.values()}
-    written = [*files.values(), folder / NAME, *parents, folder, folder.parent]
+    written = [*files.values(), folder / NAME]
+    # A file survives a power cut only if the folder that names it was synced, too.
+    written += [*parents, folder, folder.parent]
     with ThreadPoolExecutor(_SYNC_THREADS) as threads:
         list(threads.map(_sync, written))
 
