@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import train
 from small import data_folder, random_tokens, small_model, small_run
+from vocabularies import write_gpt2, write_llama2c
 
 from tinylm.core.mesh import MeshConfig
 from tinylm.data.tokenizers import BpeTokenizer, ByteTokenizer, CharTokenizer, read_vocabulary
@@ -373,11 +374,15 @@ def test_what_we_export_loads_there(name, tmp_path):
 
 
 def tokenizers_to_export():
-    yield "byte", ByteTokenizer
-    yield "char", lambda: CharTokenizer.of(["Once upon a time,\n there wasé."])
-    yield "bpe", lambda: BpeTokenizer.train(["Once upon a time, there was a time. " * 9], 280)
-    yield "gpt2", lambda: read_vocabulary(f"gpt2:{data_folder() / 'gpt2_bpe'}")
-    yield "llama2c", lambda: read_vocabulary(f"llama2c:{data_folder() / 'stories260k/tok512.bin'}")
+    """Yield names, and functions that make a tokenizer from files in a folder."""
+    yield "byte", lambda _: ByteTokenizer()
+    yield "char", lambda _: CharTokenizer.of(["Once upon a time,\n there wasé."])
+    yield "bpe", lambda _: BpeTokenizer.train(["Once upon a time, there was a time. " * 9], 280)
+    yield "gpt2", lambda folder: read_vocabulary(f"gpt2:{write_gpt2(folder)}")
+    yield "real gpt2", lambda _: read_vocabulary(f"gpt2:{data_folder() / 'gpt2_bpe'}")
+    yield "llama2c", lambda folder: read_vocabulary(f"llama2c:{write_llama2c(folder / 'own.bin')}")
+    real_llama2c = "stories260k/tok512.bin"
+    yield "real llama2c", lambda _: read_vocabulary(f"llama2c:{data_folder() / real_llama2c}")
 
 
 @pytest.mark.parametrize(
@@ -386,9 +391,12 @@ def tokenizers_to_export():
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_tokenizers_give_the_same_ids_there(name, make, tmp_path):
-    tokenizer, text = make(), "Once upon a time,\n there was a time."
-    write_tokenizer(tokenizer, tmp_path, 24)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = make(tmp_path)
+    text = "Once upon a time,\n there was a time."
+    written = tmp_path / "written"
+    written.mkdir()
+    write_tokenizer(tokenizer, written, 24)
+    theirs = transformers.AutoTokenizer.from_pretrained(written)
     assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
     assert theirs.decode(tokenizer.encode(text)) == text
     assert theirs.eos_token_id == tokenizer.eot_id

@@ -1,5 +1,4 @@
-"""Writing text for people: prompts as strings, stop strings, and a text that can be read while it
-is written.
+"""Text for people: prompts and stop strings, and a text that can be read while it is written.
 
 The model is asked for a few tokens at a time where someone reads along or a stop string may come. A
 text ends where the first stop string begins, so the last tokens that the model wrote may not be
@@ -17,23 +16,28 @@ import jax
 from tinylm.inference.decode import Decoder, before_end
 from tinylm.inference.samplers import Sampler
 
-_UNFINISHED = "�"  # what the first bytes of a character decode to
+# What the first bytes of a character decode to.
+_UNFINISHED = "�"
+# Of a chunk, where each is looked at.
 _SHOWN_TOKENS = 8
 
 
 @dataclasses.dataclass
 class Text:
-    """A prompt and what follows it, up to the end of the text, a stop string (left out) or the last
-    token.
+    """A prompt and what follows it.
 
-    `ids` are the fewest that spell the completion. The last of them may spell the beginning of the
-    stop string too.
+    Attributes:
+      prompt: as it was given.
+      completion: up to the end of the text, a stop string (left out) or the last token.
+      ids: the fewest that spell the completion. The last of them may spell the beginning of the
+        stop string too.
+      logprobs: of `ids`, nats, where they were asked for.
     """
 
     prompt: str
     completion: str
     ids: list[int]
-    logprobs: list[float]  # of `ids`, nats, where they were asked for
+    logprobs: list[float]
 
 
 def write_texts(
@@ -47,11 +51,20 @@ def write_texts(
     logprobs: bool = False,
     show: Callable[[str], Any] | None = None,
 ) -> list[Text]:
-    """Return what an opened run's model writes after each prompt; `show` gets the first text piece
-    by piece.
+    """Return what an opened run's model writes after each prompt.
 
-    Raises UserError for a prompt that is too long or has characters that the tokenizer doesn't
-    know.
+    Args:
+      run: as `open_run` returns it.
+      prompts: to go on from.
+      max_tokens: the most that follow a prompt.
+      sampler: how to draw.
+      seed: of the draws.
+      stop: strings before which a text ends.
+      logprobs: whether they are wanted.
+      show: called with the first text, piece by piece while it is written.
+
+    Raises:
+      UserError: a prompt is too long, or has characters that the tokenizer doesn't know.
     """
     tokenizer = run.tokenizer
     decoder = Decoder(
@@ -76,46 +89,44 @@ def write_texts(
             scored=logprobs,
             ends=ended if stop else None,
         )
-        for ids_BT, scores_BT in chunks:
-            for row, score, new, values in zip(
-                rows, scores, ids_BT.tolist(), scores_BT.tolist(), strict=True
-            ):
+        for ids_BC, scores_BC in chunks:
+            for number, row in enumerate(rows):
                 if tokenizer.eot_id not in row:
-                    row += new
-                    score += values
+                    row.extend(ids_BC[number].tolist())
+                    scores[number].extend(scores_BC[number].tolist())
             if show:
                 ready = settled(tokenizer.decode_after(before[0], rows[0]), stop)
                 show(ready[num_shown:])
                 num_shown = max(num_shown, len(ready))
     texts = []
-    for prompt, prompt_ids, row, score in zip(prompts, before, rows, scores, strict=True):
-        ids = before_end(row, tokenizer.eot_id)
+    for number, (prompt, prompt_ids) in enumerate(zip(prompts, before, strict=True)):
+        ids = before_end(rows[number], tokenizer.eot_id)
         completion = tokenizer.decode_after(prompt_ids, ids)
         found = _find_stop(completion, stop)
         if found is not None:
             completion = completion[:found]
             ids = ids[: _num_spelling(tokenizer, prompt_ids, ids, completion)]
-        texts.append(Text(prompt, completion, ids, score[: len(ids)] if logprobs else []))
+        scores_of_ids = scores[number][: len(ids)] if logprobs else []
+        texts.append(Text(prompt, completion, ids, scores_of_ids))
     if show:
         show(texts[0].completion[num_shown:])
     return texts
 
 
 def numbered(texts: Sequence[str]) -> str:
-    """Return texts for a terminal, one below the other; where there are several, each under its
-    number.
-    """
+    """Return texts for a terminal, one below the other; several, each under its number."""
     if len(texts) == 1:
         return texts[0]
-    parts = [
-        f"--- sample {number} of {len(texts)} ---\n{text}" for number, text in enumerate(texts, 1)
-    ]
+    parts = []
+    for number, text in enumerate(texts, 1):
+        parts.append(f"--- sample {number} of {len(texts)} ---\n{text}")
     return "\n\n".join(parts)
 
 
 def settled(text: str, stop: Sequence[str]) -> str:
-    """Return as much of an unfinished text as no later token can change, nor take back as part of a
-    stop string.
+    """Return as much of an unfinished text as no later token can change.
+
+    The beginning of a stop string at its end might have to be taken back, so it is left out, too.
     """
     found = _find_stop(text, stop)
     if found is not None:

@@ -40,11 +40,12 @@ class RandomRows:
 
     def read(self, indices: np.ndarray) -> HostBatch:
         """Return examples that depend on their indices alone."""
-        shape = (len(indices), self.config.data.seq_len + 1)
+        num_rows = len(indices)
+        seq_len = self.config.data.seq_len
         rng = np.random.default_rng(indices)
-        ids = rng.integers(0, self.config.model.vocab_size, shape, np.int32)
-        targets = ids[:, 1:]
-        rows = batch_of_ids(ids, np.ones(targets.shape, np.float32))
+        ids = rng.integers(0, self.config.model.vocab_size, (num_rows, seq_len + 1), np.int32)
+        weights = np.ones((num_rows, seq_len), np.float32)
+        rows = batch_of_ids(ids, weights)
         if self.config.data.packing == "packed":
             rows["segments"] = np.ones_like(rows["tokens"])
             rows["positions"] = np.cumsum(rows["segments"], axis=1, dtype=np.int32) - 1

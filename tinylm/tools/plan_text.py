@@ -90,13 +90,17 @@ def describe_search(rows: list[dict[str, Any]], shown: int = 12) -> str:
     lines.append(f"mesh: {axes}; the last column is what bounds a step")
 
     best = next((row for row in rows if row.get("fits")), rows[0])
-    settings = {f"mesh.{name}": size for name, size in best["mesh"].items()}
-    settings["mesh.fsdp"] = best["fsdp"]
-    settings["model.remat"] = best["remat"]
-    settings["data.batch_size"] = best["batch_size"]
-    flags = " ".join(f"--config.{key}={value}" for key, value in settings.items())
-    lines.append(f"take {flags}")
+    lines.append(f"take {_flags(best)}")
     return "\n".join(lines)
+
+
+def _flags(row: dict[str, Any]) -> str:
+    """Return the flags that choose a row of a search."""
+    settings = {f"mesh.{name}": size for name, size in row["mesh"].items()}
+    settings["mesh.fsdp"] = row["fsdp"]
+    settings["model.remat"] = row["remat"]
+    settings["data.batch_size"] = row["batch_size"]
+    return " ".join(f"--config.{key}={value}" for key, value in settings.items())
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Generator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -79,15 +80,8 @@ def prove_mesh(config: Config) -> Proof:
         name = f"data {mesh.data} x model {mesh.model}"
         if mesh.fsdp:
             name += ", fsdp"
-        rows.append(
-            (
-                name,
-                f"{loss:.7f}",
-                f"{loss_apart:.1e}",
-                f"{norm_apart:.1e}",
-                f"{params_apart:.1e}",
-            )
-        )
+        apart = (loss_apart, norm_apart, params_apart)
+        rows.append((name, f"{loss:.7f}", *(f"{difference:.1e}" for difference in apart)))
     claim = (
         f"a step has the same loss on every mesh as on one device, within {loss_limit:g}, and the "
         f"same gradient norm, within {norm_limit:g}"
@@ -108,20 +102,30 @@ def _meshes(num_devices: int, num_rows: int) -> list[MeshConfig]:
     return found
 
 
-def _one_step(
-    config: Config, mesh_config: MeshConfig, batch: HostBatch
-) -> tuple[float, float, list[np.ndarray]]:
-    """Return loss, gradient norm and updated parameters of the first step on a mesh."""
+class _Step(NamedTuple):
+    """What a step gave, on the host."""
+
+    loss: float
+    grad_norm: float
+    params: list[np.ndarray]  # after the update
+
+
+def _one_step(config: Config, mesh_config: MeshConfig, batch: HostBatch) -> _Step:
+    """Take the first step on a mesh."""
     mesh = make_mesh(mesh_config)
     config.check_mesh(batch_shards(mesh))
+    config = dataclasses.replace(config, mesh=mesh_config)
     batch_rows = BatchRows(mesh, config.micro_batch_rows)
     with jax.set_mesh(mesh):
-        blueprint = make_blueprint(dataclasses.replace(config, mesh=mesh_config), mesh)
+        blueprint = make_blueprint(config, mesh)
         train_steps = make_train_steps(blueprint)
+        state = blueprint.init(config.seed)
         placed = batch_rows.place(stack_steps([batch]))
-        state, metrics = train_steps(blueprint.init(config.seed), placed, 1, config.seed)
+        state, metrics = train_steps(state, placed, 1, config.seed)
+        (loss,) = metrics["loss"].tolist()
+        (grad_norm,) = metrics["grad_norm"].tolist()
         params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
-    return float(metrics["loss"][0]), float(metrics["grad_norm"][0]), params
+    return _Step(loss, grad_norm, params)
 
 
 def prove_hosts(config: Config) -> Proof:
@@ -143,7 +147,8 @@ def prove_hosts(config: Config) -> Proof:
 def _hashes(config: Config, data: Data, num_processes: int) -> list[str]:
     """Return a hash of each of the first batches, put together from the parts of processes."""
     every_row = np.arange(config.micro_batch_rows)
-    parts = [_batches(config, data, owned) for owned in np.split(every_row, num_processes)]
+    rows_of_processes = np.split(every_row, num_processes)
+    parts = [_batches(config, data, owned_rows) for owned_rows in rows_of_processes]
     hashes = []
     for _ in range(HOSTS_STEPS):
         arrays = [next(part)[1] for part in parts]
