@@ -27,6 +27,7 @@ import collections
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -86,6 +87,13 @@ class Collective:
     kind: str  # one of KINDS
     axis: str  # the mesh axes that their groups span, "+" between them
     bytes_per_step: float  # what one device sends
+
+
+class _Call(NamedTuple):
+    """That a computation runs another one."""
+
+    callee: str
+    times: int  # in one run of the caller
 
 
 def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
@@ -161,30 +169,33 @@ def _channel(line: str) -> tuple[str, str] | None:
 
 def _count_trips(computations: Computations) -> dict[str, int]:
     """Return how often each computation runs in one run of the program."""
-    calls: dict[str, list[tuple[str, int]]] = {}
+    calls: dict[str, list[_Call]] = {}
     for name, lines in computations.items():
         calls[name] = []
         for line in lines:
-            times = _loop_trips(line, computations) if " while(" in line else 1
-            for called in _CALLED.finditer(line):
-                callees = _NAME.findall(called.group(1))
-                calls[name].extend((callee, times) for callee in callees)
-    trips: dict[str, int] = collections.Counter({_ENTRY: 1})
+            times = 1
+            if " while(" in line:
+                times = _loop_trips(line, computations)
+            for called in _CALLED.findall(line):
+                for callee in _NAME.findall(called):
+                    calls[name].append(_Call(callee, times))
+    trips: dict[str, int] = collections.Counter()
+    trips[_ENTRY] = 1
     for name in _callers_first(calls):
-        for callee, times in calls[name]:
-            trips[callee] += trips[name] * times
+        for call in calls[name]:
+            trips[call.callee] += trips[name] * call.times
     return trips
 
 
-def _callers_first(calls: dict[str, list[tuple[str, int]]]) -> list[str]:
+def _callers_first(calls: dict[str, list[_Call]]) -> list[str]:
     """Return the computations that the entry reaches, each after all of its callers."""
     callees_first: dict[str, None] = {}
 
     def visit(name: str) -> None:
         if name not in calls or name in callees_first:
             return
-        for callee, _ in calls[name]:
-            visit(callee)
+        for call in calls[name]:
+            visit(call.callee)
         callees_first[name] = None
 
     visit(_ENTRY)
@@ -197,9 +208,9 @@ def _loop_trips(line: str, computations: Computations) -> int:
     if annotated:
         return int(annotated.group(1))
     parts = dict(_LOOP_PART.findall(line))
-    condition = "\n".join(computations.get(parts.get("condition", ""), ()))
-    body = "\n".join(computations.get(parts.get("body", ""), ()))
-    return _trips_of_counter(condition, body) or 1
+    condition = computations.get(parts.get("condition", ""), [])
+    body = computations.get(parts.get("body", ""), [])
+    return _trips_of_counter("\n".join(condition), "\n".join(body)) or 1
 
 
 def _trips_of_counter(condition: str, body: str) -> int | None:
@@ -250,11 +261,13 @@ def _sent_bytes(found: re.Match, num_members: int) -> float:
     # The first half of a collective in two halves lists its operand and its result.
     whole_or_result = max(sizes) if found["start"] else sum(sizes)
     ring = (num_members - 1) / num_members
-    if found["kind"] == "all-reduce":
+    kind = found["kind"]
+    if kind == "all-reduce":
         return 2 * whole_or_result * ring
-    if found["kind"] == "reduce-scatter" and not found["start"]:
+    if kind == "reduce-scatter" and not found["start"]:
+        # Its result is a member's part.
         return whole_or_result * num_members * ring
-    if found["kind"] == "collective-permute":
+    if kind == "collective-permute":
         return whole_or_result
     return whole_or_result * ring
 

@@ -50,17 +50,18 @@ def least_collectives(
     found = []
 
     if sizes.data > 1 and config.fsdp:
+        in_compute_type = item_bytes / _FLOAT32_BYTES
+        gathers = 3 if recomputes else 2
+        gathered_bytes = gathers * parameter_bytes * in_compute_type
         # Gradients of embedding and output stay float32; all else is sent in the compute type.
         vocab_matrices = 1 if model.tie_embeddings else 2
         vocab_numbers = vocab_matrices * model.padded_vocab * model.embed_dim
         vocab_bytes = _FLOAT32_BYTES * vocab_numbers / sizes.model
-        in_compute_type = item_bytes / _FLOAT32_BYTES
-        gathers = 3 if recomputes else 2
-        gathered_bytes = gathers * parameter_bytes * in_compute_type
-        scattered_bytes = (parameter_bytes - vocab_bytes) * in_compute_type + vocab_bytes
-        sent = work.micro_batches * _ring(sizes.data)
-        found.append(Collective("all-gather", AXES.data, gathered_bytes * sent))
-        found.append(Collective("reduce-scatter", AXES.data, scattered_bytes * sent))
+        other_bytes = parameter_bytes - vocab_bytes
+        scattered_bytes = other_bytes * in_compute_type + vocab_bytes
+        times = work.micro_batches * _ring(sizes.data)
+        found.append(Collective("all-gather", AXES.data, gathered_bytes * times))
+        found.append(Collective("reduce-scatter", AXES.data, scattered_bytes * times))
     elif sizes.data > 1:
         sent_bytes = 2 * parameter_bytes * _ring(sizes.data)
         found.append(Collective("all-reduce", AXES.data, sent_bytes))
