@@ -29,7 +29,7 @@ def test_batches_that_differ_are_told(monkeypatch):
     assert not proofs.prove_hosts(load_config("tales", overrides())).holds
 
 
-def test_losses_that_are_no_numbers_prove_nothing(monkeypatch):
+def test_losses_that_are_not_numbers_prove_nothing(monkeypatch):
     monkeypatch.setattr(proofs, "_one_step", lambda *_: (float("nan"), 1.0, [np.zeros(1)]))
     assert not proofs.prove_mesh(load_config("tales", overrides())).holds
 

@@ -104,7 +104,7 @@ def test_a_fault_of_single_operations_is_not_taken_for_rounding():
     )
 
 
-def test_rounding_where_a_gradient_is_zero_is_no_fault():
+def test_rounding_where_a_gradient_is_zero_is_not_a_fault():
     # The bias of keys has no gradient but rounding: its square differs many times over, and is
     # nothing to its kind.
     exact, single, compiled = (

@@ -33,7 +33,7 @@ def test_measures_by_hand():
     }
 
 
-def test_a_part_of_a_word_is_no_name():
+def test_a_part_of_a_word_is_not_a_name():
     assert measure(["Timber! Annabel fell."], [("Tim", "Anna")], [True])["names_kept"] == 0
 
 

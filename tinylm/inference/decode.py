@@ -71,7 +71,7 @@ class Decoder:
           end_id: ends a text.
           num_ids: ids from here on are never drawn.
           more_ends: ids that end a text of a model that came from elsewhere. One that the model
-            draws is written as `end_id`, so that readers have one end to look for.
+            draws is written as `end_id`, for readers to have one end to look for.
         """
         self._context = context
         self._ids = Ids(end_id, tuple(more_ends), num_ids)

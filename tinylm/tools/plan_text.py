@@ -34,11 +34,12 @@ def describe(plan: dict[str, Any]) -> str:
 
 
 def _memory_lines(plan: dict[str, Any]) -> list[str]:
-    lines = [columns(("memory of a device", "bytes"), _MEMORY)]
+    rows = [("memory of a device", "bytes")]
     for kind, count in plan["per_device_bytes"].items():
         if count:
-            lines.append(columns((f"  {kind}", bytes_text(count)), _MEMORY))
-    lines.append(columns(("  the chip has", bytes_text(plan["chip_bytes"])), _MEMORY))
+            rows.append((f"  {kind}", bytes_text(count)))
+    rows.append(("  the chip has", bytes_text(plan["chip_bytes"])))
+    lines = [columns(row, _MEMORY) for row in rows]
     lines.append(f"  {_verdict(plan)}")
     return lines
 
@@ -46,20 +47,23 @@ def _memory_lines(plan: dict[str, Any]) -> list[str]:
 def _verdict(plan: dict[str, Any]) -> str:
     """Return whether the plan fits; if not, what takes most and what to change."""
     memory = plan["per_device_bytes"]
+    total = memory["total"]
+    chip_bytes = plan["chip_bytes"]
     if plan["fits"]:
-        return f"fits: {memory['total'] / plan['chip_bytes']:.0%} of the chip's memory"
-    too_much = bytes_text(memory["total"] - plan["chip_bytes"])
-    largest = sorted((kind for kind in memory if kind in _ADVICE), key=lambda kind: -memory[kind])
-    advice = [f"{kind} {bytes_text(memory[kind])}: {_ADVICE[kind]}" for kind in largest[:2]]
-    return f"does not fit: {too_much} too much. {'; '.join(advice)}."
+        return f"fits: {total / chip_bytes:.0%} of the chip's memory"
+    advised = [kind for kind in memory if kind in _ADVICE]
+    advised.sort(key=lambda kind: -memory[kind])
+    advice = [f"{kind} {bytes_text(memory[kind])}: {_ADVICE[kind]}" for kind in advised[:2]]
+    return f"does not fit: {bytes_text(total - chip_bytes)} too much. {'; '.join(advice)}."
 
 
 def _traffic_lines(plan: dict[str, Any]) -> list[str]:
-    lines = [columns(("traffic a step", "axis", "sent", "needed"), _TRAFFIC)]
+    rows = [("traffic a step", "axis", "sent", "needed")]
     for row in plan["collectives"]:
         sent = bytes_text(row["bytes_per_step"])
         needed = bytes_text(row["minimum_bytes"])
-        lines.append(columns((f"  {row['kind']}", row["axis"], sent, needed), _TRAFFIC))
+        rows.append((f"  {row['kind']}", row["axis"], sent, needed))
+    lines = [columns(row, _TRAFFIC) for row in rows]
     lines.append(f"  bytes that a device sends, from the {plan['traffic_from']}")
     return lines
 
