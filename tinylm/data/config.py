@@ -230,12 +230,17 @@ def parse_mixture(text: str) -> list[tuple[Fraction, str]]:
         raise UserError(f"data.source={text} must be WEIGHT*SOURCE, WEIGHT*SOURCE, ....") from error
     if min(weights) <= 0:
         raise UserError(f"data.source={text} must have weights above 0.")
-    shares = [weight / sum(weights) for weight in weights]
-    if max(share.denominator for share in shares) > MAX_MIXTURE_PERIOD:
-        raise UserError(
-            f"data.source={text} has weights too fine to be met exactly; use at most four decimals."
-        )
-    return [(share, spec.strip()) for share, (_, spec) in zip(shares, parts, strict=True)]
+    total = sum(weights)
+    mixture: list[tuple[Fraction, str]] = []
+    for weight, (_, spec) in zip(weights, parts, strict=True):
+        share = weight / total
+        if share.denominator > MAX_MIXTURE_PERIOD:
+            raise UserError(
+                f"data.source={text} has weights too fine to be met exactly; use at most four "
+                "decimals."
+            )
+        mixture.append((share, spec.strip()))
+    return mixture
 
 
 def split_spec(spec: str) -> tuple[str, str]:

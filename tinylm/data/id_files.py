@@ -1,4 +1,4 @@
-"""Files of ready ids: their type is told by their content, and what is no plain stream of ids is
+"""Files of ready ids: their type is told by their content, and what is not a plain stream of ids is
 named.
 
 nanoGPT and llama2.c write uint16 (or uint32) ids and nothing else, so a file says nothing about
@@ -32,25 +32,46 @@ _MARKED = {
 
 
 def open_ids(path: str, vocab_size: int) -> np.memmap:
-    """Map a file of ids in the type that it has; raise UserError where it holds something else than
-    plain ids.
+    """Map a file of ids in the type that it has.
+
+    Args:
+        path: The file.
+        vocab_size: How many ids the tokenizer has that made it.
+
+    Raises:
+        UserError: The file holds something other than plain ids.
     """
-    size = pathlib.Path(path).stat().st_size
-    if not size or size % 2:
+    num_bytes = pathlib.Path(path).stat().st_size
+    if not num_bytes or num_bytes % 2:
         raise UserError(
-            f"{path} has {size} bytes, which are no ids of 2 or 4 bytes; tokens: reads uint16 or "
-            "uint32."
+            f"{path} has {num_bytes} bytes, which are no ids of 2 or 4 bytes; tokens: reads uint16 "
+            "or uint32."
         )
     with pathlib.Path(path).open("rb") as file:
         head = file.read(_HEAD_BYTES)
     _refuse_marked(path, head)
     _refuse_text(path, head)
     halves = np.memmap(path, np.uint16, mode="r")
-    _refuse_types(path, halves[: 2 * _LOOK_TOKENS], vocab_size)
-    upper = halves[1 : 2 * _LOOK_TOKENS : 2]
-    # Of uint32 ids nearly every upper half is small, though an id out of range may be among them.
-    is_uint32 = size % 4 == 0 and len(upper) > 1 and np.mean(upper <= (vocab_size - 1) >> 16) > 0.5
-    return np.memmap(path, np.uint32, mode="r") if is_uint32 else halves
+    looked_at = halves[: 2 * _LOOK_TOKENS]
+    _refuse_integers_of_8_bytes(path, looked_at)
+    for kind in (np.float32, np.float64):
+        _refuse_floats(path, looked_at, kind, vocab_size)
+    if _are_uint32(looked_at, num_bytes, vocab_size):
+        return np.memmap(path, np.uint32, mode="r")
+    return halves
+
+
+def _are_uint32(halves: np.ndarray, num_bytes: int, vocab_size: int) -> bool:
+    """Return whether the first ids of a file of `num_bytes` have four bytes.
+
+    The upper half of such an id is as small as the vocabulary says. That nearly all are is enough,
+    since an id out of range may be among them.
+    """
+    upper_halves = halves[1::2]
+    if num_bytes % 4 or len(upper_halves) < 2:
+        return False
+    largest = (vocab_size - 1) >> 16
+    return float(np.mean(upper_halves <= largest)) > 0.5
 
 
 def _refuse_marked(path: str, head: bytes) -> None:
@@ -67,51 +88,50 @@ def _refuse_marked(path: str, head: bytes) -> None:
 
 
 def _refuse_text(path: str, head: bytes) -> None:
-    """Raise UserError where a file reads as text; ids of two bytes with a text of them each are not
+    """Raise UserError where a file reads as text: that the bytes of ids all do so by chance is not
     to be expected.
     """
     if len(head) < 32:
         return
-    # The head may end inside a character.
-    text = (
-        head.decode(errors="ignore") if len(head) == _HEAD_BYTES else head.decode(errors="replace")
-    )
-    dropped = len(head) - len(text.encode())
-    if (
-        0 <= dropped < 4
-        and "\ufffd" not in text
-        and all(char.isprintable() or char.isspace() for char in text)
-    ):
+    # A full head may end inside a character, whose bytes are then left out.
+    may_be_cut = len(head) == _HEAD_BYTES
+    text = head.decode(errors="ignore" if may_be_cut else "replace")
+    num_left_out = len(head) - len(text.encode())
+    is_utf8 = 0 <= num_left_out < 4 and "\ufffd" not in text
+    if is_utf8 and all(char.isprintable() or char.isspace() for char in text):
         raise UserError(
             f"{path} holds text, not ids; read it with data.source=text:, or another kind of text."
         )
 
 
-def _refuse_types(path: str, halves: np.ndarray, vocab_size: int) -> None:
-    """Raise UserError for integers of 8 bytes, and for floats, which would give more ids than there
-    are.
-    """
-    size = halves.nbytes
-    words = halves[: size // 8 * 4].view(np.uint32)
-    low, high = words[0::2], words[1::2]
+def _refuse_integers_of_8_bytes(path: str, halves: np.ndarray) -> None:
+    """Raise UserError for integers of 8 bytes, of which the upper four are nearly all 0."""
+    if halves.nbytes % 8:
+        return
+    words = halves.view(np.uint32)
+    lower = words[0::2]
+    upper = words[1::2]
+    if len(lower) < 2 or not lower.any():
+        return
     # -1 stands for "no target" in some files, and fills the upper half too.
-    if (
-        size % 8 == 0
-        and len(low) > 1
-        and np.mean((high == 0) | (high == 0xFFFFFFFF)) > 0.99
-        and low.any()
-    ):
+    is_extension = (upper == 0) | (upper == 0xFFFFFFFF)
+    if np.mean(is_extension) > 0.99:
         raise UserError(
             f"{path} holds integers of 8 bytes (int64 is NumPy's default), not plain ids; {_WRITE}."
         )
-    for kind in (np.float32, np.float64):
-        floats: np.ndarray = halves[: size // 8 * 4].view(kind)
-        with np.errstate(invalid="ignore", over="ignore"):
-            are_ids = (
-                (floats == np.floor(floats)) & (floats >= 0) & (floats < max(vocab_size, 1 << 16))
-            )
+
+
+def _refuse_floats(path: str, halves: np.ndarray, kind: type, vocab_size: int) -> None:
+    """Raise UserError for floats of a type, which would give more ids than there are."""
+    whole_words = len(halves) // 4 * 4
+    floats: np.ndarray = halves[:whole_words].view(kind)
+    if len(floats) < 2:
+        return
+    end = max(vocab_size, 1 << 16)
+    with np.errstate(invalid="ignore", over="ignore"):
+        are_ids = (floats == np.floor(floats)) & (floats >= 0) & (floats < end)
         # As floats, plain ids are next to 0 or far out of range.
-        if len(floats) > 1 and are_ids.all() and np.mean(floats >= 1) > 0.5:
+        if are_ids.all() and np.mean(floats >= 1) > 0.5:
             raise UserError(
                 f"{path} holds floats ({np.dtype(kind).name}), not plain ids; {_WRITE}."
             )

@@ -37,17 +37,18 @@ class _Runs:
         return sys.maxsize // 2**16
 
     def __getitem__(self, index: int) -> list[tuple[int, Examples]]:
-        batches = range(index * self.length, (index + 1) * self.length)
-        places = self._places.ravel()
-        indices = np.concatenate([batch * self._batch_size + places for batch in batches])
-        run = {
-            name: values.reshape(self.length, *self._places.shape, *values.shape[1:])
-            for name, values in self._rows.read(indices).items()
-        }
-        found = []
-        for nth, batch in enumerate(batches):
-            found.append((batch, {name: values[nth] for name, values in run.items()}))
-        return found
+        first_batch = index * self.length
+        batches = first_batch + np.arange(self.length)
+        # Of each row of the run, its index over all epochs: [batches, A, n].
+        indices = batches[:, None, None] * self._batch_size + self._places
+        examples = self._rows.read(indices.ravel())
+        run: list[tuple[int, Examples]] = []
+        for nth, batch in enumerate(batches.tolist()):
+            arrays: Examples = {}
+            for name, values in examples.items():
+                arrays[name] = values.reshape(*indices.shape, *values.shape[1:])[nth]
+            run.append((batch, arrays))
+        return run
 
 
 def train_batches(
@@ -71,11 +72,11 @@ def train_batches(
     options = grain.ReadOptions(
         num_threads=num_threads, prefetch_buffer_size=prefetch if num_threads else 0
     )
-    iterator = iter(grain.MapDataset.source(runs)[start // runs.length :].to_iter_dataset(options))
+    first_run, batches_before = divmod(start, runs.length)
+    iterator = iter(grain.MapDataset.source(runs)[first_run:].to_iter_dataset(options))
     try:
-        yield from itertools.islice(
-            itertools.chain.from_iterable(iterator), start % runs.length, None
-        )
+        batches = itertools.chain.from_iterable(iterator)
+        yield from itertools.islice(batches, batches_before, None)
     except SystemExit as error:  # would end the program as if all were done
         raise HangError("a thread that reads batches was ended; give the same command.") from error
     finally:

@@ -139,11 +139,10 @@ class Preparer:
         """Say what was prepared in `secs`, what is held out, and what is noteworthy about the
         source.
         """
-        megabytes = self.writer.num_bytes / 1e6
+        megabytes_per_sec = self.writer.num_bytes / 1e6 / max(secs, 1e-9)
         say(
             f"prepared {self.source.spec}: {self.writer.tokens.total:,} tokens of "
-            f"{self.num_documents:,} documents in {secs:.1f} s ({megabytes / max(secs, 1e-9):.1f} "
-            "MB/s)"
+            f"{self.num_documents:,} documents in {secs:.1f} s ({megabytes_per_sec:.1f} MB/s)"
         )
         held_out = self._held_out()
         if held_out:
@@ -211,6 +210,7 @@ class Preparer:
             The sum of their log probabilities; None where one has none.
         """
         log_prob: float | None = 0.0
+        # A library's threads encode a batch while this one writes the batch before.
         with futures.ThreadPoolExecutor(1) as thread:
             writing: futures.Future | None = None
             for batch, encoded in encode(documents, self.tokenizer):
@@ -229,10 +229,12 @@ class Preparer:
     def _write(self, batch: list[Document], encoded: Encoded, closed: bool) -> None:
         """Write a batch; `encoded` counts the ids of prompt and text of each document in turn."""
         ids, counts = encoded
-        prompt_lengths = counts[::2]
-        lengths = prompt_lengths + counts[1::2]
+        prompt_lengths = counts[0::2]
+        text_lengths = counts[1::2]
+        lengths = prompt_lengths + text_lengths
         if closed:
-            ids = np.insert(ids, np.cumsum(lengths), self.tokenizer.eot_id)
+            document_ends = np.cumsum(lengths)
+            ids = np.insert(ids, document_ends, self.tokenizer.eot_id)
             lengths = lengths + 1
         sizes = np.array([splits_of.num_bytes(document) for document in batch])
         self.writer.add(ids, lengths, sizes, prompt_lengths)
@@ -268,9 +270,11 @@ class Preparer:
         """Read the source twice, once for each side, so that neither is held in memory."""
         fraction = self.source.config.valid_fraction
         for name in ("train", "valid"):
+            # What is skipped, and how many documents there are, counts once.
             self.skipped.forget()
             self.num_documents = 0
-            self._add_split(name, splits_of.side_of(self._good("all"), name, fraction))
+            documents = splits_of.side_of(self._good("all"), name, fraction)
+            self._add_split(name, documents)
         if self.num_documents and self.splits.keys() != {"train", "valid"}:
             raise UserError(
                 f"data.valid_split=random put all {self.num_documents:,} documents of "
@@ -309,14 +313,17 @@ class Preparer:
         """
         self._is_cut_inside = True
         self._add(itertools.islice(documents, cut.document))
-        before, after = splits_of.parts(next(documents), cut)
-        if before.text:
-            self._add([before], closed=False)
+        first_part, second_part = splits_of.parts(next(documents), cut)
+        if first_part.text:
+            self._add([first_part], closed=False)
         middle = self.writer.num_documents
+
         following = list(itertools.islice(documents, 1))
         is_alone = cut.document == 0 and not following
-        if after.text:
-            self._add([after], closed=not is_alone)
+        if second_part.text:
+            self._add([second_part], closed=not is_alone)
         self._add(itertools.chain(following, documents))
+        end = self.writer.num_documents
+
         self._note_split("train", 0, middle)
-        self._note_split("valid", middle, self.writer.num_documents)
+        self._note_split("valid", middle, end)

@@ -63,12 +63,12 @@ class Validation:
         """
         for store, split in zip(self.valid_stores, self.valid_splits, strict=True):
             first, end = split.documents
-            evenly = np.linspace(first, end - 1, min(most, end - first))
-            documents = np.unique(evenly.astype(np.int64)).tolist()
+            num_texts = min(most, end - first)
+            evenly = np.linspace(first, end - 1, num_texts).astype(np.int64)
+            documents = np.unique(evenly).tolist()
             for begin_token, end_token in store.spans(split, documents):
-                num_tokens = min(end_token - begin_token, most_tokens)
-                ids = np.empty(max(num_tokens, 0), np.int32)
-                store.tokens.read(ids, begin_token)
+                end_token = min(end_token, begin_token + most_tokens)
+                ids = store.tokens.between(begin_token, end_token)
                 yield self.tokenizer.decode(ids.tolist())
 
     @functools.cached_property

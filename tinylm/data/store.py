@@ -154,9 +154,9 @@ class StoreWriter:
         ends = np.cumsum(lengths)
         if prompts.any() or self.masks.total:
             self._fill_mask()
-            begins = ends - lengths
-            first_with_loss = np.repeat(begins + prompts, lengths)
-            self.masks.append(np.arange(len(ids)) >= first_with_loss)
+            prompt_ends = ends - lengths + prompts
+            carries_loss = np.arange(len(ids)) >= np.repeat(prompt_ends, lengths)
+            self.masks.append(carries_loss)
         tokens_so_far = self.tokens.total + ends
         bytes_so_far = self.num_bytes + np.cumsum(sizes)
         self.ends.append(np.stack([tokens_so_far, bytes_so_far], axis=1).ravel())
@@ -238,6 +238,14 @@ class TokenArray:
 
     def __len__(self) -> int:
         return self._starts[-1]
+
+    def between(self, begin: int, end: int) -> np.ndarray:
+        """Return the items from `begin` to before `end`, as int32; none where `end` isn't behind
+        `begin`.
+        """
+        out = np.empty(max(end - begin, 0), np.int32)
+        self.read(out, begin)
+        return out
 
     def read(self, out: np.ndarray, start: int) -> None:
         """Fill `out` with what begins at `start`."""
@@ -422,11 +430,10 @@ class Store:
         if self.mask is None:
             return
         for begin, end in self.spans(split, range(*split.documents)):
-            ids = np.empty(end - begin, np.int32)
-            self.tokens.read(ids, begin)
-            has_loss = np.empty(end - begin, np.uint8)
-            self.mask.read(has_loss, begin)
-            prompt_length = len(ids) - int(has_loss.sum())
-            if prompt_length:
+            num_with_loss = int(self.mask.between(begin, end).sum())
+            prompt_end = end - num_with_loss
+            if prompt_end > begin:
+                prompt = self.tokens.between(begin, prompt_end)
                 # The last id is the end of text.
-                yield ids[:prompt_length], ids[prompt_length:-1]
+                completion = self.tokens.between(prompt_end, end - 1)
+                yield prompt, completion

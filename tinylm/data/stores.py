@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tinylm.core.agreement import wait_until
 from tinylm.core.errors import StorageError
 from tinylm.core.files import user_cache
 from tinylm.data.atomic import lock_path
@@ -108,6 +107,9 @@ def wait_for(folder: pathlib.Path, wait_secs: float) -> None:
     Raises:
         HangError: Nothing has moved for `wait_secs`.
     """
+    # This imports JAX, which the process that prepares goes without.
+    from tinylm.core.agreement import wait_until
+
     wait_until((folder / MANIFEST).exists, f"another process to prepare {folder}", wait_secs)
 
 

@@ -92,11 +92,13 @@ class _Scan:
     def file(self, path: str, sha256: str) -> Shard:
         """Check the ids of a file, note where documents end in it, and return it as a shard."""
         ids = open_ids(path, self._tokenizer.vocab_size)
+        eot_id = self._tokenizer.eot_id
         for begin in range(0, len(ids), _CHUNK_TOKENS):
             chunk = ids[begin : begin + _CHUNK_TOKENS]
             self._check(chunk, begin, ids)
-            places = np.flatnonzero(chunk == self._tokenizer.eot_id)
-            self._note_ends(self._num_tokens + begin + places + 1)
+            # A document ends behind its end of text.
+            ends_in_chunk = np.flatnonzero(chunk == eot_id) + 1
+            self._note_ends(self._num_tokens + begin + ends_in_chunk)
             self._writer.count_unknown(chunk)
             self._work.update(chunk.nbytes)
         self._num_tokens += len(ids)
@@ -108,8 +110,9 @@ class _Scan:
         if int(chunk.max()) < vocab_size:
             return
         place = int((chunk >= vocab_size).argmax())
+        offset_bytes = (begin + place) * ids.itemsize
         raise UserError(
-            f"{ids.filename} has id {chunk[place]} at byte {(begin + place) * ids.itemsize}"
+            f"{ids.filename} has id {chunk[place]} at byte {offset_bytes}"
             f"{range_hint(ids, vocab_size)}, but data.tokenizer={self._tokenizer.name} has "
             f"{vocab_size:,} ids; set the tokenizer that made the file."
         )
@@ -128,8 +131,7 @@ class _Scan:
         """Return how many bytes of text the tokens from `begin` to `end` stand for."""
         total = 0
         for place in range(begin, end, _CHUNK_TOKENS):
-            ids = np.empty(min(_CHUNK_TOKENS, end - place), np.int32)
-            array.read(ids, place)
+            ids = array.between(place, min(place + _CHUNK_TOKENS, end))
             total += self._tokenizer.count_bytes(ids)
             self._work.update(2 * len(ids))
         return total

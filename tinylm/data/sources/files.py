@@ -99,9 +99,10 @@ def rereadable(path: str) -> str:
     """
     if stat.S_ISREG(os.stat(path).st_mode):
         return path
-    copy = pathlib.Path(
-        _copies().name, f"{len(os.listdir(_copies().name))}-{pathlib.Path(path).name}"
-    )
+    # A number comes first, for two pipes in different folders may have one name.
+    folder = _copies().name
+    number = len(os.listdir(folder))
+    copy = pathlib.Path(folder, f"{number}-{pathlib.Path(path).name}")
     with (
         alive(lambda: f"reading {path}"),
         pathlib.Path(path).open("rb") as pipe,
@@ -112,12 +113,18 @@ def rereadable(path: str) -> str:
 
 
 def compression(path: str) -> str:
-    """Return how a file is compressed, by its first bytes or else its name; "" where it isn't."""
+    """Return how a file is compressed, by its first bytes, and otherwise by its name; "" where it
+    isn't.
+    """
     with pathlib.Path(path).open("rb") as file:
         head = file.read(_HEAD_BYTES)
-    by_content = [name for name, (mark, _) in _COMPRESSED.items() if re.match(mark, head)]
-    by_name = [name for name, (_, endings) in _COMPRESSED.items() if path.lower().endswith(endings)]
-    return (by_content + by_name + [""])[0]
+    for name, (mark, _) in _COMPRESSED.items():
+        if re.match(mark, head):
+            return name
+    for name, (_, endings) in _COMPRESSED.items():
+        if path.lower().endswith(endings):
+            return name
+    return ""
 
 
 def read_chunks(path: str) -> Iterator[bytes]:
@@ -126,8 +133,7 @@ def read_chunks(path: str) -> Iterator[bytes]:
     Raises UserError where its compression is broken, or where it is of a kind that holds no plain
     text.
     """
-    readers: dict[str, Callable[[str], Iterator[bytes]]] = {"zstd": _zstd_chunks}
-    reader = readers.get(compression(path), _opened_chunks)
+    reader = _zstd_chunks if compression(path) == "zstd" else _opened_chunks
     read = 0
     head = b""
     is_known = False
@@ -203,16 +209,23 @@ def split_stream(
         pattern = rb"(?>\r\n|\r|\n)".join(map(re.escape, parts))
         yield from _split_at_pattern(path, re.compile(pattern), 2 * len(separator))
         return
-    held, offset = bytearray(), 0
+    if not separator:
+        yield 0, b"".join(read_chunks(path))
+        return
+    held = bytearray()  # what was read and not yielded
+    offset = 0  # of what is held
     for chunk in read_chunks(path):
+        # A separator may have begun in the chunk before.
         search_from = max(0, len(held) - len(separator) + 1)
         held += chunk
         start = 0
-        while separator and (end := held.find(separator, search_from)) >= 0:
-            yield offset, bytes(held[start:end])
-            offset += end + len(separator) - start
-            start = search_from = end + len(separator)
+        end = held.find(separator, search_from)
+        while end >= 0:
+            yield offset + start, bytes(held[start:end])
+            start = end + len(separator)
+            end = held.find(separator, start)
         del held[:start]
+        offset += start
     yield offset, bytes(held)
 
 
@@ -220,17 +233,21 @@ def _split_at_pattern(
     path: str, pattern: re.Pattern[bytes], longest: int
 ) -> Iterator[tuple[int, bytes]]:
     """Yield (offset, block) between matches of at most `longest` bytes."""
-    held, offset = bytearray(), 0
+    held = bytearray()  # what was read and not yielded
+    offset = 0  # of what is held
+    # The last chunk is empty.
     for chunk in itertools.chain(read_chunks(path), [b""]):
+        # A match may have begun in the chunk before.
         search_from = max(0, len(held) - longest)
         held += chunk
         start = 0
-        # A match at the end of what is held may go on in the next chunk; the last one is empty.
-        while (found := pattern.search(held, search_from)) and (
-            not chunk or found.end() < len(held)
-        ):
-            yield offset, bytes(held[start : found.start()])
-            offset += found.end() - start
-            start = search_from = found.end()
+        while found := pattern.search(held, search_from):
+            may_go_on = bool(chunk) and found.end() == len(held)
+            if may_go_on:
+                break
+            yield offset + start, bytes(held[start : found.start()])
+            start = found.end()
+            search_from = start
         del held[:start]
+        offset += start
     yield offset, bytes(held)

@@ -42,17 +42,16 @@ class TalesSource(Source):
         """Both splits of a small corpus in one pass, kept because a tokenizer that learns from it
         reads it too.
         """
-        held: dict[str, list[Document]] = {"train": [], "valid": []}
-        wanted = {name: self._count(name) for name in held}
-        for index in itertools.count():
-            text, log_prob = tales.tale(index)
+        train: list[Document] = []
+        valid: list[Document] = []
+        tale_numbers = itertools.count()
+        while len(train) < self._count("train") or len(valid) < self._count("valid"):
+            text, log_prob = tales.tale(next(tale_numbers))
             split = "valid" if tales.is_valid(text) else "train"
-            documents = held[split]
+            documents = valid if split == "valid" else train
             if len(documents) < self._count(split):
                 documents.append(Document(text, log_prob=log_prob))
-            elif {name: len(held[name]) for name in held} == wanted:
-                return held
-        raise AssertionError("there is always another tale")
+        return {"train": train, "valid": valid}
 
     def _count(self, split: str) -> int:
         if split == "valid":

@@ -33,20 +33,24 @@ class RecordSource(Source):
             record: Its fields.
             where: Its file and place, for messages.
         """
-        c = self.config
-        names = [c.prompt_field, c.completion_field]
-        if not all(name in record for name in names):
-            names = [c.text_field]
-        if not all(name in record for name in names):
+        config = self.config
+        is_pair = config.prompt_field in record and config.completion_field in record
+        if not is_pair and config.text_field not in record:
             return self._without_fields(record, where)
-        values = [_text_of(record[name], f"{where} field {name},") for name in names]
-        for value in values:
+
+        prompt = Document("")
+        text_field = config.text_field
+        if is_pair:
+            text_field = config.completion_field
+            prompt_field = config.prompt_field
+            prompt = _text_of(record[prompt_field], f"{where} field {prompt_field},")
+        text = _text_of(record[text_field], f"{where} field {text_field},")
+        for value in (prompt, text):
             if value.problem:
                 return value
-        text = values[-1].text
-        if not text.strip():
+        if not text.text.strip():
             return Document("", problem=f"{where} is an empty document")
-        return Document(text, prompt=values[0].text if len(values) == 2 else "")
+        return Document(text.text, prompt=prompt.text)
 
     def _without_fields(self, record: Mapping[str, Any], where: str) -> Document:
         """Return the problem of a record that has none of the fields of the config."""

@@ -220,16 +220,18 @@ class Llama2cTokenizer(TableTokenizer):
 
         first_byte = len(self._SPECIAL)
         first_merged = first_byte + 256
-        no_bytes = [b"" for _ in self._SPECIAL]
-        single_bytes = [bytes([byte]) for byte in range(256)]
-        self.bytes_of_id = no_bytes + single_bytes + pieces[first_merged:]
+        # The file writes a byte as "<0x41>", and the special ids as their names.
+        self.bytes_of_id = [b""] * first_byte
+        self.bytes_of_id += [bytes([byte]) for byte in range(256)]
+        self.bytes_of_id += pieces[first_merged:]
 
         names = list(self._SPECIAL)
         for piece in pieces[first_byte:]:
             names.append(piece.decode("utf-8", errors="replace"))
-        merged = range(first_merged, len(pieces))
-        best_first = sorted(merged, key=lambda i: -scores[i])
-        self.inner = self._byte_fallback_bpe(names, [names[i] for i in best_first])
+        merged_ids = range(first_merged, len(pieces))
+        best_first = sorted(merged_ids, key=lambda i: -scores[i])
+        merged_names = [names[i] for i in best_first]
+        self.inner = self._byte_fallback_bpe(names, merged_names)
 
     @classmethod
     def _byte_fallback_bpe(cls, names: list[str], best_first: list[str]) -> "tokenizers.Tokenizer":

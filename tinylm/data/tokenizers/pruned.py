@@ -53,10 +53,11 @@ class PrunedTokenizer(Tokenizer):
             self._new_byte_ids = self._new_id[byte_ids]
             self.spells = bool((self._new_byte_ids >= 0).all())
 
-        new_unknown_ids = self._new_id[list(base.unknown_ids)]
-        unknown_ids = new_unknown_ids[new_unknown_ids >= 0].tolist()
+        new_ids_of_unknown = self._new_id[list(base.unknown_ids)].tolist()
+        unknown_ids = [i for i in new_ids_of_unknown if i >= 0]
         self.vocab_size = len(self.kept)
         if not self.spells:
+            # One more id is for each dropped token.
             unknown_ids.append(self.vocab_size)
             self.vocab_size += 1
         self.unknown_ids = tuple(unknown_ids)
@@ -66,25 +67,24 @@ class PrunedTokenizer(Tokenizer):
         """Count the ids of `texts` and keep the most common, `size` ids in all."""
         counts = count_ids(base, texts)
         byte_ids = find_byte_ids(base)
+        kept = {base.eot_id}
+        room_for_unknown = 1
         if byte_ids is not None and size > len(byte_ids) + 1:
-            always = {base.eot_id, *byte_ids.tolist()}
-            room = size - len(always)
-        else:
-            # One more id is for what is unknown.
-            always = {base.eot_id}
-            room = max(size - 2, 0)
+            # With all bytes, nothing is unknown.
+            kept.update(byte_ids.tolist())
+            room_for_unknown = 0
 
         # The most common come first, and of equally common ones the lower id.
-        others: list[int] = []
         for i in np.argsort(-counts, kind="stable").tolist():
-            if counts[i] > 0 and i not in always:
-                others.append(i)
-        kept = sorted(always.union(others[:room]))
+            if counts[i] == 0 or len(kept) + room_for_unknown >= size:
+                break
+            kept.add(i)
 
         num_tokens = int(counts.sum())
-        num_kept = int(counts[kept].sum())
+        num_kept = int(counts[list(kept)].sum())
         num_dropped = num_tokens - num_kept
-        return cls(base, kept, {"counted_tokens": num_tokens, "dropped_tokens": num_dropped})
+        found = {"counted_tokens": num_tokens, "dropped_tokens": num_dropped}
+        return cls(base, sorted(kept), found)
 
     def describe(self) -> str:
         """Return one line on what was dropped and what becomes of it."""
@@ -154,6 +154,7 @@ def count_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> np.ndarray:
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     for batch in batch_by_chars(texts, len):
         # An empty text has no ids, though a tokenizer that adds a space would give it one.
-        ids = tokenizer.encode_batch([text for text in batch if text])
-        counts += np.bincount(np.concatenate([np.zeros(0, np.int32), *ids]), minlength=len(counts))
+        ids_of_texts = tokenizer.encode_batch([text for text in batch if text])
+        ids = np.concatenate([np.zeros(0, np.int32), *ids_of_texts])
+        counts += np.bincount(ids, minlength=len(counts))
     return counts
