@@ -172,7 +172,7 @@ class TinyLM(_Template):
 
         Greedy unless the request asks for samples.
         """
-        return [self._write(text, options) for text, options in (r.args for r in requests)]
+        return [self._write(*request.args) for request in requests]
 
     def _write(self, text: str, options: dict[str, Any]) -> str:
         """Return what follows one text."""

@@ -88,8 +88,8 @@ def _read_part(
     sizes = tuple(len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True))
     if not stacked:
         return _padded(views[0][index], sizes)
-    layers, in_layer = index[0], index[1:]
-    return np.stack([_padded(view[in_layer], sizes[1:]) for view in views[layers]])
+    layers, *in_layer = index
+    return np.stack([_padded(view[tuple(in_layer)], sizes[1:]) for view in views[layers]])
 
 
 def _padded(part: np.ndarray, shape: Shape) -> np.ndarray:
