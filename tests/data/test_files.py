@@ -118,7 +118,7 @@ def test_a_folder_stands_for_its_files(tmp_path):
     (tmp_path / "texts/about.md").write_text("about", encoding="utf-8")
     (tmp_path / "texts/.hidden.txt").write_text("hidden", encoding="utf-8")
     assert texts_of(f"text:{tmp_path}/texts") == texts_of(f"text:{tmp_path}/texts/") == ["a", "b"]
-    # Spark writes a folder for each table, with notes of its own beside the parts.
+    # Spark writes a folder for each table, with notes of its own next to the parts.
     spark = tmp_path / "corpus.parquet"
     spark.mkdir()
     for name in ("_SUCCESS", "._SUCCESS.crc", ".part-00000.snappy.parquet.crc"):

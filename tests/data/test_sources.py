@@ -219,7 +219,7 @@ def test_ready_ids_are_read_in_place_in_the_type_they_have(tmp_path, kind, vocab
         (b"", "is an empty document"),
         (b"good<|endoftext|><|endoftext|>good", r"at byte 17 is an empty document"),
         (b"good<|endoftext|>caf\xe9 noir", r"at byte 17 is not UTF-8 \(byte 20\)"),
-        (b"\x7fELF\0\0\0", r"zero byte \(byte 4\).*no text"),
+        (b"\x7fELF\0\0\0", r"zero byte \(byte 4\).*not text"),
         (b"\x80\x81\x82", r"a\.txt at byte 0 is not UTF-8"),
     ],
 )
@@ -325,8 +325,8 @@ def test_bad_strings_of_parquet_are_named_or_skipped(tmp_path, kind):
         ({"source": "text:{}/cut.gz"}, r"cut\.gz can't be read"),
         ({"source": "text:{}/cut.zst"}, r"cut\.zst can't be read"),
         ({"source": "parquet:{}/short.txt"}, "can't be read as parquet"),
-        ({"source": "tokens:{}/odd.bin"}, "no ids of 2 or 4 bytes"),
-        ({"source": "tfds:no_such_set"}, "no data set of TFDS"),
+        ({"source": "tokens:{}/odd.bin"}, "can't be ids of 2 or 4 bytes"),
+        ({"source": "tfds:no_such_set"}, "neither a data set of TFDS"),
     ],
 )
 def test_each_mistake_is_one_line(tmp_path, settings, match):

@@ -1,6 +1,6 @@
-"""A folder appears whole or not at all, whoever else makes it at the same time.
+"""A folder appears whole or not at all, also where several processes make it at the same time.
 
-Work happens in a folder of its own beside the final one, which is renamed when all of it is on the
+Work happens in a folder of its own next to the final one, and is renamed when all of it is on the
 disk: a kill at any point leaves at most such a folder, which the next process on the host removes.
 One process of a host works at a time (a file lock, freed by the system when its holder dies); hosts
 that race for the same folder are settled by the rename.

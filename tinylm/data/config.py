@@ -15,7 +15,7 @@ from tinylm.core.storage import check_on_disk
 SOURCE_KINDS = ("tales", "addition", "text", "jsonl", "parquet", "tfds", "hf", "tokens")
 TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2", "hf", "sentencepiece", "llama2c")
 MADE_HERE = ("tales", "addition")  # sources that read no file
-WITHOUT_PROMPTS = ("tales", "text", "tokens")  # sources whose documents are no pairs
+WITHOUT_PROMPTS = ("tales", "text", "tokens")  # sources without pairs
 MAX_MIXTURE_PERIOD = 1_000_000
 MAX_IDS = 1 << 24  # of a tokenizer
 

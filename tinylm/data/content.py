@@ -2,8 +2,8 @@
 is the same text.
 
 A file has to be read whole for its checksum, which takes about a second a gigabyte. So checksums
-are noted beside the stores together with the size and the times of each file, and a file is read
-again only where one of these differs.
+are noted in the folder of the stores, together with the size and the times of each file, and a file
+is read again only where one of these differs.
 """
 
 import contextlib

@@ -44,8 +44,8 @@ def open_ids(path: str, vocab_size: int) -> np.memmap:
     num_bytes = pathlib.Path(path).stat().st_size
     if not num_bytes or num_bytes % 2:
         raise UserError(
-            f"{path} has {num_bytes} bytes, which are no ids of 2 or 4 bytes; tokens: reads uint16 "
-            "or uint32."
+            f"{path} has {num_bytes} bytes, which can't be ids of 2 or 4 bytes; tokens: reads "
+            "uint16 or uint32."
         )
     with pathlib.Path(path).open("rb") as file:
         head = file.read(_HEAD_BYTES)

@@ -25,7 +25,7 @@ class Shard:
 
     Attributes:
         file: Its name in the folder of the store. A ready file lies elsewhere and may be moved, so
-            the manifest has its last name alone; whoever reads it puts in the whole path.
+            the manifest has its last name alone; the reader puts in the whole path.
         items: How many items it has.
         dtype: Their type, where the shards of an array may differ in it: ready files do.
         sha256: Its checksum; None while nobody knows it.

@@ -114,18 +114,21 @@ class DocumentPlan:
         """
         for file in self._files:
             file.check()
-        first = np.where(rows > 0, self._ends[np.maximum(rows, 1) - 1], 0)
-        counts = self._ends[rows] - first
+        # Of each row: where its pieces begin in the index, and how many it has.
+        is_first_row = rows == 0
+        begin = np.where(is_first_row, 0, self._ends[rows - 1])
+        counts = self._ends[rows] - begin
 
-        # For each piece: its row of the batch, and its place in the index.
+        # Of each piece: its row of the batch, and its place in the index.
         row = np.repeat(np.arange(len(rows)), counts)
-        place = first[row] + count_within(counts)
+        place = begin[row] + count_within(counts)
         start, length = self._pieces[place].T
 
         # A piece begins where those before it in the batch end, counted from the begin of its row.
         before = np.cumsum(length) - length
-        first_piece_of_row = np.cumsum(counts) - counts
-        column = before - before[first_piece_of_row][row]
+        first_piece = np.cumsum(counts) - counts
+        before_row = before[first_piece]
+        column = before - before_row[row]
         return Pieces(row, column, start, length)
 
 

@@ -42,12 +42,11 @@ class _Runs:
         # Of each row of the run, its index over all epochs: [batches, A, n].
         indices = batches[:, None, None] * self._batch_size + self._places
         examples = self._rows.read(indices.ravel())
-        run: list[tuple[int, Examples]] = []
-        for nth, batch in enumerate(batches.tolist()):
-            arrays: Examples = {}
-            for name, values in examples.items():
-                arrays[name] = values.reshape(*indices.shape, *values.shape[1:])[nth]
-            run.append((batch, arrays))
+        run: list[tuple[int, Examples]] = [(batch, {}) for batch in batches.tolist()]
+        for name, values in examples.items():
+            of_batches = values.reshape(*indices.shape, *values.shape[1:])
+            for (_, arrays), of_batch in zip(run, of_batches, strict=True):
+                arrays[name] = of_batch
         return run
 
 

@@ -40,12 +40,16 @@ class Validation:
     loss_on: str
 
     @property
+    def _stores_and_splits(self) -> list[tuple[Store, Split]]:
+        return [(store, store.manifest.splits["valid"]) for store in self.valid_stores]
+
+    @property
     def valid_splits(self) -> list[Split]:
         """The validation split of each store."""
-        return [store.manifest.splits["valid"] for store in self.valid_stores]
+        return [split for _, split in self._stores_and_splits]
 
     def _pairs(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for store, split in zip(self.valid_stores, self.valid_splits, strict=True):
+        for store, split in self._stores_and_splits:
             yield from store.pairs(split)
 
     def answers(self, limit: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -61,12 +65,12 @@ class Validation:
             most: How many documents of each store, at most.
             most_tokens: Of a longer document, only the beginning is given.
         """
-        for store, split in zip(self.valid_stores, self.valid_splits, strict=True):
+        for store, split in self._stores_and_splits:
             first, end = split.documents
             num_texts = min(most, end - first)
-            evenly = np.linspace(first, end - 1, num_texts).astype(np.int64)
-            documents = np.unique(evenly).tolist()
-            for begin_token, end_token in store.spans(split, documents):
+            evenly = np.linspace(first, end - 1, num_texts)
+            documents = np.unique(evenly.astype(np.int64))
+            for begin_token, end_token in store.spans(split, documents.tolist()):
                 end_token = min(end_token, begin_token + most_tokens)
                 ids = store.tokens.between(begin_token, end_token)
                 yield self.tokenizer.decode(ids.tolist())
@@ -75,7 +79,7 @@ class Validation:
     def _targets(self) -> list[Targets]:
         """The targets of each validation split; prompts are none with loss on answers alone."""
         found: list[Targets] = []
-        for store, split in zip(self.valid_stores, self.valid_splits, strict=True):
+        for store, split in self._stores_and_splits:
             num_tokens = split.num_tokens
             num_bytes = split.bytes
             if self.loss_on == "answer":

@@ -5,7 +5,7 @@ A store is a folder. `manifest.json` names its shards (in the smallest unsigned 
 vocabulary, or ready files that are read in place) with sizes and checksums; `documents.bin` has,
 after each document, how many tokens and bytes of text there are so far; `mask-*.bin`, where there
 are prompts, is 1 where a token carries loss. Both splits lie in one sequence. Nothing in a store
-depends on where its text lay, so ready files are named anew at each opening. Opening costs a look
+depends on where its text lay, so each opening says where ready files are. Opening costs a look
 at each shard, whatever its size. A file that is cut or written to under a run is an error at the
 next reading, so shards are read, not mapped (a map that shrinks kills the process). One that was
 only touched is compared with its checksum, and read on.
@@ -120,7 +120,7 @@ class ArrayWriter:
 
 
 class StoreWriter:
-    """Writes documents into a folder that is no store until `finish` wrote the manifest."""
+    """Writes documents into a folder, which is a store once `finish` has written the manifest."""
 
     def __init__(self, folder: pathlib.Path, dtype: np.dtype, unknown_ids: Sequence[int] = ()):
         """Begin a store; `unknown_ids`, which stand for what a tokenizer can't spell, are

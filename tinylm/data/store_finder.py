@@ -10,7 +10,7 @@ there. One process of a job makes them, while the others wait.
 
 A tokenizer that learns from the text (bpe, or a cut to the most common ids) learns from the
 training split alone, before the first store is made; only the alphabet of `char` is that of all
-text, since there is no id for a character that it lacks.
+text, since it has no id for any other character.
 """
 
 import functools

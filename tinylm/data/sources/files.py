@@ -158,7 +158,7 @@ def read_chunks(path: str) -> Iterator[bytes]:
 
 
 def refuse_foreign(path: str, head: bytes) -> None:
-    """Raise UserError where the first bytes of a file's content show that it is no plain text."""
+    """Raise UserError where the first bytes of a file's content show that it isn't plain text."""
     for kind, (mark, remedy) in _FOREIGN.items():
         if re.match(mark, head, re.DOTALL):
             raise UserError(f"{path} is {kind}, not text in UTF-8; {remedy}.")

@@ -42,16 +42,16 @@ class TalesSource(Source):
         """Both splits of a small corpus in one pass, kept because a tokenizer that learns from it
         reads it too.
         """
-        train: list[Document] = []
-        valid: list[Document] = []
+        num_missing = {"train": self._count("train"), "valid": self._count("valid")}
+        held: dict[str, list[Document]] = {"train": [], "valid": []}
         tale_numbers = itertools.count()
-        while len(train) < self._count("train") or len(valid) < self._count("valid"):
+        while any(num_missing.values()):
             text, log_prob = tales.tale(next(tale_numbers))
             split = "valid" if tales.is_valid(text) else "train"
-            documents = valid if split == "valid" else train
-            if len(documents) < self._count(split):
-                documents.append(Document(text, log_prob=log_prob))
-        return {"train": train, "valid": valid}
+            if num_missing[split]:
+                num_missing[split] -= 1
+                held[split].append(Document(text, log_prob=log_prob))
+        return held
 
     def _count(self, split: str) -> int:
         if split == "valid":

@@ -78,7 +78,7 @@ def _text_of(value: Any, where: str) -> Document:
         problem = f"{where} holds {type(value).__name__} instead of text"
         return Document("", problem=problem, remedy="set data.text_field to another")
     elif has_lone_surrogate(value):
-        problem = f"{where} holds half of a surrogate pair, which is no Unicode"
+        problem = f"{where} holds half of a surrogate pair, which is not valid Unicode"
         return Document("", problem=problem)
     return Document(value.removeprefix(BYTE_ORDER_MARK))
 
@@ -161,7 +161,7 @@ class ParquetSource(RecordSource, FileSource):
             file = parquet.ParquetFile(path)
             columns = self._columns(file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
-                # As bytes: pyarrow raises for a string that is no UTF-8, without its place.
+                # As bytes: pyarrow raises for a string that isn't UTF-8, without its place.
                 fields = [
                     field.with_type(pa.large_binary()) if _is_text(field) else field
                     for field in batch.schema

@@ -89,7 +89,7 @@ def decode(block: bytes, where: str, offset: int = 0, strips: bool = False) -> D
         return Document("", problem=f"{where} is not UTF-8 (byte {offset + error.start})")
     if "\0" in text:
         place = offset + block.index(0)
-        return Document("", problem=f"{where} holds a zero byte (byte {place}): it is no text")
+        return Document("", problem=f"{where} holds a zero byte (byte {place}), so it is not text")
     if strips:
         text = text.strip(_ASCII_SPACE)
     if not text.strip():

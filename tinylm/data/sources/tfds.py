@@ -39,7 +39,7 @@ class TfdsSource(RecordSource):
             return self._prepared(tfds)
         except tfds.core.DatasetNotFoundError as error:
             raise UserError(
-                f"{self.setting} is no data set of TFDS, nor a folder with a prepared one."
+                f"{self.setting} is neither a data set of TFDS nor a folder with a prepared one."
             ) from error
         except ImportError as error:
             raise UserError(
