@@ -22,13 +22,9 @@ from tinylm.core.settings import to_dict
 from tinylm.run.folder import RunFolder
 
 MISTAKES = {
-    "store in a bucket": (
-        ["data.store_dir=gs://b/x"],
-        "data.store_dir=gs://b/x must be a file or folder on a disk",
-    ),
     "bucket that lost a slash": (
         ["data.store_dir=gs:/b/x"],
-        "data.store_dir=gs:/b/x must be a file or folder on a",
+        "data.store_dir=gs:/b/x must be gs://b/x for a bucket",
     ),
     "tfds in a bucket": (
         ["data.tfds_data_dir=s3://b"],
@@ -38,9 +34,9 @@ MISTAKES = {
         ["data.tfds_manual_dir=gs://b"],
         "data.tfds_manual_dir=gs://b must be a file or",
     ),
-    "text in a bucket": (
-        ["data.source=text:gs://b/*.txt"],
-        "data.source=gs://b/*.txt must be a file or folder on a",
+    "text in a bucket that lost a slash": (
+        ["data.source=text:gs:/b/*.txt"],
+        "data.source=gs:/b/*.txt must be gs://b/*.txt for a bucket",
     ),
     "tokenizer in a bucket": (
         ["data.tokenizer=hf:gs://b/t.json"],

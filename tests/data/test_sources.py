@@ -391,7 +391,7 @@ def test_only_the_writer_fetches_and_a_store_is_opened_without_fetching_again(
         huggingface_hub, "snapshot_download", lambda *a, **k: fetches.append(k) or tmp_path / "hub"
     )
     config = config_of(tmp_path, source="hf:org/name@v2", tokenizer="char")
-    with pytest.raises(UserError, match="another process to prepare"):
+    with pytest.raises(UserError, match="waited 0 s for another process to prepare"):
         open_data(config, seed=0, is_writer=False, wait_secs=0, progress=False)
     assert not fetches
     made = open_data(config, seed=0, progress=False)
@@ -417,7 +417,7 @@ def test_a_tfds_data_set_by_name_is_not_prepared_by_those_who_wait(tmp_path, mon
     import tensorflow_datasets as tfds
 
     monkeypatch.setattr(tfds, "builder", lambda *args, **kwargs: pytest.fail("prepared"))
-    with pytest.raises(UserError, match="another process to prepare"):
+    with pytest.raises(UserError, match="waited 0 s for another process to prepare"):
         config = config_of(tmp_path, source="tfds:tiny_shakespeare", tokenizer="char")
         open_data(config, seed=0, is_writer=False, wait_secs=0, progress=False)
 

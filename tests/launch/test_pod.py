@@ -6,15 +6,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
+import pod
 import pytest
 from helpers import ROOT, SMALL, finished, lines, run_command, state_digest
-
-sys.path.insert(0, os.path.dirname(__file__))
-import pod
 from pod import BUCKET, ends, make_pod, output
 
 pytestmark = [

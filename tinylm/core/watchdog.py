@@ -34,6 +34,7 @@ from typing import Any
 
 import jax
 
+from tinylm.core import buckets
 from tinylm.core.agreement import client
 from tinylm.core.distributed import host, speaker
 from tinylm.core.errors import HangError
@@ -61,6 +62,7 @@ class _SignOfLife:
     step: int
     secs: float  # host time of a step
     host: str
+    waits: bool = False  # for a bucket that fails
 
 
 @dataclasses.dataclass
@@ -137,11 +139,13 @@ class Watchdog:
             passed = min(now - last, 2 * POLL_SECS)
             last = now
 
-            # Before the first step nothing is overdue.
-            if self._step >= 0:
+            signs = self._signs
+            waits = buckets.is_waiting() or any(sign.waits for sign in signs.values())
+            # Before the first step nothing is overdue, nor while a process waits for a bucket that
+            # fails: that has a limit of its own.
+            if self._step >= 0 and not waits:
                 self._overdue_secs += passed
 
-            signs = self._signs
             if self._client and not self._answered:
                 unanswered_secs += passed
             else:
@@ -185,7 +189,11 @@ class Watchdog:
     def _publish(self, polls: int) -> None:
         """Write our sign of life into the store."""
         sign = _SignOfLife(
-            polls=polls, step=self._step, secs=statistics.median(self._host_secs), host=host()
+            polls=polls,
+            step=self._step,
+            secs=statistics.median(self._host_secs),
+            host=host(),
+            waits=buckets.is_waiting(),
         )
         key = f"{_ALIVE}{jax.process_index()}/"
         self._client.key_value_set(key, json.dumps(dataclasses.asdict(sign)), allow_overwrite=True)

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 from tinylm.core.errors import UserError
 from tinylm.core.settings import Section, nearest, setting
-from tinylm.core.storage import check_on_disk
+from tinylm.core.storage import check_address, check_on_disk
 
 SOURCE_KINDS = ("tales", "addition", "text", "jsonl", "parquet", "tfds", "hf", "tokens")
 TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2", "hf", "sentencepiece", "llama2c")
@@ -149,9 +149,23 @@ class DataConfig(Section, name="data"):
     )
     store_dir: str = setting(
         "",
-        "folder of prepared tokens, shared between runs (empty: the user's cache)",
+        "folder of prepared tokens, shared between runs: on a disk, or gs://, s3:// (empty: the "
+        "user's cache)",
         free=True,
         aliases=("cache_dir",),
+    )
+    cache_bytes: int = setting(
+        0,
+        "most bytes that a host keeps of a store in a bucket (0: half of its free disk); of a "
+        "larger store it reads what its batches need",
+        least=0,
+        free=True,
+    )
+    outage_secs: float = setting(
+        1800.0,
+        "how long a bucket with data may fail before the run ends; it waits, and goes on",
+        least=0,
+        free=True,
     )
     tfds_data_dir: str = setting(
         "", "folder of prepared TFDS data sets (empty: TFDS's own)", free=True
@@ -177,7 +191,8 @@ class DataConfig(Section, name="data"):
         super().check()
         if any("\ud800" <= char <= "\udfff" for char in self.separator):
             raise UserError(f"data.separator={self.separator!r} must be text in UTF-8.")
-        for name in ("store_dir", "tfds_data_dir", "tfds_manual_dir"):
+        check_address("data.store_dir", self.store_dir)
+        for name in ("tfds_data_dir", "tfds_manual_dir"):
             check_on_disk(f"data.{name}", getattr(self, name))
         _check_spec("data.tokenizer", self.tokenizer, TOKENIZER_KINDS)
         if split_spec(self.tokenizer)[0] in _TOKENIZER_FILES:
@@ -192,8 +207,11 @@ class DataConfig(Section, name="data"):
             keys.append(("data.valid_source", self.valid_source))
         for key, spec in keys:
             _check_spec(key, spec, SOURCE_KINDS)
-            if split_spec(spec)[0] in _SOURCE_FILES:
-                check_on_disk(key, split_spec(spec)[1])
+            kind, place = split_spec(spec)
+            if kind == "tfds":
+                check_on_disk(key, place)
+            elif kind in _SOURCE_FILES:
+                check_address(key, place)
             self._check_together(key, spec)
 
     def _check_together(self, key: str, spec: str) -> None:

@@ -17,18 +17,22 @@ from typing import Any
 
 from tinylm.core.errors import UserError
 from tinylm.core.files import replace_text
+from tinylm.core.storage import in_bucket
+from tinylm.data import mirror
 from tinylm.data.progress import Progress
 
 _CHUNK_BYTES = 1 << 22
 
 
-def file_state(path: str) -> list[int]:
+def file_state(path: str) -> list[Any]:
     """Return what changes whenever a file is written to: its size and its times of modification and
-    change.
+    change; of an object in a bucket its size and a mark.
 
     The second time is kept by the system alone, so it also shows a file whose first time was set
     back.
     """
+    if in_bucket(path):
+        return mirror.state(path)
     try:
         status = os.stat(path)
     except OSError as error:
@@ -59,7 +63,7 @@ def checksums(paths: Sequence[str], notes: pathlib.Path, work: Progress) -> list
     return [found[path][-1] for path in paths]
 
 
-def _is_of(entry: Any, state: list[int]) -> bool:
+def _is_of(entry: Any, state: list[Any]) -> bool:
     """Return whether an entry of the notes, which may be damaged, is of a file in this state."""
     return isinstance(entry, list) and entry[:-1] == state and isinstance(entry[-1], str)
 
@@ -67,7 +71,7 @@ def _is_of(entry: Any, state: list[int]) -> bool:
 def _checksum(path: str, work: Progress) -> str:
     digest = hashlib.sha256()
     try:
-        with pathlib.Path(path).open("rb") as file:
+        with pathlib.Path(mirror.local(path)).open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 work.update(len(chunk))

@@ -122,10 +122,13 @@ class Manifest:
     skipped: SkippedFacts
     held_out: str = ""
 
+    def content(self) -> str:
+        """Return the content of the file."""
+        return json.dumps({"format": FORMAT, **as_json(self)}, indent=1)
+
     def write(self, folder: pathlib.Path) -> None:
         """Write the manifest into the folder of its store."""
-        content = {"format": FORMAT, **as_json(self)}
-        (folder / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (folder / MANIFEST).write_text(self.content(), encoding="utf-8")
 
 
 def as_json(facts: Any) -> dict[str, Any]:

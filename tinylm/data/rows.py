@@ -153,6 +153,8 @@ class SplitRows:
         targets = np.full(shape, self._eot_id, np.int32)
         weights = np.zeros(shape, np.float32)
         window = np.empty(self._seq_len + 1, np.int32)
+        if self._store.is_remote:
+            self._fetch(pieces)
         for row, column, start, length in pieces.as_numbers():
             # The last target's own token is no input, and the first input is no target.
             piece = window[: length + 1]
@@ -170,6 +172,20 @@ class SplitRows:
             examples["segments"] = segments
             examples["positions"] = positions
         return examples
+
+    def _fetch(self, pieces: Pieces) -> None:
+        """Have what the pieces read come from the bucket at once, rather than piece by piece."""
+        num_tokens = self._end - self._begin
+        stretches: list[tuple[int, int]] = []
+        for _, _, start, length in pieces.as_numbers():
+            first = max(start - 1, 0)
+            straight = min(start + length, num_tokens) - first
+            stretches.append((self._begin + first, straight))
+            if start + length > num_tokens:
+                stretches.append((self._begin, start + length - num_tokens))
+        self._store.tokens.fetch(stretches)
+        if self._use_mask and self._store.mask is not None:
+            self._store.mask.fetch(stretches)
 
     def _read_window(self, out: np.ndarray, start: int) -> None:
         """Fill `out` with the token before `start`, end of text before the first, and those from

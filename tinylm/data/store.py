@@ -12,6 +12,7 @@ only touched is compared with its checksum, and read on.
 """
 
 import bisect
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import StorageError
+from tinylm.data.bucket_files import BucketFile, Remote
 from tinylm.data.manifest import (
     Manifest,
     Shard,
@@ -230,10 +232,29 @@ class StoreWriter:
 class TokenArray:
     """One long array over several files, read a stretch at a time."""
 
-    def __init__(self, folder: pathlib.Path, shards: Sequence[Shard], dtype: np.dtype | type):
-        """Open the `shards` of the store in `folder`; `dtype` is that of shards that name none."""
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        shards: Sequence[Shard],
+        dtype: np.dtype | type,
+        remote: Remote | None = None,
+    ):
+        """Open files.
+
+        Args:
+            folder: Of the store.
+            shards: The files.
+            dtype: That of shards that name none.
+            remote: Where the files are that aren't on this disk.
+        """
         _allow_files(len(shards))
-        self._files = [ArrayFile(folder, shard, shard.dtype or dtype) for shard in shards]
+        self._files: list[ArrayFile | BucketFile] = []
+        for shard in shards:
+            if remote is not None and not (folder / shard.file).exists():
+                self._files.append(BucketFile(folder, shard, shard.dtype or dtype, remote))
+            else:
+                self._files.append(ArrayFile(folder, shard, shard.dtype or dtype))
+        self.is_remote = any(isinstance(file, BucketFile) for file in self._files)
         self._starts = [0, *itertools.accumulate(shard.items for shard in shards)]
 
     def __len__(self) -> int:
@@ -246,6 +267,22 @@ class TokenArray:
         out = np.empty(max(end - begin, 0), np.int32)
         self.read(out, begin)
         return out
+
+    def fetch(self, stretches: Iterable[tuple[int, int]]) -> None:
+        """Fetch stretches (start, count) that are in a bucket, all at once, for `read` to find."""
+        wanted: dict[int, list[tuple[int, int]]] = collections.defaultdict(list)
+        for start, count in stretches:
+            end = start + count
+            shard = bisect.bisect_right(self._starts, start) - 1
+            while start < end:
+                stop = min(end, self._starts[shard + 1])
+                wanted[shard].append((start - self._starts[shard], stop - start))
+                start = stop
+                shard += 1
+        for shard, parts in wanted.items():
+            file = self._files[shard]
+            if isinstance(file, BucketFile):
+                file.fetch(parts)
 
     def read(self, out: np.ndarray, start: int) -> None:
         """Fill `out` with what begins at `start`."""
@@ -359,13 +396,20 @@ class Store:
         mask: 1 where a token carries loss; None where all do.
     """
 
-    def __init__(self, folder: pathlib.Path, spec: str = "", ready_files: Sequence[str] = ()):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        spec: str = "",
+        ready_files: Sequence[str] = (),
+        remote: Remote | None = None,
+    ):
         """Open a store.
 
         Args:
             folder: Where it is.
             spec: The source, where another spec than the one it was prepared for leads to it.
             ready_files: Where the ready files of ids are now.
+            remote: Where its files are that aren't in `folder`.
         """
         self.folder = folder
         self.manifest = read_manifest(folder)
@@ -376,15 +420,27 @@ class Store:
                 dataclasses.replace(shard, file=path)
                 for shard, path in zip(shards, ready_files, strict=True)
             ]
-        self.tokens = TokenArray(folder, shards, np.dtype(self.manifest.dtype))
+        self.tokens = TokenArray(folder, shards, np.dtype(self.manifest.dtype), remote)
         masks = self.manifest.mask_shards
-        self.mask = TokenArray(folder, masks, np.uint8) if masks else None
+        self.mask = TokenArray(folder, masks, np.uint8, remote) if masks else None
         self._files = shards + masks + self.manifest.document_shards
 
     @property
+    def _files_here(self) -> list[Shard]:
+        """Its files that are on this disk: all, or all but those that stay in a bucket."""
+        if not self.is_remote:
+            return self._files
+        return [shard for shard in self._files if (self.folder / shard.file).exists()]
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether some of its files are read from a bucket."""
+        return self.tokens.is_remote or (self.mask is not None and self.mask.is_remote)
+
+    @property
     def num_bytes(self) -> int:
-        """How many bytes its files have."""
-        return sum((self.folder / shard.file).stat().st_size for shard in self._files)
+        """How many bytes its files on this disk have."""
+        return sum((self.folder / shard.file).stat().st_size for shard in self._files_here)
 
     @property
     def digest(self) -> str:
@@ -397,8 +453,11 @@ class Store:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Read every file and raise StorageError where one differs from its checksum."""
-        for shard in self._files:
+        """Read every file on this disk and raise StorageError where one differs from its checksum.
+
+        What comes from a bucket is compared whenever it is read.
+        """
+        for shard in self._files_here:
             path = self.folder / shard.file
             try:
                 with path.open("rb") as file:

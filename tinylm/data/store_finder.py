@@ -21,7 +21,10 @@ from typing import Any
 
 from tinylm.core.errors import UserError
 from tinylm.core.log import alive, say
+from tinylm.core.storage import in_bucket
 from tinylm.data import atomic, content, prepare, stores
+from tinylm.data.bucket_files import BlockCache, Remote
+from tinylm.data.bucket_stores import StoreBucket, cache_bytes
 from tinylm.data.config import DataConfig, parse_mixture, split_spec
 from tinylm.data.manifest import MANIFEST, read_manifest
 from tinylm.data.progress import progress as progress_of
@@ -34,6 +37,8 @@ from tinylm.data.token_files import prepare_token_files
 from tinylm.data.tokenizers import Tokenizer, build_tokenizer, tokenizer_file_hashes
 
 WAIT_SECS = 1800.0
+# How long process 0 may prepare for a bucket; that it lives, JAX watches.
+_LONGEST_SECS = 7 * 24 * 3600.0
 _LOOKED_AT_DOCUMENTS = 1000
 _NUM_EXAMPLES = 3
 
@@ -85,22 +90,80 @@ class StoreFinder:
         self._wait_secs = wait_secs
         self._is_shown = is_shown
         self._folder = stores.store_folder(config)
+        self._bucket: StoreBucket | None = None
+        if in_bucket(config.store_dir):
+            self._bucket = StoreBucket(config.store_dir, config.outage_secs)
+        self._cache: BlockCache | None = None
         self._checksums_of: dict[str, list[str]] = {}
 
     def store(self, source: Source, splits: tuple[str, ...]) -> Store:
         """Return the store of some splits of a source, made by this process, by another, or long
         ago.
         """
+        if self._bucket is not None:
+            return self._store_in_bucket(self._bucket, source, splits)
         folder = self.folder_of(source, splits)
         if not self._is_writer:
             stores.wait_for(folder, self._wait_secs)
         elif not _is_whole(folder):
-            atomic.make(folder, _is_whole, functools.partial(self._fill, source, splits))
-            self._tell_unknown(source, folder)
-            if self._is_shown:
-                prepare.tell_skipped(folder)
-        ready_files = source.files if isinstance(source, TokenSource) else ()
+            self._make(source, splits, folder)
+        ready_files = source.local_files if isinstance(source, TokenSource) else ()
         return Store(folder, source.spec, ready_files)
+
+    def _make(self, source: Source, splits: tuple[str, ...], folder: pathlib.Path) -> None:
+        """Prepare the store of some splits of a source, and say what is noteworthy about it."""
+        atomic.make(folder, _is_whole, functools.partial(self._fill, source, splits))
+        self._tell_unknown(source, folder)
+        if self._is_shown:
+            prepare.tell_skipped(folder)
+
+    def _store_in_bucket(
+        self, bucket: StoreBucket, source: Source, splits: tuple[str, ...]
+    ) -> Store:
+        """Return a store that is in a bucket, prepared there first by process 0 where it isn't.
+
+        Only process 0 needs the text and the tokenizer: the others are told the store's name.
+        """
+        # It brings JAX, which is not needed to prepare data alone.
+        from tinylm.core.agreement import from_main
+
+        with alive(lambda: f"preparing {source.spec} for {bucket.url}"):
+            name = from_main(
+                lambda: self._prepared_in_bucket(bucket, source, splits), _LONGEST_SECS
+            )
+        limit = cache_bytes(self._config.cache_bytes, self._folder)
+        folder = self._folder / name
+        is_copied = _is_whole(folder) or bucket.num_bytes(name) <= limit
+        if not is_copied:
+            folder = folder.with_name(f"{name}.part")
+        if not self._is_writer:
+            stores.wait_for(folder, self._wait_secs)
+        elif not _is_whole(folder):
+            atomic.make(folder, _is_whole, lambda folder: bucket.fetch(folder, name, is_copied))
+        if is_copied:
+            return Store(folder, source.spec)
+        if self._cache is None:
+            self._cache = BlockCache(self._folder, limit)
+        remote = Remote(bucket.url_of(name), self._cache, self._config.outage_secs)
+        return Store(folder, source.spec, remote=remote)
+
+    def _prepared_in_bucket(
+        self, bucket: StoreBucket, source: Source, splits: tuple[str, ...]
+    ) -> str:
+        """Return the name of a store, after preparing it in the bucket where it isn't there."""
+        folder = self.folder_of(source, splits)
+        if bucket.has(folder.name):
+            return folder.name
+        if not _is_whole(folder):
+            self._make(source, splits, folder)
+        is_ready = isinstance(source, TokenSource)
+        ready_files = source.local_files if isinstance(source, TokenSource) else ()
+        bucket.upload(folder, ready_files)
+        # In the bucket ready files have other names; and what is larger than a host may keep goes.
+        limit = cache_bytes(self._config.cache_bytes, self._folder)
+        if is_ready or bucket.num_bytes(folder.name) > limit:
+            stores.remove(folder)
+        return folder.name
 
     def folder_of(self, source: Source, splits: tuple[str, ...]) -> pathlib.Path:
         """Return the folder that the store of some splits of a source has, or will have."""
@@ -157,8 +220,18 @@ class StoreFinder:
             return []
         notes = stores.checksum_notes(self._folder, source)
         total_bytes = sum(content.file_state(path)[0] for path in files)
+        # Another host may have read them, and noted it where the stores are.
+        bucket = self._bucket if in_bucket(files[0]) else None
+        if bucket is not None and not notes.exists():
+            noted = bucket.read_text(f"{stores.CHECKSUMS}/{notes.name}")
+            if noted is not None:
+                notes.parent.mkdir(exist_ok=True, mode=0o700)
+                notes.write_text(noted, encoding="utf-8")
         with progress_of(total_bytes, self._is_shown, "reading checksums of", source.spec) as work:
-            return content.checksums(files, notes, work)
+            found = content.checksums(files, notes, work)
+        if bucket is not None and work.done_bytes and notes.exists():
+            bucket.write_text(f"{stores.CHECKSUMS}/{notes.name}", notes.read_text(encoding="utf-8"))
+        return found
 
     def _training_texts(self) -> Iterator[str]:
         """Yield the texts of the training split, which alone a tokenizer may learn its statistics

@@ -20,6 +20,7 @@ from typing import Any
 
 from tinylm.core.errors import StorageError
 from tinylm.core.files import user_cache
+from tinylm.core.storage import in_bucket
 from tinylm.data.atomic import lock_path
 from tinylm.data.config import DataConfig, split_spec
 from tinylm.data.manifest import FORMAT, MANIFEST
@@ -42,10 +43,13 @@ class FoundStore:
 
 
 def store_folder(config: DataConfig) -> pathlib.Path:
-    """Return the folder of all stores: as configured, in the user's cache, or private in the
-    temporary folder.
+    """Return the folder of all stores on this disk: as configured, in the user's cache, or private
+    in the temporary folder.
+
+    Where data.store_dir is in a bucket, copies of what is there go to the usual folder.
     """
-    if config.store_dir:
+    is_named = bool(config.store_dir) and not in_bucket(config.store_dir)
+    if is_named:
         candidates = [pathlib.Path(config.store_dir).expanduser()]
     else:
         candidates = _usual_folders()
@@ -55,7 +59,7 @@ def store_folder(config: DataConfig) -> pathlib.Path:
             folder.mkdir(exist_ok=True, mode=0o700)
             # In a shared temporary folder another user may have made one of this name.
             owners = {os.lstat(path).st_uid for path in (folder.parent, folder)}
-            if config.store_dir or owners == {os.getuid()}:
+            if is_named or owners == {os.getuid()}:
                 return folder
     raise StorageError(
         f"{candidates[-1]} can't be made; set data.store_dir to a folder that can be written."
@@ -97,8 +101,10 @@ def store_name(text: list[Any], tokenizer: Any) -> str:
 
 def checksum_notes(folder: pathlib.Path, source: Source) -> pathlib.Path:
     """Return the file with the checksums of a source's files, named by the place of these."""
-    place = os.path.abspath(source.argument).encode("utf-8", "surrogateescape")
-    return folder / CHECKSUMS / f"{hash_bytes(place)}.json"
+    place = source.argument
+    if not in_bucket(place):
+        place = os.path.abspath(place)
+    return folder / CHECKSUMS / f"{hash_bytes(place.encode('utf-8', 'surrogateescape'))}.json"
 
 
 def wait_for(folder: pathlib.Path, wait_secs: float) -> None:

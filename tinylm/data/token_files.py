@@ -51,7 +51,8 @@ def prepare_token_files(
     with progress(scanned_bytes, is_shown, "preparing", source.spec) as work:
         scan = _Scan(tokenizer, writer, work)
         shards = [
-            scan.file(path, sha256) for path, sha256 in zip(source.files, checksums, strict=True)
+            scan.file(path, sha256)
+            for path, sha256 in zip(source.local_files, checksums, strict=True)
         ]
         array = TokenArray(folder, shards, np.uint16)
         scan.close_last_document()

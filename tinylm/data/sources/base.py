@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
 from tinylm.core.errors import UserError
+from tinylm.core.storage import in_bucket
+from tinylm.data import mirror
 from tinylm.data.config import DataConfig, split_spec
 from tinylm.data.sources import files
 
@@ -124,17 +126,22 @@ class FileSource(Source):
 
     @functools.cached_property
     def files(self) -> list[str]:
-        """The files of a glob or folder, sorted.
+        """The files of a glob or folder, sorted: paths, or URLs of objects in a bucket.
 
         Raises:
             UserError: There are none, or one can't be read.
         """
-        paths = files.find(self.argument, self.endings)
+        if in_bucket(self.argument):
+            paths = mirror.find(self.argument, self.endings)
+        else:
+            paths = files.find(self.argument, self.endings)
         if not paths:
             raise UserError(
                 f"{self.setting} matches no file; set {self.key} to a file, folder or glob that "
                 "exists."
             )
+        if in_bucket(self.argument):
+            return paths
         for path in paths:
             if not os.access(path, os.R_OK):
                 raise UserError(
@@ -144,17 +151,23 @@ class FileSource(Source):
         return [files.rereadable(path) for path in paths]
 
     @property
+    def local_files(self) -> list[str]:
+        """The files on this disk; objects of a bucket are copied first."""
+        return [mirror.local(path) for path in self.files]
+
+    @property
     def content_files(self) -> list[str]:
         return self.files
 
     def total_bytes(self) -> int | None:
-        if any(path.endswith(".parquet") or files.compression(path) for path in self.files):
+        paths = self.local_files
+        if any(path.endswith(".parquet") or files.compression(path) for path in paths):
             return None
-        return sum(os.path.getsize(path) for path in self.files)
+        return sum(os.path.getsize(path) for path in paths)
 
     def read_split(self, split: str) -> Iterator[Document]:
         for path in self.files:
-            yield from self.read(path)
+            yield from self.read(mirror.local(path))
 
     def read(self, path: str) -> Iterator[Document]:
         """Yield the documents of one file."""

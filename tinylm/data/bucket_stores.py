@@ -1,0 +1,160 @@
+"""Token stores in a bucket (`data.store_dir=gs://bucket/stores`): prepared once, read by all hosts.
+
+    process 0   text -> store on its disk -> bucket
+    each host   bucket -> its disk, whole, where that has room for it (data.cache_bytes)
+                bucket -> blocks of what its batches need, otherwise
+
+A store has the same name and the same files there as on a disk, and with each file of tokens or
+masks the checksums of its blocks. The manifest is written last, so a store that has one is whole;
+two jobs that write the same store at the same time write the same bytes.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from tinylm.core import buckets
+from tinylm.core.errors import StorageError
+from tinylm.core.log import alive
+from tinylm.data.bucket_files import CHECKSUMS_ENDING, block_checksums
+from tinylm.data.manifest import MANIFEST, Manifest, Shard, read_manifest
+from tinylm.data.store import Store
+
+T = TypeVar("T")
+_TOKENIZER = "tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class StoreBucket:
+    """The folder of all stores, where it is in a bucket.
+
+    Attributes:
+        url: data.store_dir.
+        outage_secs: How long the bucket may fail.
+    """
+
+    url: str
+    outage_secs: float
+
+    def url_of(self, name: str) -> str:
+        """Return the URL of the store of a name."""
+        return f"{self.url.rstrip('/')}/{name}"
+
+    def has(self, name: str) -> bool:
+        """Say whether there is the store of a name."""
+        url = f"{self.url_of(name)}/{MANIFEST}"
+        return self._patiently(url, functools.partial(buckets.exists_there, url))
+
+    def upload(self, folder: pathlib.Path, ready_files: Sequence[str] = ()) -> None:
+        """Copy a store there.
+
+        Args:
+            folder: The store on this disk.
+            ready_files: Its files of ids, where these lie elsewhere.
+        """
+        manifest = read_manifest(folder)
+        if ready_files:
+            # They come from several folders, perhaps under the same name.
+            shards = [
+                dataclasses.replace(shard, file=f"ready-{number:05d}.bin")
+                for number, shard in enumerate(manifest.shards)
+            ]
+            manifest = dataclasses.replace(manifest, shards=shards)
+        paths = {shard.file: folder / shard.file for shard in _in_blocks(manifest)}
+        for shard, ready in zip(manifest.shards, ready_files, strict=False):
+            paths[shard.file] = pathlib.Path(ready)
+        url = self.url_of(folder.name)
+        with alive(lambda: f"copying {folder} to {url}"):
+            for name, path in paths.items():
+                self._write(block_checksums(path).tobytes(), f"{url}/{name}{CHECKSUMS_ENDING}")
+                self._put(path, f"{url}/{name}")
+            for shard in manifest.document_shards:
+                self._put(folder / shard.file, f"{url}/{shard.file}")
+            for path in (folder / _TOKENIZER).iterdir():
+                self._put(path, f"{url}/{_TOKENIZER}/{path.name}")
+            self._write(manifest.content().encode(), f"{url}/{MANIFEST}")
+
+    def num_bytes(self, name: str) -> int:
+        """Return how many bytes the files of a store have."""
+        return sum(self._sizes(self.url_of(name)).values())
+
+    def fetch(self, folder: pathlib.Path, name: str, is_whole: bool) -> None:
+        """Copy a store into `folder`: the whole of it, or all but the tokens and masks, which are
+        then read where they are.
+
+        Raises:
+            StorageError: What came differs from its checksum, or the bucket fails.
+        """
+        url = self.url_of(name)
+        with alive(lambda: f"copying {url}"):
+            self._get(f"{url}/{MANIFEST}", folder / MANIFEST)
+            left_there: set[str] = set()
+            if not is_whole:
+                left_there = {shard.file for shard in _in_blocks(read_manifest(folder))}
+            for relative in self._sizes(url).keys() - left_there - {MANIFEST}:
+                self._get(f"{url}/{relative}", folder / relative)
+            if is_whole:
+                Store(folder).verify()
+
+    def read_text(self, name: str) -> str | None:
+        """Return the content of a small file of the folder; None where there is none."""
+        url = self.url_of(name)
+
+        def read() -> str | None:
+            if not buckets.exists_there(url):
+                return None
+            return buckets.file_system(url).cat_file(url).decode()
+
+        return self._patiently(url, read)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file of the folder."""
+        self._write(text.encode(), self.url_of(name))
+
+    def _sizes(self, url: str) -> dict[str, int]:
+        """Return the sizes of the objects of a store, by their path in it."""
+
+        def find() -> dict[str, int]:
+            files = buckets.file_system(url)
+            files.invalidate_cache()
+            prefix = f"{url.partition('://')[2]}/"
+            found = files.find(url, detail=True)
+            return {path.removeprefix(prefix): info["size"] for path, info in found.items()}
+
+        return self._patiently(url, find)
+
+    def _get(self, url: str, path: pathlib.Path) -> None:
+        self._patiently(url, functools.partial(buckets.copy_here, url, path))
+
+    def _put(self, path: pathlib.Path, url: str) -> None:
+        self._patiently(url, functools.partial(buckets.copy_there, path, url))
+
+    def _write(self, content: bytes, url: str) -> None:
+        self._patiently(url, functools.partial(buckets.write_there, content, url))
+
+    def _patiently(self, url: str, use: Callable[[], T]) -> T:
+        return buckets.patiently(url, "data.store_dir", use, self.outage_secs)
+
+
+def _in_blocks(manifest: Manifest) -> list[Shard]:
+    """Return the shards that may stay in the bucket."""
+    return [*manifest.shards, *manifest.mask_shards]
+
+
+def cache_bytes(limit: int, folder: pathlib.Path) -> int:
+    """Return how many bytes a host may keep of stores in buckets.
+
+    Args:
+        limit: data.cache_bytes; 0 for half of what is free.
+        folder: Where they are kept.
+
+    Raises:
+        StorageError: There is not even room for a block.
+    """
+    free = shutil.disk_usage(folder).free
+    if limit > free:
+        raise StorageError(f"data.cache_bytes={limit} is more than the {free} free in {folder}.")
+    return limit or free // 2

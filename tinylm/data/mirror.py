@@ -1,0 +1,87 @@
+"""Source files that lie in a bucket: copied into the user's cache, and read there.
+
+A text is read once to prepare it, or twice, from its beginning to its end; so whole files are
+copied, and stay for the next run. A copy is used again as long as the object is the same. Where
+tokens are prepared in a bucket too (data.store_dir), the hosts of a job read those, and copy no
+text.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from tinylm.core import buckets
+from tinylm.core.errors import StorageError, UserError, one_line
+from tinylm.core.files import replace_text, user_cache
+from tinylm.core.log import alive
+from tinylm.core.storage import in_bucket
+
+OUTAGE_SECS = 600.0
+
+
+def _patiently(url: str, use: Any) -> Any:
+    return buckets.patiently(url, "data.source", use, OUTAGE_SECS)
+
+
+def find(pattern: str, endings: tuple[str, ...]) -> list[str]:
+    """Return the URLs of the objects that a URL, folder or glob in a bucket stands for.
+
+    A folder stands for the objects below it: those with one of `endings` where there are any,
+    otherwise all.
+    """
+    found = _patiently(pattern, functools.partial(buckets.find_objects, pattern))
+    wanted = [url for url in found if url.lower().endswith(endings)] if endings else []
+    is_folder = found != [pattern] and not any(letter in pattern for letter in "*?[")
+    return wanted if is_folder and wanted else found
+
+
+@functools.cache
+def state(url: str) -> list[Any]:
+    """Return what changes with the content of an object: its size, and a mark of its service.
+
+    It is asked once in a process.
+    """
+    try:
+        return _patiently(url, functools.partial(buckets.object_state, url))
+    except FileNotFoundError as error:
+        raise UserError(f"{url} can't be read: {one_line(error)}.") from error
+
+
+def local(path: str) -> str:
+    """Return the path of a file on the disk: `path` itself, or a copy of the object that it names.
+
+    Raises:
+        StorageError: There is no room for the copy.
+    """
+    if not in_bucket(path):
+        return path
+    cache = user_cache()
+    if cache is None:
+        raise StorageError(f"{path} has to be copied to the disk, and this user has no home.")
+    copy = cache / "buckets" / path.replace("://", "/", 1)
+    note = copy.with_name(copy.name + ".state")
+    if copy.exists() and _noted(note) == state(path):
+        return os.fspath(copy)
+    copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    size = state(path)[0]
+    free = shutil.disk_usage(copy.parent).free
+    if size > free:
+        raise StorageError(
+            f"{path} has {size:,} bytes and {copy.parent} room for {free:,}; prepare it on a "
+            "machine with a larger disk, into a bucket (data.store_dir)."
+        )
+    with alive(lambda: f"copying {path} ({size / 1e6:,.0f} MB)"):
+        _patiently(path, functools.partial(buckets.copy_here, path, copy))
+    replace_text(note, json.dumps(state(path)), suffix=f".{os.getpid()}.tmp")
+    return os.fspath(copy)
+
+
+def _noted(note: pathlib.Path) -> Any:
+    """Return the state of an object when it was copied; None where that isn't known."""
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
