@@ -80,7 +80,9 @@ def prove_compiler(config: Config) -> Proof:
     config, lowered = scaled_down(config, shards)
     found = [*known_programs(), *compare_step(config)]
 
-    rows = [("", "compiled, off the exact", "one by one, off the exact", "allowed", "")]
+    rows: list[tuple[str, ...]] = [
+        ("", "compiled, off the exact", "one by one, off the exact", "allowed", "")
+    ]
     for kind in dict.fromkeys(one.kind for one in found):
         worst = max((one for one in found if one.kind == kind), key=_excess)
         name = worst.name

@@ -66,7 +66,9 @@ def prove_mesh(config: Config) -> Proof:
     norm_limit = NORM_LIMIT[config.model.compute_dtype]
 
     one_loss, one_norm, one_params = _one_step(config, MeshConfig(data=1), batch)
-    rows = [("mesh", "loss", "loss apart", "gradient norm apart", "parameters apart")]
+    rows: list[tuple[str, ...]] = [
+        ("mesh", "loss", "loss apart", "gradient norm apart", "parameters apart")
+    ]
     holds = True
     for mesh in _meshes(jax.device_count(), config.micro_batch_rows):
         loss, norm, params = _one_step(config, mesh, batch)
