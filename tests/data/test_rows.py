@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinylm.data import open_data, packing
+from tinylm.data import rows as rows_of
 from tinylm.data.config import DataConfig, parse_mixture
 from tinylm.data.pipeline import eval_batches, train_batches
 from tinylm.data.rows import schedule
@@ -334,3 +335,23 @@ def test_weights_of_a_mixture_add_up_to_one():
         (Fraction(2, 3), "tales"),
         (Fraction(1, 3), "addition"),
     ]
+
+
+def test_the_example_of_rows_holds_each_token_once_an_epoch(tmp_path, monkeypatch):
+    """Windows of 4 targets over 10 tokens, with the offsets 1 and 3, as in the docstring of rows."""
+    offsets = {0: 1, 1: 3}
+    real_draw = rows_of.draw
+
+    def draw(seed, purpose, epoch):
+        return offsets[epoch] if purpose == "grid" else real_draw(seed, purpose, epoch)
+
+    monkeypatch.setattr(rows_of, "draw", draw)
+    rows = opened(
+        tmp_path, texts=["012345678"], tokenizer="byte", seq_len=4, batch_size=1, valid_fraction=0.0
+    ).train
+    tokens = [*b"012345678", 256]
+    for epoch, starts in ((0, {1, 5, 9}), (1, {1, 3, 7})):
+        examples = rows.read(epoch * len(rows) + np.arange(len(rows)))
+        assert {tokens.index(first) for first in examples["targets"][:, 0]} == starts
+        targets = examples["targets"][examples["weights"] == 1]
+        assert sorted(targets.tolist()) == sorted(tokens)

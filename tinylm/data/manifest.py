@@ -182,12 +182,16 @@ def _restore(content: dict[str, Any]) -> Manifest:
         documents=content["documents"],
         bytes=content["bytes"],
         unknown=content["unknown"],
-        shards=[Shard(**shard) for shard in content["shards"]],
-        mask_shards=[Shard(**shard) for shard in content["mask_shards"]],
-        document_shards=[Shard(**shard) for shard in content["document_shards"]],
+        shards=_restore_shards(content["shards"]),
+        mask_shards=_restore_shards(content["mask_shards"]),
+        document_shards=_restore_shards(content["document_shards"]),
         source=content["source"],
         tokenizer=TokenizerFacts(**content["tokenizer"]),
         splits=splits,
         skipped=SkippedFacts(skipped["count"], tuple(skipped["examples"])),
         held_out=content.get("held_out", ""),
     )
+
+
+def _restore_shards(content: list[dict[str, Any]]) -> list[Shard]:
+    return [Shard(**shard) for shard in content]

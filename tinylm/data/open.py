@@ -77,6 +77,7 @@ def open_data(
         train.append(_rows(config, store, "train", (seed, number)))
     valid_stores = [store for store in valid_stores if "valid" in store.manifest.splits]
     valid = [_rows(config, store, "valid", None) for store in valid_stores]
+    split_documents = sum(rows.split_documents for rows in train + valid)
 
     data = Data(
         tokenizer=stored_tokenizer,
@@ -86,7 +87,7 @@ def open_data(
         loss_on=config.loss_on,
         train=train[0] if len(train) == 1 else MixedRows(train, finder.weights),
         stores=stores,
-        split_documents=sum(rows.split_documents for rows in train + valid),
+        split_documents=split_documents,
     )
     if len(data.train) < config.batch_size:
         raise UserError(

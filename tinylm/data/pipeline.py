@@ -40,13 +40,16 @@ class _Runs:
         first_batch = index * self.length
         batches = first_batch + np.arange(self.length)
         # Of each row of the run, its index over all epochs: [batches, A, n].
-        indices = batches[:, None, None] * self._batch_size + self._places
-        examples = self._rows.read(indices.ravel())
-        run: list[tuple[int, Examples]] = [(batch, {}) for batch in batches.tolist()]
-        for name, values in examples.items():
-            of_batches = values.reshape(*indices.shape, *values.shape[1:])
-            for (_, arrays), of_batch in zip(run, of_batches, strict=True):
-                arrays[name] = of_batch
+        first_indices = batches * self._batch_size
+        indices = first_indices[:, None, None] + self._places
+        by_batch: Examples = {}
+        for name, values in self._rows.read(indices.ravel()).items():
+            by_batch[name] = values.reshape(*indices.shape, -1)
+
+        run: list[tuple[int, Examples]] = []
+        for nth, batch in enumerate(batches.tolist()):
+            arrays = {name: values[nth] for name, values in by_batch.items()}
+            run.append((batch, arrays))
         return run
 
 
