@@ -2,6 +2,7 @@
 vocabulary.
 """
 
+import dataclasses
 import json
 import math
 
@@ -14,7 +15,7 @@ from tinylm.core.mesh import MeshConfig, make_mesh, parameter_sharding
 from tinylm.core.placement import describe_parameter
 from tinylm.core.settings import to_dict
 from tinylm.run.folder import RunFolder
-from tinylm.show import describe, text_of
+from tinylm.view.parameters import describe, table_text
 
 PARAMETERS = {
     "tinystories:1m": 3_745_984,
@@ -34,12 +35,12 @@ def table(name, *overrides, **mesh):
     config = load_config(name, overrides)
     config.mesh = MeshConfig(**mesh)
     config = config.resolve(config.model.vocab_size)
-    return describe(config, make_mesh(config.mesh))
+    return describe(config.model, make_mesh(config.mesh), config.mesh.fsdp)
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_config_has_the_parameters_that_its_first_lines_say(name):
-    assert table(name, data=1)["num_parameters"] == PARAMETERS[name]
+    assert table(name, data=1).num_parameters == PARAMETERS[name]
     stem, _, size = name.partition(":")
     opening = (shipped_configs() / f"{stem}.py").read_text().split('"""')[1]
     count = f"{PARAMETERS[name]:,}"
@@ -51,14 +52,14 @@ def test_a_config_has_the_parameters_that_its_first_lines_say(name):
 
 
 def test_smallm_is_sixty_million_by_name_alone():
-    untied = table("smallm_60m", "model.tie_embeddings=False", data=1)["num_parameters"]
-    assert untied == 49_294_080
-    assert f"{untied:,}" in (shipped_configs() / "smallm_60m.py").read_text()
+    untied = table("smallm_60m", "model.tie_embeddings=False", data=1)
+    assert untied.num_parameters == 49_294_080
+    assert f"{untied.num_parameters:,}" in (shipped_configs() / "smallm_60m.py").read_text()
 
 
 def test_the_published_shapes():
-    """Sizes by hand: a TinyStories layer is 12 D^2 + 10 D, beside two embeddings and a last
-    norm.
+    """Sizes by hand: a TinyStories layer is 12 D^2 + 10 D; two embeddings and a last norm come on
+    top.
     """
     D, L = 64, 8
     assert PARAMETERS["tinystories:1m"] == (50_257 + 2048) * D + L * (12 * D * D + 10 * D) + 2 * D
@@ -71,14 +72,14 @@ def test_the_published_shapes():
 def test_bytes_are_those_of_the_shards():
     shown = table("tinystories:1m", data=4, model=2, fsdp=True)
     mesh = make_mesh(MeshConfig(data=4, model=2, fsdp=True))
-    for row in shown["parameters"]:
-        sharding = parameter_sharding(mesh, True, row["axes"], row["shape"])
-        assert row["bytes_per_device"] == 4 * math.prod(sharding.shard_shape(tuple(row["shape"])))
-        assert row["bytes"] == 4 * math.prod(row["shape"])
-        assert row["notes"] == []
-    assert shown["bytes"] == 4 * (PARAMETERS["tinystories:1m"] + 47 * 64)
-    assert shown["bytes_per_device"] < 1.05 * shown["bytes"] / 8
-    assert "3,745,984 parameters and 47 padding rows" in text_of(shown)
+    for row in shown.parameters:
+        sharding = parameter_sharding(mesh, True, row.axes, row.shape)
+        assert row.bytes_per_device == 4 * math.prod(sharding.shard_shape(row.shape))
+        assert row.bytes == 4 * math.prod(row.shape)
+        assert row.notes == ()
+    assert shown.bytes == 4 * (PARAMETERS["tinystories:1m"] + 47 * 64)
+    assert shown.bytes_per_device < 1.05 * shown.bytes / 8
+    assert "3,745,984 parameters and 47 padding rows" in table_text(shown)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +155,9 @@ def test_a_run_is_shown_as_it_ran(tmp_path):
     )
     done = call_command("tinylm.show", f"--workdir={tmp_path}", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads(
-        json.dumps(describe(config, make_mesh(MeshConfig(data=2, model=2))))
-    )
+    mesh = make_mesh(MeshConfig(data=2, model=2))
+    expected = dataclasses.asdict(describe(config.model, mesh, config.mesh.fsdp))
+    assert json.loads(done.stdout) == json.loads(json.dumps(expected))
 
 
 @pytest.mark.parametrize("flags", [[], ["--config=tales", "--workdir=x"]])

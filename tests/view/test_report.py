@@ -2,6 +2,7 @@
 a real browser.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -15,16 +16,17 @@ import pytest
 from flax import nnx
 from helpers import call_command, columns_of, tiny_model
 
-from tinylm import report, show
+from tinylm import report as command
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.settings import to_dict
 from tinylm.model.transformer import Transformer
 from tinylm.model.visibility import Visibility
 from tinylm.run.folder import RunFolder
-from tinylm.view import page
-from tinylm.view.attention import attention_weights
+from tinylm.view import page, report
+from tinylm.view.attention import Attention, attention_weights
 from tinylm.view.history import MOST_POINTS, curves, gather
+from tinylm.view.parameters import describe_run
 from tinylm.view.plot import COLORS, draw_curves
 
 EVIL = "</script><script>document.title='run'</script>"
@@ -142,24 +144,24 @@ def test_attention_weights_are_those_of_the_model(options):
 
 
 def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
-    assert report.spread(["--workdir", "a", "b", "--out=x"]) == [
+    assert command.spread(["--workdir", "a", "b", "--out=x"]) == [
         "--workdir=a",
         "--workdir=b",
         "--out=x",
     ]
-    assert report.spread(["--workdir=a", "b", "--step", "best"]) == [
+    assert command.spread(["--workdir=a", "b", "--step", "best"]) == [
         "--workdir=a",
         "--workdir=b",
         "--step",
         "best",
     ]
-    assert report.spread(["--out", "workdir", "--workdir", "a"]) == [
+    assert command.spread(["--out", "workdir", "--workdir", "a"]) == [
         "--out",
         "workdir",
         "--workdir=a",
     ]
     runs = [{"name": "x", "path": "/r/1/x"}, {"name": "x", "path": "/r/2/x"}]
-    report.distinct_names(runs)
+    report.make_names_distinct(runs)
     assert [run["name"] for run in runs] == ["/r/1/x", "/r/2/x"]
     with pytest.raises(UserError, match=r"2\.7 must be LAYER\.HEAD, up to 1\.3"):
         report.chosen_heads(["0.1", "2.7"], 2, 4)
@@ -204,15 +206,16 @@ def test_a_model_or_mesh_that_is_none_is_one_line(tmp_path, part, key, value, wa
     record[part][key].update(value)
     folder.write_config(record)
     with pytest.raises(UserError, match=wanted):
-        show.describe_run(str(folder.path))
+        describe_run(str(folder.path))
 
 
 def two_runs(tmp_path):
     runs = [gather(made_run(tmp_path / name, rate)) for name, rate in (("a", 1e-3), ("b", 1e-2))]
     weights = np.tril(np.full((2, 2, 3, 3), 0.25))
+    attention = Attention(["x", "\n", "<z>"], weights)
     for run in runs:
-        run["model"] = show.describe_run(run["path"])
-        run["attention"] = page.attention_part(["x", "\n", "<z>"], weights, [(0, 0), (1, 1)])
+        run["model"] = dataclasses.asdict(describe_run(run["path"]))
+        run["attention"] = page.attention_part(attention, [(0, 0), (1, 1)])
     return runs
 
 
@@ -234,7 +237,8 @@ def test_the_pictures_are_drawn(tmp_path):
     draw_curves(runs, tmp_path / "curves.png")
     for name, weights in (("attention", np.tri(3)), ("nothing", 1 - np.tri(3))):
         heads = np.broadcast_to(weights, (1, 2, 3, 3))
-        page.draw_attention(["x", "$y", "\n"], heads, [(0, 0), (0, 1)], tmp_path / f"{name}.png")
+        attention = Attention(["x", "$y", "\n"], heads)
+        page.draw_attention(attention, [(0, 0), (0, 1)], tmp_path / f"{name}.png")
     for color in COLORS[:2]:  # of each run, far more than its sample in the legend
         assert columns_of(tmp_path / "curves.png", color) > 100
     one, other = (

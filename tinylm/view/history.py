@@ -13,7 +13,9 @@ from tinylm.core.settings import from_dict
 from tinylm.data.config import DataConfig
 from tinylm.run.folder import RunFolder
 
-MOST_POINTS = 1500  # of a curve; a longer one is thinned evenly, its ends kept
+# Of a curve; a longer one is thinned evenly, and keeps its ends.
+MOST_POINTS = 1500
+_NO_CURVES = ("split", "unix_secs")
 _SAMPLE = re.compile(r"^--- step (\d{1,18}) ---\n", re.MULTILINE)
 
 
@@ -26,15 +28,17 @@ def gather(workdir: str) -> dict[str, Any]:
     """Return a run as plain values, ready for JSON; raise UserError where there is none."""
     folder = RunFolder(workdir)
     record = folder.read_config()
-    lines = folder.metrics()
     config = record["config"]
-    start = min((line["unix_secs"] for line in lines if "unix_secs" in line), default=0.0)
-    floors = [line["floor"] for line in lines if "floor" in line]
     prompts = config["sample"]["prompts"]
+    tokens_per_step = from_dict(DataConfig, config["data"]).tokens_per_step
+    lines = folder.metrics()
+    times = [line["unix_secs"] for line in lines if "unix_secs" in line]
+    start = min(times, default=0.0)
+    floors = [line["floor"] for line in lines if "floor" in line]
     return {
         "name": _readable(folder.path.name),
         "path": _readable(str(folder.path)),
-        "tokens_per_step": from_dict(DataConfig, config["data"]).tokens_per_step,
+        "tokens_per_step": tokens_per_step,
         "floor": floors[-1] if floors else None,
         "train": curves(lines, "train", start),
         "valid": curves(lines, "valid", start),
@@ -55,20 +59,31 @@ def curves(lines: list[dict[str, Any]], split: str, start: float) -> dict[str, l
     """
     of_split = [line for line in lines if line.get("split") == split]
     num_points = min(len(of_split), MOST_POINTS)
-    kept = np.linspace(0, len(of_split) - 1, num_points).astype(int).tolist()
+    kept = np.linspace(0, len(of_split) - 1, num_points).astype(int)
     points = []
-    for i in kept:
-        secs = of_split[i].get("unix_secs", start) - start
-        points.append({**of_split[i], "secs": secs})
+    for i in kept.tolist():
+        line = of_split[i]
+        secs = line.get("unix_secs", start) - start
+        points.append({**line, "secs": secs})
+
+    # A dict keeps the order in which the lines name their values; a set would not.
     names: dict[str, None] = {}
     for point in points:
-        names.update(dict.fromkeys(point))
-    shown = [name for name in names if name not in ("split", "unix_secs")]
-    return {name: [_rounded(point.get(name)) for point in points] for name in shown}
+        names |= dict.fromkeys(point)
+    found = {}
+    for name in names:
+        if name not in _NO_CURVES:
+            found[name] = [_rounded(point.get(name)) for point in points]
+    return found
 
 
 def _rounded(value: Any) -> float | None:
-    return float(f"{value:.6g}") if isinstance(value, int | float) else None
+    """Return six digits of a number, which no picture shows more of; None for anything that isn't
+    one.
+    """
+    if not isinstance(value, int | float):
+        return None
+    return float(f"{value:.6g}")
 
 
 def seconds_by_kind(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -76,12 +91,16 @@ def seconds_by_kind(lines: list[dict[str, Any]]) -> dict[str, float]:
 
     Each process wrote its account several times; the last one counts.
     """
-    accounts = {line.get("process"): line for line in lines if line.get("split") == "time"}
+    account_of = {}
+    for line in lines:
+        if line.get("split") == "time":
+            account_of[line.get("process")] = line
     secs: dict[str, float] = collections.defaultdict(float)
-    for account in accounts.values():
+    for account in account_of.values():
         for name, value in account.items():
             if name.endswith("_secs") and name not in ("total_secs", "unix_secs"):
-                secs[name.removesuffix("_secs")] += value
+                kind = name.removesuffix("_secs")
+                secs[kind] += value
     return dict(secs)
 
 
@@ -95,7 +114,11 @@ def samples(folder: RunFolder, num_prompts: int) -> list[dict[str, Any]]:
     texts_of: dict[int, list[str]] = collections.defaultdict(list)
     for step, sample in zip(parts[::2], parts[1::2], strict=True):
         texts_of[int(step)].append(sample.strip("\n"))
-    return [{"step": step, "texts": texts_of[step][-num_prompts:]} for step in sorted(texts_of)]
+    found = []
+    for step in sorted(texts_of):
+        last_texts = texts_of[step][-num_prompts:]
+        found.append({"step": step, "texts": last_texts})
+    return found
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.view.plot import COLORS, DASHES, PANELS, new_grid, save
+from tinylm.view.attention import Attention
+from tinylm.view.plot import COLORS, DASHES, PANELS, new_grid, plain, save
 
 Heads = Sequence[tuple[int, int]]  # (layer, head)
 
 
 def page(title: str, runs: list[dict[str, Any]]) -> str:
     """Return the HTML of a report."""
-    panels = [(title, [name]) for name, title in PANELS.items()]
+    # A panel of the page may show several values of a run.
+    panels = [(heading, [name]) for name, heading in PANELS.items()]
     data = {"runs": runs, "colors": COLORS, "dashes": DASHES, "panels": panels}
     # No text of a run may end the script that the data is in.
     inside = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
@@ -27,26 +29,29 @@ def page(title: str, runs: list[dict[str, Any]]) -> str:
     return template.replace("__TITLE__", html.escape(title)).replace("__DATA__", inside)
 
 
-def attention_part(tokens: list[str], weights_LNTS: np.ndarray, heads: Heads) -> dict[str, Any]:
+def attention_part(attention: Attention, heads: Heads) -> dict[str, Any]:
     """Return the attention of some heads for the page: 256 grades of weight."""
-    grades_LNTS = np.round(weights_LNTS * 255).astype(np.uint8)
+    grades_LNTS = np.round(attention.weights_LNTS * 255).astype(np.uint8)
     maps = {}
     for layer, head in heads:
         content = grades_LNTS[layer, head].tobytes()
         maps[f"layer {layer}, head {head}"] = base64.b64encode(content).decode()
-    return {"tokens": tokens, "heads": maps}
+    return {"tokens": attention.tokens, "heads": maps}
 
 
-def draw_attention(tokens: list[str], weights_LNTS: np.ndarray, heads: Heads, path: Any) -> None:
+def draw_attention(attention: Attention, heads: Heads, path: Any) -> None:
     """Draw heads over a text as a PNG: a row for each query, a column for each key."""
-    # Inches: a line of small text for each token.
-    side = max(2.6, 0.16 * len(tokens))
-    figure, grid = new_grid(len(heads), columns=4, size=(side, side))
-    # A dollar sign would begin a formula.
-    labels = [token.replace("\n", "⏎").replace("$", r"\$") for token in tokens]
+    labels = []
+    for token in attention.tokens:
+        label = token.replace("\n", "⏎")
+        labels.append(plain(label))
     ticks = range(len(labels))
+    # A line of small text for each token.
+    side_inches = max(2.6, 0.16 * len(labels))
+    figure, grid = new_grid(len(heads), columns=4, size=(side_inches, side_inches))
     for axes, (layer, head) in zip(grid, heads, strict=True):
-        axes.imshow(weights_LNTS[layer, head], cmap="Blues", vmin=0, vmax=1)
+        weights_TS = attention.weights_LNTS[layer, head]
+        axes.imshow(weights_TS, cmap="Blues", vmin=0, vmax=1)
         axes.set_title(f"layer {layer}, head {head}", fontsize=9)
         axes.set_xticks(ticks, labels, rotation=90, fontsize=6)
         axes.set_yticks(ticks, labels, fontsize=6)

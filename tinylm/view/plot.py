@@ -47,9 +47,13 @@ def draw_curves(
     """
     panels: dict[str, list[Curve]] = {}
     for name in names:
-        curves = [curve for i, run in enumerate(runs) for curve in _curves(i, run, name)]
+        curves = []
+        for i, run in enumerate(runs):
+            curves += _curves(i, run, name)
         if curves:
             panels[name] = curves
+
+    # Without any data there is one empty picture rather than none.
     figure, grid = new_grid(max(1, len(panels)), columns=2, size=(7, 4))
     for axes, (name, curves) in zip(grid, panels.items(), strict=False):
         for curve in curves:
@@ -101,23 +105,36 @@ def _curves(i: int, run: dict[str, Any], name: str) -> list[Curve]:
     """Return the training and the validation curve of the i-th run, without gaps."""
     found = []
     for split, look in _LOOK_OF_SPLIT.items():
-        pairs = zip(run[split].get("step", ()), run[split].get(name, ()), strict=False)
-        points = [(step, value) for step, value in pairs if value is not None]
-        if not points:
+        curve = run[split]
+        if name not in curve:
             continue
-        steps = [step for step, _ in points]
-        values = [value for _, value in points]
-        # A dollar sign would begin a formula.
-        label = f"{run['name']}, {split} (last {values[-1]:.3f})".replace("$", r"\$")
-        found.append(Curve(steps, values, {**line_style(i), **look, "label": label}))
+        steps = []
+        values = []
+        for step, value in zip(curve["step"], curve[name], strict=True):
+            if value is not None:
+                steps.append(step)
+                values.append(value)
+        if not values:
+            continue
+        label = plain(f"{run['name']}, {split} (last {values[-1]:.3f})")
+        style = {**line_style(i), **look, "label": label}
+        found.append(Curve(steps, values, style))
     return found
+
+
+def plain(text: str) -> str:
+    """Return a text for matplotlib, in which a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def line_style(i: int) -> dict[str, Any]:
     """Return the colour and dashes of the i-th run."""
+    color = COLORS[i % len(COLORS)]
     dash = DASHES[i % len(DASHES)]
+    if not dash:
+        return {"color": color, "ls": "-"}
     lengths = tuple(int(length) for length in dash.split())
-    return {"color": COLORS[i % len(COLORS)], "ls": (0, lengths) if lengths else "-"}
+    return {"color": color, "ls": (0, lengths)}
 
 
 def new_grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
