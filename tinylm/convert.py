@@ -9,10 +9,8 @@ An imported model is a run: generate and evaluate read it, and --config=finetune
 """
 
 import json
-import math
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags as absl_flags
 from absl.flags import FlagValues
@@ -23,63 +21,37 @@ from tinylm.core.errors import UserError
 
 
 def convert(flags: FlagValues) -> None:
-    """Convert as the flags say."""
+    """Convert as the flags say, and print what came of it."""
+    from tinylm.interop.models import export_hf, import_hf, import_llama2c
     from tinylm.run.folder import RunFolder
+    from tinylm.run.open_run import open_run
+    from tinylm.train.imported_run import make_imported_run
 
-    if sum(map(bool, (flags.from_hf, flags.to_hf, flags.from_llama2c))) != 1:
+    directions = [flags.from_hf, flags.to_hf, flags.from_llama2c]
+    if sum(map(bool, directions)) != 1:
         raise UserError("one of --from_hf=DIR, --to_hf=DIR and --from_llama2c=FILE is required.")
     folder = RunFolder(flags.workdir)
     if flags.to_hf:
-        from tinylm.interop.models import export_hf
-        from tinylm.run.open_run import open_run
-
         result = export_hf(open_run(flags.workdir, flags.step), flags.to_hf)
     elif folder.exists():
         raise UserError(f"--workdir={folder.path} holds a run already; name another.")
+    elif flags.from_hf:
+        imported = import_hf(flags.from_hf, flags.tokenizer)
+        result = make_imported_run(folder, imported, flags.from_hf)._asdict()
     else:
-        result = bring_in(folder, flags)
+        imported = import_llama2c(flags.from_llama2c, flags.tokenizer)
+        result = make_imported_run(folder, imported, flags.from_llama2c)._asdict()
     if flags.json:
         print(json.dumps(result))
         return
-    left_out = result.pop("left_out", [])
-    rows = [*result.items(), *(("left out", line) for line in left_out)]
-    for name, value in rows:
-        print(text.columns((name, str(value)), (14, 0)))
-
-
-def bring_in(folder: Any, flags: FlagValues) -> dict[str, Any]:
-    """Import the model that the flags name into a run's folder."""
-    from tinylm.config import Config, DataConfig
-    from tinylm.core.settings import to_dict
-    from tinylm.interop.models import import_hf, import_llama2c, write_run
-    from tinylm.interop.tokenizer_files import data_tokenizer
-    from tinylm.interop.weights import unpadded_shapes
-    from tinylm.train.start import versions
-
-    source = flags.from_hf or flags.from_llama2c
-    imported = (import_hf if flags.from_hf else import_llama2c)(source, flags.tokenizer)
-    model = imported.model
-    tokenizer = data_tokenizer(imported.tokenizer, folder.tokenizer)
-    config = Config(
-        data=DataConfig(tokenizer=tokenizer, seq_len=min(model.context, 512), batch_size=8),
-        model=model,
-    )
-    record = {
-        "config": to_dict(config),
-        "versions": versions(imported.mesh),
-        "imported_from": source,
-        "start_id": imported.start_id,
-        "end_ids": list(imported.end_ids),
-    }
-    write_run(folder, record, imported)
-    count = sum(map(math.prod, unpadded_shapes(model).values()))
-    return {
-        "workdir": str(folder.path),
-        "parameters": count,
-        "vocab_size": model.vocab_size,
-        "context": model.context,
-        "left_out": list(imported.left_out),
-    }
+    rows = []
+    for name, value in result.items():
+        if name == "left_out":
+            rows += [("left out", line) for line in value]
+        else:
+            rows.append((name, str(value)))
+    for row in rows:
+        print(text.columns(row, (14, 0)))
 
 
 def define_flags(flags: FlagValues) -> None:

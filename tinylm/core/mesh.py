@@ -29,7 +29,7 @@ from typing import Generic, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tinylm.core.errors import UserError
 from tinylm.core.settings import Section, setting
@@ -193,7 +193,7 @@ def mesh_sizes(mesh: Mesh) -> PerAxis[int]:
     return PerAxis(*(mesh.shape[name] for name in AXES))
 
 
-def sizes_by_name(mesh: Mesh) -> dict[str, int]:
+def sizes_by_name(mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """Return the number of devices along each axis by its name, for people to read."""
     return {name: mesh.shape[name] for name in AXES}
 
@@ -222,7 +222,7 @@ def parameter_rules(fsdp: bool) -> dict[str, tuple[str, ...]]:
 
 
 def parameter_sharding(
-    mesh: Mesh, fsdp: bool, axes: Sequence[str | None], shape: Sequence[int]
+    mesh: Mesh | AbstractMesh, fsdp: bool, axes: Sequence[str | None], shape: Sequence[int]
 ) -> NamedSharding:
     """Return where a parameter with logical `axes` and `shape` lives on the mesh."""
     return NamedSharding(mesh, _assign(parameter_rules(fsdp), mesh.shape, axes, shape))

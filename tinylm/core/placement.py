@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from tinylm.core.mesh import parameter_rules, parameter_sharding, replicated
 from tinylm.core.text import path_text
@@ -63,7 +63,9 @@ class Placement:
     notes: tuple[str, ...]
 
 
-def describe_parameter(mesh: Mesh, fsdp: bool, axes: Axes, shape: Sequence[int]) -> Placement:
+def describe_parameter(
+    mesh: Mesh | AbstractMesh, fsdp: bool, axes: Axes, shape: Sequence[int]
+) -> Placement:
     """Return where a parameter with logical `axes` and `shape` lies on the mesh."""
     sharding = parameter_sharding(mesh, fsdp, axes, shape)
     split_by = []
