@@ -11,10 +11,10 @@ from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.data import open_validation
 from tinylm.data.config import DataConfig
 from tinylm.data.tokenizers import ByteTokenizer
-from tinylm.evaluate import score_stories
 from tinylm.inference.stories import PROMPTS, Beginning, beginnings, measure
 from tinylm.model.transformer import abstract_transformer, init_parameters
 from tinylm.run.open_run import Run
+from tinylm.tools.score import score_stories
 
 
 def test_measures_by_hand():

@@ -25,7 +25,6 @@ from tinylm.data.tokenizers import (
     load_tokenizer,
     tokenizer_file_hashes,
 )
-from tinylm.evaluate import score_stories
 from tinylm.inference.decode import Decoder
 from tinylm.interop import models, tensor_files, weights
 from tinylm.interop.families import FAMILIES
@@ -33,6 +32,7 @@ from tinylm.interop.hf_model import read_model
 from tinylm.interop.tokenizer_files import data_tokenizer, tokenizer_json
 from tinylm.run.folder import RunFolder
 from tinylm.run.open_run import open_run
+from tinylm.tools.score import score_stories
 from tinylm.view.attention import attention_of
 
 ONE = MeshConfig(data=1)

@@ -7,7 +7,6 @@ import json
 import math
 import pathlib
 import shutil
-import types
 
 import jax
 import numpy as np
@@ -15,7 +14,6 @@ import optax
 import pytest
 from helpers import call_command
 
-from tinylm import evaluate
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig
@@ -24,6 +22,7 @@ from tinylm.data.tokenizers import BpeTokenizer, read_vocabulary
 from tinylm.interop import models, weights
 from tinylm.model.config import ModelConfig
 from tinylm.run.open_run import open_run
+from tinylm.tools.score import ScoreRequest, score_text
 from tinylm.train import init_from
 from tinylm.train.start import start_run
 
@@ -201,9 +200,8 @@ def test_a_tokenizer_that_no_setting_names_comes_along_and_the_origin_may_go(tmp
     tuned = open_run(str(tmp_path / "next"), mesh_config=MeshConfig(data=1))
     assert tuned.tokenizer.fingerprint == open_run(str(tmp_path / "origin")).tokenizer.fingerprint
     shutil.rmtree(tmp_path / "origin")
-    flags = types.SimpleNamespace(source="", data=None, max_batches=1, exact_match=False)
     with jax.set_mesh(tuned.mesh):
-        assert evaluate.score_text(tuned, flags)["loss"] > 0
+        assert score_text(tuned, ScoreRequest(max_batches=1))["loss"] > 0
     again = start_run(config, str(tmp_path / "next"))
     assert int(again.restore_or_init().step) == 2
     again.lock.close()
