@@ -59,8 +59,10 @@ def attention_of(run: Run, text: str) -> Attention:
         model = nnx.merge(graph, params)
         return attention_weights(model, tokens_1T)
 
-    tokens_1T = jnp.asarray([ids])
     with jax.set_mesh(run.mesh):
+        # Made under the run's mesh: under another one, the tokens would lie on other devices than
+        # the parameters.
+        tokens_1T = jnp.asarray([ids])
         weights_LNTS = np.asarray(weights_of(run.params, tokens_1T))
     tokens = [run.tokenizer.decode([token]) for token in ids[1:]]
     return Attention(["⏎", *tokens], weights_LNTS)
