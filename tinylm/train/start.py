@@ -100,7 +100,9 @@ def _start_run(config: Config, workdir: str) -> Trainer:
             check_same_stores(data, folder)
         checkpoints = from_main(lambda: folder.place_checkpoints(config.checkpoint.dir))
         folder.checkpoints = epath.Path(checkpoints)
-        check_shared("checkpoint.dir", folder.checkpoints)
+        # Without checkpoint.dir they are in the workdir, in a folder that the first save makes.
+        if config.checkpoint.dir:
+            check_shared("checkpoint.dir", folder.checkpoints)
         if is_main():
             if not exists:
                 data.tokenizer.save(str(folder.tokenizer))
