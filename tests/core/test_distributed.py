@@ -146,9 +146,11 @@ def test_a_tool_in_a_shell_of_a_cluster_runs_alone_and_a_training_says_so(monkey
     with pytest.raises(UserError, match="--coordinator=auto finds no job"):
         distributed.start(coordinator="auto")
     # Under srun, a training joins (and waits for its peers), a tool doesn't.
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    for name, value in (("STEP_NUM_TASKS", "4"), ("PROCID", "1"), ("STEP_NODELIST", "n[0-3]")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
     assert not distributed.is_shell_of_slurm()
     joined = []
+    monkeypatch.setattr(distributed, "_take_place", lambda job: None)
     monkeypatch.setattr(
         distributed.jax.distributed, "initialize", lambda **kwargs: joined.append(kwargs)
     )
@@ -156,7 +158,12 @@ def test_a_tool_in_a_shell_of_a_cluster_runs_alone_and_a_training_says_so(monkey
     assert joined == []
     distributed.start(joins_cluster=True)
     distributed.start(coordinator="auto", joins_cluster=False)
-    assert len(joined) == 2
+    # The flag names the host, and Slurm which of the processes this is.
+    distributed.start(coordinator="n9:1234", joins_cluster=False)
+    assert [job["process_id"] for job in joined] == [1, 1, 1]
+    assert joined[0]["coordinator_address"].startswith("n0:")
+    assert joined[2]["coordinator_address"] == "n9:1234"
+    assert all(job["num_processes"] == 4 for job in joined)
 
 
 def test_an_error_on_one_process_ends_both_and_has_its_number(tmp_path):

@@ -8,7 +8,7 @@ which is why commands call `start` first. A job starts like this:
     process 1   start ------ joins --------------+--- devices of all --- agree: compares -------+-->
                 |<--------- at most start_secs ------------>|       |<--- at most start_secs --->|
 
-A cluster (Slurm, Cloud TPU, Open MPI) is detected by JAX, for `tinylm.main`; explicit flags win.
+`tinylm.main` takes part in the job that its cluster describes (see cluster.py); flags win.
 Waiting always has a time limit: a peer that died must not hang the others. JAX aborts a process
 that waits for its peers too long (exit code 134, a stack trace), so a timer of ours is first, with
 one line. Processes compare how they were started through the key-value store of JAX's coordination
@@ -16,14 +16,12 @@ service, which needs no device and knows time limits.
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
 import os
 import pathlib
 import platform
-import re
 import socket
 import sys
 import tempfile
@@ -33,6 +31,8 @@ from typing import IO, Any
 
 import jax
 
+from tinylm.core import cluster
+from tinylm.core.cluster import Job
 from tinylm.core.errors import UserError
 
 START_SECS = 50.0
@@ -40,32 +40,10 @@ LEAVE_SECS = 10.0
 # JAX's own limit is so much later than ours, whose line a user can act on.
 _JAX_LATER_SECS = 30
 
-# Of Slurm the tasks of the step, which only srun sets: the shell of an allocation has SLURM_NTASKS,
-# too.
-_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-_COORDINATORS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS")
 # What the numbers of a run depend on.
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # Files that are locked for as long as this process runs.
 _places: list[IO[bytes]] = []
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """A job of several processes as the flags give it; an empty coordinator leaves it to JAX."""
-
-    coordinator: str
-    num_processes: int
-    process_id: int
-
-    def is_complete(self) -> bool:
-        """Say whether the flags describe one process of a job."""
-        has_port = re.fullmatch(r".+:\d{1,5}", self.coordinator, re.ASCII) is not None
-        return has_port and 0 <= self.process_id < self.num_processes
-
-    def is_empty(self) -> bool:
-        """Say whether none of the flags is given."""
-        return not self.coordinator and not self.num_processes and self.process_id == -1
 
 
 def start(
@@ -84,47 +62,62 @@ def start(
     Args:
       cpu_devices: simulated CPU devices of each process (0: the devices that are there).
       coordinator: HOST:PORT of process 0; "auto" for the cluster, which must be there.
-      num_processes: of the job.
+      num_processes: of the job. Where it and process_id are left out, the environment may have
+        them (Slurm, Open MPI, SkyPilot, a pod of Kubernetes).
       process_id: which of them this is, from 0.
       secs: how long to wait for the others (0: START_SECS).
       joins_cluster: whether an empty `coordinator` means the cluster, where there is one.
     """
     if cpu_devices:
         _simulate(cpu_devices)
+    job = _job(coordinator, num_processes, process_id, joins_cluster)
+    if job is not None:
+        _join(job, secs or START_SECS)
 
-    from_cluster = coordinator == "auto" or (joins_cluster and not coordinator)
+
+def _job(coordinator: str, num_processes: int, process_id: int, joins_cluster: bool) -> Job | None:
+    """Return the job to join, as flags and cluster describe it; None to run alone.
+
+    The arguments are those of `start`.
+    """
     if coordinator == "auto":
-        coordinator = ""
-        if not _in_cluster():
+        job = cluster.find()
+        if job is None:
             raise UserError(
-                "--coordinator=auto finds no job of several processes (Slurm's srun, Open MPI, a "
-                "TPU pod); start the command with srun, or give --coordinator=HOST:PORT, "
-                "--num_processes and --process_id."
+                "--coordinator=auto finds no job of several processes (Slurm's srun, Open MPI, "
+                "SkyPilot, JobSet, a TPU pod); start the command with srun, or give "
+                "--coordinator=HOST:PORT, --num_processes and --process_id."
             )
-    job = _Job(coordinator, num_processes, process_id)
-    if not job.is_empty() and not job.is_complete():
+        return job
+    if coordinator and not num_processes and process_id == -1:
+        num_processes, process_id = cluster.rank()
+    if not coordinator and not num_processes and process_id == -1:
+        return cluster.find() if joins_cluster else None
+    job = Job(coordinator, num_processes, process_id)
+    if not job.is_complete():
         raise UserError(
             "--coordinator=HOST:PORT, --num_processes and --process_id, numbered from 0, need "
             f"each other; found --coordinator={coordinator} --num_processes={num_processes} "
             f"--process_id={process_id}."
         )
-    if coordinator or (from_cluster and _in_cluster()):
-        _join(job, secs or START_SECS)
+    return job
 
 
-def _join(job: _Job, secs: float) -> None:
+def _join(job: Job, secs: float) -> None:
     """Join the other processes, or end the program with one line after `secs`."""
-    if job.coordinator:
-        _take_place(job)
-    if job.process_id == 0:
-        _check_port_is_free(job.coordinator)
     arguments: dict[str, Any] = {}
     if job.coordinator:
+        _take_place(job)
         arguments = {
             "coordinator_address": job.coordinator,
             "num_processes": job.num_processes,
             "process_id": job.process_id,
+            "local_device_ids": cluster.local_devices(),
+            # JAX would look for a cluster all the same, to choose one GPU of several.
+            "cluster_detection_method": "deactivate",
         }
+    if job.process_id == 0:
+        _check_port_is_free(job)
     with time_limit(secs, lambda: _nobody_came(job, secs)):
         try:
             jax.distributed.initialize(
@@ -138,7 +131,7 @@ def _join(job: _Job, secs: float) -> None:
         jax.process_index()
 
 
-def _take_place(job: _Job) -> None:
+def _take_place(job: Job) -> None:
     """Raise UserError where this process of the job runs on this host already.
 
     JAX would let it join a second time, and abort all the others for it. The system unlocks the
@@ -180,31 +173,30 @@ def _simulate(cpu_devices: int) -> None:
             ) from None
 
 
-def _in_cluster() -> bool:
-    """Say whether the environment names a job of several processes."""
-    sizes = [os.environ.get(name, "") for name in _SIZES]
-    if any(size.isdigit() and int(size) > 1 for size in sizes):
-        return True
-    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        return True
-    return any(name in os.environ for name in _COORDINATORS)
-
-
 def is_shell_of_slurm() -> bool:
     """Say whether this is a shell or script of a Slurm job of several tasks, not started by srun as
     one of them.
     """
     tasks = os.environ.get("SLURM_NTASKS", "")
     has_several_tasks = tasks.isdigit() and int(tasks) > 1
-    return has_several_tasks and not jax.distributed.is_initialized() and not _in_cluster()
+    in_step = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    return has_several_tasks and not in_step and not jax.distributed.is_initialized()
 
 
-def _check_port_is_free(coordinator: str) -> None:
+def _address(job: Job) -> str:
+    """Return what a message calls the address of process 0, and where it comes from."""
+    if job.source:
+        return f"{job.coordinator} (from {job.source})"
+    return f"--coordinator={job.coordinator}"
+
+
+def _check_port_is_free(job: Job) -> None:
     """Raise UserError where another program of this machine listens at the coordinator's port.
 
     JAX would share the port with it, or wait for its peers until the time is over.
     """
-    port = int(coordinator.rpartition(":")[2])
+    port = int(job.coordinator.rpartition(":")[2])
+    remedy = " (JAX_COORDINATOR_PORT)" if job.source else ""
     with socket.socket() as probe:
         # As servers do, so that connections which an earlier job left half closed don't count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -212,8 +204,8 @@ def _check_port_is_free(coordinator: str) -> None:
             probe.bind(("", port))
         except (OSError, OverflowError) as error:
             raise UserError(
-                f"--coordinator={coordinator}: port {port} of {host()} cannot be used ({error}); "
-                "another program may have it: give all processes another port."
+                f"{_address(job)}: port {port} of {host()} cannot be used ({error}); another "
+                f"program may have it: give all processes another port{remedy}."
             ) from error
 
 
@@ -222,7 +214,7 @@ def host() -> str:
     return f"host {socket.gethostname()}"
 
 
-def _nobody_came(job: _Job, secs: float) -> str:
+def _nobody_came(job: Job, secs: float) -> str:
     """Return the line of a process that has waited `secs` for the rest of its job."""
     if not job.coordinator:
         return (
@@ -232,8 +224,13 @@ def _nobody_came(job: _Job, secs: float) -> str:
     who = f"process {job.process_id} of {job.num_processes} on {host()}"
     if job.process_id and not _is_reachable(job.coordinator):
         return (
-            f"{who} found nobody at --coordinator={job.coordinator} for {secs:.0f} s; is process 0 "
-            "running there?"
+            f"{who} found nobody at {_address(job)} for {secs:.0f} s; is process 0 running there?"
+        )
+    if job.source:
+        return (
+            f"{who} waited {secs:.0f} s, but not all {job.num_processes} processes that "
+            f"{job.source} names came; look at the output of the others, or raise --start_secs "
+            "where they start far apart."
         )
     return (
         f"{who} waited {secs:.0f} s, but not all {job.num_processes} processes came; start this "
