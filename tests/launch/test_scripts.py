@@ -1,8 +1,10 @@
 """The launchers for clusters: what can be said about them without one."""
 
+import copy
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,8 @@ import time
 import pytest
 from helpers import ROOT
 
+from tinylm.core import cluster
+from tinylm.core.cluster import Job
 from tinylm.core.errors import RESUMABLE
 
 LAUNCH = ROOT / "launch"
@@ -97,7 +101,14 @@ def test_a_slice_whose_program_crashes_before_it_trains_is_tried_twice(tmp_path,
     )
     env = programs(tmp_path, gcloud=gcloud, git=":", sleep=":")
     done = subprocess.run(
-        [LAUNCH / "tpu_vm.sh", "--name=p", "--zone=z", "--type=t", "--restarts=3"],
+        [
+            LAUNCH / "tpu_vm.sh",
+            "--name=p",
+            "--zone=z",
+            "--type=t",
+            "--bucket=gs://b",
+            "--restarts=3",
+        ],
         capture_output=True,
         text=True,
         env=env,
@@ -123,7 +134,14 @@ def test_a_slice_is_tried_again_until_asked_to_stop(tmp_path, scp, sleep, starts
     )
     env = programs(tmp_path, gcloud=gcloud, git=":", sleep=f"echo $1 >> {log}; {sleep}")
     done = subprocess.run(
-        [LAUNCH / "tpu_vm.sh", "--name=p", "--zone=z", "--type=t", "--restarts=2"],
+        [
+            LAUNCH / "tpu_vm.sh",
+            "--name=p",
+            "--zone=z",
+            "--type=t",
+            "--bucket=gs://b",
+            "--restarts=2",
+        ],
         capture_output=True,
         text=True,
         env=env,
@@ -142,6 +160,8 @@ def test_a_dry_run_prints_every_command_and_runs_none(tmp_path):
             "--name=pod",
             "--zone=z",
             "--type=v5litepod-16",
+            "--bucket=gs://bucket/",
+            "--service_account=me@project",
             "--spot",
             "--dry_run",
             "--",
@@ -160,23 +180,45 @@ def test_a_dry_run_prints_every_command_and_runs_none(tmp_path):
         "ssh",
         "ssh",
     ]
-    assert "--spot" in commands[0]
-    assert "tinylm.main" in commands[-1]
+    assert "--spot --service-account=me@project" in commands[0]
+    # The remote shell takes the quotes of the inner command off.
+    remote = shlex.split(shlex.split(commands[-1])[-1].removeprefix("--command="))
+    assert remote[remote.index("tinylm.main") + 1 :] == [
+        "--workdir=gs://bucket/runs/pod",
+        "--config.data.store_dir=gs://bucket/stores",
+        "--config=tales",
+        "--config.sample.prompts=('a b',)",
+    ]
     assert not (tmp_path / "called").exists()
 
 
-def test_a_slice_without_a_name_is_refused():
-    done = subprocess.run([LAUNCH / "tpu_vm.sh", "--zone=z"], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--zone=z"], "--name, --zone, --type and --bucket are required"),
+        (["--name=p", "--zone=z", "--type=t"], "--name, --zone, --type and --bucket are required"),
+        (
+            ["--name=p", "--zone=z", "--type=t", "--bucket=/disk"],
+            "--bucket=/disk must be an address such as gs://NAME.",
+        ),
+        (["--names=p"], "--names=p is not a flag of tpu_vm.sh"),
+    ],
+)
+def test_a_slice_that_lacks_something_is_refused(flags, line):
+    done = subprocess.run([LAUNCH / "tpu_vm.sh", *flags], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == (
-        "error: --name, --zone and --type are required (the first lines of this script show an "
-        "example).\n"
-    )
+    assert done.stderr.startswith(f"error: {line}")
+    assert done.stderr.count("\n") == 1
 
 
-def test_the_job_set_starts_every_host_and_restarts_what_can_be_resumed():
+@pytest.fixture
+def manifest():
+    """The JobSet of launch/."""
     yaml = pytest.importorskip("yaml")
-    manifest = yaml.safe_load((LAUNCH / "k8s_jobset.yaml").read_text())
+    return yaml.safe_load((LAUNCH / "k8s_jobset.yaml").read_text())
+
+
+def test_the_job_set_starts_every_host_and_restarts_what_can_be_resumed(manifest):
     assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     spec = manifest["spec"]
     assert spec["network"]["enableDNSHostnames"]
@@ -185,25 +227,100 @@ def test_the_job_set_starts_every_host_and_restarts_what_can_be_resumed():
     job = hosts["template"]["spec"]
     (rule,) = job["podFailurePolicy"]["rules"]
     assert not set(rule["onExitCodes"]["values"]) & (RESUMABLE | ABORTED)
-    pod = job["template"]["spec"]
-    (container,) = pod["containers"]
-    command = container["command"][2]
     number = job["parallelism"]
     assert job["completions"] == number
-    assert f"--num_processes={number} " in command
+    pod = job["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] >= 60
+    (container,) = pod["containers"]
+    assert "exec python -m tinylm.main" in container["command"][2]
+
+    # Each pod finds its job by what the manifest and Kubernetes set.
+    environment = {variable["name"]: variable["value"] for variable in container["env"]}
     first_host = (
         f"{manifest['metadata']['name']}-{hosts['name']}-0-0.{spec['network']['subdomain']}"
     )
-    assert f"--coordinator={first_host}:{container['ports'][0]['containerPort']} " in command
-    assert "exec python -m tinylm.main" in command
-    assert pod["terminationGracePeriodSeconds"] >= 60
+    address = f"{first_host}:{container['ports'][0]['containerPort']}"
+    for process in range(number):
+        found = cluster.find({**environment, "JOB_COMPLETION_INDEX": str(process)})
+        assert found == Job(address, number, process, "JAX_COORDINATOR_ADDRESS")
 
 
-def test_skypilot_recovers_what_can_be_resumed():
+def test_the_job_set_names_one_place_for_data_and_run(manifest):
+    pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert "volumes" not in pod
+    flags = dict(flag.split("=", 1) for flag in pod["containers"][0]["args"])
+    for name in "--workdir", "--config.data.store_dir", "--config.data.source":
+        assert "$(BUCKET)/" in flags[name]
+
+
+@pytest.mark.slow
+def test_the_job_set_fits_the_schema_of_kubernetes(manifest):
+    """By the OpenAPI schema of Kubernetes that `kubernetes-validate` carries, for the Job and its
+    pods, and by the models of JobSet that `kubeflow-trainer-api` carries, for what is around them.
+
+    They don't hold the rules between fields, which only an API server evaluates.
+    """
+    kubernetes = pytest.importorskip(
+        "kubernetes_validate", reason="not installed (pip install kubernetes-validate)"
+    )
+    models = pytest.importorskip(
+        "kubeflow_trainer_api.models", reason="not installed (pip install kubeflow-trainer-api)"
+    )
+    template = manifest["spec"]["replicatedJobs"][0]["template"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "tinylm"}, **template}
+    kubernetes.validate(job, "1.32", strict=True)
+    container = template["spec"]["template"]["spec"]["containers"][0]
+    misspelt = copy.deepcopy(job)
+    misspelt["spec"]["template"]["spec"]["containers"][0]["envs"] = container["env"]
+    with pytest.raises(kubernetes.ValidationError):
+        kubernetes.validate(misspelt, "1.32", strict=True)
+
+    model = models.JobsetV1alpha2JobSet
+    # The model drops a key that it doesn't know, and refuses a value of another type.
+    assert model.from_dict(manifest).to_dict() == manifest
+    misspelt = copy.deepcopy(manifest)
+    misspelt["spec"]["failurePolicies"] = misspelt["spec"].pop("failurePolicy")
+    assert model.from_dict(misspelt).to_dict() != misspelt
+
+
+@pytest.fixture
+def sky_task():
+    """The task of launch/skypilot.yaml."""
     yaml = pytest.importorskip("yaml")
-    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
-    recovery = task["resources"]["job_recovery"]
+    return yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+
+
+def test_skypilot_recovers_what_can_be_resumed(sky_task):
+    recovery = sky_task["resources"]["job_recovery"]
     assert RESUMABLE <= set(recovery["recover_on_exit_codes"]) <= RESUMABLE | ABORTED
-    assert "exec ~/tinylm-venv/bin/python -m tinylm.main" in task["run"]
-    done = subprocess.run(["bash", "-n"], input=task["run"] + task["setup"], text=True)
+    done = subprocess.run(["bash", "-n"], input=sky_task["setup"], text=True)
     assert done.returncode == 0
+
+
+def test_skypilots_hosts_read_and_write_one_bucket(sky_task, tmp_path):
+    python = tmp_path / "tinylm-venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\nexit 75\n")
+    python.chmod(0o755)
+    # A file that the glob of the source would match in the folder of the script.
+    (tmp_path / "--config.data.source=text:gs:" / "b" / "text").mkdir(parents=True)
+    (tmp_path / "--config.data.source=text:gs:" / "b" / "text" / "x.txt").touch()
+    environment = {
+        **os.environ,
+        **sky_task["envs"],
+        "HOME": str(tmp_path),
+        "BUCKET": "gs://b",
+        "FLAGS": "--config=tales --config.data.source=text:gs://b/text/*.txt",
+    }
+    command = ["bash", "-c", sky_task["run"]]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 75, "the exit code of the run is that of the task"
+    assert done.stdout.splitlines() == [
+        "-m",
+        "tinylm.main",
+        "--workdir=gs://b/runs/gpt2",
+        "--config.data.store_dir=gs://b/stores",
+        "--start_secs=600",
+        "--config=tales",
+        "--config.data.source=text:gs://b/text/*.txt",
+    ]
