@@ -297,25 +297,35 @@ def test_skypilot_recovers_what_can_be_resumed(sky_task):
     assert done.returncode == 0
 
 
-def test_skypilots_hosts_read_and_write_one_bucket(sky_task, tmp_path):
-    python = tmp_path / "tinylm-venv" / "bin" / "python"
+def sky_run(task, folder, body, **variables):
+    """Start what a host of SkyPilot runs, with a program in the place of Python."""
+    python = folder / "tinylm-venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\nexit 75\n")
+    python.write_text(f"#!/bin/bash\n{body}\n")
     python.chmod(0o755)
+    environment = {**os.environ, **task["envs"], "HOME": str(folder), **variables}
+    return subprocess.Popen(
+        ["bash", "-c", task["run"]],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_skypilots_hosts_read_and_write_one_bucket(sky_task, tmp_path):
     # A file that the glob of the source would match in the folder of the script.
-    (tmp_path / "--config.data.source=text:gs:" / "b" / "text").mkdir(parents=True)
-    (tmp_path / "--config.data.source=text:gs:" / "b" / "text" / "x.txt").touch()
-    environment = {
-        **os.environ,
-        **sky_task["envs"],
-        "HOME": str(tmp_path),
-        "BUCKET": "gs://b",
-        "FLAGS": "--config=tales --config.data.source=text:gs://b/text/*.txt",
-    }
-    command = ["bash", "-c", sky_task["run"]]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 75, "the exit code of the run is that of the task"
-    assert done.stdout.splitlines() == [
+    folder = tmp_path / "--config.data.source=text:gs:" / "b" / "text"
+    folder.mkdir(parents=True)
+    (folder / "x.txt").touch()
+    job = sky_run(
+        sky_task,
+        tmp_path,
+        "printf '%s\\n' \"$@\"",
+        BUCKET="gs://b",
+        FLAGS="--config=tales --config.data.source=text:gs://b/text/*.txt",
+    )
+    assert job.communicate(timeout=60)[0].splitlines() == [
         "-m",
         "tinylm.main",
         "--workdir=gs://b/runs/gpt2",
@@ -324,3 +334,30 @@ def test_skypilots_hosts_read_and_write_one_bucket(sky_task, tmp_path):
         "--config=tales",
         "--config.data.source=text:gs://b/text/*.txt",
     ]
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("exit 3", 3),
+        ("exit 134", 134),
+        ("touch $TINYLM_FIRST_STEP_FILE; exit 134", 6),
+    ],
+)
+def test_skypilot_recovers_an_abort_once_training_had_begun(sky_task, tmp_path, body, code):
+    job = sky_run(sky_task, tmp_path, body)
+    job.communicate(timeout=60)
+    assert job.returncode == code
+
+
+def test_skypilots_host_saves_when_it_is_told_to_stop(sky_task, tmp_path):
+    job = sky_run(
+        sky_task,
+        tmp_path,
+        f"trap 'sleep 0.5; exit 75' TERM; touch {tmp_path}/ready; while :; do sleep 0.05; done",
+    )
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    job.send_signal(signal.SIGTERM)
+    job.communicate(timeout=60)
+    assert job.returncode == 75
