@@ -46,7 +46,7 @@ def in_turns(name, rows, ours, theirs):
     mine, other = (statistics.median(column) for column in zip(*rates, strict=True))
     ratio = statistics.median(a / b for a, b in rates)
     print(
-        f"{name:32} {rows:3} rows: {mine:8,.0f} beside {other:8,.0f} tokens/s, {ratio:5.2f} times",
+        f"{name:32} {rows:3} rows: {mine:8,.0f} against {other:8,.0f} tokens/s, {ratio:5.2f} times",
         flush=True,
     )
 
@@ -58,7 +58,7 @@ def timed(write, rows):
     return rows * FLAGS.tokens / (time.perf_counter() - start)
 
 
-def beside_transformers():
+def against_transformers():
     """Compare GPT-2 shapes with random weights, drawing at temperature 0.8 from the 50 most
     probable.
     """
@@ -117,7 +117,7 @@ def beside_transformers():
             )
 
 
-def beside_llama2c():
+def against_llama2c():
     """Compare greedy text of stories260K: llama2.c writes one text, we one and sixteen."""
     from tinylm.interop import models
 
@@ -157,4 +157,4 @@ def beside_llama2c():
 
 
 if __name__ == "__main__":
-    app.run(lambda _: beside_llama2c() if FLAGS.run else beside_transformers())
+    app.run(lambda _: against_llama2c() if FLAGS.run else against_transformers())

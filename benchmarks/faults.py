@@ -110,52 +110,62 @@ MATRIX = {
 }
 
 
-def run(number: int) -> tuple[str, float]:
-    """Run a row's tests; return its verdict, with counts, and how long it took."""
-    began, passed, failed = time.monotonic(), 0, 0
-    for tests in MATRIX[number][2]:
+def run(tests_of_row: list[str]) -> tuple[str, float]:
+    """Run a row's tests; return its verdict, with counts, and how many seconds it took."""
+    began = time.monotonic()
+    passed = 0
+    failed = 0
+    for tests in tests_of_row:
         command = f"{sys.executable} -m pytest -q -n 0 -m '' -p no:cacheprovider {tests}"
         done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, encoding="utf-8")
-        counts = {
-            kind: int(n)
-            for n, kind in re.findall(r"(\d+) (passed|failed|error)", done.stdout.splitlines()[-1])
-        }
+        counts: dict[str, int] = {}
+        for count, kind in re.findall(r"(\d+) (passed|failed|error)", done.stdout.splitlines()[-1]):
+            counts[kind] = int(count)
         passed += counts.get("passed", 0)
-        failed += counts.get("failed", 0) + counts.get("error", 0) + (done.returncode not in (0, 1))
+        failed += counts.get("failed", 0) + counts.get("error", 0)
+        # Other exit codes than those of passed and failed tests: nothing was run.
+        failed += done.returncode not in (0, 1)
         if failed:
             print(done.stdout[-3000:], done.stderr[-1000:], file=sys.stderr)
-    return (
-        f"yes ({passed})" if passed and not failed else f"**no** ({failed} of {passed + failed})"
-    ), time.monotonic() - began
+    secs = time.monotonic() - began
+    if passed and not failed:
+        return f"yes ({passed})", secs
+    return f"**no** ({failed} of {passed + failed})", secs
 
 
-def main() -> int:
-    """Run the rows asked for, and write the page anew with their results."""
-    numbers = [int(word) for word in sys.argv[1:]] or list(MATRIX)
-    rows = (
-        {
-            int(line.split("|")[1]): line
-            for line in PAGE.read_text(encoding="utf-8").splitlines()
-            if re.match(r"\| \d", line)
-        }
-        if PAGE.exists()
-        else {}
-    )
+def run_matrix(page: pathlib.Path, head: str, matrix: dict[int, tuple[str, str, list[str]]]) -> int:
+    """Run the rows whose numbers are the command's arguments, or all, and write the page with their
+    results; rows that weren't run stay as they are there.
+
+    Args:
+      page: a Markdown file with the table.
+      head: what it begins with.
+      matrix: of each row what happens, how, and its tests.
+
+    Returns the exit code.
+    """
+    numbers = [int(word) for word in sys.argv[1:]] or list(matrix)
+    rows: dict[int, str] = {}
+    if page.exists():
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if re.match(r"\| \d", line):
+                rows[int(line.split("|")[1])] = line
     for number in numbers:
-        fault, how, _ = MATRIX[number]
-        verdict, secs = run(number)
-        rows[number] = f"| {number} | {fault} | {how} | {verdict} | {secs:.0f} |"
+        what, how, tests = matrix[number]
+        verdict, secs = run(tests)
+        rows[number] = f"| {number} | {what} | {how} | {verdict} | {secs:.0f} |"
         print(rows[number], flush=True)
-        head = (
-            f"# Faults\n\nWhat `python benchmarks/faults.py` found on {os.cpu_count()} cores. A "
-            "row passes when all its tests do (their number in brackets).\n\n"
-        )
-        table = "| # | fault | how | passed | seconds |\n|---|---|---|---|---|\n"
-        PAGE.write_text(
-            head + table + "\n".join(rows[n] for n in sorted(rows)) + "\n", encoding="utf-8"
-        )
-    return any("**no**" in rows[n] for n in numbers)
+        table = "| # | what | how | passed | seconds |\n|---|---|---|---|---|\n"
+        body = "\n".join(rows[number] for number in sorted(rows))
+        page.write_text(f"{head}\n\n{table}{body}\n", encoding="utf-8")
+    return int(any("**no**" in rows[number] for number in numbers))
 
+
+HEAD = (
+    f"# Faults\n\nWhat `python benchmarks/faults.py` found on {os.cpu_count()} cores. A row passes "
+    "when all its tests do (their number in brackets). Hosts that share nothing are in "
+    "[pod.md](pod.md)."
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_matrix(PAGE, HEAD, MATRIX))

@@ -60,7 +60,7 @@ def main() -> None:
         began = time.monotonic()
         checkpoints.save(state, None)
         blocked = time.monotonic() - began
-        state, beside = steps(state)
+        state, secs_during_save = steps(state)
         checkpoints.close()
         whole = time.monotonic() - began
         done.set()
@@ -74,7 +74,7 @@ def main() -> None:
             {
                 "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
                 "step_secs": round(alone, 3),
-                "step_secs_during_save": round(beside, 3),
+                "step_secs_during_save": round(secs_during_save, 3),
                 "blocked_secs": round(blocked, 3),
                 "save_secs": round(whole, 2),
                 "blocked_of_100_steps": round(blocked / (blocked + 100 * alone), 5),

@@ -37,8 +37,8 @@ STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 GIVE_UP = (
-    "aborted twice before the first step (exit code 134): this is no lost peer but a crash, of "
-    "the compiler perhaps; its last lines above say where. Change model.unroll, model.attention "
+    "aborted twice before the first step (exit code 134): not a lost peer but a crash, "
+    "perhaps of the compiler; its last lines above say where. Change model.unroll, model.attention "
     "or the mesh, and report it."
 )
 

@@ -16,6 +16,7 @@ set down.
 
 import asyncio
 import contextlib
+import itertools
 import os
 import pathlib
 import shutil
@@ -30,6 +31,7 @@ from collections.abc import Iterator
 from helpers import ROOT
 
 PORT = 6001
+_pods = itertools.count()
 BUCKET = "bucket"
 
 
@@ -295,8 +297,10 @@ class Pod:
     """
 
     def __init__(self, folder: pathlib.Path, num_hosts: int):
-        number = os.getpid() % 250
-        self.name = f"p{os.getpid() % 100_000}"
+        # Several pods may be up at the same time, of this process and of others.
+        made = next(_pods)
+        number = (os.getpid() + made) % 250
+        self.name = f"p{os.getpid() % 100_000}{chr(ord('a') + made % 26)}"
         self.network = f"10.79.{number}"
         self.bridge = f"{self.name}br"
         self.folder = folder
@@ -324,7 +328,11 @@ class Pod:
         self._jobs = 0
 
     def train(
-        self, *arguments: str, devices: int = 2, hosts: list[int] | None = None
+        self,
+        *arguments: str,
+        devices: int = 2,
+        hosts: list[int] | None = None,
+        **environment: str,
     ) -> list[subprocess.Popen]:
         """Start one process of a job on each of the hosts (None: all), as a launcher would."""
         chosen = [self.hosts[number] for number in hosts or range(len(self.hosts))]
@@ -336,7 +344,9 @@ class Pod:
             f"--cpu_devices={devices}",
         ]
         return [
-            host.python("-m", "tinylm.main", *job, f"--process_id={process}", *arguments)
+            host.python(
+                "-m", "tinylm.main", *job, f"--process_id={process}", *arguments, **environment
+            )
             for process, host in enumerate(chosen)
         ]
 

@@ -269,7 +269,7 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
         return exit_code or 0
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has enough of it
+    except BrokenPipeError:  # the reader of our output has enough of it
         _forget_output()
         return 0
     except UserError as error:

@@ -2,6 +2,9 @@
 
 import json
 import pathlib
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -242,3 +245,51 @@ def test_a_text_that_changed_there_is_another_text():
     after = data_of(f"text:gs://{BUCKET}/changing")
     assert before.every_store[0].digest != after.every_store[0].digest
     assert "cow" in next(iter(after.valid_texts(1)))
+
+
+@pytest.fixture
+def s3(monkeypatch, tmp_path):
+    """A bucket in the other protocol, on a server of its own."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "--host=127.0.0.1", f"--port={port}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    host(monkeypatch, tmp_path, "first")
+    while not _listens(port):
+        assert server.poll() is None
+        time.sleep(0.1)
+    buckets.file_system(f"s3://{BUCKET}").mkdir(BUCKET)
+    yield f"s3://{BUCKET}"
+    server.kill()
+    server.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_s3_holds_sources_and_stores_too(s3, tmp_path, monkeypatch):
+    write_source("text", tmp_path / "source")
+    here = data_of(f"text:{tmp_path}/source")
+    for path in (tmp_path / "source").iterdir():
+        buckets.copy_there(path, f"{s3}/texts/{path.name}")
+    copied = data_of(f"text:{s3}/texts", store_dir=f"{s3}/stores")
+    host(monkeypatch, tmp_path, "second")
+    monkeypatch.setattr("tinylm.data.bucket_stores.StoreBucket.num_bytes", lambda *_: 1 << 40)
+    remote = data_of(f"text:{s3}/texts", store_dir=f"{s3}/stores", cache_bytes=1 << 20)
+    assert remote.every_store[0].is_remote
+    for data in copied, remote:
+        assert data.every_store[0].digest == here.every_store[0].digest
+        assert same_rows(data, here)

@@ -2,7 +2,10 @@
 on it must withstand.
 """
 
+import json
 import os
+import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -87,6 +90,11 @@ def _until(is_so, processes: list[subprocess.Popen], secs: float = 200) -> None:
             output(process) for process in processes
         ]
         time.sleep(0.05)
+
+
+def trains(processes: list[subprocess.Popen]) -> bool:
+    """Say whether a job has logged some ten steps."""
+    return re.search(r"^step \d\d+/", output(processes[0]), re.MULTILINE) is not None
 
 
 TEXT = "The cat sat on the mat. A dog ran by.\n" * 400
@@ -227,3 +235,168 @@ def test_a_host_that_never_comes_is_one_line(two_hosts):
     )
     (error,) = refused(two_hosts, [alone])
     assert "waited 5 s, but not all 2 processes came" in error
+
+
+STEP_OF_50_MS = [
+    *RUN,
+    "--config.model.embed_dim=64",
+    "--config.data.seq_len=64",
+    "--config.data.batch_size=32",
+    "--config.data.packing=stream",
+    "--config.train.num_steps=240",
+    "--config.train.steps_per_dispatch=1",
+    "--config.eval.every_steps=0",
+    "--config.sample.every_steps=0",
+    "--config.checkpoint.every_steps=80",
+]
+LONG_TEXT = "".join(f"Line {number}: {number * number} sheep sleep.\n" for number in range(400_000))
+
+
+def rss_bytes(process: subprocess.Popen) -> int:
+    """Return the memory of the Python that a host's process became."""
+    for line in pathlib.Path(f"/proc/{process.pid}/status").read_text("utf-8").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def wait_and_step_secs(metrics: pathlib.Path) -> tuple[float, float]:
+    """Return how long a step waited for its data, and how long it took, from the first save on."""
+    accounts = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record["split"] == "time":
+            accounts.append(record)
+    first, last = accounts[0], accounts[-1]
+    steps = last["step"] - first["step"]
+    waited = last["data_secs"] - first["data_secs"]
+    trained = last["train_secs"] - first["train_secs"]
+    return waited / steps, (waited + trained) / steps
+
+
+def test_rows_of_a_store_larger_than_the_cache_are_there_before_they_are_needed(two_hosts):
+    """With 30 ms of latency before the store, less than 1% of the time of a step is lost against
+    reading from the disk, and neither the disk nor the memory grows.
+    """
+    write_texts(two_hosts, 5 * LONG_TEXT, 5 * LONG_TEXT)
+    bucket = two_hosts.store / BUCKET
+    command = [*STEP_OF_50_MS, "--config.data.source=text:text.txt"]
+    # Compiled as for a user, not as for tests.
+    local = two_hosts.train(*command, f"--workdir=gs://{BUCKET}/local", XLA_FLAGS="")
+    assert [code for code, _ in ends(local)] == [0, 0]
+
+    for host in two_hosts.hosts:
+        shutil.rmtree(host.path("home/cache/tinylm/stores"))
+    cache_bytes = 16 << 20
+    remote = [
+        f"--config.data.store_dir=gs://{BUCKET}/large-stores",
+        f"--config.data.cache_bytes={cache_bytes}",
+        f"--workdir=gs://{BUCKET}/large",
+    ]
+    proxy = two_hosts.proxy
+    proxy.latency_secs = 0.03
+    used: list[int] = []
+    memory: list[int] = []
+    requests = sent_bytes = 0
+    try:
+        processes = two_hosts.train(*command, *remote, XLA_FLAGS="")
+        while all(process.poll() is None for process in processes):
+            if re.search(r"step 1\d\d/", output(processes[0])):
+                if not used:
+                    requests, sent_bytes = proxy.requests, proxy.sent_bytes
+                used.append(shutil.disk_usage(two_hosts.hosts[1].path(".")).used)
+                memory.append(rss_bytes(processes[1]))
+            time.sleep(0.5)
+        done = ends(processes)
+    finally:
+        proxy.latency_secs = 0.0
+    assert [code for code, _ in done] == [0, 0], done
+    assert lines(bucket / "large") == lines(bucket / "local")
+    (tokens,) = bucket.glob("large-stores/*/tokens-00000.bin")
+    assert tokens.stat().st_size > 2 * cache_bytes
+
+    local_wait, _ = wait_and_step_secs(bucket / "local" / "metrics.jsonl")
+    wait, step = wait_and_step_secs(bucket / "large" / "metrics.jsonl")
+    memory = [size for size in memory if size]
+    print(
+        f"steps of {1e3 * step:.0f} ms, of which they load data for {1e3 * wait:.2f} ms, from the "
+        f"disk {1e3 * local_wait:.2f} ms; disk {min(used) / 1e6:.1f} to {max(used) / 1e6:.1f} MB, "
+        f"memory {min(memory) / 1e6:.0f} to {max(memory) / 1e6:.0f} MB; in some 140 steps of two "
+        f"hosts {proxy.requests - requests} requests and {(proxy.sent_bytes - sent_bytes) / 1e6:.0f} MB"
+    )
+    assert wait - local_wait < 0.01 * step
+    text_bytes = 5 * len(LONG_TEXT)
+    assert max(used) < text_bytes + cache_bytes + (2 << 20)
+    assert max(memory) - min(memory) < 100 << 20
+
+
+def test_a_run_goes_on_after_its_data_were_out_of_reach(two_hosts):
+    write_texts(two_hosts, LONG_TEXT[:400_000], "")
+    command = [
+        *RUN,
+        "--config.data.source=text:text.txt",
+        f"--config.data.store_dir=gs://{BUCKET}/stores-out",
+        "--config.data.cache_bytes=70000",
+        "--config.train.num_steps=400",
+        "--config.train.steps_per_dispatch=1",
+        "--config.eval.every_steps=0",
+        "--config.checkpoint.every_steps=200",
+        "--config.train.hang_secs=20",
+    ]
+    quiet = two_hosts.train(*command, f"--workdir=gs://{BUCKET}/quiet")
+    assert [code for code, _ in ends(quiet)] == [0, 0]
+    processes = two_hosts.train(*command, f"--workdir=gs://{BUCKET}/out")
+    _until(lambda: trains(processes), processes)
+    two_hosts.proxy.status = 503
+    time.sleep(40)
+    two_hosts.proxy.status = 0
+    done = ends(processes)
+    assert [code for code, _ in done] == [0, 0], done
+    assert "cannot be reached" in done[0][1] and "answers again, after" in done[0][1]
+    bucket = two_hosts.store / BUCKET
+    assert lines(bucket / "out") == lines(bucket / "quiet")
+
+
+def test_a_network_that_is_cut_for_five_seconds_is_survived(two_hosts):
+    command = [*RUN, "--config.train.num_steps=400", f"--workdir=gs://{BUCKET}/cut5"]
+    processes = two_hosts.train(*command)
+    _until(lambda: trains(processes), processes)
+    two_hosts.hosts[1].cut()
+    time.sleep(5)
+    two_hosts.hosts[1].mend()
+    done = ends(processes)
+    assert [code for code, _ in done] == [0, 0], done
+
+
+def test_a_network_that_is_cut_for_good_ends_every_host_with_the_name_of_the_lost_one(two_hosts):
+    command = [*RUN, "--config.train.num_steps=4000", f"--workdir=gs://{BUCKET}/cut"]
+    processes = two_hosts.train(*command)
+    try:
+        _until(lambda: trains(processes), processes)
+        two_hosts.hosts[1].cut()
+        started = time.monotonic()
+        done = ends(processes, 120)
+        assert time.monotonic() - started < 60
+    finally:
+        two_hosts.hosts[1].mend()
+    assert [code in RESUMABLE for code, _ in done] == [True, True], done
+    assert "process 1 (host host1)" in done[0][1], done[0][1][-2000:]
+    assert "process 0" in done[1][1], done[1][1][-2000:]
+
+
+def test_a_run_goes_on_with_another_number_of_hosts(tmp_path):
+    """2, 1, 8 and 2 hosts in turn, with 4, 4, 8 and 4 devices."""
+    with make_pod(tmp_path / "pod", 8) as made:
+        command = [*RUN, f"--workdir=gs://{BUCKET}/run"]
+        whole = ends(made.train(*RUN, f"--workdir=gs://{BUCKET}/whole", hosts=[0, 1]))
+        assert [code for code, _ in whole] == [0, 0], whole
+        turns = [([2, 3], 2, 5), ([4], 4, 10), (list(range(8)), 1, 15), ([5, 6], 2, 20)]
+        for hosts, devices, stop in turns:
+            stopping = f"--config.train.stop_step={stop}"
+            done = ends(made.train(*command, stopping, hosts=hosts, devices=devices), 400)
+            assert [code for code, _ in done] == [0] * len(hosts), done
+        whole_losses = lines(made.store / BUCKET / "whole")
+        losses = lines(made.store / BUCKET / "run")
+        assert sorted(losses) == sorted(whole_losses) == list(range(1, 21))
+        pairs = [(losses[step], whole_losses[step]) for step in losses]
+        assert np.allclose(*zip(*pairs, strict=True), rtol=1e-5)

@@ -120,7 +120,7 @@ def test_a_missing_package_for_buckets_is_one_line():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "pip install gcsfs" in done.stderr
+    assert "pip install 'tinylm[gcs]'" in done.stderr
 
 
 @pytest.mark.slow

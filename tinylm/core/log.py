@@ -57,7 +57,7 @@ def start(is_main: bool = True, library_logs: bool = False) -> None:
     listener.start()
     _undo.callback(_stop_listener, listener)
     atexit.register(flush)
-    # A pipe that broke is no news to anybody.
+    # Nobody needs to hear of a pipe that broke.
     _undo.callback(setattr, logging, "raiseExceptions", logging.raiseExceptions)
     logging.raiseExceptions = False
     _undo.callback(setattr, _logger, "propagate", _logger.propagate)

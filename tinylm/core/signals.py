@@ -18,7 +18,7 @@ SIGNALS = (
 
 
 def is_ignored(number: int) -> bool:
-    """Say whether whoever started this program wants a signal ignored, as nohup does.
+    """Say whether the program that started this one wants a signal ignored, as nohup does.
 
     SIGTERM always counts.
     """

@@ -22,7 +22,13 @@ SLOW_SECS = 5.0
 # gs://bucket/x, and gs:/bucket/x, which has lost a slash.
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/")
 # What fsspec needs for each scheme.
-_PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "az": "adlfs", "abfs": "adlfs"}
+_PACKAGES = {
+    "gs": "'tinylm[gcs]'",
+    "gcs": "'tinylm[gcs]'",
+    "s3": "'tinylm[s3]'",
+    "az": "adlfs",
+    "abfs": "adlfs",
+}
 _LIBRARY_ERRORS = (
     ("gcsfs.retry", "HttpError"),
     ("gcsfs.retry", "ChecksumError"),

@@ -2,7 +2,7 @@
 reads.
 """
 
-from tinylm.data.open import known_vocab_size, open_data, open_validation
+from tinylm.data.open import known_vocab_size, open_data, open_validation, store_names
 from tinylm.data.run_data import Data, Validation
 
-__all__ = ["Data", "Validation", "known_vocab_size", "open_data", "open_validation"]
+__all__ = ["Data", "Validation", "known_vocab_size", "open_data", "open_validation", "store_names"]

@@ -97,6 +97,29 @@ def open_data(
     return data
 
 
+def store_names(config: DataConfig, tokenizer: Tokenizer | None = None) -> dict[str, str]:
+    """Return the name of each store of a run, by its source; nothing is prepared.
+
+    A name says what text, tokenizer and settings a store is of, so hosts that have the same names
+    have the same data, or will have.
+
+    Args:
+        config: The `data` section of the run's config.
+        tokenizer: Takes the place of the config's.
+
+    Raises:
+        UserError: A source or the tokenizer can't be read.
+    """
+    config.check()
+    finder = StoreFinder(config, tokenizer=tokenizer)
+    names: dict[str, str] = {}
+    for source in finder.sources:
+        names[source.setting] = finder.folder_of(source, finder.train_splits).name
+    for source in finder.valid_sources:
+        names[source.setting] = finder.folder_of(source, ("valid",)).name
+    return names
+
+
 def open_validation(
     config: DataConfig,
     source: str,

@@ -244,7 +244,7 @@ class ModelConfig(Section, name="model"):
         self._check_kernel()
         if not self.attention_window:
             raise UserError(
-                "model.attention_window=() must hold at least one size; (0,) is no window."
+                "model.attention_window=() must hold at least one size; (0,) means no window."
             )
         if self.num_layers % len(self.attention_window):
             raise UserError(

@@ -27,13 +27,13 @@ from tinylm.core.agreement import (
     share_failures,
     wait_for_all,
 )
-from tinylm.core.distributed import host, is_main
+from tinylm.core.distributed import START_SECS, host, is_main
 from tinylm.core.errors import UserError
 from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards, make_mesh, sizes_by_name
 from tinylm.core.settings import differing_settings, from_dict, to_dict
 from tinylm.core.storage import in_bucket
-from tinylm.data import Data, open_data
+from tinylm.data import Data, open_data, store_names
 from tinylm.data.config import differ_in_place
 from tinylm.data.stores import note_run, store_folder
 from tinylm.data.tokenizers import Tokenizer, load_tokenizer
@@ -122,21 +122,31 @@ def open_shared_data(config: Config, tokenizer: Tokenizer | None) -> Data:
     Raises:
       UserError: on all processes, where the text, the tokenizer or a store of one differs.
     """
+    # Before anything is prepared, which may take hours. Where the stores are in a bucket process 0
+    # alone reads the text, and the others are told what it found.
+    if jax.process_count() > 1 and not in_bucket(config.data.store_dir):
+        agree_on_data(store_names(config.data, tokenizer), _SILENT_SECS)
     is_writer = leads(store_folder(config.data))
     data = open_data(config.data, seed=config.seed, is_writer=is_writer, tokenizer=tokenizer)
     wait_for_all("to prepare their data", _SILENT_SECS)
-    facts: dict[str, Any] = {"tokenizer": data.tokenizer.fingerprint[:12]}
+    facts = {"tokenizer": data.tokenizer.fingerprint[:12]}
     for store in data.every_store:
         facts[f"tokens of {store.spec}"] = store.digest[:12]
-    facts["rows of an epoch"] = len(data.train)
-    facts["rows to evaluate"] = data.valid_rows
+    facts["rows of an epoch"] = str(len(data.train))
+    facts["rows to evaluate"] = str(data.valid_rows)
+    agree_on_data(facts, START_SECS)
+    return data
+
+
+def agree_on_data(facts: dict[str, str], secs: float) -> None:
+    """Raise UserError on all processes where the data of one differ from those of process 0."""
     agree(
         facts,
+        secs,
         what="has other data than",
         remedy="give every host the same text and tokenizer; where they are the same, remove the "
         "token store of the one that differs",
     )
-    return data
 
 
 def check_shared(setting: str, path: epath.Path) -> None:
