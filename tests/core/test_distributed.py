@@ -3,6 +3,7 @@ code 2.
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -100,6 +101,33 @@ def test_one_host_alone_gives_up_in_time(tmp_path, alone, wanted):
     assert wanted in pair.refused()[0]
 
 
+@pytest.mark.parametrize(
+    ("alone", "wanted"),
+    [
+        (0, "not all 2 processes that JAX_COORDINATOR_ADDRESS names came"),
+        (1, r"nobody at 127.0.0.1:\d+ \(from JAX_COORDINATOR_ADDRESS\) for 1 s"),
+    ],
+)
+def test_one_host_of_a_cluster_alone_gives_up_in_time(tmp_path, monkeypatch, alone, wanted):
+    pair = Pair(tmp_path, secs=1)
+    address = pair.job[0].partition("=")[2]
+    pair.job = pair.job[2:]
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", str(alone))
+    pair.processes.append(
+        subprocess.Popen(
+            [sys.executable, "-m", "tinylm.main", *pair.job, *TALES],
+            cwd=tmp_path,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    )
+    (error,) = pair.refused()
+    assert re.search(wanted, error)
+
+
 def test_a_mesh_that_is_smaller_than_the_job_is_refused_on_both(tmp_path):
     pair = Pair(tmp_path)
     for process in 0, 1:
@@ -164,6 +192,9 @@ def test_a_tool_in_a_shell_of_a_cluster_runs_alone_and_a_training_says_so(monkey
     assert joined[0]["coordinator_address"].startswith("n0:")
     assert joined[2]["coordinator_address"] == "n9:1234"
     assert all(job["num_processes"] == 4 for job in joined)
+    # JAX by itself would show a process of Slurm the first GPU of its host alone.
+    assert all(job["cluster_detection_method"] == "deactivate" for job in joined)
+    assert all(job["local_device_ids"] is None for job in joined)
 
 
 def test_an_error_on_one_process_ends_both_and_has_its_number(tmp_path):

@@ -31,8 +31,10 @@ from tinylm.core.errors import UserError
 
 # Where process 0 listens on a host that this job has for itself.
 _PORT = 8476
-# Where it listens on a host that it may share with other jobs: the last 4096 ports, by the job.
-_FIRST_SHARED_PORT = 65536 - 4096
+# Where it listens on a host that it may share with other jobs: one of the last ports, by the
+# number of the job.
+_SHARED_PORTS = 4096
+_FIRST_SHARED_PORT = 65536 - _SHARED_PORTS
 _WORKERS = "http://{}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
 _METADATA_SECS = 5.0
 _GOOGLE_PCI_VENDOR = "0x1ae0"
@@ -100,12 +102,14 @@ def local_devices(environment: Mapping[str, str] = os.environ) -> list[int] | No
     """
     if "JAX_LOCAL_DEVICE_IDS" in environment:
         return None
-    # "1(x4)", or "2,1(x3)": of these a single process a host can be told from several.
+    # "1(x4)" is one task on each of four nodes; "2,1(x3)" are two on the first, one on the others.
     tasks_of_nodes = environment.get("SLURM_STEP_TASKS_PER_NODE", "")
-    most_tasks = max((int(n) for n in re.findall(r"(?:^|,)(\d+)", tasks_of_nodes)), default=1)
-    if most_tasks > 1 and "SLURM_LOCALID" in environment:
+    counts = re.findall(r"(?:^|,)(\d+)", tasks_of_nodes)
+    has_several_tasks = any(int(count) > 1 for count in counts)
+    if has_several_tasks and "SLURM_LOCALID" in environment:
         return [int(environment["SLURM_LOCALID"])]
-    if (_number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE") or 1) > 1:
+    num_ranks = _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    if num_ranks is not None and num_ranks > 1:
         return [int(environment["OMPI_COMM_WORLD_LOCAL_RANK"])]
     return None
 
@@ -160,15 +164,24 @@ def _from_slurm(environment: Mapping[str, str]) -> Job | None:
     """
     size = _number(environment, "SLURM_STEP_NUM_TASKS") or 1
     number = _number(environment, "SLURM_PROCID")
-    nodes = environment.get("SLURM_STEP_NODELIST", "")
-    # "node7,other", "node[003-5,8]", "rack[1-2]-gpu": the first name of the list.
-    first = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
-    if size == 1 or number is None or first is None:
+    host = _first_node(environment.get("SLURM_STEP_NODELIST", ""))
+    if size == 1 or number is None or not host:
         return None
-    host = "".join(part or "" for part in first.groups())
     job_id = _number(environment, "SLURM_JOB_ID") or 0
-    port = _port(environment, _FIRST_SHARED_PORT + job_id % 4096)
+    port = _port(environment, _FIRST_SHARED_PORT + job_id % _SHARED_PORTS)
     return Job(f"{host}:{port}", size, number, "Slurm")
+
+
+def _first_node(nodes: str) -> str:
+    """Return the first name of Slurm's short list of nodes; "" where there is none.
+
+    The list is like "node7,other", "node[003-5,8]" or "rack[1-2]-gpu".
+    """
+    found = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
+    if found is None:
+        return ""
+    name, first_number, ending = found.groups(default="")
+    return f"{name}{first_number}{ending}"
 
 
 def _from_open_mpi(environment: Mapping[str, str]) -> Job | None:
@@ -186,7 +199,7 @@ def _from_open_mpi(environment: Mapping[str, str]) -> Job | None:
     # or "prterun-host-14884@1".
     uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
     name = uri or environment.get("PMIX_NAMESPACE", "")
-    port = _port(environment, _FIRST_SHARED_PORT + zlib.crc32(name.encode()) % 4096)
+    port = _port(environment, _FIRST_SHARED_PORT + zlib.crc32(name.encode()) % _SHARED_PORTS)
     launcher = re.search(r"tcp://([^,:]+)", uri) or re.search(r"tcp6://(\[[^,\]]+)", uri)
     if _number(environment, "OMPI_COMM_WORLD_LOCAL_SIZE") == size:
         host = "127.0.0.1"
