@@ -72,7 +72,7 @@ make_slice() { # make the slice unless it is there and ready, and install the pa
         on_all_hosts "$install"
 }
 
-install='mkdir -p tinylm && tar -xzf tinylm.tar.gz -C tinylm && python3 -m venv venv && venv/bin/pip install --quiet -e "tinylm[tpu,tokens]" gcsfs'
+install='mkdir -p tinylm && tar -xzf tinylm.tar.gz -C tinylm && python3 -m venv venv && venv/bin/pip install --quiet -e "tinylm[tpu,gcs,tokens]"'
 # Flags of the user come last, so that they win.
 set -- "--workdir=$bucket/runs/$name" "--config.data.store_dir=$bucket/stores" "$@"
 # The run makes ~/first_step when it has begun to train: a second abort (134) before that is a crash, no lost peer.
