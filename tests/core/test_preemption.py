@@ -62,7 +62,7 @@ from tinylm.core.preemption import StopRequest
 from tinylm.data.stores import wait_for
 StopRequest()
 print("ready", flush=True)
-wait_for(pathlib.Path("a store that nobody makes"), 1800)
+wait_for([pathlib.Path("a store that nobody makes")], 1800)
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import resource
 import socket
 import subprocess
 import sys
@@ -293,3 +294,16 @@ def test_s3_holds_sources_and_stores_too(s3, tmp_path, monkeypatch):
     for data in copied, remote:
         assert data.every_store[0].digest == here.every_store[0].digest
         assert same_rows(data, here)
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_full_disk_is_not_waited_for(tmp_path):
+    buckets.write_there(TEXT.encode() * 20, f"gs://{BUCKET}/large.txt")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(StorageError, match="free space there"):
+            data_of(f"text:gs://{BUCKET}/large.txt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.rglob("large.txt*.tmp"))

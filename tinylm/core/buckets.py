@@ -16,9 +16,9 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-from tinylm.core.errors import StorageError
+from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.log import say
 from tinylm.core.storage import SLOW_SECS, explained, failures
 
@@ -61,6 +61,8 @@ def patiently(url: str, setting: str, use: Callable[[], T], limit_secs: float) -
         while True:
             try:
                 result = use()
+            except UserError:
+                raise
             except Exception as error:
                 # The library is imported by the first use, so that only now its errors are known.
                 if not isinstance(error, (ImportError, ValueError, *failures())):
@@ -131,7 +133,7 @@ def copy_here(url: str, path: pathlib.Path) -> None:
     try:
         with files.open(url, "rb", block_size=_CHUNK_BYTES) as source, temporary.open("wb") as file:
             while chunk := source.read(_CHUNK_BYTES):
-                file.write(chunk)
+                _write(file, chunk)
                 digest.update(chunk)
                 count += len(chunk)
         if count != size:
@@ -143,6 +145,16 @@ def copy_here(url: str, path: pathlib.Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write(file: BinaryIO, chunk: bytes) -> None:
+    """Write to the disk, whose failures are not those of the bucket, and don't pass by waiting."""
+    try:
+        file.write(chunk)
+    except OSError as error:
+        raise StorageError(
+            f"{file.name} can't be written ({one_line(error)}); free space there."
+        ) from error
 
 
 def copy_there(path: pathlib.Path, url: str) -> None:

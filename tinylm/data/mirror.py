@@ -6,6 +6,7 @@ tokens are prepared in a bucket too (data.store_dir), the hosts of a job read th
 text.
 """
 
+import fcntl
 import functools
 import json
 import os
@@ -62,10 +63,20 @@ def local(path: str) -> str:
     if cache is None:
         raise StorageError(f"{path} has to be copied to the disk, and this user has no home.")
     copy = cache / "buckets" / path.replace("://", "/", 1)
+    copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Of the processes of a host one copies it, while the others wait.
+    with copy.with_name(copy.name + ".lock").open("ab") as lock:
+        with alive(lambda: f"waiting for another process that copies {path}"):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        _copy(path, copy)
+    return os.fspath(copy)
+
+
+def _copy(path: str, copy: pathlib.Path) -> None:
+    """Copy an object to the disk, unless it is there."""
     note = copy.with_name(copy.name + ".state")
     if copy.exists() and _noted(note) == state(path):
-        return os.fspath(copy)
-    copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return
     size = state(path)[0]
     free = shutil.disk_usage(copy.parent).free
     if size > free:
@@ -75,8 +86,7 @@ def local(path: str) -> str:
         )
     with alive(lambda: f"copying {path} ({size / 1e6:,.0f} MB)"):
         _patiently(path, functools.partial(buckets.copy_here, path, copy))
-    replace_text(note, json.dumps(state(path)), suffix=f".{os.getpid()}.tmp")
-    return os.fspath(copy)
+    replace_text(note, json.dumps(state(path)))
 
 
 def _noted(note: pathlib.Path) -> Any:

@@ -104,7 +104,7 @@ class StoreFinder:
             return self._store_in_bucket(self._bucket, source, splits)
         folder = self.folder_of(source, splits)
         if not self._is_writer:
-            stores.wait_for(folder, self._wait_secs)
+            stores.wait_for([folder], self._wait_secs)
         elif not _is_whole(folder):
             self._make(source, splits, folder)
         ready_files = source.local_files if isinstance(source, TokenSource) else ()
@@ -131,21 +131,23 @@ class StoreFinder:
             name = from_main(
                 lambda: self._prepared_in_bucket(bucket, source, splits), _LONGEST_SECS
             )
+        # All of the store is copied where there is room, otherwise a part. One process decides for
+        # all of its host, since the room changes meanwhile.
         limit = cache_bytes(self._config.cache_bytes, self._folder)
-        folder = self._folder / name
-        is_copied = _is_whole(folder) or bucket.num_bytes(name) <= limit
-        if not is_copied:
-            folder = folder.with_name(f"{name}.part")
+        whole = self._folder / name
+        part = whole.with_name(f"{name}.part")
         if not self._is_writer:
-            stores.wait_for(folder, self._wait_secs)
-        elif not _is_whole(folder):
-            atomic.make(folder, _is_whole, lambda folder: bucket.fetch(folder, name, is_copied))
-        if is_copied:
-            return Store(folder, source.spec)
+            stores.wait_for([whole, part], self._wait_secs)
+        elif not _is_whole(whole) and bucket.num_bytes(name) <= limit:
+            atomic.make(whole, _is_whole, lambda folder: bucket.fetch(folder, name, is_whole=True))
+        elif not _is_whole(whole) and not _is_whole(part):
+            atomic.make(part, _is_whole, lambda folder: bucket.fetch(folder, name, is_whole=False))
+        if _is_whole(whole):
+            return Store(whole, source.spec)
         if self._cache is None:
             self._cache = BlockCache(self._folder, limit)
         remote = Remote(bucket.url_of(name), self._cache, self._config.outage_secs)
-        return Store(folder, source.spec, remote=remote)
+        return Store(part, source.spec, remote=remote)
 
     def _prepared_in_bucket(
         self, bucket: StoreBucket, source: Source, splits: tuple[str, ...]

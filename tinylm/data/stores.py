@@ -15,7 +15,7 @@ import pathlib
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tinylm.core.errors import StorageError
@@ -107,8 +107,8 @@ def checksum_notes(folder: pathlib.Path, source: Source) -> pathlib.Path:
     return folder / CHECKSUMS / f"{hash_bytes(place.encode('utf-8', 'surrogateescape'))}.json"
 
 
-def wait_for(folder: pathlib.Path, wait_secs: float) -> None:
-    """Wait until another process that sees the same folder has prepared the store in it.
+def wait_for(folders: Sequence[pathlib.Path], wait_secs: float) -> None:
+    """Wait until another process that sees the same disk has prepared a store in one of `folders`.
 
     Raises:
         HangError: Nothing has moved for `wait_secs`.
@@ -116,7 +116,10 @@ def wait_for(folder: pathlib.Path, wait_secs: float) -> None:
     # This imports JAX, which the process that prepares goes without.
     from tinylm.core.agreement import wait_until
 
-    wait_until((folder / MANIFEST).exists, f"another process to prepare {folder}", wait_secs)
+    def is_there() -> bool:
+        return any((folder / MANIFEST).exists() for folder in folders)
+
+    wait_until(is_there, f"another process to prepare {folders[0]}", wait_secs)
 
 
 def note_run(folder: pathlib.Path, workdir: str) -> None:
