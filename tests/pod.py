@@ -401,6 +401,22 @@ def serve_bucket(folder: pathlib.Path, log: pathlib.Path) -> tuple[subprocess.Po
     return server, port
 
 
+def serve_s3() -> tuple[subprocess.Popen, int]:
+    """Start a server of S3's protocol, which keeps all in memory; return it and its port."""
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "--host=127.0.0.1", f"--port={port}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while True:
+        assert server.poll() is None
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return server, port
+        time.sleep(0.1)
+
+
 def ends(processes: list[subprocess.Popen], secs: float = 300) -> list[tuple[int, str]]:
     """Wait for processes; return the exit code and what was written of each."""
     until = time.monotonic() + secs

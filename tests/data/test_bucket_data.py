@@ -3,9 +3,6 @@
 import json
 import pathlib
 import resource
-import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -25,6 +22,7 @@ from pod import (  # noqa: E402  (needs the package above)
     Proxy,
     free_port,
     serve_bucket,
+    serve_s3,
 )
 
 TEXT = "".join(f"Story {n}: the cat number {n * n} sat on a mat.<|endoftext|>" for n in range(400))
@@ -253,12 +251,7 @@ def s3(monkeypatch, tmp_path):
     """A bucket in the other protocol, on a server of its own."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "--host=127.0.0.1", f"--port={port}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    server, port = serve_s3()
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "key",
@@ -267,18 +260,10 @@ def s3(monkeypatch, tmp_path):
     }.items():
         monkeypatch.setenv(name, value)
     host(monkeypatch, tmp_path, "first")
-    while not _listens(port):
-        assert server.poll() is None
-        time.sleep(0.1)
     buckets.file_system(f"s3://{BUCKET}").mkdir(BUCKET)
     yield f"s3://{BUCKET}"
     server.kill()
     server.wait()
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_s3_holds_sources_and_stores_too(s3, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from tinylm import report
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.settings import to_dict
-from tinylm.run import checksums, lock
+from tinylm.run import bucket_lock, checksums
 from tinylm.run.folder import RunFolder
 from tinylm.train import trackers
 from tinylm.view.plot import draw_loss
@@ -38,9 +38,11 @@ class Bucket(MemoryFileSystem):
 @pytest.fixture
 def folder(monkeypatch):
     """The folder of a run in an empty bucket."""
-    monkeypatch.setattr(lock, "RENEW_SECS", 1.0)
+    monkeypatch.setattr(bucket_lock, "RENEW_SECS", 0.5)
+    monkeypatch.setattr(bucket_lock, "WATCH_SECS", 3.0)
     monkeypatch.setattr(Bucket, "store", {})
-    fsspec.register_implementation("gcs", Bucket, clobber=True)
+    for scheme in Bucket.protocol:
+        fsspec.register_implementation(scheme, Bucket, clobber=True)
     run = RunFolder("gs://bucket/run")
     run.create()
     return run
@@ -87,11 +89,11 @@ def test_a_config_is_replaced_in_one_step(folder):
 
 
 def test_one_run_at_a_time(folder):
-    first = lock.WorkdirLock(folder.path)
+    first = bucket_lock.BucketLock(folder.path)
     with pytest.raises(UserError, match="in use by process"):
-        lock.WorkdirLock(folder.path)
+        bucket_lock.BucketLock(folder.path)
     first.release()
-    lock.WorkdirLock(folder.path).release()
+    bucket_lock.BucketLock(folder.path).release()
 
 
 def test_damage_is_found(folder):

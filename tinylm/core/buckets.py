@@ -10,6 +10,7 @@ process that hangs.
 """
 
 import base64
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -165,6 +166,40 @@ def copy_there(path: pathlib.Path, url: str) -> None:
 def write_there(content: bytes, url: str) -> None:
     """Write an object, which appears whole or not at all."""
     file_system(url).pipe_file(url, content)
+
+
+def create_there(content: bytes, url: str) -> bool:
+    """Write an object where there is none yet; say whether it was this request that made it.
+
+    The service holds the condition, so of many that ask at the same time one alone makes it.
+    """
+    try:
+        file_system(url).pipe_file(url, content, mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def read_there(url: str) -> bytes | None:
+    """Return an object as it is now, or None where there is none."""
+    try:
+        return file_system(url).cat_file(url)
+    except FileNotFoundError:
+        return None
+
+
+def remove_there(url: str) -> None:
+    """Remove an object, which may be gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        file_system(url).rm_file(url)
+
+
+def names_there(url: str) -> list[str]:
+    """Return the names of all objects below a folder, by asking the service."""
+    files = file_system(url)
+    # fsspec keeps listings, in which what another host has just written is missing.
+    files.invalidate_cache()
+    return list(files.find(url))
 
 
 def exists_there(url: str) -> bool:

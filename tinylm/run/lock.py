@@ -1,9 +1,10 @@
 """One run in a workdir at a time: a lease in `lock.json` that says who runs, renewed while it does.
 
-On a disk the file is locked too, and the system ends that lock when its holder dies. Where this
-doesn't tell (another host, a bucket), a newcomer watches the lease for longer than its holder takes
-to renew it: one that doesn't change belongs to a dead process. So no two clocks are compared.
-Process 0 holds the lease for all processes of its job.
+This is for a folder on a disk; `bucket_lock` is for one in a bucket. The file is locked too, and
+the system ends that lock when its holder dies. Where this doesn't tell (another host), a newcomer
+watches the lease for longer than its holder takes to renew it: one that doesn't change belongs to
+a dead process. So no two clocks are compared. Process 0 holds the lease for all processes of its
+job.
 """
 
 import atexit
@@ -43,14 +44,14 @@ class WorkdirLock:
         is_free = self._lock_file()
         holder = self._read()
         if not is_free or (holder is not None and not self._is_dead(holder)):
-            raise _in_use(folder, holder)
+            raise in_use(folder, holder)
         self._write()
         if self._file is None:
             # Without a lock on the file two may write at the same time; the last one has the lease.
             time.sleep(1)
             holder = self._read()
             if holder is not None and holder["id"] != self._me["id"]:
-                raise _in_use(folder, holder)
+                raise in_use(folder, holder)
         threading.Thread(target=self._renew, daemon=True).start()
         atexit.register(self.release)
 
@@ -66,7 +67,7 @@ class WorkdirLock:
 
     def _lock_file(self) -> bool:
         """Lock the file where that is possible; say whether it is free of another one's lock."""
-        # A bucket, or a file system without locks, raises an OSError, and then the lease decides.
+        # A file system without locks raises an OSError, and then the lease decides.
         with contextlib.suppress(OSError):
             # The file stays open while the run lasts, because closing it would end the lock.
             file = pathlib.Path(os.fspath(self._path)).open("a", encoding="utf-8")  # noqa: SIM115
@@ -119,7 +120,7 @@ class WorkdirLock:
             self._write()
 
 
-def _in_use(folder: epath.Path, holder: dict[str, Any] | None) -> UserError:
+def in_use(folder: epath.Path, holder: dict[str, Any] | None) -> UserError:
     """Return the error for a folder that another process has; it may have no lease to read."""
     who = "another process"
     if holder is not None:

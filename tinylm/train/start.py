@@ -37,6 +37,7 @@ from tinylm.data import Data, open_data, store_names
 from tinylm.data.config import differ_in_place
 from tinylm.data.stores import note_run, store_folder
 from tinylm.data.tokenizers import Tokenizer, load_tokenizer
+from tinylm.run.bucket_lock import BucketLock
 from tinylm.run.checkpoint import finished_steps
 from tinylm.run.folder import RunFolder
 from tinylm.run.lock import WorkdirLock
@@ -165,7 +166,8 @@ def check_shared(setting: str, path: epath.Path) -> None:
 
 def take_lock(folder: RunFolder, lock: contextlib.ExitStack) -> None:
     """Lock the workdir until `lock` is closed; raise UserError where it is in use."""
-    lock.callback(WorkdirLock(folder.path).release)
+    kind = BucketLock if in_bucket(folder.path) else WorkdirLock
+    lock.callback(kind(folder.path).release)
 
 
 def write_record(config: Config, data: Data, mesh: Mesh, folder: RunFolder) -> None:
