@@ -77,6 +77,19 @@ def test_a_bucket_that_fails_after_lines_were_held_back_is_said_once(folder, mon
     assert len(list(folder.lines())) == 4
 
 
+def test_a_log_is_not_written_over_after_its_service_failed(folder, monkeypatch):
+    folder.log({"step": 1, "split": "time"})
+    bucket_path = epath.Path("gs://bucket").__class__
+    with monkeypatch.context() as broken:
+        broken.setattr(bucket_path, "write_bytes", fails)
+        folder.log({"step": 2, "split": "time"})
+    with monkeypatch.context() as broken:
+        # As a library says that answers from an old listing.
+        broken.setattr(bucket_path, "exists", lambda _: False)
+        folder.log({"step": 3, "split": "time"})
+    assert [line["step"] for line in folder.lines()] == [1, 2, 3]
+
+
 def fails(*_):
     raise OSError(5, "the bucket is away")
 

@@ -362,10 +362,15 @@ class RunFolder:
 
 
 def _content_of(path: epath.Path) -> bytes:
-    """Return what a file holds; nothing where it isn't there."""
-    if not path.exists():
+    """Return what a file holds; nothing where it isn't there.
+
+    It is read rather than asked for first: a library for buckets may answer from a listing that it
+    keeps that an object isn't there, and what the object holds would then be written over.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
         return b""
-    return path.read_bytes()
 
 
 def _whole_lines(content: bytes) -> bytes:
