@@ -77,6 +77,22 @@ class RunFolder:
         if storage.in_bucket(self.path):
             storage.reach(self.path, "--workdir", self._write_and_remove)
 
+    def check_checkpoint_dir(self, directory: str) -> None:
+        """Raise UserError where the checkpoints would go to a kind of bucket that Orbax lacks.
+
+        Orbax (0.12) knows gs:// alone; for s3:// it would fail at the first save.
+
+        Args:
+          directory: checkpoint.dir; empty for the folder of the run.
+        """
+        setting = "checkpoint.dir" if directory else "--workdir"
+        place = directory or os.fspath(self.path)
+        if storage.in_bucket(place) and not place.startswith("gs://"):
+            raise UserError(
+                f"{setting}={place}: checkpoints can't be written there, since Orbax knows gs:// "
+                "alone; set checkpoint.dir to a gs:// bucket, or to a disk that all hosts share."
+            )
+
     def _write_and_remove(self) -> None:
         trial = self.path / "trial.tmp"
         trial.write_text("", encoding="utf-8")

@@ -75,6 +75,7 @@ def _start_run(config: Config, workdir: str) -> Trainer:
     """Do what `start_run` does, on one process of the job."""
     # What needs neither data nor the workdir's lock comes first; nothing is written yet.
     folder = RunFolder(workdir)
+    folder.check_checkpoint_dir(config.checkpoint.dir)
     from_main(folder.check_bucket)
     config, tokenizer = take_over(config, folder)
     mesh = make_mesh(config.mesh)
@@ -159,7 +160,7 @@ def check_shared(setting: str, path: epath.Path) -> None:
         os.rmdir(path)
     raise UserError(
         f"{setting}={os.fspath(path)} on {host()} is not the folder that process 0 has under that "
-        "name; set it to a bucket (gs://... or s3://...), or to a folder on a disk that all hosts "
+        "name; set it to a bucket (gs://...), or to a folder on a disk that all hosts "
         "share."
     )
 
