@@ -14,11 +14,18 @@ import types
 import pytest
 from helpers import ROOT, columns_of
 
-from tinylm import sweep as module
+from tinylm import sweep as command
+from tinylm.config import load_config
 from tinylm.core.errors import UserError
+from tinylm.tools import sweep as module
 from tinylm.view.plot import COLORS
 
 GRID = ["optimizer.learning_rate=1e-2,2e-2", "model.attention_window=(0,),(8,)"]
+
+
+def sweep(base: list[str], grid: list[str], workdir: str, jobs: int) -> list[module.Row]:
+    """Sweep with the configs that ship."""
+    return module.sweep(base, grid, workdir, jobs, load_config)
 
 
 @pytest.fixture
@@ -49,21 +56,21 @@ def test_each_point_is_trained_once(tmp_path, trained):
     commands, codes = trained
     base = ["--config=tales", "--config.seed=3"]
     codes["2e-2"] = 3
-    rows = module.sweep(base, GRID, str(tmp_path), jobs=2)
+    rows = sweep(base, GRID, str(tmp_path), jobs=2)
     assert len(commands) == 4
     assert len({command["--workdir"] for command in commands}) == 4
     assert {command["--config.seed"] for command in commands} == {"3"}
-    assert [row["loss"] for row in rows] == [0.01, 0.01, None, None]
-    assert rows[-1]["result"] == "exit code 3: error: loss is not finite"
+    assert [row.loss for row in rows] == [0.01, 0.01, None, None]
+    assert rows[-1].result == "exit code 3: error: loss is not finite"
     commands.clear()
     codes.clear()
-    rows = module.sweep(base, GRID, str(tmp_path), jobs=1)
+    rows = sweep(base, GRID, str(tmp_path), jobs=1)
     assert {command["--config.optimizer.learning_rate"] for command in commands} == {"2e-2"}
-    assert [row["loss"] for row in rows] == [0.01, 0.01, 0.02, 0.02]
+    assert [row.loss for row in rows] == [0.01, 0.01, 0.02, 0.02]
     for color in COLORS[:2]:  # a line from one learning rate to the other for each window
         assert columns_of(tmp_path / "sweep.png", color) > 100
     commands.clear()
-    module.sweep([*base, "--config.train.stop_step=50"], GRID, str(tmp_path), jobs=1)
+    sweep([*base, "--config.train.stop_step=50"], GRID, str(tmp_path), jobs=1)
     assert len(commands) == 4  # another setting of all: they go on
 
 
@@ -71,25 +78,25 @@ def test_a_picture_that_fails_takes_no_table_away(tmp_path, trained, monkeypatch
     said = []
     monkeypatch.setattr(module, "say", said.append)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 / 0)
-    rows = module.sweep(
+    rows = sweep(
         ["--config=tales"], ["seed=0,1", "optimizer.learning_rate=1e-2"], str(tmp_path), jobs=1
     )
-    assert [row["loss"] for row in rows] == [0.01, 0.01]
+    assert [row.loss for row in rows] == [0.01, 0.01]
     assert said[-1] == f"warning: {tmp_path}/sweep.png cannot be written: division by zero"
 
 
 def test_the_table_is_best_first_and_the_best_validation_loss_counts(tmp_path, trained):
-    rows = module.sweep(
+    rows = sweep(
         ["--config=tales"],
         ["optimizer.learning_rate=3e-1,1e-1", "model.attention_window=(0,)"],
         str(tmp_path),
         jobs=1,
     )
-    lines = module.text_of(rows).splitlines()
+    lines = command.text_of(rows).splitlines()
     assert lines[0].split() == ["optimizer.learning_rate", "model.attention_window", "result"]
     assert [line.split()[0] for line in lines[1:]] == ["1e-1", "3e-1"]
-    assert [row["step"] for row in rows] == [2, 2]
-    assert rows[0]["result"] == "best validation loss 0.1000 at step 2"
+    assert [row.step for row in rows] == [2, 2]
+    assert rows[0].result == "best validation loss 0.1000 at step 2"
 
 
 def test_a_run_without_validation_is_judged_by_the_end_of_its_training(tmp_path):
@@ -123,11 +130,11 @@ def test_the_name_of_a_run_is_one_folder_and_no_pattern():
 )
 def test_mistakes_come_before_the_first_run(tmp_path, trained, grid, said):
     with pytest.raises(UserError, match=said):
-        module.sweep(["--config=tales"], grid, str(tmp_path), jobs=1)
+        sweep(["--config=tales"], grid, str(tmp_path), jobs=1)
     with pytest.raises(UserError, match="must be free of"):
-        module.sweep(["--config=tales"], GRID, f"{tmp_path}/a*", jobs=1)
+        sweep(["--config=tales"], GRID, f"{tmp_path}/a*", jobs=1)
     with pytest.raises(UserError, match="must be a folder on a disk"):
-        module.sweep(["--config=tales"], GRID, "gs://bucket/sweep", jobs=1)
+        sweep(["--config=tales"], GRID, "gs://bucket/sweep", jobs=1)
     assert trained[0] == []
 
 

@@ -6,7 +6,6 @@ python -m tinylm.prepare --config=tales --to_tfds=DIR --tfds_name=my_tales
 python -m tinylm.prepare --clean
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -18,12 +17,15 @@ from absl.flags import FlagValues
 from tinylm import cli
 from tinylm.core import text
 from tinylm.core.distributed import is_main
-from tinylm.core.errors import UserError
+from tinylm.data import stores
+from tinylm.data.stores import FoundStore
 
 
 def prepare(flags: FlagValues) -> None:
-    """Prepare as the flags say."""
+    """Prepare as the flags say, and print what there is."""
     from tinylm.data import open_data
+    from tinylm.data.summary import batch_hashes, summary
+    from tinylm.data.tfds_builder import write_tfds
     from tinylm.train.init_from import take_over
 
     if flags.clean:
@@ -31,113 +33,58 @@ def prepare(flags: FlagValues) -> None:
         return
     config = cli.config(flags)
     if flags.to_tfds:
-        from tinylm.data.tfds_builder import write_tfds
-
         folder = str(write_tfds(config.data, flags.to_tfds, flags.tfds_name))
         print(json.dumps({"folder": folder}) if flags.json else folder)
         return
-    data = open_data(
-        config.data, seed=config.seed, is_writer=is_main(), tokenizer=take_over(config)[1]
-    )
+    _, tokenizer = take_over(config)
+    data = open_data(config.data, seed=config.seed, is_writer=is_main(), tokenizer=tokenizer)
     if flags.verify:
-        for one in data.every_store:
-            one.verify()
-    result = summary(data) | {
-        "batches": batch_hashes(data, config.data.batch_size, flags.print_batches)
-    }
+        for store in data.every_store:
+            store.verify()
+    result = summary(data)
+    result["batches"] = batch_hashes(data, config.data.batch_size, flags.print_batches)
     if is_main():
         print(json.dumps(result) if flags.json else text_of(result))
 
 
 def clean(flags: FlagValues) -> None:
-    """Show all token stores, and remove those that no run refers to."""
+    """Remove the token stores that no run refers to, and print which are left."""
     from tinylm.config import Config
-    from tinylm.data import stores
-    from tinylm.run.folder import RunFolder
+    from tinylm.run.store_users import is_run_here, refers_to
 
-    def refers(workdir: str, name: str) -> bool:
-        try:
-            folder = RunFolder(workdir)
-            return folder.exists() and name in folder.read_config().get("token_stores", {})
-        except (UserError, OSError):
-            # A run that can't be read, as one in a bucket out of reach, may still need its store.
-            return True
-
-    def exists(workdir: str) -> bool:
-        try:
-            return RunFolder(workdir).exists()
-        except (UserError, OSError):
-            return False
-
-    folder = stores.store_folder((flags.config or Config()).data)
-    removed: list[dict[str, Any]] = []
-    kept: list[dict[str, Any]] = []
-    for store in stores.find_stores(folder, refers, exists):
-        is_removed = not store.runs and stores.remove(store.folder)
-        row: dict[str, Any] = {
-            "store": store.folder.name,
-            "source": store.source,
-            "bytes": store.num_bytes,
-            "runs": store.runs,
-        }
-        (removed if is_removed else kept).append(row)
-    freed = stores.remove_leftovers(folder) + sum(row["bytes"] for row in removed)
+    config = flags.config or Config()
+    folder = stores.store_folder(config.data)
+    cleaned = stores.clean(folder, refers_to, is_run_here)
     if flags.json:
-        print(json.dumps({"removed": removed, "kept": kept, "freed_bytes": freed}))
+        result = {
+            "removed": [row_of(store) for store in cleaned.removed],
+            "kept": [row_of(store) for store in cleaned.kept],
+            "freed_bytes": cleaned.freed_bytes,
+        }
+        print(json.dumps(result))
         return
-    for row in kept:
-        users = ", ".join(row["runs"]) or "a process that makes it"
-        print(
-            f"kept     {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: used by "
-            f"{users}"
-        )
-    for row in removed:
-        print(
-            f"removed  {row['store']}  {row['bytes'] / 1e6:10,.1f} MB  {row['source']}: no run "
-            "refers to it"
-        )
-    print(f"{freed / 1e6:,.1f} MB freed in {folder}")
+    for store in cleaned.kept:
+        users = ", ".join(store.runs) or "a process that makes it"
+        print(line_of("kept", store, f"used by {users}"))
+    for store in cleaned.removed:
+        print(line_of("removed", store, "no run refers to it"))
+    print(f"{cleaned.freed_bytes / 1e6:,.1f} MB freed in {folder}")
 
 
-def summary(data: Any) -> dict[str, Any]:
-    """Return counts over all stores of a run, and where they are."""
-    from tinylm.data.prepare import SKIPPED
-
-    stores = data.every_store
-    manifests = [store.manifest for store in stores]
+def row_of(store: FoundStore) -> dict[str, Any]:
+    """Return a store as --json has it."""
     return {
-        "tokens": sum(manifest.tokens for manifest in manifests),
-        "documents": sum(manifest.documents for manifest in manifests),
-        "skipped": sum(manifest.skipped.count for manifest in manifests),
-        "unknown_tokens": sum(manifest.unknown for manifest in manifests),
-        "skipped_lists": [
-            str(store.folder / SKIPPED) for store in stores if store.manifest.skipped.count
-        ],
-        "held_out": [manifest.held_out for manifest in manifests if manifest.held_out],
-        "vocab_size": data.vocab_size,
-        "end_of_text": data.tokenizer.describe_end(),
-        "rows": len(data.train),
-        "valid_rows": len(data.valid) if data.valid else 0,
-        "split_documents": data.split_documents,
-        "tokenizer": data.tokenizer.fingerprint,
-        "stores": [str(store.folder) for store in stores],
+        "store": store.folder.name,
+        "source": store.source,
+        "bytes": store.num_bytes,
+        "runs": store.runs,
     }
 
 
-def batch_hashes(data: Any, batch_size: int, count: int) -> list[str]:
-    """Return the hash of each of the first global batches; it is the same on any number of
-    hosts.
-    """
-    import numpy as np
-
-    hashes = []
-    for batch in range(count):
-        examples = data.train.read(batch * batch_size + np.arange(batch_size))
-        digest = hashlib.sha256()
-        for name in sorted(examples):
-            digest.update(np.ascontiguousarray(examples[name]).tobytes())
-        hashes.append(digest.hexdigest()[:32])
-    return hashes
+def line_of(fate: str, store: FoundStore, why: str) -> str:
+    """Return the line on a store for people."""
+    megabytes = store.num_bytes / 1e6
+    return f"{fate:<7}  {store.folder.name}  {megabytes:10,.1f} MB  {store.source}: {why}"
 
 
 def text_of(result: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinylm.core.errors import StorageError
 from tinylm.core.files import user_cache
@@ -40,6 +40,20 @@ class FoundStore:
     source: str
     num_bytes: int
     runs: list[str]
+
+
+class Cleaned(NamedTuple):
+    """What a removal of unused stores came to.
+
+    Attributes:
+        removed: The stores that no run referred to.
+        kept: The others, and those that another process is making right now.
+        freed_bytes: What the removed stores took, and what unfinished ones had left.
+    """
+
+    removed: list[FoundStore]
+    kept: list[FoundStore]
+    freed_bytes: int
 
 
 def store_folder(config: DataConfig) -> pathlib.Path:
@@ -163,6 +177,31 @@ def find_stores(
             elif refers(workdir, store.name):
                 runs.append(workdir)
         yield FoundStore(store, _source_of(manifest), _num_bytes(store), runs)
+
+
+def clean(
+    folder: pathlib.Path, refers: Callable[[str, str], bool], exists: Callable[[str], bool]
+) -> Cleaned:
+    """Remove the stores in `folder` that no run refers to, and what unfinished ones left.
+
+    Args:
+        folder: The folder of all stores.
+        refers: Says whether the run in a workdir refers to the store of a name.
+        exists: Says whether there is a run in a workdir that can be seen from here.
+
+    Raises:
+        StorageError: A store can't be removed.
+    """
+    removed = []
+    kept = []
+    for store in find_stores(folder, refers, exists):
+        if not store.runs and remove(store.folder):
+            removed.append(store)
+        else:
+            kept.append(store)
+    freed_bytes = remove_leftovers(folder)
+    freed_bytes += sum(store.num_bytes for store in removed)
+    return Cleaned(removed, kept, freed_bytes)
 
 
 def _num_bytes(folder: pathlib.Path) -> int:
