@@ -44,9 +44,9 @@ def without_encoding(source: str) -> list[int]:
             if k.arg == "mode" and isinstance(k.value, ast.Constant)
         ]
         is_binary = any(isinstance(mode, str) and "b" in mode and len(mode) <= 3 for mode in modes)
-        is_os_open = ast.unparse(node.func) == "os.open"
+        is_no_text_file = ast.unparse(node.func) in ("os.open", "tensorstore.KvStore.open")
         asks_for_text = {k.arg for k in node.keywords} & {"text", "universal_newlines"}
-        opens_text = name in OPENERS and not is_binary and not is_os_open
+        opens_text = name in OPENERS and not is_binary and not is_no_text_file
         if name in TEXT_FILES or opens_text or (name in PROCESSES and asks_for_text):
             lines.append(node.lineno)
     return lines

@@ -45,7 +45,7 @@ class BlockCache:
         self.fetched_bytes = 0
         self.requests = 0
         # It has no name, so that it goes however this process ends.
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._file = tempfile.TemporaryFile("w+b", dir=folder)  # noqa: SIM115
         self._most_blocks = max(1, limit_bytes // BLOCK_BYTES)
         # Where each block is in the file, and how long it is; the least recently used first.
         self._places: collections.OrderedDict[Block, tuple[int, int]] = collections.OrderedDict()

@@ -99,7 +99,7 @@ class StoreBucket:
             if is_whole:
                 Store(folder).verify()
 
-    def read_text(self, name: str) -> str | None:
+    def read_note(self, name: str) -> str | None:
         """Return the content of a small file of the folder; None where there is none."""
         url = self.url_of(name)
 
@@ -110,7 +110,7 @@ class StoreBucket:
 
         return self._patiently(url, read)
 
-    def write_text(self, name: str, text: str) -> None:
+    def write_note(self, name: str, text: str) -> None:
         """Write a small file of the folder."""
         self._write(text.encode(), self.url_of(name))
 

@@ -225,14 +225,14 @@ class StoreFinder:
         # Another host may have read them, and noted it where the stores are.
         bucket = self._bucket if in_bucket(files[0]) else None
         if bucket is not None and not notes.exists():
-            noted = bucket.read_text(f"{stores.CHECKSUMS}/{notes.name}")
+            noted = bucket.read_note(f"{stores.CHECKSUMS}/{notes.name}")
             if noted is not None:
                 notes.parent.mkdir(exist_ok=True, mode=0o700)
                 notes.write_text(noted, encoding="utf-8")
         with progress_of(total_bytes, self._is_shown, "reading checksums of", source.spec) as work:
             found = content.checksums(files, notes, work)
         if bucket is not None and work.done_bytes and notes.exists():
-            bucket.write_text(f"{stores.CHECKSUMS}/{notes.name}", notes.read_text(encoding="utf-8"))
+            bucket.write_note(f"{stores.CHECKSUMS}/{notes.name}", notes.read_text(encoding="utf-8"))
         return found
 
     def _training_texts(self) -> Iterator[str]:
