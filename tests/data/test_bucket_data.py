@@ -3,6 +3,7 @@
 import json
 import pathlib
 import resource
+import shutil
 import threading
 import time
 
@@ -279,6 +280,33 @@ def test_s3_holds_sources_and_stores_too(s3, tmp_path, monkeypatch):
     for data in copied, remote:
         assert data.every_store[0].digest == here.every_store[0].digest
         assert same_rows(data, here)
+
+
+@pytest.mark.usefixtures("bucket")
+def test_stores_that_share_a_cache_keep_their_tokens_apart(tmp_path, monkeypatch):
+    """Their files have the same names."""
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_text(TEXT.replace("cat", "cow").replace("mat", "sea"))
+    mixture = f"0.5*text:{tmp_path}/a.txt, 0.5*text:{tmp_path}/b.txt"
+    here = data_of(mixture)
+    host(monkeypatch, tmp_path, "first of two")
+    monkeypatch.setattr("tinylm.data.bucket_stores.StoreBucket.num_bytes", lambda *_: 1 << 40)
+    there = data_of(mixture, store_dir=f"gs://{BUCKET}/mixture", cache_bytes=1 << 20)
+    assert len(there.every_store) == 2 and all(store.is_remote for store in there.every_store)
+    assert same_rows(there, here)
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_store_is_opened_again_where_less_room_is_left_than_the_cache_may_take(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "text.txt").write_text(TEXT)
+    source = f"text:{tmp_path}/text.txt"
+    where = {"store_dir": f"gs://{BUCKET}/again", "cache_bytes": 1 << 20}
+    first = data_of(source, **where)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1 << 16))
+    assert same_rows(data_of(source, **where), first)
 
 
 @pytest.mark.usefixtures("bucket")

@@ -37,10 +37,14 @@ _LIBRARY_ERRORS = (
     ("botocore.exceptions", "BotoCoreError"),
     ("botocore.exceptions", "ClientError"),
 )
-# Parts of messages that tell what a provider's error is about.
-_NO_CREDENTIALS = ("401", "anonymous", "credential", "refresherror", "unauthorized")
-_NO_PERMISSION = ("403", "forbidden", "permission", "access denied", "accessdenied")
-_NO_BUCKET = ("404", "nosuchbucket")
+# What a provider's error is about: the HTTP status, or parts of the message.
+_NO_CREDENTIALS = (401, ("anonymous", "credential", "refresherror", "unauthorized"))
+_NO_PERMISSION = (403, ("forbidden", "permission", "access denied", "accessdenied"))
+_NO_BUCKET = (404, ("nosuchbucket",))
+# Where messages name the status: "403, message=...", "... , 403", "(403)", "HTTP 403", "code: 403".
+_STATUS = re.compile(
+    r"^([45]\d\d)\b|, ([45]\d\d)$|\(([45]\d\d)\)|(?:http|status|code)\W+([45]\d\d)\b"
+)
 
 
 def in_bucket(path: os.PathLike | str) -> bool:
@@ -120,7 +124,16 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
     scheme, _, rest = os.fspath(path).partition("://")
     bucket = f"{scheme}://{rest.partition('/')[0]}"
     what = f"{setting}={os.fspath(path)}"
-    message = f"{type(error).__name__} {getattr(error, 'code', '')} {error}".lower()
+    # Names of objects may hold any word and number, such as the 403 of step 403.
+    message = f"{type(error).__name__} {str(error).replace(rest, '')}".lower()
+    status = _status_of(error)
+
+    def is_about(kind: tuple[int, tuple[str, ...]]) -> bool:
+        kind_status, signs = kind
+        if status:
+            return status == kind_status
+        return any(sign in message for sign in signs)
+
     if isinstance(error, ImportError):
         advice = "install the package that fsspec needs for it"
         if scheme in _PACKAGES:
@@ -128,19 +141,19 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
         return UserError(
             f"{what} needs a package that is not installed ({one_line(error)}): {advice}."
         )
-    if any(sign in message for sign in _NO_CREDENTIALS):
+    if is_about(_NO_CREDENTIALS):
         return UserError(
             f"{what}: no credentials for {bucket} ({one_line(error)}); sign in (gcloud auth "
             "application-default login, or aws configure), or name a key file in "
             "GOOGLE_APPLICATION_CREDENTIALS."
         )
-    if any(sign in message for sign in _NO_PERMISSION):
+    if is_about(_NO_PERMISSION):
         return UserError(
             f"{what}: no permission for {bucket} ({one_line(error)}); give the account that runs "
             "this the right to read and write objects there (on Google Cloud the role "
             "storage.objectAdmin)."
         )
-    if isinstance(error, FileNotFoundError) or any(sign in message for sign in _NO_BUCKET):
+    if isinstance(error, FileNotFoundError) or is_about(_NO_BUCKET):
         return UserError(f"{what}: there is no bucket {bucket}; make it, or correct {setting}.")
     if isinstance(error, ValueError):
         return UserError(
@@ -151,3 +164,12 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
         f"{what} cannot be reached ({one_line(error)}); check the network, its proxy, and that the "
         "service is up."
     )
+
+
+def _status_of(error: Exception) -> int:
+    """Return the HTTP status that an error of a library tells of; 0 where it tells of none."""
+    code = str(getattr(error, "code", "") or getattr(error, "status", ""))
+    if code.isdigit():
+        return int(code)
+    found = _STATUS.search(str(error).lower())
+    return int(next(filter(None, found.groups()))) if found else 0

@@ -27,7 +27,8 @@ CHECKSUMS_ENDING = ".crc32"
 # How often a block that came damaged is asked for again.
 _TRIES = 3
 
-# A block: the name of its object, and its number there.
+# A block: the URL of its object, and its number there. Stores share a cache, and files of different
+# stores have the same names.
 Block = tuple[str, int]
 
 
@@ -124,6 +125,7 @@ class BucketFile:
         self.dtype = np.dtype(dtype)
         self.items = shard.items
         self._name = shard.file
+        self._url = f"{remote.url}/{shard.file}"
         self._remote = remote
         self._num_bytes = shard.items * self.dtype.itemsize
         checksums = folder / (shard.file + CHECKSUMS_ENDING)
@@ -140,20 +142,20 @@ class BucketFile:
         for begin, count in stretches:
             wanted.update(self._blocks(begin, count))
         cache = self._remote.cache
-        missing = sorted(number for number in wanted if (self._name, number) not in cache)
+        missing = sorted(number for number in wanted if (self._url, number) not in cache)
         # More than the cache holds would push itself out.
         for number, content in self._load(missing[: cache.limit_bytes // (2 * BLOCK_BYTES)]):
-            cache.put((self._name, number), content)
+            cache.put((self._url, number), content)
 
     def read(self, begin: int, count: int) -> np.ndarray:
         """Return `count` items from `begin` on."""
         parts: list[bytes] = []
         numbers = self._blocks(begin, count)
         for number in numbers:
-            content = self._remote.cache.get((self._name, number))
+            content = self._remote.cache.get((self._url, number))
             if content is None:
                 ((_, content),) = self._load([number])
-                self._remote.cache.put((self._name, number), content)
+                self._remote.cache.put((self._url, number), content)
             parts.append(content)
         first_byte = begin * self.dtype.itemsize - numbers.start * BLOCK_BYTES
         whole = parts[0] if len(parts) == 1 else b"".join(parts)

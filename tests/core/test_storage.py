@@ -1,0 +1,42 @@
+"""What an error of a bucket's library is taken for: only what lasts ends a run."""
+
+import pytest
+
+from tinylm.core.errors import StorageError
+from tinylm.core.storage import explained
+
+
+class HttpError(Exception):
+    """An error with the status that the service answered, as gcsfs has it."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+@pytest.mark.parametrize("name", ["9a401f", "9a403f", "404", "403", "permission", "credential"])
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("kind", ["code", "text"])
+def test_the_name_of_an_object_does_not_make_an_outage_a_refusal(name, status, kind):
+    url = f"gs://bucket/stores/{name}/tokens-00000.bin"
+    error = OSError(f"UNAVAILABLE: Error reading {url}: HTTP {status}")
+    if kind == "code":
+        error = HttpError(f"{url}: backend error", status)
+    assert isinstance(explained(url, "data.store_dir", error), StorageError)
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (HttpError("caller lacks access", 403), "no permission"),
+        (HttpError("caller is unknown", 401), "no credentials"),
+        (HttpError("no such bucket", 404), "there is no bucket"),
+        (OSError("An error occurred (403) when calling the HeadObject operation"), "no permission"),
+        (OSError("403, message='Forbidden', url='http://x'"), "no permission"),
+        (PermissionError("PERMISSION_DENIED: caller lacks access"), "no permission"),
+        (OSError("Anonymous caller does not have storage.objects.get access, 401"), "no credent"),
+    ],
+)
+def test_a_refusal_is_one(error, wanted):
+    found = explained("gs://bucket/run", "--workdir", error)
+    assert wanted in str(found) and not isinstance(found, StorageError)
