@@ -127,13 +127,14 @@ def test_activations_and_traffic_of_the_tensor_axis(case):
 
     It keeps the gathered inputs of products as well as their parts, and gates before and after
     their activation. It sends up to 1.4 times the least: it gathers inputs again for the backward
-    pass, and adds up the gradients of two maps of one input by themselves.
+    pass, and adds up the gradients of two maps of one input by themselves. Where a layer is computed
+    again, jaxlib 0.10 keeps 1.10 times what the formula counts and jaxlib 0.12 1.25 times.
     """
     # Without recomputation layers are unrolled, since of a scanned layer each operation's result is
     # kept. With it they are scanned, since in one unrolled program the compiler drops it.
     recomputes = "remat" in CASES[case]
     measured = measure(case, MeshConfig(data=1, model=2), unroll=1 if recomputes else 0)
-    lowest, highest = (0.85, 1.2) if recomputes else (0.95, 1.55)
+    lowest, highest = (0.85, 1.3) if recomputes else (0.95, 1.55)
     assert lowest < measured.activations < highest
     # Attention and mlp of one input could share their collectives, and here they don't.
     shares = 2 if case == "parallel" else 1
