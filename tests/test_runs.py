@@ -24,6 +24,7 @@ from helpers import (
 )
 
 from tinylm.inference.text import numbered
+from tinylm.run.folder import RunFolder
 from tinylm.view.plot import COLORS
 
 
@@ -163,6 +164,12 @@ def test_two_processes_give_what_one_gives(whole, tmp_path):
     assert sorted(ours) == list(range(1, 13))
     for step in range(1, 13):
         assert ours[step] == pytest.approx(theirs[step], rel=1e-5)
+
+    assert "Slowest of 2 processes: " in done.stdout
+    by_step = {line["step"]: line for line in RunFolder(str(tmp_path / "run")).lines()}
+    last = by_step[11]
+    assert 0 < last["input_wait_secs"] <= last["host_secs"]
+    assert last["host_secs_on"].endswith(("(process 0)", "(process 1)"))
 
 
 def test_patience_ends_a_run_that_no_longer_learns(tmp_path):

@@ -5,6 +5,7 @@ begins it again from nothing.
 """
 
 import json
+import threading
 
 import fsspec
 import pytest
@@ -13,9 +14,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from tinylm import report
 from tinylm.config import load_config
-from tinylm.core.errors import UserError
+from tinylm.core import buckets
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.settings import to_dict
-from tinylm.run import bucket_lock, checksums
+from tinylm.run import bucket_lock, checksums, log_files
 from tinylm.run.folder import RunFolder
 from tinylm.train import trackers
 from tinylm.view.plot import draw_loss
@@ -50,28 +52,78 @@ def folder(monkeypatch):
 
 def test_logs_grow_over_restarts_and_torn_lines_are_cut_off(folder):
     folder.log({"step": 1, "split": "train", "loss": 3.0})
+    folder.wait_for_logs()
     folder.log({"step": 2, "split": "train", "loss": 2.0})
+    folder.wait_for_logs()
     assert len(folder.metrics()) == 1, "the second line waits for others, or for a save"
     folder.log({"step": 2, "split": "time"})
+    folder.wait_for_logs()
     assert len(folder.metrics()) == 3
+    folder.log({"step": 3, "split": "train", "loss": 1.0})
+    folder.send_logs()
+    folder.wait_for_logs()
+    assert len(folder.metrics()) == 4
     folder.metrics_file.write_text(folder.metrics_file.read_text() + '{"step": 3, "sp')
     again = RunFolder("gs://bucket/run")
     for loss in 1.5, 1.0:
         again.log({"step": 3, "split": "train", "loss": loss})
     again.flush()
     assert [line["loss"] for line in again.metrics() if "loss" in line] == [3.0, 2.0, 1.0]
-    assert len(list(again.lines())) == 5
+    assert len(list(again.lines())) == 6
+
+
+def test_nobody_waits_for_a_log_while_it_is_written(folder, monkeypatch):
+    began = threading.Event()
+    goes_on = threading.Event()
+    writes = []
+
+    def write(path, content):
+        began.set()
+        assert goes_on.wait(20)
+        writes.append(content)
+
+    monkeypatch.setattr(epath.Path("gs://bucket").__class__, "write_bytes", write)
+    folder.log({"step": 0, "split": "train"})
+    assert began.wait(20)
+    for step in 1, 2, 3:
+        folder.log({"step": step, "split": "train"})
+    folder.log({"step": 4, "split": "time"})
+    assert not writes
+    goes_on.set()
+    folder.wait_for_logs()
+    assert [content.count(b"\n") for content in writes] == [1, 5]
+
+
+def test_the_end_of_a_run_waits_for_its_log_while_the_bucket_fails(folder, monkeypatch):
+    tries = []
+
+    def write(path, content):
+        tries.append(content)
+        if len(tries) < 3:
+            raise OSError(5, "the bucket is away")
+
+    monkeypatch.setattr(buckets, "_FIRST_PAUSE_SECS", 0.01)
+    monkeypatch.setattr(log_files, "say", lambda _: None)
+    monkeypatch.setattr(epath.Path("gs://bucket").__class__, "write_bytes", write)
+    folder.log({"step": 1, "split": "train"})
+    folder.wait_for_logs()
+    with pytest.raises(StorageError, match=r"--workdir=gs://bucket/run/metrics.jsonl cannot be"):
+        folder.flush(outage_secs=0.0)
+    folder.flush(outage_secs=20.0)
+    assert len(tries) == 3 and tries[-1].count(b"\n") == 1
 
 
 def test_a_bucket_that_fails_after_lines_were_held_back_is_said_once(folder, monkeypatch):
     said = []
-    monkeypatch.setattr("tinylm.run.folder.say", said.append)
+    monkeypatch.setattr(log_files, "say", said.append)
     folder.log({"step": 1, "split": "train"})
+    folder.wait_for_logs()
     folder.log({"step": 2, "split": "train"})  # held back
     with monkeypatch.context() as broken:
         broken.setattr(epath.Path("gs://bucket").__class__, "write_bytes", fails)
         for _ in range(2):
             folder.log({"step": 2, "split": "time"})
+            folder.wait_for_logs()
     assert len(said) == 1 and "cannot be written" in said[0]
     folder.flush()
     assert len(list(folder.lines())) == 4
@@ -79,14 +131,17 @@ def test_a_bucket_that_fails_after_lines_were_held_back_is_said_once(folder, mon
 
 def test_a_log_is_not_written_over_after_its_service_failed(folder, monkeypatch):
     folder.log({"step": 1, "split": "time"})
+    folder.wait_for_logs()
     bucket_path = epath.Path("gs://bucket").__class__
     with monkeypatch.context() as broken:
         broken.setattr(bucket_path, "write_bytes", fails)
         folder.log({"step": 2, "split": "time"})
+        folder.wait_for_logs()
     with monkeypatch.context() as broken:
         # As a library says that answers from an old listing.
         broken.setattr(bucket_path, "exists", lambda _: False)
         folder.log({"step": 3, "split": "time"})
+        folder.wait_for_logs()
     assert [line["step"] for line in folder.lines()] == [1, 2, 3]
 
 
@@ -125,6 +180,7 @@ def test_pictures_and_the_report_stay_in_the_bucket(folder, monkeypatch, tmp_pat
     config = config.resolve(1024)
     folder.write_config({"config": to_dict(config), "versions": {"mesh": {"data": 1}}})
     folder.log({"step": 1, "split": "train", "loss": 3.0})
+    folder.wait_for_logs()
     assert draw_loss(folder)
     assert trackers.pixels(str(folder.plot_file)).ndim == 3
     assert report.main([f"--workdir={folder.path}"]) == 0

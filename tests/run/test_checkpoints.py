@@ -247,6 +247,46 @@ def test_a_save_that_fails_is_said_and_tried_again(folder, said, monkeypatch):
     assert checkpoints.newest() == 4
 
 
+@pytest.mark.parametrize("failures", [2, 1_000_000])
+def test_the_last_save_is_tried_again_while_its_bucket_fails(folder, said, monkeypatch, failures):
+    """A disk stands in for the bucket, which has no space for a while, or for good."""
+    write = checksums.write
+    tries = []
+
+    def fail(*arguments, **values):
+        tries.append(arguments)
+        if len(tries) <= failures:
+            raise OSError(5, "the bucket is away")
+        write(*arguments, **values)
+
+    monkeypatch.setattr(checksums, "write", fail)
+    monkeypatch.setattr("tinylm.run.checkpoint.in_bucket", lambda _: True)
+    monkeypatch.setattr("tinylm.run.checkpoint._PAUSE_SECS", 0.01)
+    limit_secs = 100.0 if failures == 2 else 0.5
+    checkpoints = Checkpoints(folder, CheckpointConfig(outage_secs=limit_secs))
+    checkpoints.save(small_state(3), None)
+    checkpoints.insist(small_state(3), None)
+    if failures == 2:
+        checkpoints.close()
+        assert len(tries) == 3
+        assert checkpoints.newest() == 3
+    else:
+        with pytest.raises(StorageError, match="the bucket is away; see that it can be reached"):
+            checkpoints.close()
+        assert len(tries) > 1
+    assert len(said) == min(failures, len(tries))
+
+
+def test_a_step_is_finished_after_what_it_waits_for(folder):
+    checkpoints = Checkpoints(folder, CheckpointConfig())
+    found = []
+    state = small_state(3)
+    checkpoints.save(state, None, before_sealing=lambda: found.append(checkpoints.steps()))
+    checkpoints.close()
+    assert found == [[1, 2]]
+    assert checkpoints.steps() == [2, 3]
+
+
 def test_a_run_that_ends_unsaved_says_so_with_its_exit_code(folder, said, monkeypatch):
     checkpoints = Checkpoints(folder, CheckpointConfig())
     monkeypatch.setattr(

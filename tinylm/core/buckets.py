@@ -16,8 +16,8 @@ import os
 import pathlib
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.log import say
@@ -31,14 +31,41 @@ _CHUNK_BYTES = 1 << 22
 _LASTING = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 _SCHEMES = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
 
-_waiting_lock = threading.Lock()
+
+class Traffic(NamedTuple):
+    """What this process has read of buckets while it trains: stretches of objects."""
+
+    num_bytes: int
+    requests: int
+
+
+_lock = threading.Lock()
 # How many threads wait for a service that fails.
 _num_waiting = 0
+_traffic = Traffic(0, 0)
 
 
 def is_waiting() -> bool:
     """Say whether a thread of this process waits for a bucket that can't be reached."""
     return _num_waiting > 0
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Have `is_waiting` hold while the body runs."""
+    global _num_waiting
+    with _lock:
+        _num_waiting += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _num_waiting -= 1
+
+
+def traffic() -> Traffic:
+    """Return what was read in stretches so far."""
+    return _traffic
 
 
 def patiently(url: str, setting: str, use: Callable[[], T], limit_secs: float) -> T:
@@ -54,11 +81,10 @@ def patiently(url: str, setting: str, use: Callable[[], T], limit_secs: float) -
       UserError: for what trying again doesn't help: no such bucket, no permission.
       StorageError: it failed for longer than that.
     """
-    global _num_waiting
     began = time.monotonic()
     pause = _FIRST_PAUSE_SECS
     has_failed = False
-    try:
+    with contextlib.ExitStack() as until_done:
         while True:
             try:
                 result = use()
@@ -74,8 +100,7 @@ def patiently(url: str, setting: str, use: Callable[[], T], limit_secs: float) -
                     raise reason from error
                 if not has_failed:
                     has_failed = True
-                    with _waiting_lock:
-                        _num_waiting += 1
+                    until_done.enter_context(waiting())
                 if failed_secs + pause > SLOW_SECS > failed_secs - pause:
                     say(f"warning: {reason} Trying again for {limit_secs:.0f} s.", from_all=True)
                 time.sleep(min(pause, max(0.1, limit_secs - failed_secs)))
@@ -87,10 +112,6 @@ def patiently(url: str, setting: str, use: Callable[[], T], limit_secs: float) -
                         from_all=True,
                     )
                 return result
-    finally:
-        if has_failed:
-            with _waiting_lock:
-                _num_waiting -= 1
 
 
 def file_system(url: str) -> Any:
@@ -261,4 +282,8 @@ class RangeReader:
             if str(error).startswith(_LASTING):
                 raise PermissionError(str(error)) from error
             raise OSError(str(error)) from error
+        num_bytes = sum(map(len, contents))
+        global _traffic
+        with _lock:
+            _traffic = Traffic(_traffic.num_bytes + num_bytes, _traffic.requests + len(contents))
         return contents

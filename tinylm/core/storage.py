@@ -139,17 +139,17 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
         if scheme in _PACKAGES:
             advice = f"pip install {_PACKAGES[scheme]}"
         return UserError(
-            f"{what} needs a package that is not installed ({one_line(error)}): {advice}."
+            f"{what} needs a package that is not installed ({in_words(error)}): {advice}."
         )
     if is_about(_NO_CREDENTIALS):
         return UserError(
-            f"{what}: no credentials for {bucket} ({one_line(error)}); sign in (gcloud auth "
+            f"{what}: no credentials for {bucket} ({in_words(error)}); sign in (gcloud auth "
             "application-default login, or aws configure), or name a key file in "
             "GOOGLE_APPLICATION_CREDENTIALS."
         )
     if is_about(_NO_PERMISSION):
         return UserError(
-            f"{what}: no permission for {bucket} ({one_line(error)}); give the account that runs "
+            f"{what}: no permission for {bucket} ({in_words(error)}); give the account that runs "
             "this the right to read and write objects there (on Google Cloud the role "
             "storage.objectAdmin)."
         )
@@ -157,13 +157,19 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
         return UserError(f"{what}: there is no bucket {bucket}; make it, or correct {setting}.")
     if isinstance(error, ValueError):
         return UserError(
-            f"{what} cannot be used ({one_line(error)}); give a path, or a bucket such as "
+            f"{what} cannot be used ({in_words(error)}); give a path, or a bucket such as "
             "gs://NAME/runs/a."
         )
     return StorageError(
-        f"{what} cannot be reached ({one_line(error)}); check the network, its proxy, and that the "
+        f"{what} cannot be reached ({in_words(error)}); check the network, its proxy, and that the "
         "service is up."
     )
+
+
+def in_words(error: Exception) -> str:
+    """Return what an error says, in one line; some of gcsfs hold nothing but the HTTP status."""
+    text = one_line(error).strip(" ,")
+    return f"HTTP status {text}" if text.isdigit() else text
 
 
 def _status_of(error: Exception) -> int:

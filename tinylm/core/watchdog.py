@@ -39,6 +39,7 @@ from tinylm.core.agreement import client
 from tinylm.core.distributed import host, speaker
 from tinylm.core.errors import HangError
 from tinylm.core.log import say
+from tinylm.core.vitals import Vitals
 
 POLL_SECS = 1.0
 # Without any sign of life.
@@ -63,6 +64,7 @@ class _SignOfLife:
     secs: float  # host time of a step
     host: str
     waits: bool = False  # for a bucket that fails
+    vitals: Vitals = Vitals()
 
 
 @dataclasses.dataclass
@@ -74,7 +76,7 @@ class _Silence:
 
 
 class Watchdog:
-    """Watches from the first `beat` to `close`; `limit_secs` 0 watches for nothing."""
+    """Watches from the first `beat` to `close`; with a `limit_secs` of 0 it only tells vitals."""
 
     def __init__(self, limit_secs: float):
         """Start the threads, where there is anything to watch."""
@@ -83,6 +85,7 @@ class Watchdog:
         self._patience = 1
         # Seconds since the last step boundary.
         self._overdue_secs = 0.0
+        self._vitals = Vitals()
         # Of the last steps; their median counts, so that one slow step makes no straggler.
         self._host_secs = collections.deque([0.0], maxlen=5)
         self._closed = threading.Event()
@@ -99,7 +102,7 @@ class Watchdog:
             self._client = client()
         if limit_secs > 0:
             threading.Thread(target=self._watch, daemon=True).start()
-        if limit_secs > 0 and self._client is not None:
+        if self._client is not None:
             threading.Thread(target=self._exchange, daemon=True).start()
 
     def beat(self, step: int, host_secs: float) -> None:
@@ -109,6 +112,17 @@ class Watchdog:
         self._step = step
         self._overdue_secs = 0.0
         self._host_secs.append(host_secs)
+
+    def tell(self, vitals: Vitals) -> None:
+        """Let process 0 know what this process measures of itself, within some POLL_SECS."""
+        self._vitals = vitals
+
+    def told(self) -> dict[int, tuple[str, Vitals]]:
+        """Return the host and the vitals of each process that has told them; all on process 0."""
+        signs = {process: sign for process, sign in self._signs.items() if sign.step >= 0}
+        found = {process: (sign.host, sign.vitals) for process, sign in signs.items()}
+        # Our own are known as they are now.
+        return {**found, jax.process_index(): (host(), self._vitals)}
 
     @contextlib.contextmanager
     def patient(self) -> Iterator[None]:
@@ -194,6 +208,7 @@ class Watchdog:
             secs=statistics.median(self._host_secs),
             host=host(),
             waits=buckets.is_waiting(),
+            vitals=self._vitals,
         )
         key = f"{_ALIVE}{jax.process_index()}/"
         self._client.key_value_set(key, json.dumps(dataclasses.asdict(sign)), allow_overwrite=True)
@@ -209,7 +224,8 @@ class Watchdog:
         signs = {}
         for key, value in self._client.key_value_dir_get(folder):
             process = int(key.removeprefix(_ALIVE).split("/")[0])
-            signs[process] = _SignOfLife(**json.loads(value))
+            sign = json.loads(value)
+            signs[process] = _SignOfLife(**{**sign, "vitals": Vitals(*sign["vitals"])})
         return signs
 
     def _look_for_silence(self, signs: dict[int, _SignOfLife], passed: float) -> None:

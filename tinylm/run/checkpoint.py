@@ -17,7 +17,8 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from typing import Any
@@ -25,17 +26,20 @@ from typing import Any
 import jax
 from etils import epath
 
+from tinylm.core import buckets
 from tinylm.core.agreement import from_main
 from tinylm.core.distributed import is_main, speaker
-from tinylm.core.errors import StorageError, UserError, one_line
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
 from tinylm.core.settings import Section, setting
-from tinylm.core.storage import check_address, failures
+from tinylm.core.storage import check_address, failures, in_bucket, in_words
 from tinylm.run import checksums
 
 ITEMS = ("params", "train")
 # After this long a save is given up: where one process can't write its part, others wait for it.
 _COMMIT_SECS = 1800
+# Between two tries of the last save. The libraries for buckets try again for a while by themselves.
+_PAUSE_SECS = 5.0
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -76,6 +80,15 @@ class CheckpointConfig(Section, name="checkpoint"):
         free=True,
         least=2,
         aliases=("save_total_limit", "max_to_keep"),
+    )
+    outage_secs: float = setting(
+        1800.0,
+        (
+            "how long the last save and the last lines of the logs are tried again where their "
+            "bucket fails; earlier ones wait for the next save"
+        ),
+        free=True,
+        least=0,
     )
 
     def check(self) -> None:
@@ -212,20 +225,54 @@ class Checkpoints:
             )
         return None
 
-    def save(self, state: Any, loss: float | None) -> None:
+    def save(
+        self, state: Any, loss: float | None, before_sealing: Callable[[], None] | None = None
+    ) -> None:
         """Begin to save a TrainState under its step.
 
         Args:
           state: copied before this returns, so that it may be donated.
           loss: the validation loss at the step, where there was an evaluation.
+          before_sealing: waits, on a thread, for what has to be written before the step counts as
+            finished.
         """
-        self._begin(int(state.step), loss, params=state.params, train=_rest(state))
+        step = int(state.step)
+        self._begin(step, loss, before_sealing, params=state.params, train=_rest(state))
 
     def save_params(self, step: int, params: Any) -> None:
         """Begin to save parameters alone, which is all that an imported model has."""
-        self._begin(step, None, params=params)
+        self._begin(step, None, None, params=params)
 
-    def _begin(self, step: int, loss: float | None, **items: Any) -> None:
+    def insist(self, state: Any, loss: float | None) -> None:
+        """Wait for the save of the last state and, as long as its bucket fails, save it again.
+
+        Args:
+          state: as `save` was given it.
+          loss: as `save` was given it.
+        """
+        assert self._config is not None, "the folder is open for reading"
+        until = time.monotonic() + self._config.outage_secs
+        while True:
+            self.check(wait=True)
+            # One process alone can see the last time pass.
+            if not from_main(lambda: self._is_worth_a_try(until), secs=2 * _COMMIT_SECS):
+                return
+            with buckets.waiting():
+                time.sleep(_PAUSE_SECS)
+            self.save(state, loss)
+
+    def _is_worth_a_try(self, until: float) -> bool:
+        """Say whether the last save failed because of a bucket, and may be tried again."""
+        may_pass = self._failure and in_bucket(self._folder)
+        return bool(may_pass) and time.monotonic() < until
+
+    def _begin(
+        self,
+        step: int,
+        loss: float | None,
+        before_sealing: Callable[[], None] | None,
+        **items: Any,
+    ) -> None:
         """Copy the items to the host and write them in the background.
 
         A failure is said, and the next save tries again; only in `close` is it an error.
@@ -236,7 +283,7 @@ class Checkpoints:
             from_main(lambda: self._make_room(step))
             saved = args.Composite(**{name: args.PyTreeSave(item) for name, item in items.items()})
             self._orbax.save(self._folder / str(step), args=saved)
-            self._sealing = self._sealer.submit(self._seal, step, loss)
+            self._sealing = self._sealer.submit(self._seal, step, loss, before_sealing)
         except _failures() as error:
             self._fail(error)
 
@@ -246,11 +293,15 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._remove(str(step), keep_mark=True)
         except failures() as error:
-            raise StorageError(one_line(error)) from error
+            raise StorageError(in_words(error)) from error
 
-    def _seal(self, step: int, loss: float | None) -> None:
+    def _seal(
+        self, step: int, loss: float | None, before_sealing: Callable[[], None] | None
+    ) -> None:
         """Wait until a step is written, add its checksums, and remove the steps it replaces."""
         self._orbax.wait_until_finished()
+        if before_sealing is not None:
+            before_sealing()
         if not is_main():
             return
         checksums.write(self._folder / str(step), step=step, loss=loss)
@@ -299,7 +350,7 @@ class Checkpoints:
         reason = getattr(error, "strerror", None)
         if not reason:
             # TensorStore names its file at length, and says last what the system said.
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
+            first_line = in_words(error)
             reason = first_line.rpartition(": ")[2].partition(" [")[0]
         self._failure = f"a checkpoint could not be written to {os.fspath(self._folder)}: {reason}"
         say(f"warning: {speaker()}{self._failure}; the next save tries again", from_all=True)
@@ -320,7 +371,8 @@ class Checkpoints:
         with contextlib.suppress(*_failures()):
             self._orbax.close()
         if self._failure:
-            raise StorageError(f"{self._failure}; free space there; the same command goes on.")
+            remedy = "see that it can be reached" if in_bucket(self._folder) else "free space there"
+            raise StorageError(f"{self._failure}; {remedy}; the same command goes on.")
 
     def restore(self, step: int, abstract: Any) -> Any:
         """Return the TrainState saved at `step`, whatever the mesh that saved it.

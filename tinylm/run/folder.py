@@ -10,19 +10,17 @@ import hashlib
 import json
 import math
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from tinylm.core import storage
-from tinylm.core.errors import StorageError, UserError, one_line
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.files import replace_text
-from tinylm.core.log import say
+from tinylm.core.vitals import ON
+from tinylm.run.log_files import LogFile, LogObject, open_log
 
-# In a bucket an object can't grow, so a log is written whole each time, at most this often.
-BUCKET_SECS = 30.0
 # Says, in a folder of checkpoints outside of a run's folder, which run it belongs to.
 _OWNER = "workdir.txt"
 
@@ -59,14 +57,7 @@ class RunFolder:
         self.plot_file = self.path / "loss.png"
         self._inside = self.path / "checkpoints"
         self._checkpoints: epath.Path | None = None
-        # Text of each log that could not be written yet, and when it was last tried.
-        self._unwritten: dict[epath.Path, str] = {}
-        self._tried: dict[epath.Path, float] = {}
-        # Logs that are known to end with a whole line: on a disk which, in a bucket all they hold.
-        self._whole: set[epath.Path] = set()
-        self._objects: dict[epath.Path, bytes] = {}
-        # Logs that can't be written, of which that was said.
-        self._failing: set[epath.Path] = set()
+        self._logs: dict[epath.Path, LogFile | LogObject] = {}
 
     def exists(self) -> bool:
         """Say whether a run was started here."""
@@ -164,7 +155,7 @@ class RunFolder:
                 storage.reach(here, "checkpoint.dir", lambda: self._claim(here))
             except OSError as error:
                 raise StorageError(
-                    f"checkpoint.dir={directory} can't be written: {one_line(error)}."
+                    f"checkpoint.dir={directory} can't be written: {storage.in_words(error)}."
                 ) from error
         return os.fspath(here)
 
@@ -201,7 +192,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except storage.failures() as error:
             raise StorageError(
-                f"--workdir={self.path} cannot be made: {one_line(error)}."
+                f"--workdir={self.path} cannot be made: {storage.in_words(error)}."
             ) from error
 
     def _refuse_links(self) -> None:
@@ -271,70 +262,39 @@ class RunFolder:
         try:
             replace_text(path, text)
         except storage.failures() as error:
-            raise StorageError(f"{path} cannot be written: {one_line(error)}.") from error
+            raise StorageError(f"{path} cannot be written: {storage.in_words(error)}.") from error
 
     def append(self, path: epath.Path, text: str, now: bool = False) -> None:
         """Add text to the end of a log.
 
-        The first time, a torn line is cut off, which an earlier process may have left. What can't
-        be written is kept, and is written with the next that can.
-
         Args:
           path: of the log.
           text: whole lines.
-          now: whether a log in a bucket has to be written at once. Otherwise it may wait for what
-            comes within BUCKET_SECS.
+          now: whether a log in a bucket has to be written at once. Otherwise lines may wait for
+            others to come.
         """
-        self._unwritten[path] = self._unwritten.get(path, "") + text
-        in_bucket = storage.in_bucket(path)
-        secs_since_tried = time.monotonic() - self._tried.get(path, -math.inf)
-        if in_bucket and not now and secs_since_tried < BUCKET_SECS:
-            return
-        self._tried[path] = time.monotonic()
-        content = self._unwritten[path].encode()
-        try:
-            if in_bucket:
-                self._append_in_bucket(path, content)
-            else:
-                self._append_on_disk(path, content)
-        except storage.failures() as error:
-            # A part of it may have been written, so the next time a torn line is looked for again.
-            self._whole.discard(path)
-            self._objects.pop(path, None)
-            if path not in self._failing:
-                self._failing.add(path)
-                say(
-                    f"warning: {path} cannot be written: {one_line(error)}; its lines are kept "
-                    "until it can."
-                )
-            return
-        del self._unwritten[path]
-        self._failing.discard(path)
+        if path not in self._logs:
+            self._logs[path] = open_log(path)
+        self._logs[path].append(text, now)
 
-    def _append_on_disk(self, path: epath.Path, content: bytes) -> None:
-        if path not in self._whole:
-            old = _content_of(path)
-            whole = _whole_lines(old)
-            if whole != old:
-                os.truncate(path, len(whole))
-            self._whole.add(path)
-        with path.open("ab") as file:
-            file.write(content)
+    def send_logs(self) -> None:
+        """Have the lines of logs in a bucket that wait for others written now, by a thread."""
+        for log in self._logs.values():
+            log.append("", now=True)
 
-    def _append_in_bucket(self, path: epath.Path, content: bytes) -> None:
-        if path not in self._objects:
-            self._objects[path] = _whole_lines(_content_of(path))
-        self._objects[path] += content
-        path.write_bytes(self._objects[path])
+    def wait_for_logs(self) -> None:
+        """Wait until the lines that were sent are written, or were refused."""
+        for log in self._logs.values():
+            log.wait()
 
-    def flush(self) -> None:
-        """Write what could not be written before; raise StorageError where it still can't."""
-        for path in list(self._unwritten):
-            self.append(path, "", now=True)
-        for path in self._unwritten:
-            raise StorageError(
-                f"{path} cannot be written, its last lines are lost; free space there."
-            )
+    def flush(self, outage_secs: float = 0.0) -> None:
+        """Write what could not be written before; raise StorageError where it still can't.
+
+        Args:
+          outage_secs: how long to try where a bucket fails.
+        """
+        for log in self._logs.values():
+            log.flush(outage_secs)
 
     def log(self, record: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl.
@@ -356,7 +316,8 @@ class RunFolder:
         return [found[key] for key in sorted(found)]
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines of metrics.jsonl, each with its split and its numbers.
+        """Yield the lines of metrics.jsonl, each with its split, its numbers, and on which hosts
+        the largest of them were.
 
         A line that is torn, or that no run wrote, is passed over.
         """
@@ -369,29 +330,16 @@ class RunFolder:
                 continue
             match line:
                 case {"step": int(), "split": str(split)}:
-                    numbers: dict[str, Any] = {}
-                    for name, value in line.items():
-                        # JSON may hold numbers that are larger than a float.
-                        if isinstance(value, int | float) and abs(value) < 1e300:
-                            numbers[name] = value
-                    yield {**numbers, "split": split}
+                    kept = {name: value for name, value in line.items() if _is_kept(name, value)}
+                    yield {**kept, "split": split}
 
 
-def _content_of(path: epath.Path) -> bytes:
-    """Return what a file holds; nothing where it isn't there.
-
-    It is read rather than asked for first: a library for buckets may answer from a listing that it
-    keeps that an object isn't there, and what the object holds would then be written over.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
-
-
-def _whole_lines(content: bytes) -> bytes:
-    """Return content without the torn line at its end."""
-    return content[: content.rfind(b"\n") + 1]
+def _is_kept(name: str, value: Any) -> bool:
+    """Say whether a value of a line is a number, or the name of a host where one belongs."""
+    if isinstance(value, int | float):
+        # JSON may hold numbers that are larger than a float.
+        return abs(value) < 1e300
+    return isinstance(value, str) and name.endswith(ON)
 
 
 def _describes_run(record: Any) -> bool:

@@ -7,7 +7,6 @@ training.
 """
 
 import contextlib
-import resource
 import tempfile
 import time
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from jax.sharding import Mesh
 from tinylm.core.batch import BatchRows, HostBatch, batch_of_ids, stack_steps
 from tinylm.core.chips import peak_flops
 from tinylm.core.mesh import sizes_by_name
+from tinylm.core.vitals import device_bytes, resident_bytes
 from tinylm.data.pipeline import train_batches
 from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.profile import secs_by_kind
@@ -122,10 +122,8 @@ def measure(config: Config, mesh: Mesh, dispatches: int = 20, profile: str = "")
     flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
     peak = peak_flops(list(mesh.devices.flat))
     device = mesh.devices.flat[0]
-    # Devices that keep no account of their memory, as the CPU, are in that of the process. It is
-    # in KiB on Linux.
-    resident_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    memory_stats = device.memory_stats() or {}
+    # Devices that keep no account of their memory, as the CPU, are in that of the process.
+    peak_bytes = device_bytes([device]) or resident_bytes()
     all_kinds_secs = sum(kinds.values())
     return {
         "device": device.device_kind,
@@ -142,7 +140,7 @@ def measure(config: Config, mesh: Mesh, dispatches: int = 20, profile: str = "")
         "first_step_warm_secs": before_secs + warm_secs,
         "host_ms": 1e3 * float(np.median(timings.host)),
         "input_wait_ms": 1e3 * float(np.median(timings.wait)),
-        "peak_memory_bytes": memory_stats.get("peak_bytes_in_use", resident_bytes),
+        "peak_memory_bytes": peak_bytes,
         "time_by_kind": {kind: secs / all_kinds_secs for kind, secs in kinds.items()},
     }
 

@@ -38,6 +38,7 @@ from tinylm.train.clock import Clock
 from tinylm.train.config import Config
 from tinylm.train.evaluator import Evaluator
 from tinylm.train.feed import Feed
+from tinylm.train.hosts import Hosts
 from tinylm.train.init_from import initial_state
 from tinylm.train.progress import Progress
 from tinylm.train.state import Blueprint, TrainState
@@ -60,6 +61,7 @@ class Outcome:
     samples: list[str]  # the last ones
     seconds: float
     reason: str
+    slowest_host: str  # in words; nothing where there is one process alone
 
 
 class Trainer:
@@ -135,6 +137,7 @@ class _Loop:
         self.clock = trainer.clock
         self.stop = stop
         self.watchdog = watchdog
+        self.hosts = Hosts(watchdog)
 
         # Every so many steps something is due for which a dispatch must end, and all be settled.
         self.cadences = [
@@ -161,7 +164,9 @@ class _Loop:
         self.guard: Guard = state.guard.on_host()
         self.settled = int(state.step)  # steps whose metrics were read
         self.pending: _Dispatch | None = None
-        self.dispatched_at = time.monotonic()
+        # From when on this host works for the next dispatch, and how long it has waited for data.
+        self.at_work_since = time.monotonic()
+        self.input_wait_secs = 0.0
         # The step of the last checkpoint, of the last samples, of the last evaluation.
         self.saved = self.settled
         self.sampled = self.settled
@@ -213,6 +218,7 @@ class _Loop:
             state = self.dispatch(state, batches, count)
             if self.step == config.train.last_step or any(map(self.is_due, self.cadences)):
                 self.settle()
+                self.at_work_since = time.monotonic()
             if self.bad_batch is not None:
                 state = self.roll_back(past_batch=self.bad_batch)
         return self.end(state)
@@ -249,12 +255,17 @@ class _Loop:
 
     def load(self, first_batch: int, count: int) -> dict[str, jax.Array]:
         """Return batches on the mesh; raise Preempted where the run is asked to stop meanwhile."""
+        began = time.monotonic()
         with self.clock.phase("data"), self.stop.interrupts():
-            return self.feed.load(first_batch, count)
+            batches = self.feed.load(first_batch, count)
+        self.input_wait_secs += time.monotonic() - began
+        return batches
 
     def dispatch(self, state: TrainState, batches: dict[str, jax.Array], count: int) -> TrainState:
         """Send the device `count` steps, then settle the dispatch before, which is done by now."""
-        host_secs_per_step = (time.monotonic() - self.dispatched_at) / count
+        host_secs = time.monotonic() - self.at_work_since
+        self.hosts.note(count, host_secs, self.input_wait_secs)
+        self.input_wait_secs = 0.0
         is_first = self.stop.nothing_to_save
         if is_first:
             self.compile(state, batches)
@@ -265,8 +276,8 @@ class _Loop:
         self.checkpoints.check()
         self.settle()
         self.pending = _Dispatch(metrics, count)
-        self.watchdog.beat(self.step, host_secs_per_step)
-        self.dispatched_at = time.monotonic()
+        self.watchdog.beat(self.step, host_secs / count)
+        self.at_work_since = time.monotonic()
         return state
 
     def compile(self, state: TrainState, batches: dict[str, jax.Array]) -> None:
@@ -340,7 +351,7 @@ class _Loop:
         self.settled = int(state.step)
         self.saved = self.settled
         self.sampled = self.settled
-        self.dispatched_at = time.monotonic()
+        self.at_work_since = time.monotonic()
         self.clock.restart_rate(self.settled)
         return self.with_guard(state, skipped=past_batch + 1 - self.settled, bad_in_row=bad_in_row)
 
@@ -367,6 +378,7 @@ class _Loop:
                 **metrics,
                 "tokens_per_sec": tokens_per_sec,
                 "mfu": mfu,
+                **self.hosts.figures(),
             }
         )
         self.progress.show(step, text, tokens_per_sec, self.valid_loss)
@@ -376,8 +388,12 @@ class _Loop:
     @contextlib.contextmanager
     def aside(self, kind: str) -> Iterator[None]:
         """Do something besides training: its time is booked as its own, and it may take long."""
-        with self.clock.phase(kind), self.watchdog.patient():
-            yield
+        began = time.monotonic()
+        try:
+            with self.clock.phase(kind), self.watchdog.patient():
+                yield
+        finally:
+            self.at_work_since += time.monotonic() - began
 
     def evaluate(self, state: TrainState) -> tuple[TrainState, bool]:
         """Evaluate; return the state with its guard brought up to date, and whether it improved.
@@ -448,12 +464,17 @@ class _Loop:
         """Begin to save; return the state, in which a rollback counts from here on again."""
         if self.config.train.on_bad_step == "rollback" and self.guard.bad_in_row:
             state = self.with_guard(state, bad_in_row=0)
-        loss = self.valid_loss if self.valid_step == self.step else None
+        # Lines of the steps so far must not be lost where a kill follows the save.
+        self.folder.send_logs()
         with self.aside("save"):
-            self.checkpoints.save(state, loss)
+            self.checkpoints.save(state, self.loss_of_step(), self.folder.wait_for_logs)
         self.write(self.clock.record(self.step))
         self.saved = self.step
         return state
+
+    def loss_of_step(self) -> float | None:
+        """Return the validation loss at this step, where there was an evaluation."""
+        return self.valid_loss if self.valid_step == self.step else None
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a record to metrics.jsonl and to the trackers."""
@@ -478,11 +499,15 @@ class _Loop:
             self.sample(state.params)
             is_finished = not self.stop.reached()
         self.progress.close()
+        with self.aside("save"):
+            if self.saved == self.step:
+                self.checkpoints.insist(state, self.loss_of_step())
+            self.folder.wait_for_logs()
         if is_main() and is_finished and self.config.writers.plot and draw_loss(self.folder):
             self.trainer.trackers.put("picture", self.step, str(self.folder.plot_file))
         self.write(self.clock.record(self.step))
         self.checkpoints.close()
-        self.folder.flush()
+        self.folder.flush(self.config.checkpoint.outage_secs)
         if not is_finished:
             raise Preempted(
                 f"asked to stop; step {self.step} is saved in {self.folder.path}; give the same "
@@ -496,6 +521,7 @@ class _Loop:
             samples=self.samples,
             seconds=time.monotonic() - self.started,
             reason=self.reason_of_end(),
+            slowest_host=self.hosts.summary(),
         )
 
     def reason_of_end(self) -> str:

@@ -65,6 +65,8 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
     elif outcome.loss is not None:
         lines.append(f"Training loss {outcome.loss:.4f} nats per token.")
     lines.append(trainer.clock.summary(outcome.step))
+    if outcome.slowest_host:
+        lines.append(outcome.slowest_host)
     lines.append(f"Plot, metrics, samples and checkpoints: {folder}")
     if outcome.reason.startswith("train.stop_step"):
         lines.append("Go on: the same command with a later train.stop_step, or 0.")

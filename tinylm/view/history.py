@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.settings import from_dict
+from tinylm.core.vitals import ON, Vitals
 from tinylm.data.config import DataConfig
 from tinylm.run.folder import RunFolder
 
@@ -43,6 +44,7 @@ def gather(workdir: str) -> dict[str, Any]:
         "train": curves(lines, "train", start),
         "valid": curves(lines, "valid", start),
         "time": seconds_by_kind(lines),
+        "hosts": hosts(lines),
         "prompts": prompts,
         "samples": samples(folder, max(1, len(prompts))),
         "settings": _flat({**config, "versions": record["versions"]}),
@@ -102,6 +104,27 @@ def seconds_by_kind(lines: list[dict[str, Any]]) -> dict[str, float]:
                 kind = name.removesuffix("_secs")
                 secs[kind] += value
     return dict(secs)
+
+
+def hosts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return what hosts needed besides computing, one entry for each figure of core/vitals.py.
+
+    Each log line has the largest value of all hosts. An entry has the median of these (`usual`),
+    their maximum (`most`) and, of a job of several processes, the host that had the largest most
+    often (`on`), with its part of the lines (`share`).
+    """
+    found = []
+    for name in Vitals._fields:
+        values = [line[name] for line in lines if name in line]
+        if not values:
+            continue
+        entry = {"name": name, "usual": float(np.median(values)), "most": max(values)}
+        names = collections.Counter(line[name + ON] for line in lines if name + ON in line)
+        if names:
+            [(entry["on"], count)] = names.most_common(1)
+            entry["share"] = count / names.total()
+        found.append(entry)
+    return found
 
 
 def samples(folder: RunFolder, num_prompts: int) -> list[dict[str, Any]]:
