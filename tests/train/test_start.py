@@ -385,3 +385,14 @@ def test_prompts_are_in_lower_case_where_all_texts_are(tmp_path, capsys):
     capsys.readouterr()
     assert generate.main([f"--workdir={tmp_path}/run", "--prompt=Two", "--max_tokens=3"]) == 0
     assert capsys.readouterr().out.startswith("two")
+
+
+def test_a_workdir_that_can_not_be_written_is_not_taken_for_one_that_is_not_shared(
+    tmp_path, monkeypatch
+):
+    # As for a process that leaves no mark there; permissions don't hold root back.
+    monkeypatch.setattr(start, "is_shared", lambda _: False)
+    monkeypatch.setattr(start.os, "access", lambda *_: False)
+    with pytest.raises(StorageError, match=r"--workdir=.* can't be written by this user"):
+        start.check_shared("--workdir", tmp_path)
+    assert tmp_path.exists()

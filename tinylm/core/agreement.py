@@ -300,58 +300,85 @@ def leads(folder: pathlib.Path) -> bool:
 
     Hosts may share a disk or not, and nothing in a path tells. So the processes race for a file
     that bears the name of this job: who makes it leads those who find it there. Where all share
-    one disk that is process 0, which comes first. A process that can't write to the folder leads
-    nobody.
+    one disk that is process 0, which comes first. Where none of those that see a folder can write
+    to it, each leads itself: it finds there what it needs, or fails and says why.
 
     Args:
       folder: it exists.
     """
-    return _leader(folder) == jax.process_index()
+    leader = _leader(folder)
+    return leader is None or leader == jax.process_index()
 
 
 def is_shared(folder: pathlib.Path) -> bool:
     """Say whether this process and process 0 see the same folder under that path, which is on a
-    disk.
+    disk; False where neither can write there.
     """
     return _leader(folder) == 0
 
 
-def _leader(folder: pathlib.Path) -> int:
-    """Return the lowest-numbered process that came first among those that see `folder` as this one
-    does; -1 where this one can't write there.
+def _leader(folder: pathlib.Path) -> int | None:
+    """Return the process that leads those that see `folder` as this one does: process 0 where it is
+    one of them, otherwise the first that came; None where none of them can write there.
     """
     if jax.process_count() == 1:
         return 0
     job = from_main(lambda: f".job-{os.urandom(8).hex()}")
     mark = folder / job
+    is_marked = False
     if is_main():
-        _claim(mark)
+        is_marked = _claim(mark)
     barrier(f"{job}: process 0 came first")
-    leader = _claim(mark)
-    # The file is needed until all have looked at it, and no longer.
+    if not is_main():
+        is_marked = _claim(mark)
+    # A process that can't write to the folder may still find there the mark of one that can.
     barrier(f"{job}: all came")
+    leader = _read_claim(mark, _VISIBLE_SECS if is_marked else 0)
+    if is_marked and leader is None:
+        raise StorageError(f"{mark} was made by another process, but can't be seen from {host()}.")
+    # The file is needed until all have looked at it, and no longer.
+    barrier(f"{job}: all looked")
     if leader == jax.process_index():
         mark.unlink(missing_ok=True)
     return leader
 
 
-def _claim(mark: pathlib.Path) -> int:
-    """Make the file `mark` with the number of this process, or return the number that it has."""
+def _claim(mark: pathlib.Path) -> bool:
+    """Make the file `mark` with the number of this process, unless it is there; return False where
+    this process can't write to its folder.
+    """
     ours = mark.with_name(f"{mark.name}.{jax.process_index()}")
+    claim = f"{jax.process_index()}\n"
     try:
-        ours.write_text(str(jax.process_index()), encoding="utf-8")
+        ours.write_text(claim, encoding="utf-8")
+    except OSError:
+        return False
+    try:
         # Unlike opening a file, a link is made whole or not at all, on a network disk too.
         os.link(ours, mark)
     except FileExistsError:
         pass
     except OSError:
-        return -1
+        # Some file systems have no hard links (exFAT, many in user space): there the first to
+        # create the file has it, and others may find it empty for a moment.
+        with contextlib.suppress(FileExistsError), mark.open("x", encoding="utf-8") as file:
+            file.write(claim)
     finally:
         with contextlib.suppress(OSError):
             ours.unlink(missing_ok=True)
-    until = time.monotonic() + _VISIBLE_SECS
-    while time.monotonic() < until:
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            return int(mark.read_text(encoding="utf-8"))
+    return True
+
+
+def _read_claim(mark: pathlib.Path, secs: float) -> int | None:
+    """Return the number in the file `mark`, waiting for up to `secs` until it is there, and whole;
+    None where it isn't.
+    """
+    until = time.monotonic() + secs
+    while True:
+        with contextlib.suppress(OSError):
+            claim = mark.read_text(encoding="utf-8")
+            if claim.endswith("\n"):
+                return int(claim)
+        if time.monotonic() >= until:
+            return None
         time.sleep(0.1)
-    raise StorageError(f"{mark} was made by another process, but can't be seen from {host()}.")

@@ -28,7 +28,7 @@ from tinylm.core.agreement import (
     wait_for_all,
 )
 from tinylm.core.distributed import START_SECS, host, is_main
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards, make_mesh, sizes_by_name
 from tinylm.core.settings import differing_settings, from_dict, to_dict
@@ -152,8 +152,18 @@ def agree_on_data(facts: dict[str, str], secs: float) -> None:
 
 
 def check_shared(setting: str, path: epath.Path) -> None:
-    """Raise UserError where a folder that all processes write to is not the same on all hosts."""
-    if in_bucket(path) or is_shared(pathlib.Path(path)):
+    """Raise UserError where a folder that all processes write to is not the same on all hosts, or
+    where this process can't write to it.
+    """
+    if in_bucket(path):
+        return
+    is_same = is_shared(pathlib.Path(path))
+    if not os.access(path, os.W_OK):
+        raise StorageError(
+            f"{setting}={os.fspath(path)} on {host()} can't be written by this user; change its "
+            "permissions, or name another folder."
+        )
+    if is_same:
         return
     # It was made a moment ago, or holds something of an earlier run.
     with contextlib.suppress(OSError):
