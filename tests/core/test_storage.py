@@ -14,6 +14,12 @@ class HttpError(Exception):
         self.code = code
 
 
+def caused_by(error: Exception, cause: str) -> Exception:
+    """Return an error with a cause, as s3fs translates those of its client."""
+    error.__cause__ = Exception(cause)
+    return error
+
+
 @pytest.mark.parametrize("name", ["9a401f", "9a403f", "404", "403", "permission", "credential"])
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.parametrize("kind", ["code", "text"])
@@ -35,8 +41,23 @@ def test_the_name_of_an_object_does_not_make_an_outage_a_refusal(name, status, k
         (OSError("403, message='Forbidden', url='http://x'"), "no permission"),
         (PermissionError("PERMISSION_DENIED: caller lacks access"), "no permission"),
         (OSError("Anonymous caller does not have storage.objects.get access, 401"), "no credent"),
+        (OSError("UNAUTHENTICATED: no token"), "no credentials"),
+        (PermissionError("The provided token has expired, ExpiredToken"), "no credentials"),
+        # As tensorstore says it, gcsfs, and s3fs of an answer that has no body.
+        (
+            OSError("ExpiredToken: it has expired. [http_response_code='400']"),
+            "refuses the request",
+        ),
+        (HttpError("The project is unknown", 400), "refuses the request"),
+        (caused_by(OSError(22, "Bad Request"), "An error occurred (400)"), "refuses the request"),
+        (caused_by(FileNotFoundError("x"), "An error occurred (NoSuchBucket)"), "is no bucket"),
     ],
 )
 def test_a_refusal_is_one(error, wanted):
     found = explained("gs://bucket/run", "--workdir", error)
     assert wanted in str(found) and not isinstance(found, StorageError)
+
+
+def test_a_request_that_came_too_slowly_is_not_a_refusal():
+    error = OSError("ABORTED: RequestTimeout: Your socket ... [http_response_code='400']")
+    assert isinstance(explained("s3://bucket/run", "--workdir", error), StorageError)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tinylm.core import buckets
-from tinylm.core.errors import StorageError
-from tinylm.data import bucket_files, mirror, open_data
+from tinylm.core.errors import StorageError, UserError
+from tinylm.data import bucket_files, manifest, mirror, open_data
 from tinylm.data.config import DataConfig
 
 gcsfs = pytest.importorskip("gcsfs")
@@ -60,6 +60,37 @@ def bucket(server, monkeypatch, tmp_path):
     host(monkeypatch, tmp_path, "first")
     yield folder, proxy
     proxy.status = 0
+
+
+@pytest.fixture(scope="module")
+def s3_server():
+    """A server of the other protocol, which holds nothing yet; yield its port."""
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    server, port = serve_s3()
+    yield port
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch, tmp_path):
+    """A bucket in the other protocol; yield its URL."""
+    import s3fs
+
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_server}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    host(monkeypatch, tmp_path, "first")
+    url = f"s3://{BUCKET}"
+    if not buckets.exists_there(url):
+        buckets.file_system(url).mkdir(BUCKET)
+    return url
 
 
 def host(monkeypatch, tmp_path, name: str) -> pathlib.Path:
@@ -236,6 +267,64 @@ def test_a_service_that_fails_for_too_long_is_one_line(bucket, tmp_path, monkeyp
     assert not buckets.is_waiting()
 
 
+@pytest.mark.parametrize("service", ["bucket", "s3"])
+@pytest.mark.parametrize("use", ["copy_here", "object_state", "read_many"])
+@pytest.mark.parametrize(
+    ("place", "wanted"),
+    [
+        ("no-bucket/a/x", r"there is no bucket \w+://no-bucket; make it"),
+        (f"{BUCKET}/no/x", rf"there is no such object in the bucket \w+://{BUCKET};"),
+    ],
+)
+def test_what_is_missing_is_named_at_once(request, tmp_path, service, use, place, wanted):
+    request.getfixturevalue(service)
+    url = f"{'s3' if service == 's3' else 'gs'}://{place}"
+    tries = []
+
+    def read():
+        tries.append(url)
+        if use == "copy_here":
+            buckets.copy_here(url, tmp_path / "x")
+        elif use == "object_state":
+            buckets.object_state(url)
+        else:
+            buckets.RangeReader(url.removesuffix("/x")).read_many("x", [(0, 2)])
+
+    with pytest.raises(UserError, match=wanted) as caught:
+        buckets.patiently(url, "data.source", read, 600)
+    assert not isinstance(caught.value, StorageError)
+    assert len(tries) == 1
+
+
+def test_an_object_that_was_cut_there_is_named_at_once(bucket, tmp_path, monkeypatch):
+    folder, _ = bucket
+    data = remote_data(tmp_path, monkeypatch, "cut")
+    (tokens,) = (folder / "cut").glob("*/tokens-00000.bin")
+    tokens.write_bytes(tokens.read_bytes()[:1000])
+    with pytest.raises(StorageError, match=r"tokens-00000.bin is shorter than its store says"):
+        rows_of(data)
+
+
+def test_a_request_that_is_refused_is_not_tried_again(bucket, tmp_path, monkeypatch):
+    _, proxy = bucket
+    data = remote_data(tmp_path, monkeypatch, "refused")
+    proxy.status = 400
+    with pytest.raises(UserError, match=r"gs://.* refuses the request \(") as caught:
+        rows_of(data)
+    assert not isinstance(caught.value, StorageError)
+
+
+def test_a_store_of_a_service_that_has_no_stretches_is_one_line(tmp_path):
+    """A store of another service can be copied, but not read block by block."""
+    cache = bucket_files.BlockCache(tmp_path, 1 << 16)
+    remote = bucket_files.Remote("az://bucket/stores/1", cache, outage_secs=600)
+    np.zeros(1, np.uint32).tofile(tmp_path / f"a{bucket_files.CHECKSUMS_ENDING}")
+    shard = manifest.Shard("a", 1, "")
+    file = bucket_files.BucketFile(tmp_path, shard, np.uint16, remote)
+    with pytest.raises(UserError, match="use gs:// or s3://"):
+        file.read(0, 1)
+
+
 @pytest.mark.usefixtures("bucket")
 def test_a_text_that_changed_there_is_another_text():
     buckets.write_there(TEXT.encode(), f"gs://{BUCKET}/changing/a.txt")
@@ -245,26 +334,6 @@ def test_a_text_that_changed_there_is_another_text():
     after = data_of(f"text:gs://{BUCKET}/changing")
     assert before.every_store[0].digest != after.every_store[0].digest
     assert "cow" in next(iter(after.valid_texts(1)))
-
-
-@pytest.fixture
-def s3(monkeypatch, tmp_path):
-    """A bucket in the other protocol, on a server of its own."""
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
-    server, port = serve_s3()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    host(monkeypatch, tmp_path, "first")
-    buckets.file_system(f"s3://{BUCKET}").mkdir(BUCKET)
-    yield f"s3://{BUCKET}"
-    server.kill()
-    server.wait()
 
 
 def test_s3_holds_sources_and_stores_too(s3, tmp_path, monkeypatch):

@@ -27,8 +27,6 @@ T = TypeVar("T")
 _FIRST_PAUSE_SECS = 1.0
 _LONGEST_PAUSE_SECS = 15.0
 _CHUNK_BYTES = 1 << 22
-# How the messages of tensorstore begin that tell of something the user has to change.
-_LASTING = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 _SCHEMES = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
 
 
@@ -264,24 +262,31 @@ class RangeReader:
         """Return the bytes of an object in each range (begin, end), asked for at the same time.
 
         Raises:
+          FileNotFoundError: there is no such object, or no such bucket.
+          StorageError: the object ends before a range does.
           OSError: one of them can't be read.
         """
         contents: list[bytes] = []
+        url = f"{self.url}/{name}"
         try:
             # All requests are under way before the first answer is waited for.
             reads = [
                 self._objects.read(name, byte_range=slice(begin, end)) for begin, end in ranges
             ]
-            for read in reads:
-                found = read.result()
-                if found.state != "value":
-                    raise OSError(f"{self.url}/{name} is gone")
-                contents.append(found.value)
+            found = [read.result() for read in reads]
         except Exception as error:
-            # tensorstore raises ValueError and other kinds for what a service answers.
-            if str(error).startswith(_LASTING):
-                raise PermissionError(str(error)) from error
+            # tensorstore raises ValueError and other kinds for what a service answers; the text
+            # has the HTTP status, by which `explained` tells what it is about.
+            if str(error).startswith("OUT_OF_RANGE"):
+                raise StorageError(
+                    f"{url} is shorter than its store says: it is damaged; delete {self.url} to "
+                    "prepare it again."
+                ) from error
             raise OSError(str(error)) from error
+        for part in found:
+            if part.state != "value":
+                raise FileNotFoundError(url)
+            contents.append(part.value)
         num_bytes = sum(map(len, contents))
         global _traffic
         with _lock:

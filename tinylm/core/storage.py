@@ -38,9 +38,18 @@ _LIBRARY_ERRORS = (
     ("botocore.exceptions", "ClientError"),
 )
 # What a provider's error is about: the HTTP status, or parts of the message.
-_NO_CREDENTIALS = (401, ("anonymous", "credential", "refresherror", "unauthorized"))
+_NO_CREDENTIALS = (
+    401,
+    ("anonymous", "credential", "refresherror", "unauth", "expiredtoken", "invalidtoken"),
+)
 _NO_PERMISSION = (403, ("forbidden", "permission", "access denied", "accessdenied"))
-_NO_BUCKET = (404, ("nosuchbucket",))
+_MISSING = (404, ("nosuchbucket", "nosuchkey"))
+# By these words it is the bucket that is missing, and not an object in it.
+_NO_BUCKET = ("nosuchbucket", "no such bucket", "bucket does not exist")
+# A request that the service doesn't accept, now or later; S3 gives the same status to one that came
+# too slowly.
+_BAD_REQUEST = (400, ("bad request",))
+_TOO_SLOW = "requesttimeout"
 # Where messages name the status: "403, message=...", "... , 403", "(403)", "HTTP 403", "code: 403".
 _STATUS = re.compile(
     r"^([45]\d\d)\b|, ([45]\d\d)$|\(([45]\d\d)\)|(?:http|status|code)\W+([45]\d\d)\b"
@@ -124,9 +133,13 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
     scheme, _, rest = os.fspath(path).partition("://")
     bucket = f"{scheme}://{rest.partition('/')[0]}"
     what = f"{setting}={os.fspath(path)}"
-    # Names of objects may hold any word and number, such as the 403 of step 403.
-    message = f"{type(error).__name__} {str(error).replace(rest, '')}".lower()
+    # s3fs keeps the service's own code, such as NoSuchBucket, in the cause alone. Names of objects
+    # may hold any word and number, such as the 403 of step 403.
+    words = f"{type(error).__name__} {error} {error.__cause__ or ''}"
+    message = words.replace(rest, "").lower()
     status = _status_of(error)
+    if not status and error.__cause__ is not None:
+        status = _status_of(error.__cause__)
 
     def is_about(kind: tuple[int, tuple[str, ...]]) -> bool:
         kind_status, signs = kind
@@ -153,8 +166,19 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
             "this the right to read and write objects there (on Google Cloud the role "
             "storage.objectAdmin)."
         )
-    if isinstance(error, FileNotFoundError) or is_about(_NO_BUCKET):
-        return UserError(f"{what}: there is no bucket {bucket}; make it, or correct {setting}.")
+    if isinstance(error, FileNotFoundError) or is_about(_MISSING):
+        is_named = any(sign in message for sign in _NO_BUCKET)
+        if is_named or not _has_bucket(path):
+            return UserError(f"{what}: there is no bucket {bucket}; make it, or correct {setting}.")
+        return UserError(
+            f"{what}: there is no such object in the bucket {bucket}; put it there, or correct "
+            f"{setting}."
+        )
+    if is_about(_BAD_REQUEST) and _TOO_SLOW not in message:
+        return UserError(
+            f"{what}: {bucket} refuses the request ({in_words(error)}); check the address, the "
+            "region of the bucket, and that the credentials are still good."
+        )
     if isinstance(error, ValueError):
         return UserError(
             f"{what} cannot be used ({in_words(error)}); give a path, or a bucket such as "
@@ -172,7 +196,29 @@ def in_words(error: Exception) -> str:
     return f"HTTP status {text}" if text.isdigit() else text
 
 
-def _status_of(error: Exception) -> int:
+def _has_bucket(path: os.PathLike | str) -> bool:
+    """Say whether the bucket is there in which something is missing.
+
+    Google answers 404 to both. A listing of what nobody has written there is short, and fails only
+    where there is no bucket.
+    """
+    import fsspec
+
+    nothing = f"{os.fspath(path).rstrip('/')}/.nothing"
+    try:
+        files, place = fsspec.core.url_to_fs(nothing)
+        files.invalidate_cache()
+        files.find(place)
+    except FileNotFoundError:
+        return False
+    except Exception as error:
+        if not isinstance(error, (ImportError, ValueError, *failures())):
+            raise
+        # Who may read objects need not have the right to list them.
+    return True
+
+
+def _status_of(error: BaseException) -> int:
     """Return the HTTP status that an error of a library tells of; 0 where it tells of none."""
     code = str(getattr(error, "code", "") or getattr(error, "status", ""))
     if code.isdigit():

@@ -182,7 +182,8 @@ class BucketFile:
             contents = patiently(
                 f"{remote.url}/{self._name}",
                 "data.store_dir",
-                functools.partial(remote.reader.read_many, self._name, ranges),
+                # The connection is made in there too.
+                lambda: remote.reader.read_many(self._name, ranges),
                 remote.outage_secs,
             )
             damaged = []
