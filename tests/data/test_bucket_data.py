@@ -305,6 +305,23 @@ def test_an_object_that_was_cut_there_is_named_at_once(bucket, tmp_path, monkeyp
         rows_of(data)
 
 
+@pytest.mark.usefixtures("bucket")
+def test_every_wait_for_a_bucket_lasts_as_long_as_the_setting_says(tmp_path, monkeypatch):
+    waits = {}
+
+    def patiently(url, setting, use, limit_secs):
+        waits[setting, limit_secs] = url
+        return use()
+
+    monkeypatch.setattr(buckets, "patiently", patiently)
+    monkeypatch.setattr(bucket_files, "patiently", patiently)
+    monkeypatch.setattr("tinylm.data.bucket_stores.StoreBucket.num_bytes", lambda *_: 1 << 40)
+    buckets.write_there(TEXT.encode(), f"gs://{BUCKET}/waited/a.txt")
+    places = {"source": f"text:gs://{BUCKET}/waited", "store_dir": f"gs://{BUCKET}/waited-stores"}
+    rows_of(data_of(**places, outage_secs=7))
+    assert waits.keys() == {("data.source", 7), ("data.store_dir", 7)}
+
+
 def test_a_request_that_is_refused_is_not_tried_again(bucket, tmp_path, monkeypatch):
     _, proxy = bucket
     data = remote_data(tmp_path, monkeypatch, "refused")

@@ -24,15 +24,19 @@ from tinylm.data.progress import Progress
 _CHUNK_BYTES = 1 << 22
 
 
-def file_state(path: str) -> list[Any]:
+def file_state(path: str, outage_secs: float) -> list[Any]:
     """Return what changes whenever a file is written to: its size and its times of modification and
     change; of an object in a bucket its size and a mark.
 
     The second time is kept by the system alone, so it also shows a file whose first time was set
     back.
+
+    Args:
+        path: On a disk or in a bucket.
+        outage_secs: How long the bucket may fail.
     """
     if in_bucket(path):
-        return mirror.state(path)
+        return mirror.state(path, outage_secs)
     try:
         status = os.stat(path)
     except OSError as error:
@@ -45,11 +49,19 @@ def file_state(path: str) -> list[Any]:
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def checksums(paths: Sequence[str], notes: pathlib.Path, work: Progress) -> list[str]:
+def checksums(
+    paths: Sequence[str], notes: pathlib.Path, work: Progress, outage_secs: float
+) -> list[str]:
     """Return the SHA-256 of each file, from `notes` where the file is as it was when they were
     written.
+
+    Args:
+        paths: On a disk or in a bucket.
+        notes: The file of notes.
+        work: Is told how many bytes were read.
+        outage_secs: How long the bucket may fail.
     """
-    states = [file_state(path) for path in paths]
+    states = [file_state(path, outage_secs) for path in paths]
     noted = _read(notes)
     found: dict[str, Any] = {}
     for path, state in zip(paths, states, strict=True):
@@ -57,7 +69,7 @@ def checksums(paths: Sequence[str], notes: pathlib.Path, work: Progress) -> list
         if _is_of(entry, state):
             found[path] = entry
         else:
-            found[path] = [*state, _checksum(path, work)]
+            found[path] = [*state, _checksum(path, work, outage_secs)]
     if found != noted:
         _write(notes, found)
     return [found[path][-1] for path in paths]
@@ -68,10 +80,10 @@ def _is_of(entry: Any, state: list[Any]) -> bool:
     return isinstance(entry, list) and entry[:-1] == state and isinstance(entry[-1], str)
 
 
-def _checksum(path: str, work: Progress) -> str:
+def _checksum(path: str, work: Progress, outage_secs: float) -> str:
     digest = hashlib.sha256()
     try:
-        with pathlib.Path(mirror.local(path)).open("rb") as file:
+        with pathlib.Path(mirror.local(path, outage_secs)).open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 work.update(len(chunk))

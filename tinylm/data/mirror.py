@@ -15,47 +15,51 @@ import shutil
 from typing import Any
 
 from tinylm.core import buckets
-from tinylm.core.errors import StorageError, UserError, one_line
+from tinylm.core.errors import StorageError
 from tinylm.core.files import replace_text, user_cache
 from tinylm.core.log import alive
 from tinylm.core.storage import in_bucket
 
-OUTAGE_SECS = 600.0
+_SETTING = "data.source"
 
 
-def _patiently(url: str, use: Any) -> Any:
-    return buckets.patiently(url, "data.source", use, OUTAGE_SECS)
-
-
-def find(pattern: str, endings: tuple[str, ...]) -> list[str]:
+def find(pattern: str, endings: tuple[str, ...], outage_secs: float) -> list[str]:
     """Return the URLs of the objects that a URL, folder or glob in a bucket stands for.
 
     A folder stands for the objects below it: those with one of `endings` where there are any,
     otherwise all.
+
+    Args:
+        pattern: The URL, folder or glob.
+        endings: Of the names of data files.
+        outage_secs: How long the bucket may fail.
     """
-    found = _patiently(pattern, functools.partial(buckets.find_objects, pattern))
+    look = functools.partial(buckets.find_objects, pattern)
+    found = buckets.patiently(pattern, _SETTING, look, outage_secs)
     wanted = [url for url in found if url.lower().endswith(endings)] if endings else []
     is_folder = found != [pattern] and not any(letter in pattern for letter in "*?[")
     return wanted if is_folder and wanted else found
 
 
 @functools.cache
-def state(url: str) -> list[Any]:
+def state(url: str, outage_secs: float) -> list[Any]:
     """Return what changes with the content of an object: its size, and a mark of its service.
 
     It is asked once in a process.
     """
-    try:
-        return _patiently(url, functools.partial(buckets.object_state, url))
-    except FileNotFoundError as error:
-        raise UserError(f"{url} can't be read: {one_line(error)}.") from error
+    look = functools.partial(buckets.object_state, url)
+    return buckets.patiently(url, _SETTING, look, outage_secs)
 
 
-def local(path: str) -> str:
+def local(path: str, outage_secs: float) -> str:
     """Return the path of a file on the disk: `path` itself, or a copy of the object that it names.
 
+    Args:
+        path: On a disk or in a bucket.
+        outage_secs: How long the bucket may fail.
+
     Raises:
-        StorageError: There is no room for the copy.
+        StorageError: The copy can't be made.
     """
     if not in_bucket(path):
         return path
@@ -68,16 +72,17 @@ def local(path: str) -> str:
     with copy.with_name(copy.name + ".lock").open("ab") as lock:
         with alive(lambda: f"waiting for another process that copies {path}"):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        _copy(path, copy)
+        _copy(path, copy, outage_secs)
     return os.fspath(copy)
 
 
-def _copy(path: str, copy: pathlib.Path) -> None:
+def _copy(path: str, copy: pathlib.Path, outage_secs: float) -> None:
     """Copy an object to the disk, unless it is there."""
     note = copy.with_name(copy.name + ".state")
-    if copy.exists() and _noted(note) == state(path):
+    known = state(path, outage_secs)
+    if copy.exists() and _noted(note) == known:
         return
-    size = state(path)[0]
+    size = known[0]
     free = shutil.disk_usage(copy.parent).free
     if size > free:
         raise StorageError(
@@ -85,8 +90,9 @@ def _copy(path: str, copy: pathlib.Path) -> None:
             "machine with a larger disk, into a bucket (data.store_dir)."
         )
     with alive(lambda: f"copying {path} ({size / 1e6:,.0f} MB)"):
-        _patiently(path, functools.partial(buckets.copy_here, path, copy))
-    replace_text(note, json.dumps(state(path)))
+        fetch = functools.partial(buckets.copy_here, path, copy)
+        buckets.patiently(path, _SETTING, fetch, outage_secs)
+    replace_text(note, json.dumps(known))
 
 
 def _noted(note: pathlib.Path) -> Any:

@@ -221,7 +221,8 @@ class StoreFinder:
         if not files:
             return []
         notes = stores.checksum_notes(self._folder, source)
-        total_bytes = sum(content.file_state(path)[0] for path in files)
+        outage_secs = self._config.outage_secs
+        total_bytes = sum(content.file_state(path, outage_secs)[0] for path in files)
         # Another host may have read them, and noted it where the stores are.
         bucket = self._bucket if in_bucket(files[0]) else None
         if bucket is not None and not notes.exists():
@@ -230,7 +231,7 @@ class StoreFinder:
                 notes.parent.mkdir(exist_ok=True, mode=0o700)
                 notes.write_text(noted, encoding="utf-8")
         with progress_of(total_bytes, self._is_shown, "reading checksums of", source.spec) as work:
-            found = content.checksums(files, notes, work)
+            found = content.checksums(files, notes, work, outage_secs)
         if bucket is not None and work.done_bytes and notes.exists():
             bucket.write_note(f"{stores.CHECKSUMS}/{notes.name}", notes.read_text(encoding="utf-8"))
         return found
@@ -253,7 +254,9 @@ class StoreFinder:
 
     def _fill(self, source: Source, splits: tuple[str, ...], folder: pathlib.Path) -> None:
         """Write the store of some splits of a source into `folder`."""
-        states_before = [content.file_state(path) for path in source.content_files]
+        outage_secs = self._config.outage_secs
+        files = source.content_files
+        states_before = [content.file_state(path, outage_secs) for path in files]
         self.tokenizer.save(folder / "tokenizer")
         if isinstance(source, TokenSource):
             checksums = self._checksums(source)
@@ -264,8 +267,8 @@ class StoreFinder:
             prepare.prepare(source, self.tokenizer, folder, splits, self._is_shown)
         # The store's name says what the files held before, so it must not hold what came in
         # meanwhile. The third part of a state changes also where a file is only renamed or linked.
-        for path, before in zip(source.content_files, states_before, strict=True):
-            if content.file_state(path)[:2] != before[:2]:
+        for path, before in zip(files, states_before, strict=True):
+            if content.file_state(path, outage_secs)[:2] != before[:2]:
                 raise UserError(
                     f"{path} was written to while it was prepared; prepare it when it is complete."
                 )

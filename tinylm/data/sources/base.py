@@ -132,7 +132,7 @@ class FileSource(Source):
             UserError: There are none, or one can't be read.
         """
         if in_bucket(self.argument):
-            paths = mirror.find(self.argument, self.endings)
+            paths = mirror.find(self.argument, self.endings, self.config.outage_secs)
         else:
             paths = files.find(self.argument, self.endings)
         if not paths:
@@ -153,7 +153,7 @@ class FileSource(Source):
     @property
     def local_files(self) -> list[str]:
         """The files on this disk; objects of a bucket are copied first."""
-        return [mirror.local(path) for path in self.files]
+        return [self._local(path) for path in self.files]
 
     @property
     def content_files(self) -> list[str]:
@@ -167,7 +167,11 @@ class FileSource(Source):
 
     def read_split(self, split: str) -> Iterator[Document]:
         for path in self.files:
-            yield from self.read(mirror.local(path))
+            yield from self.read(self._local(path))
+
+    def _local(self, path: str) -> str:
+        """Return the path on this disk of one of the files."""
+        return mirror.local(path, self.config.outage_secs)
 
     def read(self, path: str) -> Iterator[Document]:
         """Yield the documents of one file."""
