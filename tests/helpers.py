@@ -11,7 +11,9 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from tinylm.model.config import ModelConfig
 from tinylm.train.config import Config, OptimizerConfig, TrainConfig
 from tinylm.train.state import make_blueprint
 from tinylm.train.step import make_train_steps
+from tinylm.view.plot import save
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MESHES = [(1, 1), (8, 1), (4, 2), (2, 4), (1, 8)]
@@ -187,15 +190,12 @@ def made_once(folder: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pat
     return folder
 
 
-def columns_of(picture: str | pathlib.Path, color: str) -> int:
-    """Return how many columns of pixels of a PNG have a pixel of nearly this color (as in
-    "#0072B2").
-    """
-    from matplotlib import colors, image
-
-    pixels = image.imread(picture)[..., :3]
-    alike = np.abs(pixels - np.array(colors.to_rgb(color))).max(axis=-1) < 0.05
-    return int(alike.any(axis=0).sum())
+def png_of(figure: Any) -> bytes:
+    """Return the file that the product writes of a figure."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "figure.png")
+        save(figure, path)
+        return path.read_bytes()
 
 
 def finished(workdir, step: int) -> bool:

@@ -14,10 +14,10 @@ from helpers import (
     ROOT,
     SMALL,
     call_command,
-    columns_of,
     finished,
     lines,
     made_once,
+    png_of,
     run_command,
     session_folder,
     state_digest,
@@ -25,7 +25,8 @@ from helpers import (
 
 from tinylm.inference.text import numbered
 from tinylm.run.folder import RunFolder
-from tinylm.view.plot import COLORS
+from tinylm.view.history import gather
+from tinylm.view.plot import figure_of_curves
 
 
 def command(workdir, *extra):
@@ -55,9 +56,11 @@ def test_a_run_leaves_what_it_promises(whole):
     assert sorted(lines(workdir)) == list(range(1, 41))
     assert sorted(lines(workdir, "valid")) == [20, 40]
     assert lines(workdir)[40] < lines(workdir)[1]
-    assert columns_of(workdir / "loss.png", COLORS[0]) > 300, (
-        "no line over the width of the picture"
-    )
+    figure = figure_of_curves([gather(str(workdir))], ["loss"])
+    drawn = [line.get_xydata() for line in figure.axes[0].get_lines()]
+    np.testing.assert_allclose(drawn[0], sorted(lines(workdir).items()), rtol=1e-5)
+    np.testing.assert_allclose(drawn[1], sorted(lines(workdir, "valid").items()), rtol=1e-5)
+    assert (workdir / "loss.png").read_bytes() == png_of(figure)
     assert (workdir / "samples.txt").read_text().startswith("--- step 40 ---\na")
     record = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
     assert {"grad_norm", "learning_rate", "tokens_per_sec", "mfu"} <= set(record)

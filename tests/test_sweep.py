@@ -2,6 +2,7 @@
 order.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -11,14 +12,15 @@ import sys
 import time
 import types
 
+import numpy as np
 import pytest
-from helpers import ROOT, columns_of
+from helpers import ROOT, png_of
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from tinylm import sweep as command
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.tools import sweep as module
-from tinylm.view.plot import COLORS
 
 GRID = ["optimizer.learning_rate=1e-2,2e-2", "model.attention_window=(0,),(8,)"]
 
@@ -67,11 +69,46 @@ def test_each_point_is_trained_once(tmp_path, trained):
     rows = sweep(base, GRID, str(tmp_path), jobs=1)
     assert {command["--config.optimizer.learning_rate"] for command in commands} == {"2e-2"}
     assert [row.loss for row in rows] == [0.01, 0.01, 0.02, 0.02]
-    for color in COLORS[:2]:  # a line from one learning rate to the other for each window
-        assert columns_of(tmp_path / "sweep.png", color) > 100
+    # Their order is that of the grid.
+    drawn = sorted(rows, key=lambda row: list(row.point.values()))
+    assert (tmp_path / "sweep.png").read_bytes() == png_of(module.figure_of(drawn))
     commands.clear()
     sweep([*base, "--config.train.stop_step=50"], GRID, str(tmp_path), jobs=1)
     assert len(commands) == 4  # another setting of all: they go on
+
+
+def test_the_picture_has_a_line_for_each_setting_of_the_other_keys():
+    """A run that failed leaves a gap at its place."""
+    losses = {
+        ("3e-4", "(0,)"): 5.0,
+        ("3e-4", "$8$"): 4.0,
+        ("1e-3", "(0,)"): None,
+        ("1e-3", "$8$"): 3.0,
+    }
+    rows = []
+    for (rate, window), loss in losses.items():
+        point = {"optimizer.learning_rate": rate, "model.attention_window": window}
+        rows.append(module.Row(point, loss, 1, ""))
+    figure = module.figure_of(rows)
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "optimizer.learning_rate"
+    assert axes.get_ylabel() == "loss (nats per token)"
+    assert list(axes.get_xticks()) == [0, 1]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["3e-4", "1e-3"]
+    points = [line.get_xydata() for line in axes.get_lines()]
+    np.testing.assert_array_equal(points, [[(0, 5.0), (1, np.nan)], [(0, 4.0), (1, 3.0)]])
+    (legend,) = figure.legends
+    assert legend.get_title().get_text() == "model.attention_window"
+    assert [text.get_text() for text in legend.get_texts()] == ["(0,)", r"\$8\$"]
+
+
+def test_long_values_stand_side_by_side_below_the_picture():
+    points = [{"data.source": f"0.{i}*tales, 0.{9 - i}*text:/a/long/path"} for i in range(6)]
+    figure = module.figure_of([module.Row(point, 1.0, 1, "") for point in points])
+    FigureCanvasAgg(figure).draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) == 6
+    assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_a_picture_that_fails_takes_no_table_away(tmp_path, trained, monkeypatch):

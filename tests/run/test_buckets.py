@@ -11,6 +11,7 @@ import fsspec
 import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
+from helpers import png_of
 
 from tinylm import report
 from tinylm.config import load_config
@@ -20,7 +21,8 @@ from tinylm.core.settings import to_dict
 from tinylm.run import bucket_lock, checksums, log_files
 from tinylm.run.folder import RunFolder
 from tinylm.train import trackers
-from tinylm.view.plot import draw_loss
+from tinylm.view.history import gather
+from tinylm.view.plot import draw_loss, figure_of_curves
 
 
 class Bucket(MemoryFileSystem):
@@ -182,7 +184,10 @@ def test_pictures_and_the_report_stay_in_the_bucket(folder, monkeypatch, tmp_pat
     folder.log({"step": 1, "split": "train", "loss": 3.0})
     folder.wait_for_logs()
     assert draw_loss(folder)
+    curves = [gather(str(folder.path))]
+    assert folder.plot_file.read_bytes() == png_of(figure_of_curves(curves, ["loss"]))
     assert trackers.pixels(str(folder.plot_file)).ndim == 3
     assert report.main([f"--workdir={folder.path}"]) == 0
     assert {path.name for path in folder.path.glob("report.*")} == {"report.html", "report.png"}
+    assert (folder.path / "report.png").read_bytes() == png_of(figure_of_curves(curves))
     assert list(tmp_path.iterdir()) == []

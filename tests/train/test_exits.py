@@ -10,6 +10,7 @@ import time
 
 import matplotlib
 import pytest
+from helpers import png_of
 
 from tinylm.config import load_config
 from tinylm.core.errors import Preempted
@@ -18,6 +19,8 @@ from tinylm.run import checksums
 from tinylm.train import feed, loop, start
 from tinylm.train.progress import Progress
 from tinylm.view import plot
+from tinylm.view.history import gather
+from tinylm.view.plot import figure_of_curves
 
 SMALL = [
     "data.source=tales:200",
@@ -150,9 +153,12 @@ def test_samples_that_fail_are_left_out_with_one_line(tmp_path, monkeypatch):
 def test_a_plot_without_the_latex_that_the_users_settings_ask_for(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with matplotlib.rc_context({"text.usetex": True}):
-        trainer = begin(tmp_path / "run", "writers.plot=True")
+        trainer = begin(tmp_path / "run", "writers.plot=True", "train.log_every_steps=1")
         assert trainer.run().step == 2
-    assert trainer.folder.plot_file.read_bytes().startswith(b"\x89PNG")
+        figure = figure_of_curves([gather(str(trainer.folder.path))], ["loss"])
+        (line,) = figure.axes[0].get_lines()
+        assert list(line.get_xdata()) == [1, 2]
+        assert trainer.folder.plot_file.read_bytes() == png_of(figure)
 
 
 def test_a_plot_that_fails_ends_nothing(tmp_path, monkeypatch):

@@ -14,7 +14,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import call_command, columns_of, tiny_model
+from helpers import call_command, png_of, tiny_model
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cbook import is_math_text
 
 from tinylm import report as command
 from tinylm.config import load_config
@@ -27,7 +29,7 @@ from tinylm.view import page, report
 from tinylm.view.attention import Attention, attention_weights
 from tinylm.view.history import MOST_POINTS, curves, gather
 from tinylm.view.parameters import describe_run
-from tinylm.view.plot import COLORS, draw_curves
+from tinylm.view.plot import COLORS, PANELS, figure_of_curves, save
 
 EVIL = "</script><script>document.title='run'</script>"
 
@@ -188,6 +190,8 @@ def test_one_of_several_runs_may_have_no_attention(tmp_path):
     assert done.stdout.split() == [
         str(tmp_path / "sweep" / f"report.{kind}") for kind in ("html", "png")
     ]
+    runs = [gather(str(tmp_path / "sweep" / name)) for name in "ab"]
+    assert (tmp_path / "sweep" / "report.png").read_bytes() == png_of(figure_of_curves(runs))
     done = call_command("tinylm.report", f"--workdir={tmp_path}/sweep/a", "--attention_text=A fox")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
 
@@ -231,21 +235,115 @@ def test_the_page_holds_everything_itself(tmp_path):
     assert axes["embedding"] == ["model", ""]
 
 
-def test_the_pictures_are_drawn(tmp_path):
-    runs = two_runs(tmp_path)
-    runs[0]["name"] = r"a$\b$"
-    draw_curves(runs, tmp_path / "curves.png")
-    for name, weights in (("attention", np.tri(3)), ("nothing", 1 - np.tri(3))):
-        heads = np.broadcast_to(weights, (1, 2, 3, 3))
-        attention = Attention(["x", "$y", "\n"], heads)
-        page.draw_attention(attention, [(0, 0), (0, 1)], tmp_path / f"{name}.png")
-    for color in COLORS[:2]:  # of each run, far more than its sample in the legend
-        assert columns_of(tmp_path / "curves.png", color) > 100
-    one, other = (
-        matplotlib.image.imread(tmp_path / f"{name}.png") for name in ("attention", "nothing")
-    )
-    assert one.shape == other.shape
-    assert np.any(one != other, axis=-1).mean() > 0.1, "the picture doesn't depend on the weights"
+def logged(workdir, split, name):
+    """Return [(step, value)] as metrics.jsonl has them; of a step logged twice, the last."""
+    text = (workdir / "metrics.jsonl").read_text()
+    found = {}
+    for line in text.splitlines()[:-1]:  # the last one is torn
+        record = json.loads(line)
+        if record["split"] == split and name in record:
+            found[record["step"]] = record[name]
+    return sorted(found.items())
+
+
+def test_each_panel_has_the_lines_of_all_runs_as_they_were_logged(tmp_path):
+    figure = figure_of_curves(two_runs(tmp_path))
+    names = ("loss", "grad_norm", "learning_rate", "tokens_per_sec")  # mfu is null in each line
+    assert [axes.get_title() for axes in figure.axes] == [PANELS[name] for name in names]
+    for axes, name in zip(figure.axes, names, strict=True):
+        assert (axes.get_xlabel(), axes.get_xscale(), axes.get_yscale()) == (
+            "step",
+            "linear",
+            "linear",
+        )
+        lines = iter(axes.get_lines())
+        for run, color in zip("ab", COLORS, strict=False):
+            for split in ("train", "valid") if name == "loss" else ("train",):
+                line = next(lines)
+                points = logged(tmp_path / run, split, name)
+                np.testing.assert_allclose(line.get_xydata(), points, rtol=1e-5)
+                assert line.get_label() == f"{run}, {split} (last {points[-1][1]:.3f})"
+                assert line.get_color() == color
+        if name == "loss":
+            floor = next(lines)
+            assert list(floor.get_ydata()) == [0.1, 0.1]
+            assert floor.get_label() == "floor of the corpus (0.100)"
+        assert not list(lines)
+
+
+def test_what_a_run_begins_with_does_not_flatten_its_curves(tmp_path):
+    loss, _, _, speed = figure_of_curves(two_runs(tmp_path)).axes
+    losses = dict(logged(tmp_path / "a", "train", "loss"))
+    # The first twentieth are two steps.
+    assert losses[3] < loss.get_ylim()[1] < losses[2]
+    assert speed.get_ylim()[0] < 100 < speed.get_ylim()[1]
+
+
+@pytest.mark.parametrize(
+    ("count", "name"),
+    [
+        (1, "a"),
+        (1, r"_a$\b$ " + 200 * "long"),
+        (12, "optimizer.learning_rate=1e-2,model.num_layers="),
+    ],
+)
+def test_the_legend_names_every_line_and_covers_none(tmp_path, count, name):
+    """Names are text, though matplotlib takes some for formulas, and leaves out others."""
+    run = gather(made_run(tmp_path / "run"))
+    figure = figure_of_curves([run | {"name": f"{name}{i}"} for i in range(count)], ["loss"])
+    (axes,) = figure.axes
+    (legend,) = figure.legends
+    labels = [text.get_text().replace("\n", "").replace(" ", "") for text in legend.get_texts()]
+    assert labels == [line.get_label().replace(" ", "") for line in axes.get_lines()]
+    assert len(labels) == 2 * count + 1
+    assert not any(map(is_math_text, labels))
+
+    FigureCanvasAgg(figure).draw()
+    whole = legend.get_window_extent()
+    assert not whole.overlaps(axes.get_tightbbox())
+    assert figure.bbox.contains(*whole.min) and figure.bbox.contains(*whole.max)
+    assert axes.get_window_extent().height > 0.6 * 4 * figure.dpi, "no room for the curves"
+
+
+def test_a_single_point_can_be_seen():
+    run = {"name": "a", "floor": None, "train": {"step": [7], "loss": [3.0]}, "valid": {}}
+    (axes,) = figure_of_curves([run], ["loss"]).axes
+    (line,) = axes.get_lines()
+    assert line.get_marker() == "o"
+    assert axes.get_ylim()[0] < 3 < axes.get_ylim()[1]
+
+
+@pytest.mark.parametrize("usetex", [False, True])
+def test_what_is_saved_is_the_figure(tmp_path, monkeypatch, usetex):
+    """Also where the user's settings ask for LaTeX, which isn't there."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = gather(made_run(tmp_path / "run"))
+    with matplotlib.rc_context({"text.usetex": usetex}):
+        figure = figure_of_curves([run], ["loss"])
+        save(figure, tmp_path / "curves.png")
+    saved = matplotlib.image.imread(tmp_path / "curves.png")
+    figure.dpi = saved.shape[1] / figure.get_figwidth()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    np.testing.assert_array_equal(np.round(saved * 255), canvas.buffer_rgba())
+
+
+def test_each_head_is_drawn_with_its_weights_and_tokens():
+    weights_LNTS = np.tril(np.random.default_rng(0).random((2, 2, 4, 4)))
+    attention = Attention(["⏎", "$y$", " ", "a\n"], weights_LNTS)
+    heads = [(0, 1), (1, 0), (1, 1)]
+    figure = page.figure_of_attention(attention, heads)
+    assert "query" in figure.get_supylabel() and "key" in figure.get_supxlabel()
+    for axes, (layer, head) in zip(figure.axes, heads, strict=True):
+        assert axes.get_title() == f"layer {layer}, head {head}"
+        (image,) = axes.images
+        np.testing.assert_array_equal(image.get_array(), weights_LNTS[layer, head])
+        assert (image.origin, *image.get_clim()) == ("upper", 0, 1)
+        assert sum(image.to_rgba(1.0)) < sum(image.to_rgba(0.0)), "more weight is darker"
+        for axis in axes.xaxis, axes.yaxis:
+            assert list(axis.get_ticklocs()) == [0, 1, 2, 3]
+            labels = [label.get_text() for label in axis.get_ticklabels()]
+            assert labels == ["⏎", r"\$y\$", "␣", "a⏎"]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from tinylm.core.errors import Preempted, UserError, one_line
 from tinylm.core.log import say
 from tinylm.core.storage import in_bucket
 from tinylm.run.folder import RunFolder
-from tinylm.view.plot import line_style, new_grid, save
+from tinylm.view.plot import add_legend_below, line_style, new_grid, plain, save
 
 # One point of a grid: the value of each key, as text.
 Point = dict[str, str]
@@ -86,7 +87,7 @@ def sweep(
     rows = [future.result() for future in futures]
     picture = pathlib.Path(workdir, "sweep.png")
     try:
-        draw(rows, picture)
+        save(figure_of(rows), picture)
     except Exception as error:
         # Whatever fails in drawing, the table is what the runs were for.
         say(f"warning: {picture} cannot be written: {one_line(error)}")
@@ -184,22 +185,31 @@ def best_loss(workdir: str) -> tuple[str, float, int]:
     return "last training", last["loss"], last["step"]
 
 
-def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Draw the best loss against the first key of the grid, a line for each setting of the
-    others.
+def figure_of(rows: Sequence[Row]) -> Any:
+    """Return a figure of the loss against the first key of the grid, a line for each setting of
+    the others.
     """
     figure, [axes] = new_grid(1, 1, (7, 4.5))
+    key, *other_keys = rows[0].point
+    values = list(dict.fromkeys(row.point[key] for row in rows))
     # The points of each line, by the values of the other keys.
-    lines: dict[str, list[tuple[str, float]]] = {}
+    lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         value, *others = row.point.values()
         loss = math.nan if row.loss is None else row.loss
-        lines.setdefault(", ".join(others), []).append((value, loss))
+        lines.setdefault(", ".join(others), []).append((values.index(value), loss))
     for number, (label, points) in enumerate(lines.items()):
-        values, losses = zip(*points, strict=True)
+        places, losses = zip(*points, strict=True)
         style = line_style(number)
-        axes.plot(values, losses, marker="o", label=label or "loss", **style)
-    key, *others = rows[0].point
+        axes.plot(places, losses, marker="o", label=plain(label) or "loss", **style)
+
+    # Values are as far apart as their neighbours, whatever they are: text, or powers of ten. About
+    # 70 letters have room below the axis, so a long value takes several rows.
+    most_letters = max(6, 70 // len(values))
+    labels = [textwrap.fill(plain(value), most_letters) for value in values]
+    axes.set_xticks(range(len(values)), labels)
+    axes.set_xlim(-0.2, len(values) - 0.8)
     axes.set(xlabel=key, ylabel="loss (nats per token)")
-    axes.legend(fontsize=8, title=", ".join(others))
-    save(figure, path)
+    axes.grid(alpha=0.3)
+    add_legend_below(figure, axes, title=", ".join(other_keys))
+    return figure

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.view.attention import Attention
-from tinylm.view.plot import COLORS, DASHES, PANELS, new_grid, plain, save
+from tinylm.view.plot import COLORS, DASHES, PANELS, new_grid, plain
 
 Heads = Sequence[tuple[int, int]]  # (layer, head)
 
@@ -36,15 +36,13 @@ def attention_part(attention: Attention, heads: Heads) -> dict[str, Any]:
     for layer, head in heads:
         content = grades_LNTS[layer, head].tobytes()
         maps[f"layer {layer}, head {head}"] = base64.b64encode(content).decode()
-    return {"tokens": attention.tokens, "heads": maps}
+    tokens = [visible(token) for token in attention.tokens]
+    return {"tokens": tokens, "heads": maps}
 
 
-def draw_attention(attention: Attention, heads: Heads, path: Any) -> None:
-    """Draw heads over a text as a PNG: a row for each query, a column for each key."""
-    labels = []
-    for token in attention.tokens:
-        label = token.replace("\n", "⏎")
-        labels.append(plain(label))
+def figure_of_attention(attention: Attention, heads: Heads) -> Any:
+    """Return a figure of heads over a text: a row for each query, a column for each key."""
+    labels = [plain(visible(token)) for token in attention.tokens]
     ticks = range(len(labels))
     # A line of small text for each token.
     side_inches = max(2.6, 0.16 * len(labels))
@@ -55,4 +53,13 @@ def draw_attention(attention: Attention, heads: Heads, path: Any) -> None:
         axes.set_title(f"layer {layer}, head {head}", fontsize=9)
         axes.set_xticks(ticks, labels, rotation=90, fontsize=6)
         axes.set_yticks(ticks, labels, fontsize=6)
-    save(figure, path)
+    figure.supylabel("query: the token that looks", fontsize=9)
+    figure.supxlabel("key: the token looked at\n(white: weight 0, dark blue: 1)", fontsize=9)
+    return figure
+
+
+def visible(token: str) -> str:
+    """Return a token as a label, in which ends of lines and spaces alone can be seen."""
+    if token.isspace():
+        token = token.replace(" ", "␣")
+    return token.replace("\n", "⏎")

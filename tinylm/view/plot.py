@@ -7,6 +7,7 @@ in.
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,14 +36,11 @@ class Curve(NamedTuple):
     look: dict[str, Any]  # what matplotlib's `plot` takes
 
 
-def draw_curves(
-    runs: Sequence[dict[str, Any]], path: Any, names: Sequence[str] = tuple(PANELS)
-) -> None:
-    """Draw the panels that have data into a PNG.
+def figure_of_curves(runs: Sequence[dict[str, Any]], names: Sequence[str] = tuple(PANELS)) -> Any:
+    """Return a figure of the panels that have data.
 
     Args:
       runs: as `gather` gives them.
-      path: of the PNG.
       names: of the panels.
     """
     panels: dict[str, list[Curve]] = {}
@@ -59,15 +57,16 @@ def draw_curves(
         for curve in curves:
             axes.plot(curve.steps, curve.values, **curve.look)
         if name == "loss":
-            for floor in {run["floor"] for run in runs} - {None}:
+            for floor in sorted({run["floor"] for run in runs} - {None}):
                 label = f"floor of the corpus ({floor:.3f})"
                 axes.axhline(floor, color="#555555", ls=":", label=label)
         if name in ("loss", "grad_norm"):
             _leave_first_steps_out(axes, curves)
         axes.set(title=PANELS[name], xlabel="step")
+        axes.locator_params("x", integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
-    grid[0].legend(fontsize=8)
-    save(figure, path)
+    add_legend_below(figure, grid[0])
+    return figure
 
 
 def _leave_first_steps_out(axes: Any, curves: Sequence[Curve]) -> None:
@@ -78,7 +77,7 @@ def _leave_first_steps_out(axes: Any, curves: Sequence[Curve]) -> None:
         points = zip(curve.steps, curve.values, strict=True)
         late += [value for step, value in points if step > first]
     if late:
-        margin = 0.05 * (max(late) - min(late)) + 1e-9
+        margin = 0.05 * (max(late) - min(late)) or 0.05 * abs(max(late)) or 1e-9
         axes.set_ylim(top=max(late) + margin)
 
 
@@ -88,7 +87,7 @@ def draw_loss(folder: RunFolder) -> bool:
     Whatever fails in drawing (the library reads the user's own settings), no run ends for it.
     """
     try:
-        draw_curves([gather(str(folder.path))], folder.plot_file, ["loss"])
+        save(figure_of_curves([gather(str(folder.path))], ["loss"]), folder.plot_file)
     except Exception as error:
         say(f"warning: {folder.plot_file} cannot be written: {one_line(error)}")
         return False
@@ -118,6 +117,9 @@ def _curves(i: int, run: dict[str, Any], name: str) -> list[Curve]:
             continue
         label = plain(f"{run['name']}, {split} (last {values[-1]:.3f})")
         style = {**line_style(i), **look, "label": label}
+        if len(values) == 1:
+            # A line needs two points to be seen.
+            style["marker"] = "o"
         found.append(Curve(steps, values, style))
     return found
 
@@ -147,6 +149,30 @@ def new_grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Any, 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     grid = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
     return figure, grid
+
+
+def add_legend_below(figure: Any, axes: Any, title: str = "") -> None:
+    """List the lines of some axes below the figure, which grows by the room that this takes.
+
+    Inside of the axes, the names of a few runs would cover what they stand for.
+    """
+    lines = axes.get_lines()
+    if not lines:
+        return
+    # Of the letters and the sample of a line in an entry, in inches.
+    letter, sample = 0.068, 0.7
+    width, height = figure.get_size_inches()
+    most_letters = int((width - sample) / letter)
+    labels = [textwrap.fill(line.get_label(), most_letters) for line in lines]
+    longest = max(len(row) for label in labels for row in label.split("\n"))
+    columns = max(1, min(len(labels), int(width / (sample + letter * longest))))
+    rows_per_entry = max(label.count("\n") + 1 for label in labels)
+    rows = rows_per_entry * math.ceil(len(labels) / columns) + bool(title)
+    figure.set_size_inches(width, height + 0.2 + 0.18 * rows)
+    # The lines are given by hand, since matplotlib leaves out those whose name begins with "_".
+    figure.legend(
+        lines, labels, loc="outside lower center", ncols=columns, fontsize=8, title=title or None
+    )
 
 
 def save(figure: Any, path: Any) -> None:

@@ -19,7 +19,7 @@ from tinylm.view import page
 from tinylm.view.attention import attention_of
 from tinylm.view.history import gather
 from tinylm.view.parameters import describe_run
-from tinylm.view.plot import draw_curves
+from tinylm.view.plot import figure_of_curves, save
 
 
 class AttentionRequest(NamedTuple):
@@ -63,7 +63,7 @@ def write_report(
         if any(run["train"] or run["valid"] for run in runs):
             curves = place.with_suffix(".png")
             written.append(curves)
-            draw_curves(runs, curves)
+            save(figure_of_curves(runs), curves)
         for folder, run in zip(folders, runs, strict=True):
             run["model"] = dataclasses.asdict(describe_run(folder))
             if attention is None:
@@ -79,7 +79,10 @@ def write_report(
                 say(f"warning: no attention of {run['name']}: {error}")
             else:
                 written.append(picture)
-        content = page.page(", ".join(run["name"] for run in runs), runs)
+        # The page lists its runs below the title, which would be long with many.
+        names = [run["name"] for run in runs]
+        title = ", ".join(names) if len(names) <= 3 else f"{len(names)} runs"
+        content = page.page(title, runs)
         # Under a locale that is not UTF-8, names of files hold their bytes in escapes, which become
         # those bytes again.
         place.write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -111,7 +114,7 @@ def _show_attention(workdir: str, request: AttentionRequest, picture: epath.Path
     attention = attention_of(run, request.text)
     num_layers, num_heads, _, _ = attention.weights_LNTS.shape
     heads = chosen_heads(request.heads, num_layers, num_heads)
-    page.draw_attention(attention, heads, picture)
+    save(page.figure_of_attention(attention, heads), picture)
     return page.attention_part(attention, heads)
 
 
