@@ -41,8 +41,8 @@ MATRIX = {
     ),
     6: (
         "the object store fails",
-        "503 for 40 s while rows are read from it; 503, 429, for too long",
-        [f"{POD} -k out_of_reach", f"{DATA} -k fails"],
+        "503, 429, then slow, while rows, checkpoints and logs go through it; then for good",
+        [f"{POD} -k 'out_of_reach or fails'", f"{DATA} -k fails"],
     ),
     7: (
         "one host has another text, config, code, clock",

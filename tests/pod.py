@@ -239,7 +239,7 @@ class Proxy:
                 await upstream[1].drain()
                 answer = await self._message(upstream[0], is_head=request.startswith(b"HEAD "))
                 await self._send(writer, answer)
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             writer.close()

@@ -1,9 +1,12 @@
 """What an error of a bucket's library is taken for: only what lasts ends a run."""
 
+import threading
+
 import pytest
 
+from tinylm.core import buckets
 from tinylm.core.errors import StorageError
-from tinylm.core.storage import explained
+from tinylm.core.storage import explained, in_words
 
 
 class HttpError(Exception):
@@ -61,3 +64,47 @@ def test_a_refusal_is_one(error, wanted):
 def test_a_request_that_came_too_slowly_is_not_a_refusal():
     error = OSError("ABORTED: RequestTimeout: Your socket ... [http_response_code='400']")
     assert isinstance(explained("s3://bucket/run", "--workdir", error), StorageError)
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (HttpError(", 503", 503), "HTTP status 503"),
+        (OSError("ABORTED: Service Unavailable [http_response_code='503']"), "HTTP status 503"),
+        (TimeoutError(), "it doesn't answer"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_a_status_is_told_in_words(error, wanted):
+    assert in_words(error) == wanted
+
+
+def test_an_outage_that_many_threads_meet_is_told_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(buckets, "say", lambda line, from_all: said.append(line))
+    monkeypatch.setattr(buckets, "SLOW_SECS", 0.0)
+    monkeypatch.setattr(buckets, "_FIRST_PAUSE_SECS", 0.01)
+    all_failed = threading.Barrier(8)
+
+    def read(tries):
+        tries.append(None)
+        if len(tries) < 3:
+            raise OSError("HTTP 503")
+        if len(tries) == 3:
+            all_failed.wait(20)
+
+    def wait_for_it():
+        tries = []
+        buckets.patiently("gs://bucket/x", "data.store_dir", lambda: read(tries), 60)
+
+    for _ in range(2):
+        said.clear()
+        threads = [threading.Thread(target=wait_for_it) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(said) == 2
+        assert said[0].startswith("warning: data.store_dir=gs://bucket/x cannot be reached")
+        assert said[1].startswith("gs://bucket/x answers again")
+    assert not buckets.is_waiting()

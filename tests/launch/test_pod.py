@@ -357,6 +357,62 @@ def test_a_run_goes_on_after_its_data_were_out_of_reach(two_hosts):
     assert lines(bucket / "out") == lines(bucket / "quiet")
 
 
+def test_a_run_loses_nothing_while_its_bucket_fails_in_three_ways(two_hosts):
+    """Unavailable for a minute, then too busy, then slow; two saves and many lines fall into it."""
+    command = [
+        *RUN,
+        "--config.train.num_steps=600",
+        "--config.eval.every_steps=0",
+        "--config.checkpoint.every_steps=100",
+    ]
+    quiet = two_hosts.train(*command, f"--workdir=gs://{BUCKET}/steady")
+    assert [code for code, _ in ends(quiet)] == [0, 0]
+    processes = two_hosts.train(*command, f"--workdir=gs://{BUCKET}/shaken")
+    _until(lambda: trains(processes), processes)
+    for fault, value, secs in [
+        ("status", 503, 60),
+        ("status", 429, 20),
+        ("bytes_per_sec", 1000, 20),
+    ]:
+        setattr(two_hosts.proxy, fault, value)
+        time.sleep(secs)
+        setattr(two_hosts.proxy, fault, 0)
+    done = ends(processes)
+    assert [code for code, _ in done] == [0, 0], done
+    bucket = two_hosts.store / BUCKET
+    assert lines(bucket / "shaken") == lines(bucket / "steady")
+    assert sorted(lines(bucket / "shaken")) == list(range(1, 601))
+    assert state_digest(bucket / "shaken", 600) == state_digest(bucket / "steady", 600)
+
+
+def test_a_bucket_that_fails_for_good_ends_the_run_with_one_line_and_the_same_command_goes_on(
+    two_hosts,
+):
+    command = [
+        *RUN,
+        "--config.train.num_steps=300",
+        "--config.eval.every_steps=0",
+        "--config.checkpoint.every_steps=100",
+        "--config.checkpoint.outage_secs=10",
+        f"--workdir=gs://{BUCKET}/gone",
+    ]
+    processes = two_hosts.train(*command)
+    _until(lambda: finished(two_hosts.store / BUCKET / "gone", 100), processes)
+    two_hosts.proxy.status = 503
+    try:
+        done = ends(processes)
+    finally:
+        two_hosts.proxy.status = 0
+    for code, text in done:
+        errors = [line for line in text.splitlines() if "error:" in line]
+        assert code == 5 and len(errors) == 1, text
+        assert f"gs://{BUCKET}/gone" in errors[0] and "503" in errors[0]
+    done = ends(two_hosts.train(*command))
+    assert [code for code, _ in done] == [0, 0], done
+    assert "resuming from step" in done[0][1]
+    assert sorted(lines(two_hosts.store / BUCKET / "gone")) == list(range(1, 301))
+
+
 def test_a_network_that_is_cut_for_five_seconds_is_survived(two_hosts):
     command = [*RUN, "--config.train.num_steps=400", f"--workdir=gs://{BUCKET}/cut5"]
     processes = two_hosts.train(*command)

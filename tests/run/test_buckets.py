@@ -191,3 +191,14 @@ def test_pictures_and_the_report_stay_in_the_bucket(folder, monkeypatch, tmp_pat
     assert {path.name for path in folder.path.glob("report.*")} == {"report.html", "report.png"}
     assert (folder.path / "report.png").read_bytes() == png_of(figure_of_curves(curves))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_service_that_does_not_answer_holds_up_no_release(folder, monkeypatch):
+    lock = bucket_lock.BucketLock(folder.path)
+    answers = threading.Event()
+    monkeypatch.setattr(buckets, "write_there", lambda *_: answers.wait(60))
+    releasing = threading.Thread(target=lock.release)
+    releasing.start()
+    releasing.join(20)
+    assert not releasing.is_alive()
+    answers.set()

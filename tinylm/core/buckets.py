@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.log import say
-from tinylm.core.storage import SLOW_SECS, explained, failures
+from tinylm.core.storage import REQUEST_SECS, SLOW_SECS, explained, failures
 
 T = TypeVar("T")
 _FIRST_PAUSE_SECS = 1.0
@@ -40,6 +40,8 @@ class Traffic(NamedTuple):
 _lock = threading.Lock()
 # How many threads wait for a service that fails.
 _num_waiting = 0
+# Objects of which it was told that they can't be reached.
+_told: set[str] = set()
 _traffic = Traffic(0, 0)
 
 
@@ -99,17 +101,33 @@ def patiently(url: str, setting: str, use: Callable[[], T], limit_secs: float) -
                 if not has_failed:
                     has_failed = True
                     until_done.enter_context(waiting())
-                if failed_secs + pause > SLOW_SECS > failed_secs - pause:
+                if failed_secs + pause > SLOW_SECS and _is_first(url):
                     say(f"warning: {reason} Trying again for {limit_secs:.0f} s.", from_all=True)
                 time.sleep(min(pause, max(0.1, limit_secs - failed_secs)))
                 pause = min(2 * pause, _LONGEST_PAUSE_SECS)
             else:
-                if has_failed and time.monotonic() - began > SLOW_SECS:
+                if has_failed and _is_last(url):
                     say(
                         f"{url} answers again, after {time.monotonic() - began:.0f} s",
                         from_all=True,
                     )
                 return result
+
+
+def _is_first(url: str) -> bool:
+    """Say whether this thread is the first to tell of an object that it can't be reached."""
+    with _lock:
+        is_first = url not in _told
+        _told.add(url)
+    return is_first
+
+
+def _is_last(url: str) -> bool:
+    """Say whether it was told that an object can't be reached, and not yet that it can again."""
+    with _lock:
+        is_last = url in _told
+        _told.discard(url)
+    return is_last
 
 
 def file_system(url: str) -> Any:
@@ -273,7 +291,9 @@ class RangeReader:
             reads = [
                 self._objects.read(name, byte_range=slice(begin, end)) for begin, end in ranges
             ]
-            found = [read.result() for read in reads]
+            found = [read.result(timeout=REQUEST_SECS) for read in reads]
+        except TimeoutError:
+            raise
         except Exception as error:
             # tensorstore raises ValueError and other kinds for what a service answers; the text
             # has the HTTP status, by which `explained` tells what it is about.

@@ -18,6 +18,10 @@ from tinylm.core.log import say
 
 T = TypeVar("T")
 SLOW_SECS = 5.0
+# After this long without an answer a request counts as failed. Large ones may need minutes.
+REQUEST_SECS = 120
+# Without this, gcsfs waits for ever. fsspec reads it when it is first imported.
+os.environ.setdefault("FSSPEC_GCS_REQUESTS_TIMEOUT", str(REQUEST_SECS))
 
 # gs://bucket/x, and gs:/bucket/x, which has lost a slash.
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/")
@@ -191,9 +195,17 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
 
 
 def in_words(error: Exception) -> str:
-    """Return what an error says, in one line; some of gcsfs hold nothing but the HTTP status."""
+    """Return what an error says, in one line.
+
+    Some of gcsfs hold nothing but the HTTP status, and those of tensorstore hold it among much
+    else.
+    """
+    if isinstance(error, TimeoutError):
+        return "it doesn't answer"
     text = one_line(error).strip(" ,")
-    return f"HTTP status {text}" if text.isdigit() else text
+    answered = re.search(r"http_response_code='(\d+)'", text)
+    status = answered[1] if answered else text
+    return f"HTTP status {status}" if status.isdigit() else text
 
 
 def _has_bucket(path: os.PathLike | str) -> bool:

@@ -68,12 +68,15 @@ class BucketLock:
         if self._ended.is_set():
             return
         self._ended.set()
-        # A renewal that waits for a service which fails must not hold up the end.
-        has_lock = self._writing.acquire(timeout=RENEW_SECS)
-        with contextlib.suppress(*failures()):
+        # A service that fails must not hold up the end: other processes of the job may be gone
+        # already, for which JAX ends this one. Without a release, the lease just gets too old.
+        releasing = threading.Thread(target=self._give_free, daemon=True)
+        releasing.start()
+        releasing.join(RENEW_SECS)
+
+    def _give_free(self) -> None:
+        with self._writing, contextlib.suppress(*failures()):
             buckets.write_there(b"", self._object(self._number))
-        if has_lock:
-            self._writing.release()
 
     def _take(self) -> int:
         """Make the lease that follows the last one; return its number."""

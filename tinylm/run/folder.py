@@ -282,10 +282,10 @@ class RunFolder:
         for log in self._logs.values():
             log.append("", now=True)
 
-    def wait_for_logs(self) -> None:
-        """Wait until the lines that were sent are written, or were refused."""
+    def wait_for_logs(self, secs: float | None = None) -> None:
+        """Wait until the lines that were sent are written, or were refused; at most so long."""
         for log in self._logs.values():
-            log.wait()
+            log.wait(secs)
 
     def flush(self, outage_secs: float = 0.0) -> None:
         """Write what could not be written before; raise StorageError where it still can't.

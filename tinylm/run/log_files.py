@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent import futures
 
 from etils import epath
 
@@ -65,7 +65,7 @@ class LogFile:
         with self.path.open("ab") as file:
             file.write(content)
 
-    def wait(self) -> None:
+    def wait(self, secs: float | None = None) -> None:
         """Wait for nothing: what could be written is."""
 
     def flush(self, outage_secs: float) -> None:
@@ -93,8 +93,8 @@ class LogObject:
         self._lock = threading.Lock()
         # All that the object holds; None where that isn't known.
         self._written: bytes | None = None
-        self._writer = ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
+        self._writer = futures.ThreadPoolExecutor(1)
+        self._writing: futures.Future[None] | None = None
         self._began = -math.inf
         self._is_failing = False
 
@@ -144,10 +144,10 @@ class LogObject:
         with self._lock:
             self._unwritten = self._unwritten[len(text) :]
 
-    def wait(self) -> None:
-        """Wait until what was sent is written, or was refused."""
+    def wait(self, secs: float | None = None) -> None:
+        """Wait until what was sent is written, or was refused; at most so many seconds."""
         if self._writing is not None:
-            self._writing.result()
+            futures.wait([self._writing], secs)
 
     def flush(self, outage_secs: float) -> None:
         """Write all that is left.

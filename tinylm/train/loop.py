@@ -25,7 +25,7 @@ from tinylm.core.agreement import BARRIER_SECS, barrier
 from tinylm.core.chips import peak_flops
 from tinylm.core.distributed import LEAVE_SECS, is_main, lost_peer, note_first_step
 from tinylm.core.errors import Preempted, one_line
-from tinylm.core.log import say, say_once
+from tinylm.core.log import alive, say, say_once
 from tinylm.core.preemption import StopRequest
 from tinylm.core.replicas import make_replica_check
 from tinylm.core.watchdog import Watchdog
@@ -110,7 +110,9 @@ class Trainer:
                 # is all that it gets.
                 secs = LEAVE_SECS if lost_peer(error) else BARRIER_SECS
                 with watchdog.patient():
+                    self.folder.send_logs()
                     self.checkpoints.finish(secs)
+                    self.folder.wait_for_logs(LEAVE_SECS / 4)
                 raise
 
 
@@ -466,7 +468,7 @@ class _Loop:
             state = self.with_guard(state, bad_in_row=0)
         # Lines of the steps so far must not be lost where a kill follows the save.
         self.folder.send_logs()
-        with self.aside("save"):
+        with self.aside("save"), alive(lambda: f"saving step {self.step}"):
             self.checkpoints.save(state, self.loss_of_step(), self.folder.wait_for_logs)
         self.write(self.clock.record(self.step))
         self.saved = self.step
@@ -499,7 +501,7 @@ class _Loop:
             self.sample(state.params)
             is_finished = not self.stop.reached()
         self.progress.close()
-        with self.aside("save"):
+        with self.aside("save"), alive(lambda: f"waiting for the save of step {self.step}"):
             if self.saved == self.step:
                 self.checkpoints.insist(state, self.loss_of_step())
             self.folder.wait_for_logs()
