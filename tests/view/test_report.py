@@ -21,12 +21,16 @@ from matplotlib.cbook import is_math_text
 from tinylm import report as command
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
+from tinylm.core.mesh import MeshConfig, make_mesh
+from tinylm.core.placement import place_parameters
 from tinylm.core.settings import to_dict
-from tinylm.model.transformer import Transformer
+from tinylm.data.tokenizers import ByteTokenizer
+from tinylm.model.transformer import Transformer, abstract_transformer
 from tinylm.model.visibility import Visibility
 from tinylm.run.folder import RunFolder
+from tinylm.run.open_run import Run
 from tinylm.view import page, report
-from tinylm.view.attention import Attention, attention_weights
+from tinylm.view.attention import Attention, attention_of, attention_weights
 from tinylm.view.history import MOST_POINTS, curves, gather
 from tinylm.view.parameters import describe_run
 from tinylm.view.plot import COLORS, PANELS, figure_of_curves, save
@@ -143,6 +147,55 @@ def test_attention_weights_are_those_of_the_model(options):
 
     for ours, theirs in attended(weights):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def run_on(mesh_config):
+    """Return a run of random parameters that are split over a mesh."""
+    config = tiny_model(vocab_size=ByteTokenizer.vocab_size, num_kv_heads=2)
+    mesh = make_mesh(mesh_config)
+    graph, shapes, axes = abstract_transformer(config)
+    rng = np.random.default_rng(0)
+
+    def draw(place):
+        values = rng.normal(0, 0.3, place.shape).astype(np.float32)
+        return jax.device_put(values, place.sharding)
+
+    places = place_parameters(shapes, axes, mesh, fsdp=True)
+    return Run(
+        folder=None,
+        config={},
+        step=0,
+        mesh=mesh,
+        model_config=config,
+        graph=graph,
+        params=jax.tree.map(draw, places),
+        tokenizer=ByteTokenizer(),
+        start_id=ByteTokenizer.eot_id,
+    )
+
+
+def test_attention_is_the_same_on_any_mesh_whatever_the_mesh_of_the_caller():
+    alone = attention_of(run_on(MeshConfig(data=1, model=1)), "a cat sat")
+    run = run_on(MeshConfig(data=2, model=2))
+    assert all(len(leaf.sharding.device_set) == 4 for leaf in jax.tree.leaves(run.params))
+    assert not any(
+        leaf.is_fully_replicated for leaf in jax.tree.leaves(run.params["blocks"]["mlp"])
+    )
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, model=2))):
+        split = attention_of(run, "a cat sat")
+    assert split.tokens == alone.tokens == ["⏎", *"a cat sat"]
+    np.testing.assert_allclose(split.weights_LNTS, alone.weights_LNTS, rtol=1e-4, atol=1e-6)
+
+
+def test_a_report_has_the_picture_of_the_heads_that_were_asked_for(tmp_path, monkeypatch):
+    run = run_on(MeshConfig(data=1))
+    monkeypatch.setattr(report, "open_run", lambda *_: run)
+    request = report.AttentionRequest("a cat", ["1.3", "0.0"], "best")
+    *_, picture = report.write_report([made_run(tmp_path / "run")], "", request)
+    assert picture.name == "report_attention_run.png"
+    attention = attention_of(run, "a cat")
+    figure = page.figure_of_attention(attention, [(1, 3), (0, 0)])
+    assert picture.read_bytes() == png_of(figure)
 
 
 def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
