@@ -461,6 +461,56 @@ def test_every_control_of_the_page_works_in_a_browser(tmp_path, browser):
     assert asked == [f"file://{tmp_path / 'r.html'}"]
 
 
+def scale_of(marks, logarithmic):
+    """Return a function from pixels to numbers, by the marks (pixel, text) of an axis."""
+    places, texts = zip(*marks, strict=True)
+    numbers = np.array(texts, float)
+    if logarithmic:
+        numbers = np.log(numbers)
+    slope, start = np.polyfit(places, numbers, 1)
+    return lambda pixels: np.exp(slope * pixels + start) if logarithmic else slope * pixels + start
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_the_lines_of_the_page_are_at_the_numbers_that_were_logged(tmp_path, browser, logarithmic):
+    """As read off the axes of the first panel."""
+    (tmp_path / "r.html").write_text(page.page("report", two_runs(tmp_path)))
+    view = browser.new_page()
+    view.goto(f"file://{tmp_path / 'r.html'}")
+    view.set_checked("#log", logarithmic)
+    panel = view.locator("figure").first
+    assert panel.locator("figcaption").inner_text() == PANELS["loss"]
+    texts, paths, floors = panel.evaluate(
+        """figure => {
+            const attributes = (element, ...names) => names.map(name => element.getAttribute(name))
+            const all = pattern => [...figure.querySelectorAll(pattern)]
+            return [
+                all("text").map(t => [...attributes(t, "text-anchor", "x", "y"), t.textContent]),
+                all("path").map(p => attributes(p, "stroke", "d")),
+                all("g line").map(l => +l.getAttribute("y1")),
+            ]
+        }"""
+    )
+    # Numbers of the upright axis end at it, 4 below their marks; those of the other are centred.
+    up = [(float(y) - 4, text) for anchor, _, y, text in texts if anchor == "end"]
+    along = [(float(x), text) for anchor, x, _, text in texts if anchor == "middle"]
+    assert along.pop()[1] == "step"
+    to_loss = scale_of(up, logarithmic)
+    to_step = scale_of(along, False)
+    wanted = []
+    for run, color in zip("ab", COLORS, strict=False):
+        for split in "train", "valid":
+            wanted.append((color, logged(tmp_path / run, split, "loss")))
+    assert [color for color, _ in paths] == [color for color, _ in wanted]
+    for (_, drawn), (_, points) in zip(paths, wanted, strict=True):
+        pixels = np.array(re.findall(r"[ML]([\d.-]+) ([\d.-]+)", drawn), float)
+        steps, losses = np.array(points).T
+        np.testing.assert_allclose(to_step(pixels[:, 0]), steps, atol=0.02)
+        np.testing.assert_allclose(to_loss(pixels[:, 1]), losses, rtol=0.01, atol=0.01)
+    (floor,) = floors
+    assert to_loss(floor) == pytest.approx(0.1, rel=0.01)
+
+
 def test_many_long_runs_are_drawn_and_each_prompt_has_its_name(tmp_path, browser):
     runs, steps = two_runs(tmp_path), list(range(MOST_POINTS))
     runs[0] |= {"prompts": ["first"], "train": {"step": steps, "secs": steps, "loss": steps}}
