@@ -16,7 +16,7 @@ DATA = "tests/data/test_bucket_data.py"
 MATRIX = {
     1: (
         "a run from empty caches, its workdir in the bucket",
-        "2 hosts of 2 devices; losses within 1e-5 of one process with 4",
+        "4 hosts of 2 devices; losses within 1e-5 of one process with 8",
         [f"{POD} -k trains_as_one_process"],
     ),
     2: (
@@ -31,7 +31,7 @@ MATRIX = {
     ),
     4: (
         "kill -9 of a host, which comes back empty",
-        "process 1, and process 0; the same bits after the relaunch",
+        "4 hosts; process 2, and process 0; the same bits after the relaunch",
         [f"{POD} -k comes_back_empty"],
     ),
     5: (

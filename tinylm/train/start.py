@@ -68,7 +68,10 @@ def start_run(config: Config, workdir: str) -> Trainer:
     """
     # A failure of any process ends all of them, until a step is under way.
     with share_failures():
-        return _start_run(config, workdir)
+        trainer = _start_run(config, workdir)
+        # What fails on another process just now is told within this body, or not at all.
+        wait_for_all("to start", _SILENT_SECS)
+        return trainer
 
 
 def _start_run(config: Config, workdir: str) -> Trainer:
