@@ -12,6 +12,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -196,6 +197,14 @@ def png_of(figure: Any) -> bytes:
         path = pathlib.Path(folder, "figure.png")
         save(figure, path)
         return path.read_bytes()
+
+
+def until(condition: Callable[[], bool], secs: float = 240) -> None:
+    """Wait for a condition that comes sooner, however busy the machine is."""
+    deadline = time.monotonic() + secs
+    while not condition():
+        assert time.monotonic() < deadline, f"did not come within {secs} s"
+        time.sleep(0.05)
 
 
 def finished(workdir, step: int) -> bool:

@@ -12,10 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
-from helpers import ROOT, SMALL, lines
+from helpers import ROOT, SMALL, lines, until
 
 MISSING = [tool for tool in ("slurmctld", "slurmd", "sbatch", "munged") if not shutil.which(tool)]
 pytestmark = [
@@ -53,13 +52,6 @@ PartitionName=all Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
 
 def call(*command, **kwargs):
     return subprocess.run(command, check=True, capture_output=True, text=True, **kwargs).stdout
-
-
-def until(condition, secs=240):
-    deadline = time.monotonic() + secs
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.2)
 
 
 @pytest.fixture
