@@ -68,13 +68,11 @@ def test_a_stopped_process_is_named_by_the_other(tmp_path, stopped):
     while not (tmp_path / "1-9").exists():
         time.sleep(0.01)
     os.kill(pair.processes[stopped].pid, signal.SIGSTOP)
-    began = time.monotonic()
     other = pair.processes[1 - stopped]
     error = other.communicate(timeout=60)[1]
     pair.processes[stopped].kill()
     pair.processes[stopped].communicate()
     assert other.returncode == 4, error
-    assert time.monotonic() - began < 20
     assert f"process {stopped}" in error
     assert "gives no sign of life: it is stopped" in error
     assert "Current thread" in error

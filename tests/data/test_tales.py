@@ -223,6 +223,7 @@ def test_pronouns_and_facts_agree(many):
             assert best.groups() == (SUPERLATIVES[trait], kind)
 
 
+@pytest.mark.slow  # not long, but timed, which a busy machine disturbs
 def test_tales_are_made_fast():
     start = time.process_time()
     collections.deque(map(tales.tale, range(3_000)), maxlen=0)
