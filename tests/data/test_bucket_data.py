@@ -1,6 +1,7 @@
 """Data in a bucket, served over HTTP in Google's protocol: the same batches as from a disk."""
 
 import concurrent.futures
+import hashlib
 import json
 import pathlib
 import resource
@@ -366,6 +367,84 @@ def test_a_text_that_changed_there_is_another_text():
     after = data_of(f"text:gs://{BUCKET}/changing")
     assert before.every_store[0].digest != after.every_store[0].digest
     assert "cow" in next(iter(after.valid_texts(1)))
+
+
+class Changing(Proxy):
+    """A service that says something else of its objects than the one behind it.
+
+    Attributes:
+        changes: What takes the place of what, of the same length.
+    """
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.changes = {}
+
+    async def _message(self, reader, is_head=False):
+        message = await super()._message(reader, is_head)
+        for old, new in self.changes.items():
+            # In a request the other way round: it may name the ETag that it wants.
+            message = message.replace(old, b"\0").replace(new, old).replace(b"\0", new)
+        return message
+
+
+@pytest.fixture
+def changing(s3, s3_server, monkeypatch):
+    """The bucket `s3` read from behind a service that can be made to change what it says: the
+    service, and the file system of the one that holds the objects.
+    """
+    import s3fs
+
+    # Otherwise each object has a checksum as well as its ETag, and botocore looks at those of small
+    # objects itself.
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+    s3fs.S3FileSystem.clear_instance_cache()
+    files = s3fs.S3FileSystem(endpoint_url=f"http://127.0.0.1:{s3_server}")
+    proxy = Changing("127.0.0.1", free_port(), s3_server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield proxy, files
+    proxy.close()
+
+
+@pytest.mark.parametrize(
+    ("encryption", "is_proof"), [("AES256", True), ("aws:kms", False), ("", False)]
+)
+def test_an_etag_counts_where_it_is_known_to_be_an_md5(changing, tmp_path, encryption, is_proof):
+    """Under a key of the user's it looks like an MD5, and is something else."""
+    service, files = changing
+    content = b"Once upon a time"
+    options = {"ServerSideEncryption": encryption} if encryption else {}
+    url = f"s3://{BUCKET}/encrypted"
+    files.pipe_file(url, content, **options)
+    buckets.copy_here(url, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
+    md5 = hashlib.md5(content).hexdigest().encode()
+    service.changes = {md5: md5[::-1]}
+    if is_proof:
+        with pytest.raises(OSError, match="another checksum"):
+            buckets.copy_here(url, tmp_path / "other")
+        assert not (tmp_path / "other").exists()
+    else:
+        buckets.copy_here(url, tmp_path / "other")
+        assert (tmp_path / "other").read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["CRC32", "SHA1", "SHA256"])
+def test_a_checksum_that_came_with_an_object_counts(changing, tmp_path, kind):
+    service, files = changing
+    content = b"Once upon a time"
+    url = f"s3://{BUCKET}/{kind}"
+    files.pipe_file(url, content, ChecksumAlgorithm=kind)
+    # The ETag is that of something else.
+    md5 = hashlib.md5(content).hexdigest().encode()
+    service.changes = {md5: md5[::-1]}
+    buckets.copy_here(url, tmp_path / "copy")
+    # Of the content of one that came damaged.
+    service.changes[content] = content.upper()
+    with pytest.raises(OSError, match="another checksum"):
+        buckets.copy_here(url, tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
 
 
 def test_s3_holds_sources_and_stores_too(s3, tmp_path, monkeypatch):

@@ -11,11 +11,14 @@ process that hangs.
 
 import base64
 import contextlib
+import functools
 import hashlib
 import os
 import pathlib
+import re
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -152,21 +155,30 @@ def find_objects(pattern: str) -> list[str]:
 
 def object_state(url: str) -> list[Any]:
     """Return the size of an object in bytes, and a mark that changes with its content."""
-    info = file_system(url).info(url)
+    return _state_of(file_system(url).info(url))
+
+
+def _state_of(info: dict[str, Any]) -> list[Any]:
+    """Return the state of an object, by what fsspec says of it."""
     mark = info.get("md5Hash") or info.get("ETag") or info.get("etag") or info.get("mtime")
     return [info["size"], str(mark)]
 
 
-def copy_here(url: str, path: pathlib.Path) -> None:
-    """Copy an object to the disk, in one step; raise OSError where what came isn't what is there.
+def copy_here(url: str, path: pathlib.Path) -> list[Any]:
+    """Copy an object to the disk, in one step; return its state, as `object_state` does.
 
-    Google says the MD5 of most objects, S3 that of those which were written in one piece.
+    Raises:
+      OSError: what came isn't what is there, by its size or by a checksum.
     """
     files = file_system(url)
-    size, mark = object_state(url)
+    # A listing that fsspec keeps may tell of an object that was replaced since.
+    files.invalidate_cache()
+    info = files.info(url)
+    state = _state_of(info)
+    checksum = _checksum_there(url, info)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    digest = hashlib.md5(usedforsecurity=False)
+    digest = _DIGESTS[checksum.kind]()
     count = 0
     try:
         with files.open(url, "rb", block_size=_CHUNK_BYTES) as source, temporary.open("wb") as file:
@@ -174,15 +186,75 @@ def copy_here(url: str, path: pathlib.Path) -> None:
                 _write(file, chunk)
                 digest.update(chunk)
                 count += len(chunk)
-        if count != size:
-            raise OSError(f"{count:,} of the {size:,} bytes of {url} came")
-        known = {base64.b64encode(digest.digest()).decode(), digest.hexdigest()}
-        is_md5 = len(mark.strip('"')) in (24, 32) and "-" not in mark
-        if is_md5 and mark.strip('"') not in known:
+        if count != state[0]:
+            raise OSError(f"{count:,} of the {state[0]:,} bytes of {url} came")
+        if checksum.value and digest.digest() != checksum.value:
             raise OSError(f"{url} came with another checksum than it has there")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    return state
+
+
+class _Checksum(NamedTuple):
+    """A checksum of the whole of an object, which its service vouches for.
+
+    Attributes:
+      kind: one of _DIGESTS.
+      value: empty where there is none.
+    """
+
+    kind: str
+    value: bytes
+
+
+class _Crc32:
+    """The CRC-32 of a stream, with the interface of hashlib's digests."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, chunk: bytes) -> None:
+        """Take the next part of the stream."""
+        self._value = zlib.crc32(chunk, self._value)
+
+    def digest(self) -> bytes:
+        """Return the checksum of what came so far."""
+        return self._value.to_bytes(4, "big")
+
+
+_DIGESTS: dict[str, Callable[[], Any]] = {
+    "md5": functools.partial(hashlib.md5, usedforsecurity=False),
+    "sha256": hashlib.sha256,
+    "sha1": functools.partial(hashlib.sha1, usedforsecurity=False),
+    "crc32": _Crc32,
+}
+
+
+def _checksum_there(url: str, info: dict[str, Any]) -> _Checksum:
+    """Return a checksum that proves what an object holds, where its service has one.
+
+    Google names the MD5 of an object that was written in one piece. S3 names the checksums that
+    came with the object, some of them of the checksums of its parts (with a "-"). Its ETag is the
+    MD5 of what was written in one piece, and only where the service itself has the key (AES256):
+    under a key of the user's (SSE-KMS, SSE-C), and at other services of this protocol, it may look
+    the same and be something else.
+    https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme != "s3":
+        return _Checksum("md5", base64.b64decode(info.get("md5Hash", "")))
+    bucket, _, key = rest.partition("/")
+    # `info` leaves out what is needed here.
+    head = file_system(url).call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+    for kind in "sha256", "sha1", "crc32":
+        value = head.get(f"Checksum{kind.upper()}", "")
+        if value and "-" not in value:
+            return _Checksum(kind, base64.b64decode(value))
+    etag = head.get("ETag", "").strip('"')
+    if head.get("ServerSideEncryption") == "AES256" and re.fullmatch("[0-9a-f]{32}", etag):
+        return _Checksum("md5", bytes.fromhex(etag))
+    return _Checksum("md5", b"")
 
 
 def _write(file: BinaryIO, chunk: bytes) -> None:
