@@ -1,8 +1,10 @@
 """Data in a bucket, served over HTTP in Google's protocol: the same batches as from a disk."""
 
 import concurrent.futures
+import errno
 import hashlib
 import json
+import os
 import pathlib
 import resource
 import shutil
@@ -13,7 +15,8 @@ from helpers import until
 
 from tinylm.core import buckets
 from tinylm.core.errors import StorageError, UserError
-from tinylm.data import bucket_files, manifest, mirror, open_data
+from tinylm.data import bucket_files, manifest, mirror, open_data, stores
+from tinylm.data.bucket_stores import choose_whole
 from tinylm.data.config import DataConfig
 
 gcsfs = pytest.importorskip("gcsfs")
@@ -160,13 +163,13 @@ def test_a_store_is_prepared_in_the_bucket_once_and_read_by_other_hosts(
     write_source(kind, tmp_path / "source")
     source = f"{kind}:{tmp_path}/source"
     here = data_of(source)
-    stores = f"stores-{kind}"
-    first = data_of(source, store_dir=f"gs://{BUCKET}/{stores}")
-    assert len(list((folder / stores).glob("*/manifest.json"))) == 1
+    folder_of_all = f"stores-{kind}"
+    first = data_of(source, store_dir=f"gs://{BUCKET}/{folder_of_all}")
+    assert len(list((folder / folder_of_all).glob("*/manifest.json"))) == 1
 
     # A host with room copies all of it; the next opening asks for no token again.
     second = host(monkeypatch, tmp_path, "second")
-    copied = data_of(source, store_dir=f"gs://{BUCKET}/{stores}")
+    copied = data_of(source, store_dir=f"gs://{BUCKET}/{folder_of_all}")
     assert not copied.every_store[0].is_remote
     assert list(second.glob("tinylm/stores/*/*.bin"))
 
@@ -174,7 +177,7 @@ def test_a_store_is_prepared_in_the_bucket_once_and_read_by_other_hosts(
     third = host(monkeypatch, tmp_path, "third")
     small = 3 * bucket_files.BLOCK_BYTES
     monkeypatch.setattr("tinylm.data.bucket_stores.StoreBucket.num_bytes", lambda *_: 1 << 40)
-    remote = data_of(source, store_dir=f"gs://{BUCKET}/{stores}", cache_bytes=small)
+    remote = data_of(source, store_dir=f"gs://{BUCKET}/{folder_of_all}", cache_bytes=small)
     assert remote.every_store[0].is_remote
     names = {path.name for path in third.rglob("*.bin")}
     assert not any(name.startswith(("tokens", "ready")) for name in names)
@@ -203,6 +206,85 @@ def test_a_cache_of_ten_blocks_serves_a_store_of_many(bucket, tmp_path, monkeypa
     cache = data.every_store[0].tokens._files[0]._remote.cache
     assert len(cache._places) <= 10
     assert cache.fetched_bytes > len(TEXT), "more was read than fits"
+
+
+def three_texts(tmp_path) -> str:
+    """Write three texts, of which one is ten times as long; return the mixture of them."""
+    parts = []
+    for name, text in ("a", TEXT * 10), ("b", TEXT), ("c", TEXT.replace("cat", "cow")):
+        (tmp_path / f"{name}.txt").write_text(text)
+        parts.append(f"{0.5 if name == 'a' else 0.25}*text:{tmp_path}/{name}.txt")
+    return ", ".join(parts)
+
+
+def kept_bytes(data, cache: pathlib.Path) -> int:
+    """Return the most that a host keeps of its stores: copies, and blocks of those it reads."""
+    caches = {}
+    for store in data.every_store:
+        if store.is_remote:
+            cache_of_store = store.tokens._files[0]._remote.cache
+            caches[id(cache_of_store)] = cache_of_store.limit_bytes
+    folders = [path.parent for path in cache.glob("tinylm/stores/*/manifest.json")]
+    return sum(map(stores.num_bytes, folders)) + sum(caches.values())
+
+
+@pytest.mark.parametrize("share", [1.0, 0.99, 0.5])
+@pytest.mark.usefixtures("bucket")
+def test_what_a_host_keeps_of_all_stores_together_is_limited(tmp_path, monkeypatch, share):
+    monkeypatch.setattr(bucket_files, "BLOCK_BYTES", 256)
+    mixture = three_texts(tmp_path)
+    where = f"gs://{BUCKET}/three-{share}"
+    here = data_of(mixture)
+    first = host(monkeypatch, tmp_path, "prepares")
+    data_of(mixture, store_dir=where)
+    limit = int(share * sum(buckets.file_system(where).du(where, total=False).values()))
+
+    # On the host that prepares, on one that starts, and on one that starts again.
+    shutil.rmtree(first)
+    buckets.file_system(where).rm(where, recursive=True)
+    found = []
+    for name in "prepares", "reads", "reads":
+        cache = host(monkeypatch, tmp_path, name)
+        data = data_of(mixture, store_dir=where, cache_bytes=limit)
+        assert kept_bytes(data, cache) <= limit
+        assert same_rows(data, here)
+        found.append([store.is_remote for store in data.every_store])
+    assert found == 3 * [[share < 1, False, False]]
+
+
+def test_a_disk_that_others_fill_leaves_a_smaller_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(bucket_files, "BLOCK_BYTES", 256)
+    cache = bucket_files.BlockCache(tmp_path, 1 << 20)
+    cache.put(("a", 0), b"0")
+    pwrite = os.pwrite
+
+    def full(file, content, place):
+        if place:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(file, content, place)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    for number in 1, 2:
+        cache.put(("a", number), b"%d" % number)
+    assert cache.get(("a", 1)) is None
+    assert cache.get(("a", 2)) == b"2"
+
+
+@pytest.mark.parametrize(
+    ("here", "limit", "wanted"),
+    [
+        ("", 111, "abc"),
+        ("", 110, "bc"),
+        ("", 20, "c"),
+        ("", 1, ""),
+        # Those that are here count, and stay.
+        ("a", 110, "a"),
+        ("b", 30, "bc"),
+        ("b", 20, "b"),
+    ],
+)
+def test_the_smallest_stores_are_copied_where_not_all_fit(here, limit, wanted):
+    assert choose_whole({"a": 100, "b": 10, "c": 1}, {*here}, limit) == {*wanted}
 
 
 def test_what_a_run_of_rows_needs_is_asked_for_at_once(bucket, tmp_path, monkeypatch):

@@ -69,9 +69,16 @@ class BlockCache:
                 return
             if len(self._places) < self._most_blocks:
                 place = len(self._places)
-            else:
+            elif self._places:
                 _, (place, _) = self._places.popitem(last=False)
-            os.pwrite(self._file.fileno(), content, place * BLOCK_BYTES)
+            else:
+                return
+            try:
+                os.pwrite(self._file.fileno(), content, place * BLOCK_BYTES)
+            except OSError:
+                # Others have taken the rest of the disk; the cache stays as large as it is.
+                self._most_blocks = len(self._places)
+                return
             self._places[block] = (place, len(content))
 
     def __contains__(self, block: Block) -> bool:

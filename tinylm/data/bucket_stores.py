@@ -1,7 +1,7 @@
 """Token stores in a bucket (`data.store_dir=gs://bucket/stores`): prepared once, read by all hosts.
 
     process 0   text -> store on its disk -> bucket
-    each host   bucket -> its disk, whole, where that has room for it (data.cache_bytes)
+    each host   bucket -> its disk, whole, where that has room for all (data.cache_bytes)
                 bucket -> blocks of what its batches need, otherwise
 
 A store has the same name and the same files there as on a disk, and with each file of tokens or
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 from tinylm.core import buckets
@@ -143,14 +143,39 @@ def _in_blocks(manifest: Manifest) -> list[Shard]:
     return [*manifest.shards, *manifest.mask_shards]
 
 
-def cache_bytes(limit: int, folder: pathlib.Path) -> int:
-    """Return how many bytes a host may keep of stores in buckets.
+def cache_bytes(limit: int, folder: pathlib.Path, kept_bytes: int) -> int:
+    """Return how many bytes a host may keep of a run's stores in buckets, of all of them together.
 
     Args:
         limit: data.cache_bytes; 0 for half of what is free.
         folder: Where they are kept.
+        kept_bytes: What is there of these stores already. It counts as room, or else a run that
+            goes on would have less of it than it began with.
 
     It is never more than there is room for: what was copied before took its part of the disk.
     """
-    free = shutil.disk_usage(folder).free
-    return min(limit or free // 2, free)
+    room = shutil.disk_usage(folder).free + kept_bytes
+    return min(limit or room // 2, room)
+
+
+def choose_whole(sizes: dict[str, int], here: Collection[str], limit: int) -> set[str]:
+    """Return the names of the stores that a host has whole on its disk.
+
+    These are all where all fit. Otherwise the smallest ones are copied, into half of the limit, and
+    the rest is for blocks of the others.
+
+    Args:
+        sizes: Of all stores of a run, in bytes, by their names.
+        here: The names of those that are on the disk already, and stay.
+        limit: How many bytes may be kept of all of them together.
+    """
+    if sum(sizes.values()) <= limit:
+        return set(sizes)
+    chosen = set(here)
+    room = limit // 2 - sum(sizes[name] for name in chosen)
+    for name in sorted(sizes.keys() - chosen, key=lambda name: (sizes[name], name)):
+        if sizes[name] > room:
+            break
+        chosen.add(name)
+        room -= sizes[name]
+    return chosen

@@ -156,8 +156,8 @@ class DataConfig(Section, name="data"):
     )
     cache_bytes: int = setting(
         0,
-        "most bytes that a host keeps of a store in a bucket (0: half of its free disk); of a "
-        "larger store it reads what its batches need",
+        "most bytes that a host keeps of its stores in a bucket, all together (0: half of its free "
+        "disk); of stores that don't fit it reads what its batches need",
         least=0,
         free=True,
     )

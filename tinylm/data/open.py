@@ -60,8 +60,11 @@ def open_data(
         wait_secs=wait_secs,
         is_shown=progress,
     )
-    stores = [finder.store(source, finder.train_splits) for source in finder.sources]
-    valid_stores = [finder.store(source, ("valid",)) for source in finder.valid_sources] or stores
+    wanted = [(source, finder.train_splits) for source in finder.sources]
+    wanted += [(source, ("valid",)) for source in finder.valid_sources]
+    opened = finder.open_stores(wanted)
+    stores = opened[: len(finder.sources)]
+    valid_stores = opened[len(finder.sources) :] or stores
 
     # Read from a store, for none is made here where all stores are there already.
     stored_tokenizer = load_tokenizer(stores[0].folder / "tokenizer")
@@ -154,7 +157,7 @@ def open_validation(
         raise UserError(str(error).replace("data.source", key)) from error
 
     finder = StoreFinder(config, tokenizer=tokenizer, is_writer=is_writer, key=key)
-    stores = [finder.store(one, ("valid",)) for one in finder.sources]
+    stores = finder.open_stores([(one, ("valid",)) for one in finder.sources])
     for store in stores:
         if "valid" not in store.manifest.splits:
             raise UserError(f"{key}={source} has no text to score.")

@@ -16,7 +16,7 @@ text, since it has no id for any other character.
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from tinylm.core.errors import UserError
@@ -24,7 +24,7 @@ from tinylm.core.log import alive, say
 from tinylm.core.storage import in_bucket
 from tinylm.data import atomic, content, prepare, stores
 from tinylm.data.bucket_files import BlockCache, Remote
-from tinylm.data.bucket_stores import StoreBucket, cache_bytes
+from tinylm.data.bucket_stores import StoreBucket, cache_bytes, choose_whole
 from tinylm.data.config import DataConfig, parse_mixture, split_spec
 from tinylm.data.manifest import MANIFEST, read_manifest
 from tinylm.data.progress import progress as progress_of
@@ -41,6 +41,9 @@ WAIT_SECS = 1800.0
 _LONGEST_SECS = 7 * 24 * 3600.0
 _LOOKED_AT_DOCUMENTS = 1000
 _NUM_EXAMPLES = 3
+
+# A store: of a source, and of which of its splits.
+Wanted = tuple[Source, tuple[str, ...]]
 
 
 class StoreFinder:
@@ -93,15 +96,19 @@ class StoreFinder:
         self._bucket: StoreBucket | None = None
         if in_bucket(config.store_dir):
             self._bucket = StoreBucket(config.store_dir, config.outage_secs)
-        self._cache: BlockCache | None = None
         self._checksums_of: dict[str, list[str]] = {}
 
-    def store(self, source: Source, splits: tuple[str, ...]) -> Store:
-        """Return the store of some splits of a source, made by this process, by another, or long
-        ago.
+    def open_stores(self, wanted: Sequence[Wanted]) -> list[Store]:
+        """Return stores, made by this process, by another, or long ago.
+
+        They are all that a run reads, since those in a bucket share the room on this disk.
         """
         if self._bucket is not None:
-            return self._store_in_bucket(self._bucket, source, splits)
+            return self._open_in_bucket(self._bucket, wanted)
+        return [self._open_here(source, splits) for source, splits in wanted]
+
+    def _open_here(self, source: Source, splits: tuple[str, ...]) -> Store:
+        """Return a store on this disk."""
         folder = self.folder_of(source, splits)
         if not self._is_writer:
             stores.wait_for([folder], self._wait_secs)
@@ -117,55 +124,116 @@ class StoreFinder:
         if self._is_shown:
             prepare.tell_skipped(folder)
 
-    def _store_in_bucket(
-        self, bucket: StoreBucket, source: Source, splits: tuple[str, ...]
-    ) -> Store:
-        """Return a store that is in a bucket, prepared there first by process 0 where it isn't.
+    def _open_in_bucket(self, bucket: StoreBucket, wanted: Sequence[Wanted]) -> list[Store]:
+        """Return stores that are in a bucket, prepared there first by process 0 where they aren't.
 
-        Only process 0 needs the text and the tokenizer: the others are told the store's name.
+        Only process 0 needs the text and the tokenizer: the others are told the stores' names.
         """
         # It brings JAX, which is not needed to prepare data alone.
         from tinylm.core.agreement import from_main
 
-        with alive(lambda: f"preparing {source.spec} for {bucket.url}"):
-            name = from_main(
-                lambda: self._prepared_in_bucket(bucket, source, splits), _LONGEST_SECS
-            )
-        # All of the store is copied where there is room, otherwise a part. One process decides for
-        # all of its host, since the room changes meanwhile.
-        limit = cache_bytes(self._config.cache_bytes, self._folder)
-        whole = self._folder / name
-        part = whole.with_name(f"{name}.part")
-        if not self._is_writer:
-            stores.wait_for([whole, part], self._wait_secs)
-        elif not _is_whole(whole) and bucket.num_bytes(name) <= limit:
-            atomic.make(whole, _is_whole, lambda folder: bucket.fetch(folder, name, is_whole=True))
-        elif not _is_whole(whole) and not _is_whole(part):
-            atomic.make(part, _is_whole, lambda folder: bucket.fetch(folder, name, is_whole=False))
-        if _is_whole(whole):
-            return Store(whole, source.spec)
-        if self._cache is None:
-            self._cache = BlockCache(self._folder, limit)
-        remote = Remote(bucket.url_of(name), self._cache, self._config.outage_secs)
-        return Store(part, source.spec, remote=remote)
+        with alive(lambda: f"preparing data for {bucket.url}"):
+            names = from_main(lambda: self._prepare_in_bucket(bucket, wanted), _LONGEST_SECS)
+        if self._is_writer:
+            self._fetch(bucket, names)
+        folders: list[pathlib.Path] = []
+        for name in names:
+            whole = self._folder / name
+            part = self._part(name)
+            if not self._is_writer:
+                stores.wait_for([whole, part], self._wait_secs)
+            folders.append(whole if _is_whole(whole) else part)
 
-    def _prepared_in_bucket(
-        self, bucket: StoreBucket, source: Source, splits: tuple[str, ...]
-    ) -> str:
-        """Return the name of a store, after preparing it in the bucket where it isn't there."""
+        cache: BlockCache | None = None
+        opened: list[Store] = []
+        for name, folder, (source, _) in zip(names, folders, wanted, strict=True):
+            remote = None
+            if folder == self._part(name):
+                if cache is None:
+                    cache = self._block_cache(folders)
+                remote = Remote(bucket.url_of(name), cache, self._config.outage_secs)
+            opened.append(Store(folder, source.spec, remote=remote))
+        return opened
+
+    def _block_cache(self, folders: Sequence[pathlib.Path]) -> BlockCache:
+        """Return the cache of blocks, which has the room that copies of stores in `folders` leave.
+
+        Those of earlier runs may leave little, and stay.
+        """
+        kept_bytes = sum(stores.num_bytes(folder) for folder in set(folders))
+        limit = cache_bytes(self._config.cache_bytes, self._folder, kept_bytes)
+        return BlockCache(self._folder, max(limit - kept_bytes, limit // 4))
+
+    def _part(self, name: str) -> pathlib.Path:
+        """Return the folder on this disk of a store whose tokens stay in a bucket."""
+        return self._folder / f"{name}.part"
+
+    def _prepare_in_bucket(self, bucket: StoreBucket, wanted: Sequence[Wanted]) -> list[str]:
+        """Return the names of stores, after preparing in the bucket those that aren't there."""
+        names: list[str] = []
+        made: set[str] = set()
+        for source, splits in wanted:
+            folder = self.folder_of(source, splits)
+            names.append(folder.name)
+            if not bucket.has(folder.name):
+                if not _is_whole(folder):
+                    made.add(folder.name)
+                self._upload(bucket, source, splits)
+        # What a host may not keep goes before others look for it here.
+        for name in made - self._choose_whole(bucket, names, made):
+            if _is_whole(self._folder / name):
+                stores.remove(self._folder / name)
+        return names
+
+    def _upload(self, bucket: StoreBucket, source: Source, splits: tuple[str, ...]) -> None:
+        """Prepare a store here, unless it is, and copy it to the bucket."""
         folder = self.folder_of(source, splits)
-        if bucket.has(folder.name):
-            return folder.name
         if not _is_whole(folder):
-            self._make(source, splits, folder)
-        is_ready = isinstance(source, TokenSource)
-        ready_files = source.local_files if isinstance(source, TokenSource) else ()
-        bucket.upload(folder, ready_files)
-        # In the bucket ready files have other names; and what is larger than a host may keep goes.
-        limit = cache_bytes(self._config.cache_bytes, self._folder)
-        if is_ready or bucket.num_bytes(folder.name) > limit:
+            with alive(lambda: f"preparing {source.spec} for {bucket.url}"):
+                self._make(source, splits, folder)
+        if isinstance(source, TokenSource):
+            bucket.upload(folder, source.local_files)
+            # In the bucket ready files have other names.
             stores.remove(folder)
-        return folder.name
+        else:
+            bucket.upload(folder)
+
+    def _choose_whole(
+        self, bucket: StoreBucket, names: Sequence[str], made: Collection[str]
+    ) -> set[str]:
+        """Return the names of the stores to have whole on this disk.
+
+        Args:
+            bucket: Where they are.
+            names: Of all stores.
+            made: Those that were made here only to be copied to the bucket, and may go.
+        """
+        sizes: dict[str, int] = {}
+        here: set[str] = set()
+        kept_bytes = 0
+        for name in dict.fromkeys(names):
+            folder = self._folder / name
+            if _is_whole(folder) and name not in made:
+                here.add(name)
+                sizes[name] = stores.num_bytes(folder)
+            else:
+                sizes[name] = bucket.num_bytes(name)
+            for place in folder, self._part(name):
+                kept_bytes += stores.num_bytes(place)
+        limit = cache_bytes(self._config.cache_bytes, self._folder, kept_bytes)
+        return choose_whole(sizes, here, limit)
+
+    def _fetch(self, bucket: StoreBucket, names: Sequence[str]) -> None:
+        """Copy stores to this disk, each whole or all but what is read block by block.
+
+        One process decides for all of its host, since the room changes meanwhile.
+        """
+        whole = self._choose_whole(bucket, names, ())
+        for name in names:
+            folder = self._folder / name if name in whole else self._part(name)
+            if not _is_whole(folder):
+                fill = functools.partial(bucket.fetch, name=name, is_whole=name in whole)
+                atomic.make(folder, _is_whole, fill)
 
     def folder_of(self, source: Source, splits: tuple[str, ...]) -> pathlib.Path:
         """Return the folder that the store of some splits of a source has, or will have."""

@@ -176,7 +176,7 @@ def find_stores(
                 runs.append(f"{workdir} on {host}")
             elif refers(workdir, store.name):
                 runs.append(workdir)
-        yield FoundStore(store, _source_of(manifest), _num_bytes(store), runs)
+        yield FoundStore(store, _source_of(manifest), num_bytes(store), runs)
 
 
 def clean(
@@ -204,7 +204,8 @@ def clean(
     return Cleaned(removed, kept, freed_bytes)
 
 
-def _num_bytes(folder: pathlib.Path) -> int:
+def num_bytes(folder: pathlib.Path) -> int:
+    """Return how many bytes the files below a folder have, which may not be there."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -244,7 +245,7 @@ def remove_leftovers(folder: pathlib.Path) -> int:
         name = left.name.split(".", 1)[0]
         with lock_path(folder / name).open("ab") as file, contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            freed_bytes += _num_bytes(left)
+            freed_bytes += num_bytes(left)
             shutil.rmtree(left, ignore_errors=True)
     for notes in (folder / CHECKSUMS).glob("*.json"):
         with contextlib.suppress(OSError, ValueError, RecursionError):
