@@ -15,6 +15,7 @@ set down.
 """
 
 import asyncio
+import collections
 import contextlib
 import itertools
 import os
@@ -174,6 +175,7 @@ class Proxy:
       status: what each request is answered with instead of by the store (0: the store answers).
       is_silent: whether nothing is answered at all.
       requests: that have come.
+      requests_from: so many by the address of each host.
       sent_bytes: to the hosts.
       received_bytes: from the hosts.
     """
@@ -184,6 +186,7 @@ class Proxy:
         self.status = 0
         self.is_silent = False
         self.requests = 0
+        self.requests_from: collections.Counter[str] = collections.Counter()
         self.sent_bytes = 0
         self.received_bytes = 0
         self.url = f"http://{address}:{port}"
@@ -220,9 +223,11 @@ class Proxy:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass the requests of one connection on, one after the other."""
         upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        address, _ = writer.get_extra_info("peername")
         try:
             while request := await self._message(reader):
                 self.requests += 1
+                self.requests_from[address] += 1
                 self.received_bytes += len(request)
                 while self.is_silent:
                     await asyncio.sleep(0.1)

@@ -174,6 +174,7 @@ def test_a_tool_in_a_shell_of_a_cluster_runs_alone_and_a_training_says_so(monkey
     assert not distributed.is_shell_of_slurm()
     joined = []
     monkeypatch.setattr(distributed, "_take_place", lambda job: None)
+    monkeypatch.setattr(distributed, "_call_the_roll", lambda job, secs: None)
     monkeypatch.setattr(
         distributed.jax.distributed, "initialize", lambda **kwargs: joined.append(kwargs)
     )

@@ -222,8 +222,8 @@ def test_another_version_of_the_code_is_named_on_all(two_hosts, tmp_path):
         assert "process 1 on host host1" in error and "tinylm code=" in error
 
 
-def test_a_host_that_comes_late_is_waited_for_and_one_that_comes_twice_is_refused(two_hosts):
-    first, second = two_hosts.hosts
+def test_a_host_that_comes_late_is_waited_for_and_one_that_comes_twice_is_refused(four_hosts):
+    first, second, third, _ = four_hosts.hosts
     job = [f"--coordinator={first.address}:5997", "--num_processes=2", "--cpu_devices=2"]
     run = [*RUN, f"--workdir=gs://{BUCKET}/late", "--config.train.stop_step=12"]
     command = ["-m", "tinylm.main", *job, *run]
@@ -232,10 +232,27 @@ def test_a_host_that_comes_late_is_waited_for_and_one_that_comes_twice_is_refuse
     processes.append(second.python(*command, "--process_id=1"))
     _until(lambda: "model  " in output(processes[0]), processes)
     again = second.python(*command, "--process_id=1")
-    (error,) = refused(two_hosts, [again])
+    (error,) = refused(four_hosts, [again])
     assert "process 1 of 2 runs on host host1 already" in error
+    # From another host, which can't see the first one's lock.
+    elsewhere = third.python(*command, "--process_id=1", "--start_secs=3")
+    (error,) = refused(four_hosts, [elsewhere])
+    assert "process 1 of 2 on host host2 found another job" in error
     done = ends(processes)
     assert [code for code, _ in done] == [0, 0], done
+
+
+def test_two_hosts_with_the_same_number_are_named_on_all(four_hosts):
+    first, second, third, _ = four_hosts.hosts
+    job = [f"--coordinator={first.address}:5995", "--num_processes=3", "--cpu_devices=2"]
+    command = ["-m", "tinylm.main", *job, *RUN, f"--workdir=gs://{BUCKET}/twice"]
+    processes = [
+        first.python(*command, "--process_id=0"),
+        second.python(*command, "--process_id=1"),
+        third.python(*command, "--process_id=1"),
+    ]
+    errors = refused(four_hosts, processes)
+    assert len(set(errors)) == 1 and "process 1 came twice, from host host" in errors[0]
 
 
 def test_a_host_that_never_comes_is_one_line(two_hosts):

@@ -3,10 +3,10 @@
 The platform and the number of simulated CPU devices are fixed before the first use of a backend,
 which is why commands call `start` first. A job starts like this:
 
-    process 0   start --- coordinator listens ---+--- devices of all --- agree: "what I run" ---+
-                                                 |                                              |
-    process 1   start ------ joins --------------+--- devices of all --- agree: compares -------+-->
-                |<--------- at most start_secs ------------>|       |<--- at most start_secs --->|
+    process 0   start --- roll call --- JAX listens --+-- devices of all -- agree: "what I run" --+
+                             |                        |                                           |
+    process 1   start ---- hello ------ JAX joins ----+-- devices of all -- agree: compares ------+
+                |<- start_secs -->||<--- at most start_secs ---->|       |<- at most start_secs ->|
 
 `tinylm.main` takes part in the job that its cluster describes (see cluster.py); flags win.
 Waiting always has a time limit: a peer that died must not hang the others. JAX aborts a process
@@ -26,14 +26,15 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
 import jax
 
-from tinylm.core import cluster
+from tinylm.core import cluster, roll_call
 from tinylm.core.cluster import Job
-from tinylm.core.errors import UserError
+from tinylm.core.errors import UserError, one_line
 
 START_SECS = 50.0
 LEAVE_SECS = 10.0
@@ -118,6 +119,8 @@ def _join(job: Job, secs: float) -> None:
         }
     if job.process_id == 0:
         _check_port_is_free(job)
+    if job.coordinator and job.num_processes > 1:
+        _call_the_roll(job, secs)
     with time_limit(secs, lambda: _nobody_came(job, secs)):
         try:
             jax.distributed.initialize(
@@ -128,7 +131,34 @@ def _join(job: Job, secs: float) -> None:
                 f"{host()} could not join the job: {str(error).splitlines()[0]}"
             ) from error
         # The first use of the devices, where hosts tell each other what they have.
-        jax.process_index()
+        try:
+            jax.process_index()
+        except RuntimeError as error:
+            # Gloo connects CPUs by the names of the hosts.
+            if "gloo" not in str(error):
+                raise
+            raise UserError(
+                f"{host()} can't be reached by its own name ({one_line(error)}); give it an "
+                "address in /etc/hosts."
+            ) from error
+
+
+def _call_the_roll(job: Job, secs: float) -> None:
+    """Wait until all processes of the job came, with their numbers; raise UserError otherwise."""
+    until = time.monotonic() + secs
+    if job.process_id == 0:
+        roll_call.answer(job, host(), until, lambda missing: _nobody_came(job, secs, missing))
+        return
+    try:
+        roll_call.say_hello(job, host(), until)
+    except roll_call.NotAllCame as error:
+        if error.is_other_job:
+            raise UserError(
+                f"process {job.process_id} of {job.num_processes} on {host()} found another job, "
+                f"or its own that runs without it, at {_address(job)} for {secs:.0f} s; stop that "
+                "first, or give this one another --process_id or --coordinator."
+            ) from error
+        raise UserError(_nobody_came(job, secs)) from error
 
 
 def _take_place(job: Job) -> None:
@@ -214,8 +244,14 @@ def host() -> str:
     return f"host {socket.gethostname()}"
 
 
-def _nobody_came(job: Job, secs: float) -> str:
-    """Return the line of a process that has waited `secs` for the rest of its job."""
+def _nobody_came(job: Job, secs: float, missing: Sequence[int] = ()) -> str:
+    """Return the line of a process that has waited `secs` for the rest of its job.
+
+    Args:
+      job: ours.
+      secs: how long it has waited.
+      missing: the numbers of those that didn't come, as far as they are known.
+    """
     if not job.coordinator:
         return (
             f"{host()} waited {secs:.0f} s for the other hosts that the cluster names; start this "
@@ -226,16 +262,17 @@ def _nobody_came(job: Job, secs: float) -> str:
         return (
             f"{who} found nobody at {_address(job)} for {secs:.0f} s; is process 0 running there?"
         )
+    names = f" (missing: {roll_call.names_of(missing)})" if missing else ""
     if job.source:
         return (
             f"{who} waited {secs:.0f} s, but not all {job.num_processes} processes that "
-            f"{job.source} names came; look at the output of the others, or raise --start_secs "
-            "where they start far apart."
+            f"{job.source} names came{names}; look at the output of the others, or raise "
+            "--start_secs where they start far apart."
         )
     return (
-        f"{who} waited {secs:.0f} s, but not all {job.num_processes} processes came; start this "
-        "command on every host with the same --coordinator and --num_processes and each its own "
-        "--process_id."
+        f"{who} waited {secs:.0f} s, but not all {job.num_processes} processes came{names}; start "
+        "this command on every host with the same --coordinator and --num_processes and each its "
+        "own --process_id."
     )
 
 
