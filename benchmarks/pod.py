@@ -16,8 +16,8 @@ DATA = "tests/data/test_bucket_data.py"
 MATRIX = {
     1: (
         "a run from empty caches, its workdir in the bucket",
-        "4 hosts of 2 devices; losses within 1e-5 of one process with 8",
-        [f"{POD} -k trains_as_one_process"],
+        "4 hosts of 2 devices; losses within 1e-5 of one process with 8, also where axes span hosts",
+        [f"{POD} -k 'trains_as_one_process or span_hosts'"],
     ),
     2: (
         "text, jsonl, parquet, tokens and prepared stores in the bucket",
@@ -58,6 +58,11 @@ MATRIX = {
         "another number of hosts",
         "2, 1, 8 and 2 in turn, losses within 1e-5 of two throughout",
         [f"{POD} -k another_number"],
+    ),
+    10: (
+        "48 hosts of one device",
+        "each sends as many requests before the first step as one of 4 hosts does",
+        [f"{POD} -k does_not_grow"],
     ),
 }
 HEAD = (

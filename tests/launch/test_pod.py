@@ -70,6 +70,18 @@ def test_a_job_on_hosts_that_share_nothing_trains_as_one_process_does(undisturbe
         assert (undisturbed / name).exists()
 
 
+def test_the_axes_of_the_mesh_may_span_hosts(four_hosts, undisturbed):
+    """Four devices hold a layer together, of two hosts, and parameters are split over the rest."""
+    mesh = ["--config.mesh.model=4", "--config.mesh.fsdp=True"]
+    done = ends(four_hosts.train(*RUN, *mesh, f"--workdir=gs://{BUCKET}/spanning"))
+    assert [code for code, _ in done] == [0] * 4, done
+    theirs = lines(undisturbed)
+    ours = lines(four_hosts.store / BUCKET / "spanning")
+    assert np.allclose(
+        [ours[step] for step in theirs], [theirs[step] for step in theirs], rtol=1e-5
+    )
+
+
 @pytest.mark.pod
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_host_that_is_killed_and_comes_back_empty_changes_nothing(
@@ -490,3 +502,42 @@ def test_a_run_goes_on_with_another_number_of_hosts(tmp_path):
         assert sorted(losses) == sorted(whole_losses) == list(range(1, 21))
         pairs = [(losses[step], whole_losses[step]) for step in losses]
         assert np.allclose(*zip(*pairs, strict=True), rtol=1e-5)
+
+
+# A process needs some 350 MB, so that 64 of them don't fit the 24 GB of the machine this was
+# written on.
+MANY = 48
+
+
+def test_what_a_host_needs_to_start_does_not_grow_with_the_job(tmp_path):
+    """The requests that each host but the first sends to the store before the first step, and those
+    of the first host, in jobs of 4 hosts and of many.
+    """
+    needed = []
+    for num_hosts in 4, MANY:
+        with make_pod(tmp_path / f"pod{num_hosts}", num_hosts) as made:
+            command = [
+                *RUN,
+                f"--config.data.batch_size={MANY}",
+                "--config.train.stop_step=6",
+                "--config.sample.max_tokens=0",
+                "--start_secs=500",
+                f"--workdir={WORKDIR}",
+            ]
+            began = time.monotonic()
+            processes = made.train(*command, devices=1)
+            _until(lambda: "step 1/" in output(processes[0]), processes, 600)
+            secs = time.monotonic() - began
+            counts = [made.proxy.requests_from[host.address] for host in made.hosts]
+            done = ends(processes, 300)
+            assert [code for code, _ in done] == [0] * num_hosts, done
+        rest = sorted(counts[1:])
+        needed.append((counts[0], rest[len(rest) // 2], rest[-1]))
+        print(
+            f"{num_hosts} hosts: first step after {secs:.0f} s; requests of the first host "
+            f"{counts[0]}, of the others {rest[0]} to {rest[-1]}"
+        )
+    (first, usual, _), (first_of_many, usual_of_many, most_of_many) = needed
+    assert first_of_many <= 1.2 * first + 10
+    assert usual_of_many <= usual + 2
+    assert most_of_many <= usual + 10
