@@ -8,6 +8,7 @@ import os
 import pathlib
 import resource
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from helpers import until
 from tinylm.core import buckets
 from tinylm.core.errors import StorageError, UserError
 from tinylm.data import bucket_files, manifest, mirror, open_data, stores
-from tinylm.data.bucket_stores import choose_whole
+from tinylm.data.bucket_stores import StoreBucket, choose_whole
 from tinylm.data.config import DataConfig
 
 gcsfs = pytest.importorskip("gcsfs")
@@ -420,6 +421,58 @@ def test_every_wait_for_a_bucket_lasts_as_long_as_the_setting_says(tmp_path, mon
     assert waits.keys() == {("data.source", 7), ("data.store_dir", 7)}
 
 
+@pytest.mark.parametrize("name", ["../../../../a.txt", "/a.txt", "b//a.txt", "b/../a.txt", "b/."])
+def test_the_name_of_an_object_does_not_lead_out_of_the_cache(tmp_path, monkeypatch, name):
+    cache = host(monkeypatch, tmp_path, "first")
+
+    def copy(url, path):
+        raise AssertionError(path)
+
+    monkeypatch.setattr(buckets, "copy_here", copy)
+    monkeypatch.setattr(buckets, "object_state", lambda _: [1, "mark"])
+    with pytest.raises(UserError, match="rename it"):
+        mirror.local(f"gs://{BUCKET}/{name}", 0)
+    store = StoreBucket(f"gs://{BUCKET}/stores", 0)
+    monkeypatch.setattr(StoreBucket, "_sizes", lambda *_: {name: 1})
+    monkeypatch.setattr(
+        StoreBucket, "_get", lambda _, url, path: copy(url, path) if name in url else 0
+    )
+    with pytest.raises(UserError, match="rename it"):
+        store.fetch(cache / "store", "1", is_whole=True)
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_text_that_changes_while_it_is_copied_has_no_copy(tmp_path):
+    url = f"gs://{BUCKET}/changes/a.txt"
+    buckets.write_there(TEXT.encode(), url)
+    mirror.state(url, 0)
+    buckets.write_there(TEXT.upper().encode(), url)
+    with pytest.raises(UserError, match="was written to while it was read"):
+        mirror.local(url, 0)
+    assert not list(tmp_path.rglob("a.txt"))
+    assert pathlib.Path(mirror.local(url, 0)).read_text(encoding="utf-8") == TEXT.upper()
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    buckets.write_there(TEXT.encode(), f"gs://{BUCKET}/unlocked/a.txt")
+    data = data_of(f"text:gs://{BUCKET}/unlocked")
+    assert stores.remove(data.every_store[0].folder)
+    (tmp_path / f"1.{socket.gethostname()}.1.tmp").mkdir()
+    stores.remove_leftovers(tmp_path)
+
+
+def test_a_cache_that_can_not_be_written_is_named(tmp_path, monkeypatch):
+    cache = host(monkeypatch, tmp_path, "first")
+    cache.write_text("a file where the folder should be")
+    with pytest.raises(StorageError, match=r"a.txt can't be copied to .*first/tinylm"):
+        mirror.local(f"gs://{BUCKET}/a.txt", 0)
+
+
 def test_a_request_that_is_refused_is_not_tried_again(bucket, tmp_path, monkeypatch):
     _, proxy = bucket
     data = remote_data(tmp_path, monkeypatch, "refused")
@@ -535,6 +588,14 @@ def test_s3_holds_sources_and_stores_too(s3, tmp_path, monkeypatch):
     for path in (tmp_path / "source").iterdir():
         buckets.copy_there(path, f"{s3}/texts/{path.name}")
     copied = data_of(f"text:{s3}/texts", store_dir=f"{s3}/stores")
+    # As S3's console marks folders.
+    files = buckets.file_system(s3)
+    (store,) = files.glob(f"{s3}/stores/*/manifest.json")
+    for folder in "texts/", f"{store.split('/', 1)[1].removesuffix('manifest.json')}tokenizer/":
+        files.call_s3("put_object", Bucket=BUCKET, Key=folder, Body=b"")
+    whole = host(monkeypatch, tmp_path, "whole")
+    assert not data_of(f"text:{s3}/texts", store_dir=f"{s3}/stores").every_store[0].is_remote
+    assert list(whole.rglob("*.bin"))
     host(monkeypatch, tmp_path, "second")
     monkeypatch.setattr("tinylm.data.bucket_stores.StoreBucket.num_bytes", lambda *_: 1 << 40)
     remote = data_of(f"text:{s3}/texts", store_dir=f"{s3}/stores", cache_bytes=1 << 20)

@@ -143,6 +143,8 @@ def file_system(url: str) -> Any:
 def find_objects(pattern: str) -> list[str]:
     """Return the URLs that an object, folder or glob stands for: of a folder, all that is below."""
     files = file_system(pattern)
+    # fsspec keeps listings, in which what another host has just written is missing.
+    files.invalidate_cache()
     scheme = pattern.partition("://")[0]
     if any(letter in pattern for letter in "*?["):
         found = files.glob(pattern, detail=True).values()
@@ -150,7 +152,14 @@ def find_objects(pattern: str) -> list[str]:
         return [pattern]
     else:
         found = files.find(pattern, detail=True).values()
-    return sorted(f"{scheme}://{one['name']}" for one in found if one["type"] == "file")
+    return sorted(f"{scheme}://{one['name']}" for one in found if is_file(one))
+
+
+def is_file(info: dict[str, Any]) -> bool:
+    """Say whether an object that fsspec tells of holds a file; S3's console marks a folder by an
+    empty object with a name that ends in "/".
+    """
+    return info["type"] == "file" and not info["name"].endswith("/")
 
 
 def object_state(url: str) -> list[Any]:
@@ -162,6 +171,24 @@ def _state_of(info: dict[str, Any]) -> list[Any]:
     """Return the state of an object, by what fsspec says of it."""
     mark = info.get("md5Hash") or info.get("ETag") or info.get("etag") or info.get("mtime")
     return [info["size"], str(mark)]
+
+
+def place_of(name: str, folder: pathlib.Path) -> pathlib.Path:
+    """Return where below a folder on the disk an object of this name is copied to.
+
+    An object may have any name, with `..` in it too: who owns a bucket must not decide about other
+    places of this disk.
+
+    Raises:
+      UserError: the name isn't that of a file below the folder, or of another one than it seems.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise UserError(
+            f"the object {name} can't be copied to the disk, since its name isn't that of a file; "
+            "rename it."
+        )
+    return folder.joinpath(*parts)
 
 
 def copy_here(url: str, path: pathlib.Path) -> list[Any]:

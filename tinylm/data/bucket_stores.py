@@ -94,7 +94,7 @@ class StoreBucket:
             if not is_whole:
                 left_there = {shard.file for shard in _in_blocks(read_manifest(folder))}
             for relative in self._sizes(url).keys() - left_there - {MANIFEST}:
-                self._get(f"{url}/{relative}", folder / relative)
+                self._get(f"{url}/{relative}", buckets.place_of(relative, folder))
             if is_whole:
                 Store(folder).verify()
 
@@ -120,8 +120,8 @@ class StoreBucket:
             files = buckets.file_system(url)
             files.invalidate_cache()
             prefix = f"{url.partition('://')[2]}/"
-            found = files.find(url, detail=True)
-            return {path.removeprefix(prefix): info["size"] for path, info in found.items()}
+            found = filter(buckets.is_file, files.find(url, detail=True).values())
+            return {info["name"].removeprefix(prefix): info["size"] for info in found}
 
         return self._patiently(url, find)
 

@@ -6,6 +6,7 @@ tokens are prepared in a bucket too (data.store_dir), the hosts of a job read th
 text.
 """
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -15,7 +16,7 @@ import shutil
 from typing import Any
 
 from tinylm.core import buckets
-from tinylm.core.errors import StorageError
+from tinylm.core.errors import StorageError, UserError, one_line
 from tinylm.core.files import replace_text, user_cache
 from tinylm.core.log import alive
 from tinylm.core.storage import in_bucket
@@ -66,13 +67,20 @@ def local(path: str, outage_secs: float) -> str:
     cache = user_cache()
     if cache is None:
         raise StorageError(f"{path} has to be copied to the disk, and this user has no home.")
-    copy = cache / "buckets" / path.replace("://", "/", 1)
-    copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # Of the processes of a host one copies it, while the others wait.
-    with copy.with_name(copy.name + ".lock").open("ab") as lock:
-        with alive(lambda: f"waiting for another process that copies {path}"):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        _copy(path, copy, outage_secs)
+    copy = buckets.place_of(path.replace("://", "/", 1), cache / "buckets")
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # Of the processes of a host one copies it, while the others wait. On a file system without
+        # locks each copies it, and the last copy stays, which is the same.
+        with copy.with_name(copy.name + ".lock").open("ab") as lock:
+            with (
+                alive(lambda: f"waiting for another process that copies {path}"),
+                contextlib.suppress(OSError),
+            ):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            _copy(path, copy, outage_secs)
+    except OSError as error:
+        raise StorageError(f"{path} can't be copied to {copy}: {one_line(error)}.") from error
     return os.fspath(copy)
 
 
@@ -91,7 +99,12 @@ def _copy(path: str, copy: pathlib.Path, outage_secs: float) -> None:
         )
     with alive(lambda: f"copying {path} ({size / 1e6:,.0f} MB)"):
         fetch = functools.partial(buckets.copy_here, path, copy)
-        buckets.patiently(path, _SETTING, fetch, outage_secs)
+        found = buckets.patiently(path, _SETTING, fetch, outage_secs)
+    if found != known:
+        # Its checksums and its store would have the name of another text.
+        state.cache_clear()
+        copy.unlink(missing_ok=True)
+        raise UserError(f"{path} was written to while it was read; prepare it when it is complete.")
     replace_text(note, json.dumps(known))
 
 

@@ -227,6 +227,9 @@ def remove(store: pathlib.Path) -> bool:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
+            except OSError:
+                # A file system without locks; a store with a manifest is finished.
+                pass
             # The manifest goes first: what is left of a removal that was cut off is then no store.
             (store / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(store)
@@ -243,7 +246,8 @@ def remove_leftovers(folder: pathlib.Path) -> int:
     freed_bytes = 0
     for left in folder.glob(f"*.{socket.gethostname()}.*.tmp"):
         name = left.name.split(".", 1)[0]
-        with lock_path(folder / name).open("ab") as file, contextlib.suppress(BlockingIOError):
+        # Without a lock it may be another's work: on a file system that has none all stays.
+        with lock_path(folder / name).open("ab") as file, contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             freed_bytes += num_bytes(left)
             shutil.rmtree(left, ignore_errors=True)
