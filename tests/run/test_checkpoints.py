@@ -1,5 +1,6 @@
 """Checkpoints under damage: every file, any bit, a kill at any point of a save, a full disk."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -198,7 +199,7 @@ def writes(monkeypatch, kill_at):
 
         return call
 
-    for name in "touch", "unlink", "rmtree", "write_bytes":
+    for name in "touch", "unlink", "rmtree", "write_bytes", "rename":
         monkeypatch.setattr(gpath.PosixGPath, name, guarded(name, getattr(gpath.PosixGPath, name)))
     return lambda: count
 
@@ -230,6 +231,34 @@ def test_a_kill_between_any_two_writes_leaves_a_whole_step(saved, tmp_path, monk
         assert len(again.steps()) >= 2
     assert kill_at >= 5
     assert reached == {2, 3}
+
+
+def test_a_kill_while_a_step_is_saved_again_loses_neither(saved, tmp_path, monkeypatch):
+    """It is the only one; what it holds after the kill is the old state or the new one, whole."""
+    total, found = 99, set()
+    for kill_at in range(1, 100):
+        if kill_at > total:
+            break
+        folder = RunFolder(str(tmp_path / str(kill_at))).checkpoints
+        shutil.copytree(saved / "2", folder / "2")
+        state = small_state(2)
+        new = dataclasses.replace(state, params={"w": state.params["w"] + 5})
+        with monkeypatch.context() as patched:
+            count = writes(patched, kill_at)
+            checkpoints = Checkpoints(folder, CheckpointConfig())
+            try:
+                checkpoints.save(new, None)
+                checkpoints.close()
+            except Killed:
+                checkpoints._orbax.close()
+            else:
+                total = count()
+        again = Checkpoints(folder, CheckpointConfig())
+        assert again.newest() == 2
+        restored = again.restore(2, jax.eval_shape(lambda: small_state(0)))
+        found.add(float(restored.params["w"][0]))
+        assert {path.name for path in folder.iterdir()} == {"2"}
+    assert found == {2.0, 7.0}
 
 
 def test_a_save_that_fails_is_said_and_tried_again(folder, said, monkeypatch):

@@ -10,7 +10,10 @@ While a step is written or removed, there is a mark `STEP.unfinished` next to it
     save    mark | copy to the host | write params, train ... | checksums | unmark | remove old ones
             <--- the training waits -->  <------------- in the background --------------------->
 
-A kill at any point leaves a step that is whole, or one that the mark says isn't.
+A kill at any point leaves a step that is whole, or one that the mark says isn't. Where a step is
+saved that is there already (a run that was stopped during an evaluation makes it when it goes on,
+and what it found belongs to the state), the old one stays as `STEP.before` until the new one is
+whole.
 """
 
 import contextlib
@@ -164,6 +167,7 @@ class Checkpoints:
 
     def _newest(self) -> int | None:
         if self._config is not None and self._folder.exists():
+            self._restore_those_set_aside()
             for path in list(self._folder.iterdir()):
                 if path.suffix == ".unfinished":
                     self._remove(path.stem)
@@ -288,12 +292,48 @@ class Checkpoints:
             self._fail(error)
 
     def _make_room(self, step: int) -> None:
-        """Mark a step as unfinished, and remove what a damaged one of the same number left."""
+        """Mark a step as unfinished; set a whole one of the same number aside, and remove what is
+        left of any other.
+        """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            if step in self.steps():
+                self._set_aside(step)
             self._remove(str(step), keep_mark=True)
         except failures() as error:
             raise StorageError(in_words(error)) from error
+
+    def _before(self, step: int) -> epath.Path:
+        return self._folder / f"{step}.before"
+
+    def _set_aside(self, step: int) -> None:
+        """Keep a step under another name."""
+        if self._before(step).exists():
+            self._before(step).rmtree()
+        self._move(self._folder / str(step), self._before(step))
+
+    def _move(self, old: epath.Path, new: epath.Path) -> None:
+        """Rename a folder; in a bucket, where nothing can be renamed, copy it."""
+        if in_bucket(self._folder):
+            files = buckets.file_system(os.fspath(self._folder))
+            # Into a folder that a listing still has, though it is gone, it would copy one too deep.
+            files.invalidate_cache()
+            files.copy(os.fspath(old), os.fspath(new), recursive=True)
+        else:
+            old.rename(new)
+
+    def _restore_those_set_aside(self) -> None:
+        """Put back what was set aside for a save that a kill has ended."""
+        finished = finished_steps(self._folder)
+        for before in list(self._folder.glob("*.before")):
+            step = int(before.stem)
+            # A kill may have come while it was copied in a bucket.
+            if step not in finished and not checksums.damage(before, ITEMS):
+                self._remove(str(step), keep_mark=True)
+                self._move(before, self._folder / str(step))
+                self._mark(step).unlink()
+            if before.exists():
+                before.rmtree()
 
     def _seal(
         self, step: int, loss: float | None, before_sealing: Callable[[], None] | None
@@ -306,6 +346,8 @@ class Checkpoints:
             return
         checksums.write(self._folder / str(step), step=step, loss=loss)
         self._mark(step).unlink()
+        if self._before(step).exists():
+            self._before(step).rmtree()
         self._damaged.discard(step)
 
         steps = self.steps()
