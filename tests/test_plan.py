@@ -125,6 +125,24 @@ def test_a_search_ranks_what_fits_and_its_formula_is_near_the_compiler():
         assert batches[0] <= batches[1], "recomputing leaves room for more rows"
 
 
+def test_compiled_rows_are_ranked_by_what_the_compiler_says(monkeypatch):
+    """The row that the formula takes for the fastest is slower, and the next doesn't fit."""
+    config = load_config("tales", [flag.removeprefix("--config.") for flag in TINY[1:]])
+    config = config.resolve(256)
+    by_formula = search(config, jax.devices()[:4], compiled=0)
+    compiled = []
+
+    def compile_one(config, row, devices):
+        secs, fits = [(3.0, True), (1.0, False), (2.0, True)][len(compiled)]
+        compiled.append(row)
+        return {**row, "compiled_secs_per_token": secs, "fits": fits}
+
+    monkeypatch.setattr("tinylm.tools.search._compiled", compile_one)
+    rows = search(config, jax.devices()[:4], compiled=3)
+    assert [row["compiled_secs_per_token"] for row in rows[:3]] == [2.0, 3.0, 1.0]
+    assert compiled == by_formula[:3] and rows[3:] == by_formula[3:]
+
+
 def test_a_search_in_which_nothing_fits_says_so():
     config = load_config("tales", ["model.vocab_size=256", "data.seq_len=1000000000"])
     config = config.resolve(256)

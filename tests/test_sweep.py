@@ -209,3 +209,16 @@ def test_what_is_asked_to_stop_leaves_no_process_and_starts_none(tmp_path):
     assert "--cpu_devices=2" in line
     with pytest.raises(ProcessLookupError):
         os.kill(int(line.split()[0]), 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("optimizer.learning_rate=1e-3,3e-3", ["1e-3", "3e-3"]),
+        ("sample.prompts=('a','b'),('c',)", ["('a','b')", "('c',)"]),
+        ("model.attention_window=[8,0],[0,0,(1,2)],4", ["[8,0]", "[0,0,(1,2)]", "4"]),
+        ("data.separator=)a,b", [")a", "b"]),
+    ],
+)
+def test_commas_inside_brackets_separate_nothing(text, values):
+    assert module.parse_axis(text) == (text.partition("=")[0], values)

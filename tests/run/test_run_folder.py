@@ -36,6 +36,16 @@ def test_a_step_logged_twice_counts_by_its_last_line(tmp_path):
     assert [line["loss"] for line in folder.metrics()] == [2.0, 5.0]
 
 
+@pytest.mark.parametrize("step", ["1e400", "1" + 400 * "0", "null", '"1"', "1.5", "[1]"])
+def test_a_line_with_a_step_that_none_can_be_is_passed_over(tmp_path, step):
+    folder = RunFolder(str(tmp_path))
+    line = f'{{"step": {step}, "split": "train", "loss": 1.0}}\n'
+    folder.metrics_file.write_text(
+        line + '{"step": 2, "split": "train", "loss": 1' + 400 * "0" + "}"
+    )
+    assert folder.metrics() == [{"step": 2, "split": "train"}]
+
+
 @pytest.mark.parametrize("name", ["a*b", "a?b", "a[1]", "a[1]/b"])
 def test_a_name_that_stands_for_others_is_refused(tmp_path, name):
     with pytest.raises(UserError, match=r"/a.* must be free of \* \? and \["):

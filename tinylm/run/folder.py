@@ -329,7 +329,7 @@ class RunFolder:
             except (ValueError, RecursionError):
                 continue
             match line:
-                case {"step": int(), "split": str(split)}:
+                case {"step": int(step), "split": str(split)} if _is_kept("step", step):
                     kept = {name: value for name, value in line.items() if _is_kept(name, value)}
                     yield {**kept, "split": split}
 

@@ -46,14 +46,22 @@ def search(
             "shorter rows, or more devices."
         )
 
-    def rank(row: dict[str, Any]) -> tuple[float, int, int]:
-        # Of two rows that are equally fast to two digits, the simpler one comes first.
-        rounded_secs = float(f"{row['secs_per_token']:.2g}")
-        return rounded_secs, REMATS.index(row["remat"]), MeshConfig(**row["mesh"]).model
-
     found.sort(key=rank)
     best = [_compiled(config, row, devices) for row in found[:compiled]]
+    best.sort(key=rank)
     return best + found[compiled:]
+
+
+def rank(row: dict[str, Any]) -> tuple[bool, float, int, int]:
+    """Return what orders rows: what fits first, then by time for a token.
+
+    The compiler knows better than the formula. Of two rows that are equally fast to two digits,
+    the simpler one comes first.
+    """
+    secs = row["compiled_secs_per_token"] or row["secs_per_token"]
+    rounded_secs = float(f"{secs:.2g}")
+    is_too_large = row.get("fits") is False
+    return is_too_large, rounded_secs, REMATS.index(row["remat"]), MeshConfig(**row["mesh"]).model
 
 
 def _mesh_configs(config: Config, num_devices: int) -> list[MeshConfig]:

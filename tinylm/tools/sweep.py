@@ -113,7 +113,15 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
             f"--grid={text} must be KEY=VALUE,VALUE,..., for example "
             "optimizer.learning_rate=1e-3,3e-3."
         )
-    return key, re.split(r",(?![^(]*\))", values)
+    found = [""]
+    depth = 0
+    for letter in values:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth <= 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return key, found
 
 
 def refuse_twice(names: Iterable[str]) -> None:

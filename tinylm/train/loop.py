@@ -511,8 +511,9 @@ class _Loop:
         self.checkpoints.close()
         self.folder.flush(self.config.checkpoint.outage_secs)
         if not is_finished:
+            # Behind a bad step that is to be rolled back nothing is saved.
             raise Preempted(
-                f"asked to stop; step {self.step} is saved in {self.folder.path}; give the same "
+                f"asked to stop; step {self.saved} is saved in {self.folder.path}; give the same "
                 "command."
             )
         return Outcome(
