@@ -181,7 +181,7 @@ def test_a_spike_is_bad_and_what_it_would_have_taught_is_left_out(tmp_path):
     from tinylm.train.bad_steps import judge, new_guard
 
     guard, rng = new_guard(), np.random.default_rng(0)
-    step = jax.jit(lambda guard, loss: judge(guard, loss, 1.0, False, 6.0, True))
+    step = jax.jit(lambda guard, loss: judge(guard, loss, 1.0, False, sigmas=6.0, forgive=True))
     for _ in range(50):
         bad, guard = step(guard, np.float32(2 + rng.normal() / 10))
         assert not bad

@@ -52,7 +52,7 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
     collectives = least if found is None else found
     stats = None if compiled is None else compiled.memory_analysis()
     memory = per_device_bytes(stats, blueprint, refused_bytes)
-    secs = roofline_secs(chip, mesh, flops, memory, collectives, config)
+    secs = roofline_secs(mesh, flops, memory, collectives, config)
     step_secs = max(secs.values())
     return {
         "device": mesh.devices.flat[0].device_kind,
@@ -188,7 +188,6 @@ def _compared(found: list[Collective], least: list[Collective]) -> list[dict[str
 
 
 def roofline_secs(
-    chip: Chip,
     mesh: Mesh,
     flops: float,
     memory: dict[str, int],
@@ -198,13 +197,13 @@ def roofline_secs(
     """Return the seconds that arithmetic, memory and each kind of link take for a step.
 
     Args:
-      chip: what one device can do.
       mesh: the devices.
       flops: of a step on all devices.
       memory: `params` and `optimizer`, bytes of a device.
       collectives: what a device sends.
       config: of the run.
     """
+    chip = known_chip(mesh)
     # Recomputing the forward pass makes 4 parts of arithmetic out of 3.
     recomputed = 4 / 3 if config.model.remat == "full" else 1
     # Weights, gathered under fsdp, are read for each micro-batch in the forward and in the

@@ -110,7 +110,7 @@ def _rows_by_formula(
         micro_batch_rows = rows_per_device * batch_shards(mesh)
         trial.data.batch_size = micro_batch_rows * config.train.accumulation_steps
         said = by_formula(trial, blueprint.abstract, mesh)
-        secs = roofline_secs(chip, mesh, said.flops, held, said.collectives, trial)
+        secs = roofline_secs(mesh, said.flops, held, said.collectives, trial)
         # How much a compiler can hide behind the slowest part is not known: a tenth of the rest
         # is taken as not hidden.
         step_secs = 0.9 * max(secs.values()) + 0.1 * sum(secs.values())

@@ -86,6 +86,7 @@ def judge(
     loss: jax.Array,
     grad_norm: jax.Array,
     empty: jax.Array | bool,
+    *,
     sigmas: float,
     forgive: bool,
 ) -> tuple[jax.Array, Guard]:

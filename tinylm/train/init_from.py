@@ -247,10 +247,10 @@ def _restart_schedule(opt_state: Any) -> Any:
     stay.
     """
 
-    def restart(node):
+    def restart(node: Any) -> Any:
         return node._replace(count=jnp.zeros_like(node.count)) if is_schedule(node) else node
 
-    def is_schedule(node):
+    def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
     return jax.tree.map(restart, opt_state, is_leaf=is_schedule)

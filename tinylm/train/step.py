@@ -62,7 +62,12 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
 
         grad_norm = optax.tree.norm(grads)
         is_bad, guard = judge(
-            state.guard, loss, grad_norm, is_empty, train.spike_sigmas, good_steps_forgive
+            state.guard,
+            loss,
+            grad_norm,
+            is_empty,
+            sigmas=train.spike_sigmas,
+            forgive=good_steps_forgive,
         )
         params = optax.apply_updates(state.params, updates)
         new_state = TrainState(
