@@ -10,6 +10,7 @@ K kv heads, H head size, F mlp, V vocab, L layers, C inputs that a convolution r
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -94,19 +95,22 @@ class Attention(nnx.Module):
         earlier_BCD = None if cache is None else cache.attention_inputs_BCD
         x_BTD, last_BCD = self.conv(x_BTD, inputs.visibility.segments_BT, earlier_BCD)
         q_BNTH = _heads_first(self.query(x_BTD), "heads")
-        k_BKSH = _heads_first(self.key(x_BTD), "kv_heads")
-        v_BKSH = _heads_first(self.value(x_BTD), "kv_heads")
+        k_BKTH = _heads_first(self.key(x_BTD), "kv_heads")
+        v_BKTH = _heads_first(self.value(x_BTD), "kv_heads")
         if c.qk_norm:
             q_BNTH = layers.rms_normalize(q_BNTH).astype(x_BTD.dtype)
-            k_BKSH = layers.rms_normalize(k_BKSH).astype(x_BTD.dtype)
+            k_BKTH = layers.rms_normalize(k_BKTH).astype(x_BTD.dtype)
         if inputs.rotary is not None:
             q_BNTH = layers.rotate(q_BNTH, inputs.rotary)
-            k_BKSH = layers.rotate(k_BKSH, inputs.rotary)
+            k_BKTH = layers.rotate(k_BKTH, inputs.rotary)
         if cache is None:
+            # The positions themselves are what they read from.
+            k_BKSH = k_BKTH
+            v_BKSH = v_BKTH
             cache = LayerCache(k_BKSH, v_BKSH)
         else:
             assert inputs.slot is not None, "a token goes into a slot of the cache"
-            cache, k_BKSH, v_BKSH = cache.append(k_BKSH, v_BKSH, inputs.slot)
+            cache, k_BKSH, v_BKSH = cache.append(k_BKTH, v_BKTH, inputs.slot)
         options = AttentionOptions(c.attention_scale, c.attention_softcap, inputs.dropout.at(0))
         o_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, inputs.visibility, options, kernel=c.attention)
         o_BTNH = constrain(o_BNTH, "batch", "heads", None, "head_dim").swapaxes(1, 2)
@@ -378,7 +382,7 @@ class Transformer(nnx.Module):
         """
         graph, stacked = nnx.split(self.blocks)
         return [
-            nnx.merge(graph, jax.tree.map(lambda p, layer=layer: p[layer], stacked))
+            nnx.merge(graph, jax.tree.map(operator.itemgetter(layer), stacked))
             for layer in range(self.config.num_layers)
         ]
 
@@ -404,7 +408,7 @@ class Transformer(nnx.Module):
             first_layer, params = xs
             results = []
             for i, window in enumerate(c.attention_window):
-                block = nnx.merge(graph, jax.tree.map(lambda p, i=i: p[i], params))
+                block = nnx.merge(graph, jax.tree.map(operator.itemgetter(i), params))
                 x_BTD, result = run_layer(block, x_BTD, inputs.of_layer(first_layer + i, window))
                 results.append(result)
             return x_BTD, jax.tree.map(lambda *parts: jnp.stack(parts), *results)

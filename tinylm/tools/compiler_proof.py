@@ -169,6 +169,7 @@ def compare_step(config: Config) -> list[Comparison]:
     # The kernels of accelerators are single operations, which could not be run in float64.
     single_config.model.attention = "xla"
     single_config.mesh = MeshConfig(data=1)
+    single_config.freeze()
     mesh = make_mesh(single_config.mesh)
     with jax.set_mesh(mesh):
         train_steps = make_train_steps(make_blueprint(single_config, mesh))

@@ -109,6 +109,7 @@ def _rows_by_formula(
         rows_per_device = 2 ** (rows_per_device.bit_length() - 1)
         micro_batch_rows = rows_per_device * batch_shards(mesh)
         trial.data.batch_size = micro_batch_rows * config.train.accumulation_steps
+        trial.freeze()
         said = by_formula(trial, blueprint.abstract, mesh)
         secs = roofline_secs(mesh, said.flops, held, said.collectives, trial)
         # How much a compiler can hide behind the slowest part is not known: a tenth of the rest
@@ -170,19 +171,23 @@ def _compiled(config: Config, row: dict[str, Any], devices: Sequence[jax.Device]
 
     Its batch is halved until it fits, or until it is one row a device.
     """
-    trial = config.editable_copy()
-    trial.mesh = MeshConfig(**row["mesh"], fsdp=row["fsdp"])
-    trial.model.remat = row["remat"]
-    trial.data.batch_size = row["batch_size"]
-    mesh = make_mesh(trial.mesh, devices)
+    mesh_config = MeshConfig(**row["mesh"], fsdp=row["fsdp"])
+    mesh = make_mesh(mesh_config, devices)
     smallest_batch = batch_shards(mesh) * config.train.accumulation_steps
-    plan = make_plan(trial, mesh)
-    while not plan["fits"] and trial.data.batch_size > smallest_batch:
-        trial.data.batch_size //= 2
+    batch_size = row["batch_size"]
+    while True:
+        trial = config.editable_copy()
+        trial.mesh = mesh_config
+        trial.model.remat = row["remat"]
+        trial.data.batch_size = batch_size
+        trial.freeze()
         plan = make_plan(trial, mesh)
+        if plan["fits"] or batch_size <= smallest_batch:
+            break
+        batch_size //= 2
     return {
         **row,
-        "batch_size": trial.data.batch_size,
+        "batch_size": batch_size,
         "fits": plan["fits"],
         "compiled_bytes": plan["per_device_bytes"]["total"],
         "compiled_secs_per_token": plan["step_secs_estimate"] / trial.data.tokens_per_step,
