@@ -31,7 +31,7 @@ def make(
     Another host's folder that came first is left as it is.
 
     Raises:
-        StorageError: The folder can't be written.
+      StorageError: the folder can't be written.
     """
     temporary = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:

@@ -36,9 +36,9 @@ class BlockCache:
     """The blocks that were used last, in one file on the disk, which goes when the process ends.
 
     Attributes:
-        limit_bytes: How large the file may become.
-        fetched_bytes: How much has come from the bucket.
-        requests: How many requests that took.
+      limit_bytes: how large the file may become.
+      fetched_bytes: how much has come from the bucket.
+      requests: how many requests that took.
     """
 
     def __init__(self, folder: pathlib.Path, limit_bytes: int):
@@ -97,9 +97,9 @@ class Remote:
     """Where the files of a store are that were not copied, and how they are read.
 
     Attributes:
-        url: Of the store's folder.
-        cache: Of blocks.
-        outage_secs: How long the bucket may fail before a run that waits for it ends.
+      url: of the store's folder.
+      cache: of blocks.
+      outage_secs: how long the bucket may fail before a run that waits for it ends.
     """
 
     url: str
@@ -121,13 +121,13 @@ class BucketFile:
         """Open a shard.
 
         Args:
-            folder: Of the store on this disk, which has the checksums of the shard's blocks.
-            shard: The shard.
-            dtype: Of its items.
-            remote: Where it is.
+          folder: of the store on this disk, which has the checksums of the shard's blocks.
+          shard: the shard.
+          dtype: of its items.
+          remote: where it is.
 
         Raises:
-            StorageError: The checksums are missing, or are those of another file.
+          StorageError: the checksums are missing, or are those of another file.
         """
         self.dtype = np.dtype(dtype)
         self.items = shard.items
@@ -178,7 +178,7 @@ class BucketFile:
         """Return blocks from the bucket, each as its checksum says.
 
         Raises:
-            StorageError: One is damaged there, or the bucket fails for too long.
+          StorageError: one is damaged there, or the bucket fails for too long.
         """
         remote = self._remote
         ranges = []

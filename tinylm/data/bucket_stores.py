@@ -31,8 +31,8 @@ class StoreBucket:
     """The folder of all stores, where it is in a bucket.
 
     Attributes:
-        url: data.store_dir.
-        outage_secs: How long the bucket may fail.
+      url: data.store_dir.
+      outage_secs: how long the bucket may fail.
     """
 
     url: str
@@ -51,8 +51,8 @@ class StoreBucket:
         """Copy a store there.
 
         Args:
-            folder: The store on this disk.
-            ready_files: Its files of ids, where these lie elsewhere.
+          folder: the store on this disk.
+          ready_files: its files of ids, where these lie elsewhere.
         """
         manifest = read_manifest(folder)
         if ready_files:
@@ -85,7 +85,7 @@ class StoreBucket:
         then read where they are.
 
         Raises:
-            StorageError: What came differs from its checksum, or the bucket fails.
+          StorageError: what came differs from its checksum, or the bucket fails.
         """
         url = self.url_of(name)
         with alive(lambda: f"copying {url}"):
@@ -147,10 +147,10 @@ def cache_bytes(limit: int, folder: pathlib.Path, kept_bytes: int) -> int:
     """Return how many bytes a host may keep of a run's stores in buckets, of all of them together.
 
     Args:
-        limit: data.cache_bytes; 0 for half of what is free.
-        folder: Where they are kept.
-        kept_bytes: What is there of these stores already. It counts as room, or else a run that
-            goes on would have less of it than it began with.
+      limit: data.cache_bytes; 0 for half of what is free.
+      folder: where they are kept.
+      kept_bytes: what is there of these stores already. It counts as room, or else a run that
+        goes on would have less of it than it began with.
 
     It is never more than there is room for: what was copied before took its part of the disk.
     """
@@ -165,9 +165,9 @@ def choose_whole(sizes: dict[str, int], here: Collection[str], limit: int) -> se
     the rest is for blocks of the others.
 
     Args:
-        sizes: Of all stores of a run, in bytes, by their names.
-        here: The names of those that are on the disk already, and stay.
-        limit: How many bytes may be kept of all of them together.
+      sizes: of all stores of a run, in bytes, by their names.
+      here: the names of those that are on the disk already, and stay.
+      limit: how many bytes may be kept of all of them together.
     """
     if sum(sizes.values()) <= limit:
         return set(sizes)

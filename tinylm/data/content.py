@@ -32,8 +32,8 @@ def file_state(path: str, outage_secs: float) -> list[Any]:
     back.
 
     Args:
-        path: On a disk or in a bucket.
-        outage_secs: How long the bucket may fail.
+      path: on a disk or in a bucket.
+      outage_secs: how long the bucket may fail.
     """
     if in_bucket(path):
         return mirror.state(path, outage_secs)
@@ -56,10 +56,10 @@ def checksums(
     written.
 
     Args:
-        paths: On a disk or in a bucket.
-        notes: The file of notes.
-        work: Is told how many bytes were read.
-        outage_secs: How long the bucket may fail.
+      paths: on a disk or in a bucket.
+      notes: the file of notes.
+      work: is told how many bytes were read.
+      outage_secs: how long the bucket may fail.
     """
     states = [file_state(path, outage_secs) for path in paths]
     noted = _read(notes)

@@ -35,11 +35,11 @@ def open_ids(path: str, vocab_size: int) -> np.memmap:
     """Map a file of ids in the type that it has.
 
     Args:
-        path: The file.
-        vocab_size: How many ids the tokenizer has that made it.
+      path: the file.
+      vocab_size: how many ids the tokenizer has that made it.
 
     Raises:
-        UserError: The file holds something other than plain ids.
+      UserError: the file holds something other than plain ids.
     """
     num_bytes = pathlib.Path(path).stat().st_size
     if not num_bytes or num_bytes % 2:

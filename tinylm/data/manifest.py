@@ -24,11 +24,11 @@ class Shard:
     """A file that holds a stretch of an array.
 
     Attributes:
-        file: Its name in the folder of the store. A ready file lies elsewhere and may be moved, so
-            the manifest has its last name alone; the reader puts in the whole path.
-        items: How many items it has.
-        dtype: Their type, where the shards of an array may differ in it: ready files do.
-        sha256: Its checksum; None while nobody knows it.
+      file: its name in the folder of the store. A ready file lies elsewhere and may be moved, so
+        the manifest has its last name alone; the reader puts in the whole path.
+      items: how many items it has.
+      dtype: their type, where the shards of an array may differ in it: ready files do.
+      sha256: its checksum; None while nobody knows it.
     """
 
     file: str
@@ -42,10 +42,10 @@ class Split:
     """A part of a store.
 
     Attributes:
-        documents: Its first document, and the one after its last.
-        tokens: Its first token, and the one after its last.
-        bytes: How many bytes of text it stands for.
-        log_prob: The log probability of that text in nats, where the source knows it.
+      documents: its first document, and the one after its last.
+      tokens: its first token, and the one after its last.
+      bytes: how many bytes of text it stands for.
+      log_prob: the log probability of that text in nats, where the source knows it.
     """
 
     documents: tuple[int, int]
@@ -93,19 +93,19 @@ class Manifest:
     """What a store holds.
 
     Attributes:
-        dtype: The type of the ids in its own shards.
-        tokens: How many tokens there are, over all splits.
-        documents: How many documents the source gave.
-        bytes: How many bytes of text they have; 0 for ready ids.
-        unknown: How many tokens stand for what the tokenizer can't spell.
-        shards: The files of ids.
-        mask_shards: The files that say which tokens carry loss, where there are prompts.
-        document_shards: The file with the ends of documents.
-        source: The spec of the source.
-        tokenizer: What made the ids.
-        splits: The splits by name, "train" or "valid".
-        skipped: What was skipped.
-        held_out: Which part is held out for validation, in words; empty where the source says it.
+      dtype: the type of the ids in its own shards.
+      tokens: how many tokens there are, over all splits.
+      documents: how many documents the source gave.
+      bytes: how many bytes of text they have; 0 for ready ids.
+      unknown: how many tokens stand for what the tokenizer can't spell.
+      shards: the files of ids.
+      mask_shards: the files that say which tokens carry loss, where there are prompts.
+      document_shards: the file with the ends of documents.
+      source: the spec of the source.
+      tokenizer: what made the ids.
+      splits: the splits by name, "train" or "valid".
+      skipped: what was skipped.
+      held_out: which part is held out for validation, in words; empty where the source says it.
     """
 
     dtype: str
@@ -144,8 +144,8 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
     """Return the manifest of a finished store.
 
     Raises:
-        StorageError: It can't be read, or lacks something.
-        UserError: It is of another version of tinylm.
+      StorageError: it can't be read, or lacks something.
+      UserError: it is of another version of tinylm.
     """
     path = folder / MANIFEST
     try:

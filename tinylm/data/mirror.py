@@ -31,9 +31,9 @@ def find(pattern: str, endings: tuple[str, ...], outage_secs: float) -> list[str
     otherwise all.
 
     Args:
-        pattern: The URL, folder or glob.
-        endings: Of the names of data files.
-        outage_secs: How long the bucket may fail.
+      pattern: the URL, folder or glob.
+      endings: of the names of data files.
+      outage_secs: how long the bucket may fail.
     """
     look = functools.partial(buckets.find_objects, pattern)
     found = buckets.patiently(pattern, _SETTING, look, outage_secs)
@@ -56,11 +56,11 @@ def local(path: str, outage_secs: float) -> str:
     """Return the path of a file on the disk: `path` itself, or a copy of the object that it names.
 
     Args:
-        path: On a disk or in a bucket.
-        outage_secs: How long the bucket may fail.
+      path: on a disk or in a bucket.
+      outage_secs: how long the bucket may fail.
 
     Raises:
-        StorageError: The copy can't be made.
+      StorageError: the copy can't be made.
     """
     if not in_bucket(path):
         return path

@@ -41,16 +41,16 @@ def open_data(
     """Return the data of a run, prepared first where it isn't yet.
 
     Args:
-        config: The `data` section of the run's config.
-        seed: Decides the order of the training rows.
-        is_writer: Whether this process prepares; of a job, one process does.
-        wait_secs: How long the others wait for it.
-        progress: Whether to show how far preparing is.
-        tokenizer: Takes the place of the config's, as the one of an imported model does.
+      config: the `data` section of the run's config.
+      seed: decides the order of the training rows.
+      is_writer: whether this process prepares; of a job, one process does.
+      wait_secs: how long the others wait for it.
+      progress: whether to show how far preparing is.
+      tokenizer: takes the place of the config's, as the one of an imported model does.
 
     Raises:
-        UserError: Something is wrong in the data.
-        StorageError: The data can't be written.
+      UserError: something is wrong in the data.
+      StorageError: the data can't be written.
     """
     config.check()
     finder = StoreFinder(
@@ -107,11 +107,11 @@ def store_names(config: DataConfig, tokenizer: Tokenizer | None = None) -> dict[
     have the same data, or will have.
 
     Args:
-        config: The `data` section of the run's config.
-        tokenizer: Takes the place of the config's.
+      config: the `data` section of the run's config.
+      tokenizer: takes the place of the config's.
 
     Raises:
-        UserError: A source or the tokenizer can't be read.
+      UserError: a source or the tokenizer can't be read.
     """
     config.check()
     finder = StoreFinder(config, tokenizer=tokenizer)
@@ -137,15 +137,15 @@ def open_validation(
     Of a source with a validation split of its own that split is read, of others all there is.
 
     Args:
-        config: Has the other settings of the text. Loss is on all tokens where there can be no
-            prompts, whatever it says.
-        source: The spec of the source, or of a mixture.
-        tokenizer: The model's.
-        is_writer: Whether this process prepares; of a job, one process does.
-        key: What messages call the source.
+      config: has the other settings of the text. Loss is on all tokens where there can be no
+        prompts, whatever it says.
+      source: the spec of the source, or of a mixture.
+      tokenizer: the model's.
+      is_writer: whether this process prepares; of a job, one process does.
+      key: what messages call the source.
 
     Raises:
-        UserError: Something is wrong in the source.
+      UserError: something is wrong in the source.
     """
     config = dataclasses.replace(config, source=source, valid_source="")
     try:
@@ -179,7 +179,7 @@ def known_vocab_size(config: DataConfig) -> tuple[int, str]:
     in a store, or made for a corpus that tinylm carries with it.
 
     Raises:
-        UserError: There is no such store and no such corpus, or a file can't be read.
+      UserError: there is no such store and no such corpus, or a file can't be read.
     """
     kind, argument = split_spec(config.tokenizer)
     origin = f"data.tokenizer={config.tokenizer}"

@@ -39,10 +39,10 @@ class Pieces(NamedTuple):
     """The pieces of a batch of rows, one an index, in the order of the rows: each array [pieces].
 
     Attributes:
-        row: The row of the batch.
-        column: Where it begins in the row.
-        start: Its first target, as a token of the split.
-        length: How many targets it has.
+      row: the row of the batch.
+      column: where it begins in the row.
+      start: its first target, as a token of the split.
+      length: how many targets it has.
     """
 
     row: np.ndarray
@@ -76,8 +76,8 @@ class StreamPlan:
         """Return the pieces of rows, one each.
 
         Args:
-            rows: Which windows: [rows].
-            offsets: Where the grid begins for each: [rows].
+          rows: which windows: [rows].
+          offsets: where the grid begins for each: [rows].
         """
         begin = rows * self.seq_len
         return Pieces(
@@ -97,10 +97,10 @@ class DocumentPlan:
         """Take the index.
 
         Args:
-            ends: The number of pieces up to the end of each row: [rows].
-            pieces: First token of the split, and length: [pieces, 2].
-            num_split: How many documents are cut.
-            files: What both arrays are mapped from.
+          ends: the number of pieces up to the end of each row: [rows].
+          pieces: first token of the split, and length: [pieces, 2].
+          num_split: how many documents are cut.
+          files: what both arrays are mapped from.
         """
         self.num_rows = len(ends)
         self.num_split = num_split
@@ -136,12 +136,12 @@ def split_documents(ends: np.ndarray, begin: int, seq_len: int) -> tuple[np.ndar
     """Cut documents into pieces of at most `seq_len` tokens.
 
     Args:
-        ends: Where they end: [documents].
-        begin: Where the first one begins.
-        seq_len: Targets of a row.
+      ends: where they end: [documents].
+      begin: where the first one begins.
+      seq_len: targets of a row.
 
     Returns:
-        Start and length of each piece, [pieces, 2], and how many documents are cut.
+      Start and length of each piece, [pieces, 2], and how many documents are cut.
     """
     starts = np.concatenate([[begin], ends[:-1]])
     num_parts = -(-(ends - starts) // seq_len)  # rounded up
@@ -187,9 +187,9 @@ class PlannedChunk(NamedTuple):
     """The rows of some documents.
 
     Attributes:
-        counts: How many pieces each row has: [rows].
-        pieces: Start and length of each piece, in the order of the rows: [pieces, 2].
-        num_split: How many documents are cut.
+      counts: how many pieces each row has: [rows].
+      pieces: start and length of each piece, in the order of the rows: [pieces, 2].
+      num_split: how many documents are cut.
     """
 
     counts: np.ndarray

@@ -42,14 +42,14 @@ def prepare(
     """Write the store of a source.
 
     Args:
-        source: Where the documents come from.
-        tokenizer: What encodes them.
-        folder: Where the store is written; it already holds the tokenizer.
-        splits: The splits that the store is to have, such as ("train", "valid").
-        is_shown: Whether to show a bar, and to say what was prepared.
+      source: where the documents come from.
+      tokenizer: what encodes them.
+      folder: where the store is written; it already holds the tokenizer.
+      splits: the splits that the store is to have, such as ("train", "valid").
+      is_shown: whether to show a bar, and to say what was prepared.
 
     Raises:
-        UserError: The text is bad, or there is none.
+      UserError: the text is bad, or there is none.
     """
     started = time.monotonic()
     with progress(source.total_bytes(), is_shown, "preparing", source.spec) as work:
@@ -203,11 +203,11 @@ class Preparer:
         """Write documents on a thread of its own.
 
         Args:
-            documents: What to write.
-            closed: Whether an end of text follows each.
+          documents: what to write.
+          closed: whether an end of text follows each.
 
         Returns:
-            The sum of their log probabilities; None where one has none.
+          The sum of their log probabilities; None where one has none.
         """
         log_prob: float | None = 0.0
         # A library's threads encode a batch while this one writes the batch before.

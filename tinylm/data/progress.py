@@ -54,10 +54,10 @@ def progress(
     """Show how far a work is while the block runs.
 
     Args:
-        total_bytes: How many bytes there are, where that is known.
-        is_shown: Whether to show a bar where there is a terminal.
-        what: The work, as the bar names it.
-        subject: What is worked on, which a line names too.
+      total_bytes: how many bytes there are, where that is known.
+      is_shown: whether to show a bar where there is a terminal.
+      what: the work, as the bar names it.
+      subject: what is worked on, which a line names too.
     """
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(Progress(total_bytes, is_shown, what))

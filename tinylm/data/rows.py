@@ -86,14 +86,14 @@ class SplitRows:
         """Take what the rows are read from.
 
         Args:
-            store: The tokens.
-            split: Its part that is read, "train" or "valid".
-            plan: Which stretches of the split make up each row.
-            seq_len: Targets of a row.
-            seed: Decides the order of each epoch; None gives the rows in order on the grid at 0, as
-                evaluation wants.
-            use_mask: Whether only the tokens that the store's mask marks carry loss.
-            packed: Whether examples have segments and positions.
+          store: the tokens.
+          split: its part that is read, "train" or "valid".
+          plan: which stretches of the split make up each row.
+          seq_len: targets of a row.
+          seed: decides the order of each epoch; None gives the rows in order on the grid at 0, as
+            evaluation wants.
+          use_mask: whether only the tokens that the store's mask marks carry loss.
+          packed: whether examples have segments and positions.
         """
         self._store = store
         self._plan = plan
@@ -284,9 +284,9 @@ class Schedule(NamedTuple):
     """One period of a mixture.
 
     Attributes:
-        sources: The source whose turn it is: [period].
-        ranks: How many turns it had in the period before: [period].
-        counts: How many turns each source has in a period: [sources].
+      sources: the source whose turn it is: [period].
+      ranks: how many turns it had in the period before: [period].
+      counts: how many turns each source has in a period: [sources].
     """
 
     sources: np.ndarray

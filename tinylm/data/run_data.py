@@ -26,11 +26,11 @@ class Validation:
     """What a model is scored on.
 
     Attributes:
-        tokenizer: What made the ids.
-        valid: The rows in order; None where there are none.
-        valid_stores: The stores that they come from, in that order.
-        valid_rows: How many rows each of these stores has.
-        loss_on: What carries loss, as data.loss_on.
+      tokenizer: what made the ids.
+      valid: the rows in order; None where there are none.
+      valid_stores: the stores that they come from, in that order.
+      valid_rows: how many rows each of these stores has.
+      loss_on: what carries loss, as data.loss_on.
     """
 
     tokenizer: Tokenizer
@@ -62,8 +62,8 @@ class Validation:
         """Yield the texts of documents that lie evenly over the validation split.
 
         Args:
-            most: How many documents of each store, at most.
-            most_tokens: Of a longer document, only the beginning is given.
+          most: how many documents of each store, at most.
+          most_tokens: of a longer document, only the beginning is given.
         """
         for store, split in self._stores_and_splits:
             first, end = split.documents
@@ -98,8 +98,8 @@ class Validation:
         """Return the bytes of text a target token, which turns loss into bits per byte.
 
         Args:
-            num_rows: How many of the first rows are scored; 0 for all. A source counts by its share
-                of them, since the tokens of another source may have another length.
+          num_rows: how many of the first rows are scored; 0 for all. A source counts by its share
+            of them, since the tokens of another source may have another length.
         """
         num_tokens = 0.0
         num_bytes = 0.0
@@ -132,9 +132,9 @@ class Data(Validation):
     """What a run trains on and is scored on.
 
     Attributes:
-        train: The rows to train on.
-        stores: The stores that they come from.
-        split_documents: How many documents are longer than a row, and so lie in several.
+      train: the rows to train on.
+      stores: the stores that they come from.
+      split_documents: how many documents are longer than a row, and so lie in several.
     """
 
     train: Rows

@@ -30,8 +30,8 @@ class Cut(NamedTuple):
     """Where the tail that is held out begins.
 
     Attributes:
-        document: The document that it begins with, or in.
-        inside: The share of that document's characters that lies before; 0 for a cut between two.
+      document: the document that it begins with, or in.
+      inside: the share of that document's characters that lies before; 0 for a cut between two.
     """
 
     document: int
@@ -42,12 +42,12 @@ def choose_cut(ends: np.ndarray, source: Source, can_cut_inside: bool) -> Cut:
     """Return where to cut documents so that about the asked share is held out.
 
     Args:
-        ends: The size of all documents up to the end of each, in any unit: [documents].
-        source: What they are of, for its config and messages.
-        can_cut_inside: Whether a document may be cut.
+      ends: the size of all documents up to the end of each, in any unit: [documents].
+      source: what they are of, for its config and messages.
+      can_cut_inside: whether a document may be cut.
 
     Raises:
-        UserError: Every cut between two documents is far from that share, and none may be cut.
+      UserError: every cut between two documents is far from that share, and none may be cut.
     """
     fraction = source.config.valid_fraction
     total = int(ends[-1])
@@ -141,8 +141,8 @@ def training_documents(source: Source, holds_out: bool) -> Iterator[Document]:
     """Yield the good documents for training, as a store has them.
 
     Args:
-        source: What they are of.
-        holds_out: Whether a part of a source without splits of its own is for validation.
+      source: what they are of.
+      holds_out: whether a part of a source without splits of its own is for validation.
     """
     c = source.config
 

@@ -57,8 +57,8 @@ class ArrayWriter:
     """Appends arrays of one type to numbered shard files, with checksums.
 
     Attributes:
-        total: How many items were appended.
-        shards: The files that are complete; after `close` these are all.
+      total: how many items were appended.
+      shards: the files that are complete; after `close` these are all.
     """
 
     def __init__(
@@ -148,10 +148,10 @@ class StoreWriter:
         """Append documents.
 
         Args:
-            ids: Of all of them in a row: [tokens].
-            lengths: How many ids each has: [documents].
-            sizes: How many bytes of text each has: [documents].
-            prompts: How many of its first ids carry no loss: [documents].
+          ids: of all of them in a row: [tokens].
+          lengths: how many ids each has: [documents].
+          sizes: how many bytes of text each has: [documents].
+          prompts: how many of its first ids carry no loss: [documents].
         """
         ends = np.cumsum(lengths)
         if prompts.any() or self.masks.total:
@@ -200,14 +200,14 @@ class StoreWriter:
         """Close the files and write the manifest.
 
         Args:
-            source: The spec of the source.
-            tokenizer: What made the ids.
-            splits: The splits by name.
-            skipped: What was skipped.
-            documents: How many documents the source gave, where it isn't as many as were added: one
-                that is cut was added in two parts.
-            held_out: Which part is held out, in words.
-            ready_shards: The files of ids that are read in place, where no ids were added.
+          source: the spec of the source.
+          tokenizer: what made the ids.
+          splits: the splits by name.
+          skipped: what was skipped.
+          documents: how many documents the source gave, where it isn't as many as were added: one
+            that is cut was added in two parts.
+          held_out: which part is held out, in words.
+          ready_shards: the files of ids that are read in place, where no ids were added.
         """
         self.close()
         shards = list(ready_shards) or self.tokens.shards
@@ -242,10 +242,10 @@ class TokenArray:
         """Open files.
 
         Args:
-            folder: Of the store.
-            shards: The files.
-            dtype: That of shards that name none.
-            remote: Where the files are that aren't on this disk.
+          folder: of the store.
+          shards: the files.
+          dtype: that of shards that name none.
+          remote: where the files are that aren't on this disk.
         """
         _allow_files(len(shards))
         self._files: list[ArrayFile | BucketFile] = []
@@ -389,11 +389,11 @@ class Store:
     """A finished store, opened for reading.
 
     Attributes:
-        folder: Where it is.
-        manifest: What it holds.
-        spec: The source that it is of.
-        tokens: The ids of all documents in a row.
-        mask: 1 where a token carries loss; None where all do.
+      folder: where it is.
+      manifest: what it holds.
+      spec: the source that it is of.
+      tokens: the ids of all documents in a row.
+      mask: 1 where a token carries loss; None where all do.
     """
 
     def __init__(
@@ -406,10 +406,10 @@ class Store:
         """Open a store.
 
         Args:
-            folder: Where it is.
-            spec: The source, where another spec than the one it was prepared for leads to it.
-            ready_files: Where the ready files of ids are now.
-            remote: Where its files are that aren't in `folder`.
+          folder: where it is.
+          spec: the source, where another spec than the one it was prepared for leads to it.
+          ready_files: where the ready files of ids are now.
+          remote: where its files are that aren't in `folder`.
         """
         self.folder = folder
         self.manifest = read_manifest(folder)

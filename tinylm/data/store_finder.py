@@ -50,10 +50,10 @@ class StoreFinder:
     """Finds or makes the stores of one config, and at most once the tokenizer that they share.
 
     Attributes:
-        weights: The share of each source in the mixture.
-        sources: The sources to train on.
-        valid_sources: What data.valid_source names: one source, or none.
-        train_splits: The splits that the stores of `sources` have.
+      weights: the share of each source in the mixture.
+      sources: the sources to train on.
+      valid_sources: what data.valid_source names: one source, or none.
+      train_splits: the splits that the stores of `sources` have.
     """
 
     def __init__(
@@ -69,15 +69,15 @@ class StoreFinder:
         """Read what a config names.
 
         Args:
-            config: The config.
-            tokenizer: Takes the place of the one that the config names.
-            is_writer: Whether this process makes stores, rather than wait for another that does.
-            wait_secs: How long it waits.
-            is_shown: Whether to show how far a long work is.
-            key: What messages call the source.
+          config: the config.
+          tokenizer: takes the place of the one that the config names.
+          is_writer: whether this process makes stores, rather than wait for another that does.
+          wait_secs: how long it waits.
+          is_shown: whether to show how far a long work is.
+          key: what messages call the source.
 
         Raises:
-            UserError: A source can't be read.
+          UserError: a source can't be read.
         """
         mixture = parse_mixture(config.source)
         self.weights = [weight for weight, _ in mixture]
@@ -204,9 +204,9 @@ class StoreFinder:
         """Return the names of the stores to have whole on this disk.
 
         Args:
-            bucket: Where they are.
-            names: Of all stores.
-            made: Those that were made here only to be copied to the bucket, and may go.
+          bucket: where they are.
+          names: of all stores.
+          made: those that were made here only to be copied to the bucket, and may go.
         """
         sizes: dict[str, int] = {}
         here: set[str] = set()

@@ -46,9 +46,9 @@ class Cleaned(NamedTuple):
     """What a removal of unused stores came to.
 
     Attributes:
-        removed: The stores that no run referred to.
-        kept: The others, and those that another process is making right now.
-        freed_bytes: What the removed stores took, and what unfinished ones had left.
+      removed: the stores that no run referred to.
+      kept: the others, and those that another process is making right now.
+      freed_bytes: what the removed stores took, and what unfinished ones had left.
     """
 
     removed: list[FoundStore]
@@ -93,9 +93,9 @@ def text_key(source: Source, splits: tuple[str, ...], checksums: list[str]) -> l
     """Return what decides the text of some splits of a source, which doesn't include its place.
 
     Args:
-        source: The source.
-        splits: The splits that a store has, such as ("train", "valid").
-        checksums: Of the files of the source, in their order.
+      source: the source.
+      splits: the splits that a store has, such as ("train", "valid").
+      checksums: of the files of the source, in their order.
     """
     c = source.config
     kind, _ = split_spec(source.spec)
@@ -125,7 +125,7 @@ def wait_for(folders: Sequence[pathlib.Path], wait_secs: float) -> None:
     """Wait until another process that sees the same disk has prepared a store in one of `folders`.
 
     Raises:
-        HangError: Nothing has moved for `wait_secs`.
+      HangError: nothing has moved for `wait_secs`.
     """
     # This imports JAX, which the process that prepares goes without.
     from tinylm.core.agreement import wait_until
@@ -160,9 +160,9 @@ def find_stores(
     """Yield the stores in `folder`.
 
     Args:
-        folder: The folder of all stores.
-        refers: Says whether the run in a workdir refers to the store of a name.
-        exists: Says whether there is a run in a workdir that can be seen from here.
+      folder: the folder of all stores.
+      refers: says whether the run in a workdir refers to the store of a name.
+      exists: says whether there is a run in a workdir that can be seen from here.
     """
     for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
         store = manifest.parent
@@ -185,12 +185,12 @@ def clean(
     """Remove the stores in `folder` that no run refers to, and what unfinished ones left.
 
     Args:
-        folder: The folder of all stores.
-        refers: Says whether the run in a workdir refers to the store of a name.
-        exists: Says whether there is a run in a workdir that can be seen from here.
+      folder: the folder of all stores.
+      refers: says whether the run in a workdir refers to the store of a name.
+      exists: says whether there is a run in a workdir that can be seen from here.
 
     Raises:
-        StorageError: A store can't be removed.
+      StorageError: a store can't be removed.
     """
     removed = []
     kept = []

@@ -36,15 +36,15 @@ def prepare_token_files(
     """Write the store of files of ids, which stay where they are.
 
     Args:
-        source: The files.
-        checksums: Of the files, in their order.
-        tokenizer: The one that made the ids.
-        folder: Where the store is written.
-        splits: The splits that the store is to have, such as ("train", "valid").
-        is_shown: Whether to show a bar, and to say what is held out.
+      source: the files.
+      checksums: of the files, in their order.
+      tokenizer: the one that made the ids.
+      folder: where the store is written.
+      splits: the splits that the store is to have, such as ("train", "valid").
+      is_shown: whether to show a bar, and to say what is held out.
 
     Raises:
-        UserError: There is an id that the tokenizer doesn't have.
+      UserError: there is an id that the tokenizer doesn't have.
     """
     writer = StoreWriter(folder, np.dtype(np.uint16), tokenizer.unknown_ids)
     scanned_bytes = 2 * (source.total_bytes() or 0)

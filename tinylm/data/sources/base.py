@@ -28,12 +28,12 @@ class Document(NamedTuple):
     """A text, or what is wrong with it.
 
     Attributes:
-        text: What is learned from; it carries loss.
-        prompt: What stands before it and carries no loss.
-        log_prob: The log probability of the text in nats, where it is known.
-        problem: Why there is no text to be had; empty for a good document.
-        remedy: What to do about a problem of the config, such as a wrong name of a field, where
-            skipping the document is the wrong answer.
+      text: what is learned from; it carries loss.
+      prompt: what stands before it and carries no loss.
+      log_prob: the log probability of the text in nats, where it is known.
+      problem: why there is no text to be had; empty for a good document.
+      remedy: what to do about a problem of the config, such as a wrong name of a field, where
+        skipping the document is the wrong answer.
     """
 
     text: str
@@ -80,7 +80,7 @@ class Source:
         """Yield the documents of a split, in the letters and line ends that the config asks for.
 
         Args:
-            split: "train" or "valid"; "all" where the source has no splits of its own.
+          split: "train" or "valid"; "all" where the source has no splits of its own.
         """
         for document in self.read_split(split):
             text = self._normalised(document.text)
@@ -129,7 +129,7 @@ class FileSource(Source):
         """The files of a glob or folder, sorted: paths, or URLs of objects in a bucket.
 
         Raises:
-            UserError: There are none, or one can't be read.
+          UserError: there are none, or one can't be read.
         """
         if in_bucket(self.argument):
             paths = mirror.find(self.argument, self.endings, self.config.outage_secs)
@@ -184,12 +184,12 @@ def good_documents(
     """Yield the good documents, and treat the bad ones as the policy says.
 
     Args:
-        documents: Good ones and such with a problem.
-        policy: "error" or "skip", as data.on_bad_text.
-        note: Called with each document that is skipped.
+      documents: good ones and such with a problem.
+      policy: "error" or "skip", as data.on_bad_text.
+      note: called with each document that is skipped.
 
     Raises:
-        UserError: A document is bad and the policy is "error".
+      UserError: a document is bad and the policy is "error".
     """
     for document in documents:
         if not document.problem:

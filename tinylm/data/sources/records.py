@@ -30,8 +30,8 @@ class RecordSource(Source):
         """Return the text or pair of a record, or what is wrong with it.
 
         Args:
-            record: Its fields.
-            where: Its file and place, for messages.
+          record: its fields.
+          where: its file and place, for messages.
         """
         config = self.config
         is_pair = config.prompt_field in record and config.completion_field in record

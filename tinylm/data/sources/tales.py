@@ -72,8 +72,8 @@ class Symbol(NamedTuple):
     """The forms of a symbol.
 
     Attributes:
-        key: The fact of another symbol that decides between the tables, where there are several.
-        tables: The forms for each value of that fact; for "" where there is no key.
+      key: the fact of another symbol that decides between the tables, where there are several.
+      tables: the forms for each value of that fact; for "" where there is no key.
     """
 
     key: Slot | None
@@ -134,13 +134,13 @@ class Grammar:
         """Read a grammar.
 
         Args:
-            symbols: The forms of each symbol (see `Choice` and `Slot`). Under a key `symbol by
-                other.fact` they are tables, `value: forms / value: forms`, of which the fact of the
-                other symbol, drawn before, takes one.
-            start: The symbol that stands for a whole text.
+          symbols: the forms of each symbol (see `Choice` and `Slot`). Under a key `symbol by
+            other.fact` they are tables, `value: forms / value: forms`, of which the fact of the
+            other symbol, drawn before, takes one.
+          start: the symbol that stands for a whole text.
 
         Raises:
-            ValueError: One form could begin another, so a text might be read in two ways.
+          ValueError: one form could begin another, so a text might be read in two ways.
         """
         self._start: Parts = (_slot(start),)
         self._symbols: dict[str, Symbol] = {}
@@ -192,10 +192,10 @@ class Grammar:
         """Return whether a text of one may begin a text of the other; in doubt, that it may.
 
         Args:
-            one: The rest of one form.
-            other: The rest of another form.
-            agree: Whether the same slot says the same in both, which holds until a symbol with
-                facts is drawn in one of them.
+          one: the rest of one form.
+          other: the rest of another form.
+          agree: whether the same slot says the same in both, which holds until a symbol with
+            facts is drawn in one of them.
         """
         # Leave out what both begin with.
         while one and other and one[0] == other[0] and (agree or isinstance(one[0], str)):

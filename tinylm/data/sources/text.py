@@ -77,11 +77,11 @@ def decode(block: bytes, where: str, offset: int = 0, strips: bool = False) -> D
     """Return the document that some bytes are, or what is wrong with them.
 
     Args:
-        block: The bytes; a byte order mark at their start doesn't belong to the text.
-        where: Their file and place, for messages.
-        offset: Their place in the file, in bytes.
-        strips: Whether whitespace at the ends is left out. Only ASCII's whitespace is: a Chinese
-            paragraph begins with wide spaces that are its own.
+      block: the bytes; a byte order mark at their start doesn't belong to the text.
+      where: their file and place, for messages.
+      offset: their place in the file, in bytes.
+      strips: whether whitespace at the ends is left out. Only ASCII's whitespace is: a Chinese
+        paragraph begins with wide spaces that are its own.
     """
     try:
         text = block.decode().removeprefix(BYTE_ORDER_MARK)

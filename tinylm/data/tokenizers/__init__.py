@@ -64,11 +64,11 @@ def build_tokenizer(
     """Return the tokenizer of a config.
 
     Args:
-        spec: `data.tokenizer`.
-        vocab_top_k: How many of its ids to keep (0: all).
-        texts: Gives the texts of the training split, which bpe and pruning learn from.
-        eot_token: The token that ends a text, where a file has it under an unusual name.
-        all_texts: Gives the texts of all splits, where these are more; `char` has their characters.
+      spec: `data.tokenizer`.
+      vocab_top_k: how many of its ids to keep (0: all).
+      texts: gives the texts of the training split, which bpe and pruning learn from.
+      eot_token: the token that ends a text, where a file has it under an unusual name.
+      all_texts: gives the texts of all splits, where these are more; `char` has their characters.
     """
     kind, argument = split_spec(spec)
     tokenizer: Tokenizer
@@ -94,11 +94,11 @@ def read_vocabulary(spec: str, eot: int | str | None = None) -> Tokenizer:
     """Return the tokenizer of the file or folder that a spec names.
 
     Args:
-        spec: `gpt2`, `gpt2:DIR`, `hf:FILE`, `sentencepiece:FILE` or `llama2c:FILE`.
-        eot: The id or token that ends a text, for the kinds whose files may not say.
+      spec: `gpt2`, `gpt2:DIR`, `hf:FILE`, `sentencepiece:FILE` or `llama2c:FILE`.
+      eot: the id or token that ends a text, for the kinds whose files may not say.
 
     Raises:
-        UserError: The file can't be read.
+      UserError: the file can't be read.
     """
     kind, argument = split_spec(spec)
     if kind == "gpt2":
@@ -135,10 +135,10 @@ def load_tokenizer(folder: Any) -> Tokenizer:
     """Return the tokenizer saved in a folder.
 
     Args:
-        folder: A path, or the address of a folder in a bucket.
+      folder: a path, or the address of a folder in a bucket.
 
     Raises:
-        UserError: There is none, or it was altered.
+      UserError: there is none, or it was altered.
     """
     folder = folder_path(folder)
     try:

@@ -30,13 +30,13 @@ class Tokenizer:
     """Base of all tokenizers: what follows from `_encode_texts`, `decode_bytes` and the files.
 
     Attributes:
-        name: The kind, or the kind with its argument: `byte`, `bpe:512`.
-        vocab_size: How many ids there are, including the end of text.
-        eot_id: The id that ends a text.
-        eot_name: How the files write the end of text; empty where they have no token for it.
-        unknown_ids: The ids that stand for what the vocabulary can't spell.
-        files: The files that make this tokenizer, by name.
-        header: What makes this tokenizer in addition to its files.
+      name: the kind, or the kind with its argument: `byte`, `bpe:512`.
+      vocab_size: how many ids there are, including the end of text.
+      eot_id: the id that ends a text.
+      eot_name: how the files write the end of text; empty where they have no token for it.
+      unknown_ids: the ids that stand for what the vocabulary can't spell.
+      files: the files that make this tokenizer, by name.
+      header: what makes this tokenizer in addition to its files.
     """
 
     name: str
@@ -102,10 +102,10 @@ class Tokenizer:
         """Write this tokenizer into a folder.
 
         Args:
-            folder: A path, or the address of a folder in a bucket.
+          folder: a path, or the address of a folder in a bucket.
 
         Raises:
-            StorageError: It can't be written.
+          StorageError: it can't be written.
         """
         folder = folder_path(folder)
         header = {"name": self.name, "fingerprint": self.fingerprint, **self.header}
@@ -160,7 +160,7 @@ class TableTokenizer(Tokenizer):
     """A tokenizer whose every id stands for fixed bytes.
 
     Attributes:
-        bytes_of_id: The bytes of each id. What it has for the end of text is not used.
+      bytes_of_id: the bytes of each id. What it has for the end of text is not used.
     """
 
     bytes_of_id: list[bytes]
@@ -202,7 +202,7 @@ def utf8(text: str) -> bytes:
     """Return the UTF-8 bytes of `text`.
 
     Raises:
-        UserError: The text has half of a surrogate pair, for which there are no such bytes.
+      UserError: the text has half of a surrogate pair, for which there are no such bytes.
     """
     try:
         return text.encode()

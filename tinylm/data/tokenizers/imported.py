@@ -31,7 +31,7 @@ class Gpt2Tokenizer(TableTokenizer):
     """GPT-2's 50,257 ids, encoded by tiktoken (Radford et al. 2019, section 2.2).
 
     Attributes:
-        inner: tiktoken's encoding.
+      inner: tiktoken's encoding.
     """
 
     name = "gpt2"
@@ -42,7 +42,7 @@ class Gpt2Tokenizer(TableTokenizer):
         """Take the id of each token's bytes, which is also its rank: lower ones merge first.
 
         Raises:
-            ValueError: The ids aren't those from 0 on, or some byte has none.
+          ValueError: the ids aren't those from 0 on, or some byte has none.
         """
         tiktoken = optional_module("tiktoken", "tokens")
 
@@ -70,11 +70,11 @@ class Gpt2Tokenizer(TableTokenizer):
         """Read OpenAI's two files.
 
         Args:
-            folder: Has `encoder.json` (ids) and `vocab.bpe` (merges, whose order the ids must
-                follow).
+          folder: has `encoder.json` (ids) and `vocab.bpe` (merges, whose order the ids must
+            follow).
 
         Raises:
-            UserError: They can't be read, or don't belong together.
+          UserError: they can't be read, or don't belong together.
         """
         place = pathlib.Path(folder)
         encoder = read_user_file(place / "encoder.json")
@@ -142,11 +142,11 @@ class SentencePieceTokenizer(Tokenizer):
         """Read a model.
 
         Args:
-            model: The content of its file.
-            eot: The id or the piece that ends a text. None for the model's own, or a new id.
+          model: the content of its file.
+          eot: the id or the piece that ends a text. None for the model's own, or a new id.
 
         Raises:
-            UserError: This isn't a model, or has no such piece.
+          UserError: this isn't a model, or has no such piece.
         """
         sentencepiece = optional_module("sentencepiece", "tokens")
 
@@ -204,7 +204,7 @@ class Llama2cTokenizer(TableTokenizer):
     merges come in the order of the scores of what they make.
 
     Attributes:
-        inner: A tokenizer of the `tokenizers` library that gives the same ids.
+      inner: a tokenizer of the `tokenizers` library that gives the same ids.
     """
 
     name = "llama2c"
@@ -286,7 +286,7 @@ def read_llama2c(content: bytes) -> tuple[list[bytes], list[float]]:
     (int32), and those bytes.
 
     Raises:
-        UserError: The file is damaged.
+      UserError: the file is damaged.
     """
     pieces: list[bytes] = []
     scores: list[float] = []

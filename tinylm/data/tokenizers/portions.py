@@ -42,11 +42,11 @@ def encode_in_pieces(
     """Encode texts, long ones in pieces.
 
     Args:
-        texts: The texts.
-        encode: Returns the ids of each of the pieces that it is given.
+      texts: the texts.
+      encode: returns the ids of each of the pieces that it is given.
 
     Returns:
-        The ids of each text.
+      The ids of each text.
     """
     pieces: list[str] = []
     num_pieces: list[int] = []

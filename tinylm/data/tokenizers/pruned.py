@@ -23,11 +23,11 @@ class PrunedTokenizer(Tokenizer):
     """Another tokenizer with only some of its ids, renumbered in their order.
 
     Attributes:
-        base: The other tokenizer.
-        kept: The ids of `base` that are kept, in the order of the new ones.
-        spells: A dropped token is spelled in bytes. Where it isn't, it becomes one more id, which
-            decodes to U+FFFD.
-        counts: How many tokens were counted (`counted_tokens`) and dropped (`dropped_tokens`).
+      base: the other tokenizer.
+      kept: the ids of `base` that are kept, in the order of the new ones.
+      spells: a dropped token is spelled in bytes. Where it isn't, it becomes one more id, which
+        decodes to U+FFFD.
+      counts: how many tokens were counted (`counted_tokens`) and dropped (`dropped_tokens`).
     """
 
     def __init__(self, base: Tokenizer, kept: Sequence[int], counts: dict[str, int]):

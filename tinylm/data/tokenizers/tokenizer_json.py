@@ -31,9 +31,9 @@ class JsonTokenizer(TableTokenizer):
     """Any tokenizer.json.
 
     Attributes:
-        inner: The library's tokenizer.
-        added_words: The words that the file adds to the vocabulary of its model.
-        is_byte_level: The vocabulary writes bytes as GPT-2's does, so `bytes_of_id` holds.
+      inner: the library's tokenizer.
+      added_words: the words that the file adds to the vocabulary of its model.
+      is_byte_level: the vocabulary writes bytes as GPT-2's does, so `bytes_of_id` holds.
     """
 
     inner: "tokenizers.Tokenizer"
@@ -48,14 +48,14 @@ class JsonTokenizer(TableTokenizer):
         """Read a file's content.
 
         Args:
-            tokenizer_json: The content.
-            eot: The id or the token that ends a text. None for the first token with a usual name.
-            eot_hint: The token that ends a text where none has a usual name. Where this isn't a
-                token either, the end is a new id.
-            name: The name of the tokenizer.
+          tokenizer_json: the content.
+          eot: the id or the token that ends a text. None for the first token with a usual name.
+          eot_hint: the token that ends a text where none has a usual name. Where this isn't a
+            token either, the end is a new id.
+          name: the name of the tokenizer.
 
         Raises:
-            UserError: The content can't be read, or has no such end of text.
+          UserError: the content can't be read, or has no such end of text.
         """
         import tokenizers
 
