@@ -37,11 +37,12 @@ CASES = {
     "heads": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 64},
     "wide and deep": {"embed_dim": 256, "num_layers": 4},
     "parallel": {"parallel_residual": True},
+    "convolved": {"conv_taps": 4, "embed_dim": 128, "mlp_dim": 64},
     "dots": {"remat": "dots"},
     "full": {"remat": "full"},
 }
 # Compiled only with `-m slow`.
-SLOW = ("vocabulary", "wide and deep", "parallel", "dots")
+SLOW = ("vocabulary", "wide and deep", "parallel", "convolved", "dots")
 # Fields of the model that the formulas needn't know, and why.
 UNKNOWN = {
     "context": "the rows that are trained on have data.seq_len tokens",
@@ -53,7 +54,7 @@ UNKNOWN = {
     "unroll": "a choice of how to compile",
     "dropout": "its masks, a third more on a CPU, are not counted",
     **dict.fromkeys(
-        ("bias", "qkv_bias", "mlp_bias", "out_bias", "norm", "position", "conv_taps"),
+        ("bias", "qkv_bias", "mlp_bias", "out_bias", "norm", "position"),
         "parameters, which are counted by their shapes; their activations are few",
     ),
     **dict.fromkeys(

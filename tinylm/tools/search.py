@@ -150,6 +150,10 @@ def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> floa
     # A row of attention: its logits in float32, and their softmax.
     attention_bytes = model.num_heads * seq_len * (4 + item_bytes)
     layer_bytes = item_bytes * (product_numbers + between_numbers) + attention_bytes
+    if model.conv_taps:
+        # Inputs and outputs of the two convolutions. They have all positions and features on each
+        # of the devices that split heads, however many these are.
+        layer_bytes += item_bytes * 4 * embed * tensor_ways
     if model.remat == "none":
         kept_bytes = layer_bytes
         # Nothing is made again.
