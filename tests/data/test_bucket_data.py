@@ -620,6 +620,20 @@ def test_stores_that_share_a_cache_keep_their_tokens_apart(tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("bucket")
+def test_ids_that_were_read_from_the_disk_before_are_found_in_the_bucket(tmp_path, monkeypatch):
+    """The store that was made for the disk names files that lie elsewhere."""
+    write_source("tokens", tmp_path / "source")
+    source = f"tokens:{tmp_path}/source"
+    host(monkeypatch, tmp_path, "uploads")
+    data_of(source, store_dir=f"gs://{BUCKET}/both")
+    host(monkeypatch, tmp_path, "reads")
+    here = data_of(source)
+    there = data_of(source, store_dir=f"gs://{BUCKET}/both")
+    assert same_rows(there, here)
+    assert same_rows(data_of(source), here)
+
+
+@pytest.mark.usefixtures("bucket")
 def test_a_store_is_opened_again_where_less_room_is_left_than_the_cache_may_take(
     tmp_path, monkeypatch
 ):

@@ -228,6 +228,9 @@ class StoreFinder:
 
         One process decides for all of its host, since the room changes meanwhile.
         """
+        for name in names:
+            if _names_files_elsewhere(self._folder / name):
+                stores.remove(self._folder / name)
         whole = self._choose_whole(bucket, names, ())
         for name in names:
             folder = self._folder / name if name in whole else self._part(name)
@@ -376,6 +379,14 @@ class StoreFinder:
 def _is_whole(folder: pathlib.Path) -> bool:
     """Return whether there is a store in `folder`, whose manifest is written last."""
     return (folder / MANIFEST).exists()
+
+
+def _names_files_elsewhere(folder: pathlib.Path) -> bool:
+    """Return whether a store is one of ready files on this disk; in a bucket they lie inside."""
+    if not _is_whole(folder):
+        return False
+    shards = read_manifest(folder).shards
+    return not all((folder / shard.file).exists() for shard in shards)
 
 
 def _texts_of(document: Document) -> list[str]:
