@@ -49,16 +49,14 @@ def traffic(arguments: argparse.Namespace) -> None:
         ],
     )
     config = config.resolve(0)
-    rows = make_plan(config, make_mesh(config.mesh, topology_devices(arguments.topology, 1)))[
-        "collectives"
-    ]
-    sent, least = (
-        sum(row[name] for row in rows) / 1e6 for name in ("bytes_per_step", "minimum_bytes")
-    )
+    mesh = make_mesh(config.mesh, topology_devices(arguments.topology, 1))
+    rows = make_plan(config, mesh).collectives
+    sent = sum(row.bytes_per_step for row in rows) / 1e6
+    least = sum(row.minimum_bytes for row in rows) / 1e6
     for row in rows:
         print(
-            f"  {row['kind']:<20}{row['axis']:<12}"
-            f"{row['bytes_per_step'] / 1e6:10.1f}{row['minimum_bytes'] / 1e6:10.1f}"
+            f"  {row.kind:<20}{row.axis:<12}"
+            f"{row.bytes_per_step / 1e6:10.1f}{row.minimum_bytes / 1e6:10.1f}"
         )
     print(f"sent {sent:.1f} MB, least {least:.1f} MB, {sent / least:.2f} times")
 

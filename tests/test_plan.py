@@ -1,5 +1,6 @@
 """A plan compiles the step that the trainer runs, allocates nothing, and says what it costs."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -59,17 +60,17 @@ def test_a_plan_for_simulated_devices_has_every_key_and_the_memory_of_fsdp():
     config, _ = small({"fsdp": True})
     one = make_plan(config, make_mesh(config.mesh, jax.devices()[:1]))
     assert set(four) >= KEYS
-    assert one["collectives"] == []
+    assert one.collectives == []
     for kind in "params", "optimizer":
         assert four["per_device_bytes"][kind] == pytest.approx(
-            one["per_device_bytes"][kind] / 4, rel=0.05
+            one.per_device_bytes[kind] / 4, rel=0.05
         )
     assert {row["axis"] for row in four["collectives"]} == {"data"}
     assert all(
         row.keys() == {"kind", "axis", "bytes_per_step", "minimum_bytes"}
         for row in four["collectives"]
     )
-    assert four["flops_per_step"] == one["flops_per_step"]
+    assert four["flops_per_step"] == one.flops_per_step
     assert four["fits"] is True
 
 
@@ -80,19 +81,17 @@ def test_gradients_cross_the_data_axis_or_the_slices_once_a_step_whatever_the_mi
     mesh, axis
 ):
     plan = make_plan(*small(mesh, "train.accumulation_steps=4"))
-    (row,) = (
-        row for row in plan["collectives"] if row["axis"] == axis and row["kind"] == "all-reduce"
-    )
-    assert plan["traffic_from"] == "compiled program"
-    assert row["bytes_per_step"] == pytest.approx(row["minimum_bytes"], rel=0.01)
+    (row,) = (row for row in plan.collectives if row.axis == axis and row.kind == "all-reduce")
+    assert plan.traffic_from == "compiled program"
+    assert row.bytes_per_step == pytest.approx(row.minimum_bytes, rel=0.01)
 
 
 def test_a_program_that_cannot_be_printed_has_the_traffic_of_the_formula(monkeypatch):
     monkeypatch.setattr(jax.stages.Compiled, "as_text", lambda self: 1 / 0)
     plan = make_plan(*small({"data": 4}))
-    assert plan["traffic_from"] == "formula"
-    assert plan["collectives"][0]["bytes_per_step"] == plan["collectives"][0]["minimum_bytes"] > 0
-    assert plan["per_device_bytes"]["activations"] > 0
+    assert plan.traffic_from == "formula"
+    assert plan.collectives[0].bytes_per_step == plan.collectives[0].minimum_bytes > 0
+    assert plan.per_device_bytes["activations"] > 0
     assert "from the formula" in describe(plan)
 
 
@@ -100,25 +99,26 @@ def test_a_search_ranks_what_fits_and_its_formula_is_near_the_compiler():
     config = load_config("tales", [flag.removeprefix("--config.") for flag in TINY[1:]])
     config = config.resolve(256)
     rows = search(config, jax.devices()[:4], compiled=1)
-    assert {(row["mesh"]["data"], row["mesh"]["model"], row["fsdp"]) for row in rows} == {
+    assert {(row.mesh["data"], row.mesh["model"], row.fsdp) for row in rows} == {
         (4, 1, True),
         (4, 1, False),
         (2, 2, True),
         (2, 2, False),
         (1, 4, False),
     }
-    assert {row["remat"] for row in rows} == {"none", "dots", "full"}
+    assert {row.remat for row in rows} == {"none", "dots", "full"}
     best = rows[0]
-    assert best["fits"] is True
-    assert best["compiled_bytes"] == pytest.approx(best["bytes"], rel=0.5)
-    assert best["batch_size"] % best["mesh"]["data"] == 0
-    assert f"--config.mesh.data={best['mesh']['data']} " in describe_search(rows)
+    assert best.fits is True
+    assert best.as_json().keys() - rows[-1].as_json().keys() == {"fits"}, "not known by formula"
+    assert best.compiled_bytes == pytest.approx(best.bytes, rel=0.5)
+    assert best.batch_size % best.mesh["data"] == 0
+    assert f"--config.mesh.data={best.mesh['data']} " in describe_search(rows)
     for mesh in (1, 4), (2, 2), (4, 1):
         batches = [
             next(
-                row["batch_size"]
+                row.batch_size
                 for row in rows[1:]
-                if (row["mesh"]["data"], row["mesh"]["model"]) == mesh and row["remat"] == remat
+                if (row.mesh["data"], row.mesh["model"]) == mesh and row.remat == remat
             )
             for remat in ("none", "full")
         ]
@@ -135,11 +135,11 @@ def test_compiled_rows_are_ranked_by_what_the_compiler_says(monkeypatch):
     def compile_one(config, row, devices):
         secs, fits = [(3.0, True), (1.0, False), (2.0, True)][len(compiled)]
         compiled.append(row)
-        return {**row, "compiled_secs_per_token": secs, "fits": fits}
+        return dataclasses.replace(row, compiled_secs_per_token=secs, fits=fits)
 
     monkeypatch.setattr("tinylm.tools.search._compiled", compile_one)
     rows = search(config, jax.devices()[:4], compiled=3)
-    assert [row["compiled_secs_per_token"] for row in rows[:3]] == [2.0, 3.0, 1.0]
+    assert [row.compiled_secs_per_token for row in rows[:3]] == [2.0, 3.0, 1.0]
     assert compiled == by_formula[:3] and rows[3:] == by_formula[3:]
 
 

@@ -8,6 +8,7 @@ Prints memory per device, FLOPs, traffic by mesh axis with the least that is nee
 train; allocates nothing. A topology needs the TPU compiler: pip install "tinylm[tpu]".
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -36,12 +37,15 @@ def plan(flags: FlagValues) -> None:
     devices = topology_devices(flags.topology, flags.slices) if flags.topology else jax.devices()
     if flags.search:
         found = search(config, devices)
-        print(json.dumps(found) if flags.json else describe_search(found))
+        if flags.json:
+            print(json.dumps([row.as_json() for row in found]))
+        else:
+            print(describe_search(found))
         return
     mesh = make_mesh(config.mesh, devices)
     config.check_mesh(batch_shards(mesh))
     plan = make_plan(config, mesh)
-    print(json.dumps(plan) if flags.json else describe(plan))
+    print(json.dumps(dataclasses.asdict(plan)) if flags.json else describe(plan))
 
 
 def topology_devices(topology: str, slices: int) -> list[jax.Device]:

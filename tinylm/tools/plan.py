@@ -7,6 +7,7 @@ step is a roofline (Williams et al. 2009): the slowest of arithmetic, memory and
 hid the others. So it is a lower bound, not a promise.
 """
 
+import dataclasses
 import math
 import re
 from typing import Any, NamedTuple
@@ -30,8 +31,62 @@ _REFUSED = re.compile(r"RESOURCE_EXHAUSTED.*?\(?([\d.]+)([KMGT])\)? exceeds", re
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # bytes
 
 
-def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Return the plan of a resolved config as plain values, ready for JSON.
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What a device sends in a step by one kind of collective.
+
+    Attributes:
+      kind: of the collective, as "all-reduce".
+      axis: of the mesh, along which it sends.
+      bytes_per_step: what it sends.
+      minimum_bytes: the least that it must send, by the formula.
+    """
+
+    kind: str
+    axis: str
+    bytes_per_step: float
+    minimum_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step takes on a mesh. These are the keys of `plan --json`, too.
+
+    Attributes:
+      device: the kind of the mesh's devices.
+      mesh: the size of each axis by its name.
+      per_device_bytes: what a device holds at the height of a step, by kind, and in `total`.
+      chip_bytes: the memory that a device has.
+      fits: whether it holds the total.
+      flops_per_step: on all devices.
+      collectives: the traffic of a step.
+      traffic_from: where that was read: compiled program, or formula.
+      secs: what arithmetic, memory and each kind of link take for a step.
+      bound_by: the one that takes longest.
+      step_secs_estimate: how long that is.
+      mfu_bound: the largest part of the chips' peak that a step can use.
+      tokens: of the whole run.
+      train_secs_estimate: of the whole run.
+    """
+
+    device: str
+    mesh: dict[str, int]
+    per_device_bytes: dict[str, int]
+    chip_bytes: int
+    fits: bool
+    flops_per_step: float
+    collectives: list[Traffic]
+    traffic_from: str
+    secs: dict[str, float]
+    bound_by: str
+    step_secs_estimate: float
+    mfu_bound: float
+    tokens: int
+    train_secs_estimate: float
+
+
+def make_plan(config: Config, mesh: Mesh) -> Plan:
+    """Return the plan of a resolved config.
 
     Args:
       config: its step is compiled.
@@ -54,22 +109,22 @@ def make_plan(config: Config, mesh: Mesh) -> dict[str, Any]:
     memory = per_device_bytes(stats, blueprint, refused_bytes)
     secs = roofline_secs(mesh, flops, memory, collectives, config)
     step_secs = max(secs.values())
-    return {
-        "device": mesh.devices.flat[0].device_kind,
-        "mesh": sizes_by_name(mesh),
-        "per_device_bytes": memory,
-        "chip_bytes": int(chip.memory_bytes),
-        "fits": not refused_bytes and memory["total"] <= chip.memory_bytes,
-        "flops_per_step": flops,
-        "collectives": _compared(collectives, least),
-        "traffic_from": "formula" if found is None else "compiled program",
-        "secs": secs,
-        "bound_by": max(secs, key=lambda name: secs[name]),
-        "step_secs_estimate": step_secs,
-        "mfu_bound": flops / (step_secs * chip.peak_flops * mesh.size),
-        "tokens": tokens * config.train.last_step,
-        "train_secs_estimate": step_secs * config.train.last_step,
-    }
+    return Plan(
+        device=mesh.devices.flat[0].device_kind,
+        mesh=sizes_by_name(mesh),
+        per_device_bytes=memory,
+        chip_bytes=int(chip.memory_bytes),
+        fits=not refused_bytes and memory["total"] <= chip.memory_bytes,
+        flops_per_step=flops,
+        collectives=_compared(collectives, least),
+        traffic_from="formula" if found is None else "compiled program",
+        secs=secs,
+        bound_by=max(secs, key=lambda name: secs[name]),
+        step_secs_estimate=step_secs,
+        mfu_bound=flops / (step_secs * chip.peak_flops * mesh.size),
+        tokens=tokens * config.train.last_step,
+        train_secs_estimate=step_secs * config.train.last_step,
+    )
 
 
 class Formulas(NamedTuple):
@@ -170,19 +225,19 @@ def _collectives_of(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collectiv
     return None if text is None else read_collectives(text, mesh)
 
 
-def _compared(found: list[Collective], least: list[Collective]) -> list[dict[str, Any]]:
+def _compared(found: list[Collective], least: list[Collective]) -> list[Traffic]:
     """Return the collectives, each kind and axis with the least that is needed of it."""
     sent = {(one.kind, one.axis): one.bytes_per_step for one in found}
     needed = {(one.kind, one.axis): one.bytes_per_step for one in least}
     rows = []
     for key in sorted({*sent, *needed}):
         kind, axis = key
-        row = {
-            "kind": kind,
-            "axis": axis,
-            "bytes_per_step": sent.get(key, 0.0),
-            "minimum_bytes": needed.get(key, 0.0),
-        }
+        row = Traffic(
+            kind,
+            axis,
+            bytes_per_step=sent.get(key, 0.0),
+            minimum_bytes=needed.get(key, 0.0),
+        )
         rows.append(row)
     return rows
 

@@ -26,9 +26,48 @@ MARGIN = 0.9
 REMATS = ("none", "dots", "full")
 
 
-def search(
-    config: Config, devices: Sequence[jax.Device], compiled: int = 3
-) -> list[dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class SearchRow:
+    """A mesh and a policy at their largest batch. These are the keys of `plan --search --json`.
+
+    Attributes:
+      mesh: the size of each axis by its name.
+      fsdp: whether parameters and optimizer state are split over `data`.
+      remat: what is computed again.
+      batch_size: rows of a step on all devices.
+      bytes: what a device holds, by the formula.
+      secs_per_token: by the formula.
+      bound_by: what takes longest.
+      compiled_bytes: what a device holds, by the compiler; None: it was not asked.
+      compiled_secs_per_token: the same of the time.
+      fits: whether `compiled_bytes` fit.
+    """
+
+    mesh: dict[str, int]
+    fsdp: bool
+    remat: str
+    batch_size: int
+    bytes: int
+    secs_per_token: float
+    bound_by: str
+    compiled_bytes: int | None = None
+    compiled_secs_per_token: float | None = None
+    fits: bool | None = None
+
+    @property
+    def mesh_config(self) -> MeshConfig:
+        """The section that makes this mesh."""
+        return MeshConfig(**self.mesh, fsdp=self.fsdp)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the row as plain values; one that wasn't compiled doesn't say whether it fits."""
+        values = dataclasses.asdict(self)
+        if self.fits is None:
+            del values["fits"]
+        return values
+
+
+def search(config: Config, devices: Sequence[jax.Device], compiled: int = 3) -> list[SearchRow]:
     """Return a row for each mesh and policy that fits a resolved config, fastest first.
 
     Args:
@@ -52,16 +91,16 @@ def search(
     return best + found[compiled:]
 
 
-def rank(row: dict[str, Any]) -> tuple[bool, float, int, int]:
+def rank(row: SearchRow) -> tuple[bool, float, int, int]:
     """Return what orders rows: what fits first, then by time for a token.
 
     The compiler knows better than the formula. Of two rows that are equally fast to two digits,
     the simpler one comes first.
     """
-    secs = row["compiled_secs_per_token"] or row["secs_per_token"]
+    secs = row.compiled_secs_per_token or row.secs_per_token
     rounded_secs = float(f"{secs:.2g}")
-    is_too_large = row.get("fits") is False
-    return is_too_large, rounded_secs, REMATS.index(row["remat"]), MeshConfig(**row["mesh"]).model
+    is_too_large = row.fits is False
+    return is_too_large, rounded_secs, REMATS.index(row.remat), row.mesh_config.model
 
 
 def _mesh_configs(config: Config, num_devices: int) -> list[MeshConfig]:
@@ -82,7 +121,7 @@ def _mesh_configs(config: Config, num_devices: int) -> list[MeshConfig]:
 
 def _rows_by_formula(
     config: Config, mesh_config: MeshConfig, devices: Sequence[jax.Device]
-) -> list[dict[str, Any]]:
+) -> list[SearchRow]:
     """Return a row for each policy with which a row of tokens a device fits, at its largest
     batch.
     """
@@ -115,19 +154,16 @@ def _rows_by_formula(
         # How much a compiler can hide behind the slowest part is not known: a tenth of the rest
         # is taken as not hidden.
         step_secs = 0.9 * max(secs.values()) + 0.1 * sum(secs.values())
-        rows.append(
-            {
-                "mesh": sizes_by_name(mesh),
-                "fsdp": mesh_config.fsdp,
-                "remat": remat,
-                "batch_size": trial.data.batch_size,
-                "bytes": int(fixed_bytes + rows_per_device * bytes_per_row),
-                "secs_per_token": step_secs / said.tokens,
-                "bound_by": max(secs, key=lambda name: secs[name]),
-                "compiled_bytes": None,
-                "compiled_secs_per_token": None,
-            }
+        row = SearchRow(
+            mesh=sizes_by_name(mesh),
+            fsdp=mesh_config.fsdp,
+            remat=remat,
+            batch_size=trial.data.batch_size,
+            bytes=int(fixed_bytes + rows_per_device * bytes_per_row),
+            secs_per_token=step_secs / said.tokens,
+            bound_by=max(secs, key=lambda name: secs[name]),
         )
+        rows.append(row)
     return rows
 
 
@@ -170,30 +206,29 @@ def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> floa
     return seq_len * per_token / tensor_ways
 
 
-def _compiled(config: Config, row: dict[str, Any], devices: Sequence[jax.Device]) -> dict[str, Any]:
+def _compiled(config: Config, row: SearchRow, devices: Sequence[jax.Device]) -> SearchRow:
     """Return `row` with what its compiled step takes.
 
     Its batch is halved until it fits, or until it is one row a device.
     """
-    mesh_config = MeshConfig(**row["mesh"], fsdp=row["fsdp"])
-    mesh = make_mesh(mesh_config, devices)
+    mesh = make_mesh(row.mesh_config, devices)
     smallest_batch = batch_shards(mesh) * config.train.accumulation_steps
-    batch_size = row["batch_size"]
+    batch_size = row.batch_size
     while True:
         trial = config.editable_copy()
-        trial.mesh = mesh_config
-        trial.model.remat = row["remat"]
+        trial.mesh = row.mesh_config
+        trial.model.remat = row.remat
         trial.data.batch_size = batch_size
         trial.freeze()
         plan = make_plan(trial, mesh)
-        if plan["fits"] or batch_size <= smallest_batch:
+        if plan.fits or batch_size <= smallest_batch:
             break
         batch_size //= 2
-    return {
-        **row,
-        "batch_size": batch_size,
-        "fits": plan["fits"],
-        "compiled_bytes": plan["per_device_bytes"]["total"],
-        "compiled_secs_per_token": plan["step_secs_estimate"] / trial.data.tokens_per_step,
-        "bound_by": plan["bound_by"],
-    }
+    return dataclasses.replace(
+        row,
+        batch_size=batch_size,
+        fits=plan.fits,
+        compiled_bytes=plan.per_device_bytes["total"],
+        compiled_secs_per_token=plan.step_secs_estimate / trial.data.tokens_per_step,
+        bound_by=plan.bound_by,
+    )
