@@ -14,9 +14,11 @@ import types
 
 import numpy as np
 import pytest
-from helpers import ROOT, png_of
+from helpers import ROOT, SMALL, lines, png_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from pod import serve_bucket
 
+from tinylm import report
 from tinylm import sweep as command
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
@@ -170,8 +172,6 @@ def test_mistakes_come_before_the_first_run(tmp_path, trained, grid, said):
         sweep(["--config=tales"], grid, str(tmp_path), jobs=1)
     with pytest.raises(UserError, match="must be free of"):
         sweep(["--config=tales"], GRID, f"{tmp_path}/a*", jobs=1)
-    with pytest.raises(UserError, match="must be a folder on a disk"):
-        sweep(["--config=tales"], GRID, "gs://bucket/sweep", jobs=1)
     assert trained[0] == []
 
 
@@ -222,3 +222,34 @@ def test_what_is_asked_to_stop_leaves_no_process_and_starts_none(tmp_path):
 )
 def test_commas_inside_brackets_separate_nothing(text, values):
     assert module.parse_axis(text) == (text.partition("=")[0], values)
+
+
+@pytest.mark.slow
+def test_a_sweep_lies_in_a_bucket_as_on_a_disk(tmp_path, monkeypatch, capsys):
+    (tmp_path / "store" / "bucket").mkdir(parents=True)
+    server, port = serve_bucket(tmp_path / "store", tmp_path / "server.log")
+    for name in "STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL":
+        monkeypatch.setenv(name, f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    flags = [*SMALL, "--config.train.num_steps=6", "--grid=seed=0,1", "--workdir=gs://bucket/sweep"]
+    try:
+        tables = []
+        for _ in range(2):
+            assert command.main([*flags, "--json"]) == 0
+            tables.append(json.loads(capsys.readouterr().out))
+        there = tmp_path / "store" / "bucket" / "sweep"
+        assert tables[0] == tables[1] and len(tables[0]) == 2
+        assert (there / "sweep.png").read_bytes().startswith(b"\x89PNG")
+        for seed in 0, 1:
+            log = (there / f"seed={seed}" / "log.txt").read_text()
+            assert log.count("Done in ") == 1, "the second sweep trains nothing"
+            losses = lines(there / f"seed={seed}", "valid")
+            (row,) = (row for row in tables[0] if row["point"] == {"seed": str(seed)})
+            assert row["loss"] == min(losses.values())
+        assert report.main(["--workdir=gs://bucket/sweep", f"--out={tmp_path}/report.html"]) == 0
+        page = (tmp_path / "report.html").read_text()
+        assert "seed=0" in page and "seed=1" in page
+    finally:
+        server.kill()
+        server.wait()

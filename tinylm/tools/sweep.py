@@ -7,6 +7,7 @@ is to resume: a run that was cut goes on from its own checkpoints.
 
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import itertools
 import json
@@ -16,10 +17,13 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
+
+from etils import epath
 
 from tinylm.core.errors import Preempted, UserError, one_line
 from tinylm.core.log import say
@@ -53,7 +57,7 @@ def sweep(
     Args:
       base: the flags that all runs have, among them --config.
       grid: its axes, each as "key=value,value".
-      workdir: the folder of the sweep, on a disk.
+      workdir: the folder of the sweep, on a disk or in a bucket.
       jobs: how many runs train at a time.
       load: loads a config by its name and overrides; raises UserError for a mistake in them.
 
@@ -61,22 +65,19 @@ def sweep(
       UserError: for a mistake at any point, before the first run begins.
       Preempted: where the sweep was asked to stop.
     """
-    workdir = str(RunFolder(workdir).path)
-    if in_bucket(workdir):
-        raise UserError(
-            f"--workdir={workdir} must be a folder on a disk: processes write their logs there."
-        )
+    folder = RunFolder(workdir)
     keys_and_values = [parse_axis(axis) for axis in grid]
     refuse_twice(key for key, _ in keys_and_values)
     axes = dict(keys_and_values)
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     refuse_twice(name_of(point) for point in points)
     _check(base, points, load)
+    folder.check_bucket()
 
     stop = threading.Event()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         try:
-            futures = [pool.submit(train, base, point, workdir, jobs, stop) for point in points]
+            futures = [pool.submit(train, base, point, folder.path, jobs, stop) for point in points]
             for count, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 row = future.result()
                 say(f"[{count}/{len(points)}] {name_of(row.point)}: {row.result}")
@@ -85,7 +86,7 @@ def sweep(
             pool.shutdown(cancel_futures=True)
             raise
     rows = [future.result() for future in futures]
-    picture = pathlib.Path(workdir, "sweep.png")
+    picture = folder.path / "sweep.png"
     try:
         save(figure_of(rows), picture)
     except Exception as error:
@@ -146,38 +147,58 @@ def name_of(point: Point) -> str:
     return content[:220].decode(errors="ignore") + hashlib.sha256(content).hexdigest()[:32]
 
 
-def train(base: Sequence[str], point: Point, workdir: str, jobs: int, stop: threading.Event) -> Row:
+def train(
+    base: Sequence[str], point: Point, workdir: epath.Path, jobs: int, stop: threading.Event
+) -> Row:
     """Train the run of one point, unless it is done; return its row."""
-    folder = pathlib.Path(workdir, name_of(point))
+    folder = workdir / name_of(point)
     folder.mkdir(parents=True, exist_ok=True)
     own = [f"--config.{key}={value}" for key, value in point.items()]
     flags = [*base, *own]
     done = folder / "sweep_done"
-    if not done.exists() or done.read_text(encoding="utf-8") != json.dumps(flags):
+    if not done.exists() or done.read_text() != json.dumps(flags):
         exit_code, last_line = _run(flags, folder, jobs, stop)
         if exit_code:
             return Row(point, None, None, f"exit code {exit_code}: {last_line}")
-        done.write_text(json.dumps(flags), encoding="utf-8")
+        done.write_text(json.dumps(flags))
     kind, loss, step = best_loss(str(folder))
     return Row(point, loss, step, f"{kind} loss {loss:.4f} at step {step}")
 
 
 def _run(
-    flags: Sequence[str], folder: pathlib.Path, jobs: int, stop: threading.Event
+    flags: Sequence[str], folder: epath.Path, jobs: int, stop: threading.Event
 ) -> tuple[int, str]:
     """Train in a process of its own; return its exit code and the last line of its log."""
-    log = folder / "log.txt"
     # Of a GPU, each of the jobs that share it has its part.
     share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"}
     command = [sys.executable, "-m", "tinylm.main", *flags, f"--workdir={folder}"]
-    with log.open("a", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env={**share, **os.environ})
-        while process.poll() is None:
-            if stop.wait(0.1):
-                process.terminate()
-                process.wait()
-    last_line = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+    with _log_on_disk(folder / "log.txt") as log:
+        with log.open("a", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, env={**share, **os.environ}
+            )
+            while process.poll() is None:
+                if stop.wait(0.1):
+                    process.terminate()
+                    process.wait()
+        last_line = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
     return process.returncode, last_line
+
+
+@contextlib.contextmanager
+def _log_on_disk(path: epath.Path) -> Iterator[pathlib.Path]:
+    """Give a file that a process can write its log to; one in a bucket is copied in the end."""
+    if not in_bucket(path):
+        yield pathlib.Path(path)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        log = pathlib.Path(scratch, path.name)
+        if path.exists():
+            log.write_bytes(path.read_bytes())
+        try:
+            yield log
+        finally:
+            path.write_bytes(log.read_bytes())
 
 
 def best_loss(workdir: str) -> tuple[str, float, int]:
