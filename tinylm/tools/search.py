@@ -200,8 +200,8 @@ def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> floa
         recomputed_bytes = layer_bytes
     if model.remat == "dots":
         kept_bytes += item_bytes * product_numbers
-    # The logits in float32, and their gradient.
-    vocab_bytes = 2 * 4 * model.padded_vocab
+    # The logits in float32, and their gradient, of one piece of the row at a time.
+    vocab_bytes = 2 * 4 * model.padded_vocab / model.loss_chunks
     per_token = model.num_layers * kept_bytes + recomputed_bytes + vocab_bytes
     return seq_len * per_token / tensor_ways
 

@@ -14,7 +14,11 @@ data axis splits them, n the number of devices along the axis.
     slices            one all-reduce of the gradients that a device holds
 
 Recomputing the forward pass (model.remat=full) adds a third gather, and half of a layer's
-all-reduces.
+all-reduces. A CPU's program does with two gathers, since what it gathers to compute a layer again
+serves the layer's gradients, too. Whether a TPU's program does so has not been checked, and where
+a program can't be printed the plan shows these figures, so the higher number is kept.
+
+With model.parallel_residual the least is half of what programs send; docs/scaling.md says why.
 """
 
 import dataclasses
