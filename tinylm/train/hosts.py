@@ -30,9 +30,10 @@ class Hosts:
         self._host_secs = 0.0
         self._input_wait_secs = 0.0
         self._traffic = buckets.traffic()
-        # By process, its name and the seconds of host work a step in each line.
+        # By process: its name, its host work a step summed over the lines, and their number.
         self._names: dict[int, str] = {}
-        self._secs_of: dict[int, list[float]] = collections.defaultdict(list)
+        self._sums: dict[int, float] = collections.defaultdict(float)
+        self._lines: collections.Counter[int] = collections.Counter()
 
     def note(self, steps: int, host_secs: float, input_wait_secs: float) -> None:
         """Count steps that were sent to the device.
@@ -56,7 +57,8 @@ class Hosts:
         told = self._watchdog.told()
         for process, (name, vitals) in told.items():
             self._names[process] = f"{name} (process {process})"
-            self._secs_of[process].append(vitals.host_secs)
+            self._sums[process] += vitals.host_secs
+            self._lines[process] += 1
         return largest({self._names[process]: vitals for process, (_, vitals) in told.items()})
 
     def _measured(self) -> Vitals:
@@ -78,9 +80,9 @@ class Hosts:
 
     def summary(self) -> str:
         """Return which host was the slowest over the run, or nothing in a job of one process."""
-        if len(self._secs_of) < 2:
+        if len(self._names) < 2:
             return ""
-        mean = {process: statistics.fmean(secs) for process, secs in self._secs_of.items()}
+        mean = {process: self._sums[process] / self._lines[process] for process in self._names}
         slowest = max(mean, key=lambda process: mean[process])
         usual = statistics.median(mean.values())
         return (
