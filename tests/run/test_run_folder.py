@@ -222,7 +222,7 @@ def test_lines_and_samples_that_no_run_wrote_are_passed_over(tmp_path):
         {"step": 2, "split": "time"},
     ]
     run = gather(str(tmp_path))
-    assert (run["train"]["loss"], run["samples"][0]["texts"][0][0]) == (
+    assert (run.train["loss"], run.samples[0].texts[0][0]) == (
         [2.0],
         "\N{REPLACEMENT CHARACTER}",
     )

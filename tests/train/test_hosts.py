@@ -6,7 +6,7 @@ from tinylm.core import buckets
 from tinylm.core.vitals import Vitals, device_bytes, resident_bytes
 from tinylm.core.watchdog import Watchdog
 from tinylm.train.hosts import Hosts, largest
-from tinylm.view.history import hosts
+from tinylm.view.history import HostFigure, hosts
 
 
 class Job(Watchdog):
@@ -57,13 +57,8 @@ def test_the_report_names_the_host_that_is_slowest_most_often():
         for step in range(1, 11)
     ]
     slowest, *_ = hosts(lines)
-    assert slowest == {
-        "name": "host_secs",
-        "usual": 5.5,
-        "most": 10,
-        "on": "a",
-        "share": pytest.approx(0.7),
-    }
+    share = pytest.approx(0.7)
+    assert slowest == HostFigure("host_secs", usual=5.5, most=10, on="a", share=share)
     assert hosts([{"step": 1, "loss": 2.0}]) == []
 
 

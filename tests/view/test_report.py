@@ -31,7 +31,7 @@ from tinylm.run.folder import RunFolder
 from tinylm.run.open_run import Run
 from tinylm.view import page, report
 from tinylm.view.attention import Attention, attention_of, attention_weights
-from tinylm.view.history import MOST_POINTS, curves, gather
+from tinylm.view.history import MOST_POINTS, History, curves, gather
 from tinylm.view.parameters import describe_run
 from tinylm.view.plot import COLORS, PANELS, figure_of_curves, save
 
@@ -81,16 +81,23 @@ def made_run(workdir, learning_rate=1e-3):
     return str(workdir)
 
 
+def history(**changes):
+    """Return the history of a run that did nothing."""
+    nothing = {field.name: None for field in dataclasses.fields(History)}
+    nothing |= {"train": {}, "valid": {}}
+    return History(**{**nothing, **changes})
+
+
 def test_the_last_line_of_a_step_counts_and_a_torn_one_does_not(tmp_path):
     run = gather(made_run(tmp_path / "run"))
-    assert run["train"]["step"] == list(range(1, 41))
-    assert run["train"]["loss"][19] == pytest.approx(4 / 20 + 1)
-    assert run["train"]["loss"][20] == pytest.approx(4 / 21 + 2, rel=1e-5)
-    assert (run["train"]["secs"][0], run["train"]["secs"][39]) == (10, 400)
-    assert run["valid"]["step"] == [10, 20, 30, 40]
-    assert run["floor"] == 0.1
-    assert [text[:11] for text in run["samples"][0]["texts"]] == ["process 2.0"] * 3
-    assert run["time"] == {
+    assert run.train["step"] == list(range(1, 41))
+    assert run.train["loss"][19] == pytest.approx(4 / 20 + 1)
+    assert run.train["loss"][20] == pytest.approx(4 / 21 + 2, rel=1e-5)
+    assert (run.train["secs"][0], run.train["secs"][39]) == (10, 400)
+    assert run.valid["step"] == [10, 20, 30, 40]
+    assert run.floor == 0.1
+    assert [text[:11] for text in run.samples[0].texts] == ["process 2.0"] * 3
+    assert run.time == {
         "train": 10 + 20,
         "eval": 10 + 20,
     }  # the first process's account of step 30 was replaced
@@ -215,9 +222,9 @@ def test_folders_may_follow_the_flag_and_names_tell_runs_apart():
         "workdir",
         "--workdir=a",
     ]
-    runs = [{"name": "x", "path": "/r/1/x"}, {"name": "x", "path": "/r/2/x"}]
-    report.make_names_distinct(runs)
-    assert [run["name"] for run in runs] == ["/r/1/x", "/r/2/x"]
+    runs = [history(name="x", path=f"/r/{number}/x") for number in (1, 2)]
+    assert [run.name for run in report.distinctly_named(runs)] == ["/r/1/x", "/r/2/x"]
+    assert report.distinctly_named(runs[:1]) == runs[:1]
     with pytest.raises(UserError, match=r"2\.7 must be LAYER\.HEAD, up to 1\.3"):
         report.chosen_heads(["0.1", "2.7"], 2, 4)
 
@@ -269,11 +276,8 @@ def test_a_model_or_mesh_that_is_none_is_one_line(tmp_path, part, key, value, wa
 def two_runs(tmp_path):
     runs = [gather(made_run(tmp_path / name, rate)) for name, rate in (("a", 1e-3), ("b", 1e-2))]
     weights = np.tril(np.full((2, 2, 3, 3), 0.25))
-    attention = Attention(["x", "\n", "<z>"], weights)
-    for run in runs:
-        run["model"] = dataclasses.asdict(describe_run(run["path"]))
-        run["attention"] = page.attention_part(attention, [(0, 0), (1, 1)])
-    return runs
+    maps = page.attention_maps(Attention(["x", "\n", "<z>"], weights), [(0, 0), (1, 1)])
+    return [page.RunOnPage(run, describe_run(run.path), maps) for run in runs]
 
 
 def test_the_page_holds_everything_itself(tmp_path):
@@ -300,7 +304,7 @@ def logged(workdir, split, name):
 
 
 def test_each_panel_has_the_lines_of_all_runs_as_they_were_logged(tmp_path):
-    figure = figure_of_curves(two_runs(tmp_path))
+    figure = figure_of_curves([run.history for run in two_runs(tmp_path)])
     names = ("loss", "grad_norm", "learning_rate", "tokens_per_sec")  # mfu is null in each line
     assert [axes.get_title() for axes in figure.axes] == [PANELS[name] for name in names]
     for axes, name in zip(figure.axes, names, strict=True):
@@ -325,7 +329,7 @@ def test_each_panel_has_the_lines_of_all_runs_as_they_were_logged(tmp_path):
 
 
 def test_what_a_run_begins_with_does_not_flatten_its_curves(tmp_path):
-    loss, _, _, speed = figure_of_curves(two_runs(tmp_path)).axes
+    loss, _, _, speed = figure_of_curves([run.history for run in two_runs(tmp_path)]).axes
     losses = dict(logged(tmp_path / "a", "train", "loss"))
     # The first twentieth are two steps.
     assert losses[3] < loss.get_ylim()[1] < losses[2]
@@ -343,7 +347,8 @@ def test_what_a_run_begins_with_does_not_flatten_its_curves(tmp_path):
 def test_the_legend_names_every_line_and_covers_none(tmp_path, count, name):
     """Names are text, though matplotlib takes some for formulas, and leaves out others."""
     run = gather(made_run(tmp_path / "run"))
-    figure = figure_of_curves([run | {"name": f"{name}{i}"} for i in range(count)], ["loss"])
+    runs = [dataclasses.replace(run, name=f"{name}{i}") for i in range(count)]
+    figure = figure_of_curves(runs, ["loss"])
     (axes,) = figure.axes
     (legend,) = figure.legends
     labels = [text.get_text().replace("\n", "").replace(" ", "") for text in legend.get_texts()]
@@ -359,7 +364,7 @@ def test_the_legend_names_every_line_and_covers_none(tmp_path, count, name):
 
 
 def test_a_single_point_can_be_seen():
-    run = {"name": "a", "floor": None, "train": {"step": [7], "loss": [3.0]}, "valid": {}}
+    run = history(name="a", train={"step": [7], "loss": [3.0]})
     (axes,) = figure_of_curves([run], ["loss"]).axes
     (line,) = axes.get_lines()
     assert line.get_marker() == "o"
@@ -512,10 +517,14 @@ def test_the_lines_of_the_page_are_at_the_numbers_that_were_logged(tmp_path, bro
 
 
 def test_many_long_runs_are_drawn_and_each_prompt_has_its_name(tmp_path, browser):
-    runs, steps = two_runs(tmp_path), list(range(MOST_POINTS))
-    runs[0] |= {"prompts": ["first"], "train": {"step": steps, "secs": steps, "loss": steps}}
-    runs[1]["prompts"] = ["other", "second"]
-    (tmp_path / "r.html").write_text(page.page("report", runs[:1] * 100 + runs[1:]))
+    one, other = two_runs(tmp_path)
+    steps = list(range(MOST_POINTS))
+    train = {"step": steps, "secs": steps, "loss": steps}
+    many = dataclasses.replace(one.history, prompts=["first"], train=train)
+    single = dataclasses.replace(other.history, prompts=["other", "second"])
+    runs = [dataclasses.replace(one, history=many)] * 100
+    runs.append(dataclasses.replace(other, history=single))
+    (tmp_path / "r.html").write_text(page.page("report", runs))
     view, errors = browser.new_page(), []
     view.on("pageerror", lambda error: errors.append(str(error)))
     view.goto(f"file://{tmp_path / 'r.html'}")

@@ -3,6 +3,7 @@ folder alone.
 """
 
 import collections
+import dataclasses
 import math
 import re
 from typing import Any
@@ -17,7 +18,69 @@ from tinylm.run.folder import RunFolder
 # Of a curve; a longer one is thinned evenly, and keeps its ends.
 MOST_POINTS = 1500
 _NO_CURVES = ("split", "unix_secs")
+# What samples.txt has above the texts of a step. The group is the step.
 _SAMPLE = re.compile(r"^--- step (\d{1,18}) ---\n", re.MULTILINE)
+
+# Values by name, all over the same steps; None where a step lacks one.
+Curves = dict[str, list[float | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class HostFigure:
+    """What hosts needed of one kind.
+
+    Attributes:
+      name: the figure of core/vitals.py. Each log line has the largest value of all hosts.
+      usual: the median of these.
+      most: their maximum.
+      on: of a job of several processes, the host that had the largest most often.
+      share: its part of the lines.
+    """
+
+    name: str
+    usual: float
+    most: float
+    on: str | None = None
+    share: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What the model wrote at a step, one text a prompt."""
+
+    step: int
+    texts: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """A run as its files tell it.
+
+    Attributes:
+      name: of its folder.
+      path: of its folder.
+      tokens_per_step: of all devices.
+      floor: the entropy of the data, in nats per token, where that is known.
+      train: the curves of training.
+      valid: the curves of validation.
+      time: where its seconds went, by kind, over all processes.
+      hosts: what they needed besides computing.
+      prompts: of its samples.
+      samples: in the order of their steps.
+      settings: by dotted key, with the versions that it ran on.
+    """
+
+    name: str
+    path: str
+    tokens_per_step: int
+    floor: float | None
+    train: Curves
+    valid: Curves
+    time: dict[str, float]
+    hosts: list[HostFigure]
+    prompts: list[str]
+    samples: list[Sample]
+    settings: dict[str, Any]
 
 
 def _readable(name: str) -> str:
@@ -25,8 +88,8 @@ def _readable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def gather(workdir: str) -> dict[str, Any]:
-    """Return a run as plain values, ready for JSON; raise UserError where there is none."""
+def gather(workdir: str) -> History:
+    """Return the history of a run; raise UserError where there is no run."""
     folder = RunFolder(workdir)
     record = folder.read_config()
     config = record["config"]
@@ -36,22 +99,22 @@ def gather(workdir: str) -> dict[str, Any]:
     times = [line["unix_secs"] for line in lines if "unix_secs" in line]
     start = min(times, default=0.0)
     floors = [line["floor"] for line in lines if "floor" in line]
-    return {
-        "name": _readable(folder.path.name),
-        "path": _readable(str(folder.path)),
-        "tokens_per_step": tokens_per_step,
-        "floor": floors[-1] if floors else None,
-        "train": curves(lines, "train", start),
-        "valid": curves(lines, "valid", start),
-        "time": seconds_by_kind(lines),
-        "hosts": hosts(lines),
-        "prompts": prompts,
-        "samples": samples(folder, max(1, len(prompts))),
-        "settings": _flat({**config, "versions": record["versions"]}),
-    }
+    return History(
+        name=_readable(folder.path.name),
+        path=_readable(str(folder.path)),
+        tokens_per_step=tokens_per_step,
+        floor=floors[-1] if floors else None,
+        train=curves(lines, "train", start),
+        valid=curves(lines, "valid", start),
+        time=seconds_by_kind(lines),
+        hosts=hosts(lines),
+        prompts=prompts,
+        samples=samples(folder, max(1, len(prompts))),
+        settings=_flat({**config, "versions": record["versions"]}),
+    )
 
 
-def curves(lines: list[dict[str, Any]], split: str, start: float) -> dict[str, list[float | None]]:
+def curves(lines: list[dict[str, Any]], split: str, start: float) -> Curves:
     """Return {name: values} over the steps of a split; what a line lacks is None.
 
     Args:
@@ -106,41 +169,45 @@ def seconds_by_kind(lines: list[dict[str, Any]]) -> dict[str, float]:
     return dict(secs)
 
 
-def hosts(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what hosts needed besides computing, one entry for each figure of core/vitals.py.
-
-    Each log line has the largest value of all hosts. An entry has the median of these (`usual`),
-    their maximum (`most`) and, of a job of several processes, the host that had the largest most
-    often (`on`), with its part of the lines (`share`).
-    """
+def hosts(lines: list[dict[str, Any]]) -> list[HostFigure]:
+    """Return what hosts needed besides computing, as lines of metrics.jsonl tell it."""
     found = []
     for name in Vitals._fields:
         values = [line[name] for line in lines if name in line]
         if not values:
             continue
-        entry = {"name": name, "usual": float(np.median(values)), "most": max(values)}
+        figure = HostFigure(name, usual=float(np.median(values)), most=max(values))
         names = collections.Counter(line[name + ON] for line in lines if name + ON in line)
         if names:
-            [(entry["on"], count)] = names.most_common(1)
-            entry["share"] = count / names.total()
-        found.append(entry)
+            [(on, count)] = names.most_common(1)
+            figure = dataclasses.replace(figure, on=on, share=count / names.total())
+        found.append(figure)
     return found
 
 
-def samples(folder: RunFolder, num_prompts: int) -> list[dict[str, Any]]:
-    """Return [{step, texts}] in order; of a step written twice, the last texts."""
+def samples(folder: RunFolder, num_prompts: int) -> list[Sample]:
+    """Return samples in the order of their steps; of a step written twice, the last texts."""
     if not folder.samples_file.exists():
         return []
-    text = folder.samples_file.read_bytes().decode(errors="replace")
-    # Split by a pattern with one group, the parts are: what comes before, step, text, step, ...
-    parts = _SAMPLE.split(text)[1:]
+    # A crash may have torn a character.
+    content = folder.samples_file.read_bytes()
+    text = content.decode(errors="replace")
+
+    # A pattern with one group splits a text into: what comes before, step, text, step, text, ...
+    _, *parts = _SAMPLE.split(text)
+    steps = parts[::2]
+    samples_of_steps = parts[1::2]
+
+    # A step has a text for each prompt. After a crash it has those of both runs, one by one.
     texts_of: dict[int, list[str]] = collections.defaultdict(list)
-    for step, sample in zip(parts[::2], parts[1::2], strict=True):
-        texts_of[int(step)].append(sample.strip("\n"))
+    for step, sample in zip(steps, samples_of_steps, strict=True):
+        sample = sample.strip("\n")
+        texts_of[int(step)].append(sample)
+
     found = []
     for step in sorted(texts_of):
         last_texts = texts_of[step][-num_prompts:]
-        found.append({"step": step, "texts": last_texts})
+        found.append(Sample(step, last_texts))
     return found
 
 

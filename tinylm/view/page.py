@@ -4,6 +4,7 @@ The page is `page.html` with the runs as JSON inside; its script draws.
 """
 
 import base64
+import dataclasses
 import html
 import json
 import pathlib
@@ -13,23 +14,59 @@ from typing import Any
 import numpy as np
 
 from tinylm.view.attention import Attention
+from tinylm.view.history import History
+from tinylm.view.parameters import ParameterTable
 from tinylm.view.plot import COLORS, DASHES, PANELS, new_grid, plain
 
 Heads = Sequence[tuple[int, int]]  # (layer, head)
 
 
-def page(title: str, runs: list[dict[str, Any]]) -> str:
+@dataclasses.dataclass(frozen=True)
+class AttentionMaps:
+    """The attention of some heads over a text.
+
+    Attributes:
+      tokens: of the text, as labels.
+      heads: for each, by its name, its weights of T x T tokens: a byte each, in base64.
+    """
+
+    tokens: list[str]
+    heads: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOnPage:
+    """What the page shows of a run; without its attention, where that is None."""
+
+    history: History
+    model: ParameterTable
+    attention: AttentionMaps | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the page's script reads: the history's values and, next to them, the rest."""
+        return {**vars(self.history), "model": self.model, "attention": self.attention}
+
+
+def page(title: str, runs: Sequence[RunOnPage]) -> str:
     """Return the HTML of a report."""
     # A panel of the page may show several values of a run.
     panels = [(heading, [name]) for name, heading in PANELS.items()]
-    data = {"runs": runs, "colors": COLORS, "dashes": DASHES, "panels": panels}
+    data = {
+        "runs": [run.as_json() for run in runs],
+        "colors": COLORS,
+        "dashes": DASHES,
+        "panels": panels,
+    }
+    # Dataclasses are written as objects of their fields. Copying them with `asdict` would take a
+    # call for each point of each curve.
+    content = json.dumps(data, allow_nan=False, default=vars)
     # No text of a run may end the script that the data is in.
-    inside = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
+    inside = content.replace("<", "\\u003c")
     template = pathlib.Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("__TITLE__", html.escape(title)).replace("__DATA__", inside)
 
 
-def attention_part(attention: Attention, heads: Heads) -> dict[str, Any]:
+def attention_maps(attention: Attention, heads: Heads) -> AttentionMaps:
     """Return the attention of some heads for the page: 256 grades of weight."""
     grades_LNTS = np.round(attention.weights_LNTS * 255).astype(np.uint8)
     maps = {}
@@ -37,7 +74,7 @@ def attention_part(attention: Attention, heads: Heads) -> dict[str, Any]:
         content = grades_LNTS[layer, head].tobytes()
         maps[f"layer {layer}, head {head}"] = base64.b64encode(content).decode()
     tokens = [visible(token) for token in attention.tokens]
-    return {"tokens": tokens, "heads": maps}
+    return AttentionMaps(tokens, maps)
 
 
 def figure_of_attention(attention: Attention, heads: Heads) -> Any:

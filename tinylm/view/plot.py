@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tinylm.core.errors import one_line
 from tinylm.core.log import say, say_once
 from tinylm.run.folder import RunFolder
-from tinylm.view.history import gather
+from tinylm.view.history import History, gather
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("", "7 3", "2 3", "10 3 2 3", "5 2", "1 2", "12 4")
@@ -31,16 +31,16 @@ PANELS = {
 class Curve(NamedTuple):
     """A line in a panel."""
 
-    steps: list[int]
+    steps: list[float]
     values: list[float]
     look: dict[str, Any]  # what matplotlib's `plot` takes
 
 
-def figure_of_curves(runs: Sequence[dict[str, Any]], names: Sequence[str] = tuple(PANELS)) -> Any:
+def figure_of_curves(runs: Sequence[History], names: Sequence[str] = tuple(PANELS)) -> Any:
     """Return a figure of the panels that have data.
 
     Args:
-      runs: as `gather` gives them.
+      runs: whose curves are drawn.
       names: of the panels.
     """
     panels: dict[str, list[Curve]] = {}
@@ -57,7 +57,7 @@ def figure_of_curves(runs: Sequence[dict[str, Any]], names: Sequence[str] = tupl
         for curve in curves:
             axes.plot(curve.steps, curve.values, **curve.look)
         if name == "loss":
-            for floor in sorted({run["floor"] for run in runs} - {None}):
+            for floor in sorted({run.floor for run in runs if run.floor is not None}):
                 label = f"floor of the corpus ({floor:.3f})"
                 axes.axhline(floor, color="#555555", ls=":", label=label)
         if name in ("loss", "grad_norm"):
@@ -100,22 +100,24 @@ _LOOK_OF_SPLIT: dict[str, dict[str, Any]] = {
 }
 
 
-def _curves(i: int, run: dict[str, Any], name: str) -> list[Curve]:
+def _curves(i: int, run: History, name: str) -> list[Curve]:
     """Return the training and the validation curve of the i-th run, without gaps."""
     found = []
+    curves_of_split = {"train": run.train, "valid": run.valid}
     for split, look in _LOOK_OF_SPLIT.items():
-        curve = run[split]
+        curve = curves_of_split[split]
         if name not in curve:
             continue
         steps = []
         values = []
         for step, value in zip(curve["step"], curve[name], strict=True):
             if value is not None:
+                assert step is not None, "every line that is kept has its step"
                 steps.append(step)
                 values.append(value)
         if not values:
             continue
-        label = plain(f"{run['name']}, {split} (last {values[-1]:.3f})")
+        label = plain(f"{run.name}, {split} (last {values[-1]:.3f})")
         style = {**line_style(i), **look, "label": label}
         if len(values) == 1:
             # A line needs two points to be seen.

@@ -6,7 +6,7 @@ parameters of a checkpoint.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 
@@ -17,7 +17,7 @@ from tinylm.run.folder import RunFolder
 from tinylm.run.open_run import open_run
 from tinylm.view import page
 from tinylm.view.attention import attention_of
-from tinylm.view.history import gather
+from tinylm.view.history import History, gather
 from tinylm.view.parameters import describe_run
 from tinylm.view.plot import figure_of_curves, save
 
@@ -54,35 +54,37 @@ def write_report(
       StorageError: where the report can't be written.
     """
     folders = [folder for workdir in workdirs for folder in runs_in(workdir)]
-    runs = [gather(folder) for folder in folders]
-    make_names_distinct(runs)
+    runs = distinctly_named([gather(folder) for folder in folders])
     place = epath.Path(out or RunFolder(workdirs[0]).path / "report.html")
     written = [place]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        if any(run["train"] or run["valid"] for run in runs):
+        if any(run.train or run.valid for run in runs):
             curves = place.with_suffix(".png")
             written.append(curves)
             save(figure_of_curves(runs), curves)
+        shown = []
         for folder, run in zip(folders, runs, strict=True):
-            run["model"] = dataclasses.asdict(describe_run(folder))
+            on_page = page.RunOnPage(run, describe_run(folder))
+            shown.append(on_page)
             if attention is None:
                 continue
-            name = run["name"].replace("/", "_")
+            name = run.name.replace("/", "_")
             picture = place.with_name(f"{place.stem}_attention_{name}.png")
             try:
-                run["attention"] = _show_attention(folder, attention, picture)
+                maps = _show_attention(folder, attention, picture)
             except UserError as error:
                 # Of several runs, one may know other characters, or have other heads.
                 if len(runs) == 1:
                     raise
-                say(f"warning: no attention of {run['name']}: {error}")
+                say(f"warning: no attention of {run.name}: {error}")
             else:
+                shown[-1] = dataclasses.replace(on_page, attention=maps)
                 written.append(picture)
         # The page lists its runs below the title, which would be long with many.
-        names = [run["name"] for run in runs]
+        names = [run.name for run in runs]
         title = ", ".join(names) if len(names) <= 3 else f"{len(names)} runs"
-        content = page.page(title, runs)
+        content = page.page(title, shown)
         # Under a locale that is not UTF-8, names of files hold their bytes in escapes, which become
         # those bytes again.
         place.write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -100,22 +102,24 @@ def runs_in(workdir: str) -> list[str]:
     return below or [workdir]
 
 
-def make_names_distinct(runs: Sequence[dict[str, Any]]) -> None:
-    """Name runs by their paths where the names of two folders are alike."""
-    names = {run["name"] for run in runs}
-    if len(names) < len(runs):
-        for run in runs:
-            run["name"] = run["path"]
+def distinctly_named(runs: Sequence[History]) -> list[History]:
+    """Return runs that are named by their paths where the names of two folders are alike."""
+    names = {run.name for run in runs}
+    if len(names) == len(runs):
+        return list(runs)
+    return [dataclasses.replace(run, name=run.path) for run in runs]
 
 
-def _show_attention(workdir: str, request: AttentionRequest, picture: epath.Path) -> dict[str, Any]:
+def _show_attention(
+    workdir: str, request: AttentionRequest, picture: epath.Path
+) -> page.AttentionMaps:
     """Draw the attention of a run, and return what the page shows of it."""
     run = open_run(workdir, request.step)
     attention = attention_of(run, request.text)
     num_layers, num_heads, _, _ = attention.weights_LNTS.shape
     heads = chosen_heads(request.heads, num_layers, num_heads)
     save(page.figure_of_attention(attention, heads), picture)
-    return page.attention_part(attention, heads)
+    return page.attention_maps(attention, heads)
 
 
 def chosen_heads(names: Sequence[str], num_layers: int, num_heads: int) -> list[tuple[int, int]]:
