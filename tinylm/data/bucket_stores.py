@@ -56,25 +56,28 @@ class StoreBucket:
         """
         manifest = read_manifest(folder)
         if ready_files:
-            # They come from several folders, perhaps under the same name.
-            shards = [
-                dataclasses.replace(shard, file=f"ready-{number:05d}.bin")
-                for number, shard in enumerate(manifest.shards)
-            ]
-            manifest = dataclasses.replace(manifest, shards=shards)
+            manifest = _with_numbered_files(manifest)
+        # Where the files of tokens and masks lie, by their names there.
         paths = {shard.file: folder / shard.file for shard in _in_blocks(manifest)}
         for shard, ready in zip(manifest.shards, ready_files, strict=False):
             paths[shard.file] = pathlib.Path(ready)
+
         url = self.url_of(folder.name)
         with alive(lambda: f"copying {folder} to {url}"):
             for name, path in paths.items():
-                self._write(block_checksums(path).tobytes(), f"{url}/{name}{CHECKSUMS_ENDING}")
+                # Hosts that read a file by its blocks check each of them.
+                checksums = block_checksums(path)
+                self._write(checksums.tobytes(), f"{url}/{name}{CHECKSUMS_ENDING}")
                 self._put(path, f"{url}/{name}")
             for shard in manifest.document_shards:
-                self._put(folder / shard.file, f"{url}/{shard.file}")
-            for path in (folder / _TOKENIZER).iterdir():
+                documents = folder / shard.file
+                self._put(documents, f"{url}/{shard.file}")
+            tokenizer = folder / _TOKENIZER
+            for path in tokenizer.iterdir():
                 self._put(path, f"{url}/{_TOKENIZER}/{path.name}")
-            self._write(manifest.content().encode(), f"{url}/{MANIFEST}")
+            # A store with a manifest counts as whole.
+            content = manifest.content()
+            self._write(content.encode(), f"{url}/{MANIFEST}")
 
     def num_bytes(self, name: str) -> int:
         """Return how many bytes the files of a store have."""
@@ -90,11 +93,14 @@ class StoreBucket:
         url = self.url_of(name)
         with alive(lambda: f"copying {url}"):
             self._get(f"{url}/{MANIFEST}", folder / MANIFEST)
-            left_there: set[str] = set()
+            files = set(self._sizes(url))
+            files.discard(MANIFEST)
             if not is_whole:
-                left_there = {shard.file for shard in _in_blocks(read_manifest(folder))}
-            for relative in self._sizes(url).keys() - left_there - {MANIFEST}:
-                self._get(f"{url}/{relative}", buckets.place_of(relative, folder))
+                manifest = read_manifest(folder)
+                files -= {shard.file for shard in _in_blocks(manifest)}
+            for file in files:
+                path = buckets.place_of(file, folder)
+                self._get(f"{url}/{file}", path)
             if is_whole:
                 Store(folder).verify()
 
@@ -136,6 +142,18 @@ class StoreBucket:
 
     def _patiently(self, url: str, use: Callable[[], T]) -> T:
         return buckets.patiently(url, "data.store_dir", use, self.outage_secs)
+
+
+def _with_numbered_files(manifest: Manifest) -> Manifest:
+    """Return a manifest in which the files of ids have names of their own.
+
+    Ready files come from several folders, in which two may have the same name.
+    """
+    shards = []
+    for number, shard in enumerate(manifest.shards):
+        shard = dataclasses.replace(shard, file=f"ready-{number:05d}.bin")
+        shards.append(shard)
+    return dataclasses.replace(manifest, shards=shards)
 
 
 def _in_blocks(manifest: Manifest) -> list[Shard]:

@@ -153,16 +153,24 @@ def train(
     """Train the run of one point, unless it is done; return its row."""
     folder = workdir / name_of(point)
     folder.mkdir(parents=True, exist_ok=True)
-    own = [f"--config.{key}={value}" for key, value in point.items()]
-    flags = [*base, *own]
+    flags = list(base)
+    for key, value in point.items():
+        flags.append(f"--config.{key}={value}")
+
+    # A finished run leaves its flags. With other ones it isn't done: `base` may ask for more steps.
     done = folder / "sweep_done"
-    if not done.exists() or done.read_text() != json.dumps(flags):
+    content = json.dumps(flags)
+    is_done = done.exists() and done.read_text() == content
+    if not is_done:
         exit_code, last_line = _run(flags, folder, jobs, stop)
         if exit_code:
-            return Row(point, None, None, f"exit code {exit_code}: {last_line}")
-        done.write_text(json.dumps(flags))
+            result = f"exit code {exit_code}: {last_line}"
+            return Row(point, None, None, result)
+        done.write_text(content)
+
     kind, loss, step = best_loss(str(folder))
-    return Row(point, loss, step, f"{kind} loss {loss:.4f} at step {step}")
+    result = f"{kind} loss {loss:.4f} at step {step}"
+    return Row(point, loss, step, result)
 
 
 def _run(
