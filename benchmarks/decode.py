@@ -11,6 +11,7 @@ likes; llama2.c's program (built with -Ofast) is told the same number of tokens 
 rate.
 """
 
+import functools
 import pathlib
 import re
 import statistics
@@ -51,24 +52,46 @@ def in_turns(name, rows, ours, theirs):
     )
 
 
-def timed(write, rows):
+def timed(call, rows):
     """Return tokens per second of a call."""
     start = time.perf_counter()
-    write()
+    call()
     return rows * FLAGS.tokens / (time.perf_counter() - start)
+
+
+def write(decoder, params, prompts, sampler):
+    """Go on with prompts as far as the flags say."""
+    list(decoder.stream(params, prompts, max_tokens=FLAGS.tokens, sampler=sampler))
+
+
+def write_with_transformers(model, prompt):
+    """Do the same with a model of theirs, at the same sampling."""
+    import torch
+
+    ids = torch.from_numpy(prompt)
+    with torch.no_grad():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=0.8,
+            top_k=50,
+            max_new_tokens=FLAGS.tokens,
+            min_new_tokens=FLAGS.tokens,
+            pad_token_id=0,
+        )
 
 
 def against_transformers():
     """Compare GPT-2 shapes with random weights, drawing at temperature 0.8 from the 50 most
     probable.
     """
-    import torch
     import transformers
 
     from tinylm.interop import weights
     from tinylm.interop.hf_model import read_model
 
-    mesh, new = make_mesh(MeshConfig(data=1)), FLAGS.tokens
+    mesh = make_mesh(MeshConfig(data=1))
     for name, (num_layers, width, heads, vocab) in SIZES.items():
         config = transformers.GPT2Config(
             n_layer=num_layers,
@@ -87,33 +110,15 @@ def against_transformers():
         decoder = Decoder(abstract_transformer(read.model)[0], 256, vocab, vocab)
         for rows in (1, 16):
             prompt = np.random.default_rng(0).integers(0, 65, (rows, 8))
-            ids = torch.from_numpy(prompt)
-
-            def ours(decoder=decoder, params=params, prompt=prompt):
-                list(
-                    decoder.stream(
-                        params, prompt.tolist(), max_tokens=new, sampler=Sampler(0.8, top_k=50)
-                    )
-                )
-
-            @torch.no_grad()
-            def reference(theirs=theirs, ids=ids):
-                theirs.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    temperature=0.8,
-                    top_k=50,
-                    max_new_tokens=new,
-                    min_new_tokens=new,
-                    pad_token_id=0,
-                )
-
+            ours = functools.partial(
+                write, decoder, params, prompt.tolist(), Sampler(0.8, top_k=50)
+            )
+            reference = functools.partial(write_with_transformers, theirs, prompt)
             in_turns(
                 name,
                 rows,
-                lambda f=ours, n=rows: timed(f, n),
-                lambda f=reference, n=rows: timed(f, n),
+                functools.partial(timed, ours, rows),
+                functools.partial(timed, reference, rows),
             )
 
 
@@ -145,15 +150,9 @@ def against_llama2c():
         return float(re.search(r"tok/s: ([\d.]+)", report)[1])
 
     for rows in (1, 16):
-
-        def ours(rows=rows):
-            list(
-                decoder.stream(
-                    imported.params, [[end]] * rows, max_tokens=FLAGS.tokens, sampler=Sampler(0.0)
-                )
-            )
-
-        in_turns("stories260K", rows, lambda f=ours, n=rows: timed(f, n), theirs)
+        prompts = [[end]] * rows
+        ours = functools.partial(write, decoder, imported.params, prompts, Sampler(0.0))
+        in_turns("stories260K", rows, functools.partial(timed, ours, rows), theirs)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -93,6 +94,15 @@ def logged(workdir):
     )
 
 
+def has_logged(workdir, step):
+    return logged(workdir) >= step
+
+
+def is_saving(folder, step):
+    """Say whether a save of this step or a later one has begun and isn't finished."""
+    return any(int(path.stem) >= step for path in folder.glob("*.unfinished"))
+
+
 @pytest.fixture
 def job(environment, start):
     """A function that starts the training command in several processes of a device each; they end
@@ -153,7 +163,7 @@ def test_fault_2_killed_at_20_random_steps(start, whole, tmp_path):
     rng, workdir = random.Random(0), tmp_path / "run"
     for at in sorted(rng.sample(range(1, 190), 20)):
         process = start(workdir, *LONG)
-        until(lambda at=at: logged(workdir) >= at, process)
+        until(functools.partial(has_logged, workdir, at), process)
         process.kill()
         process.communicate()
     assert "resuming from step" in ends(start(workdir, *LONG))
@@ -167,12 +177,7 @@ def test_fault_4_killed_during_saves(start, whole, tmp_path):
     for number in range(10):
         process = start(workdir, *LONG)
         folder = workdir / "checkpoints"
-        until(
-            lambda n=number: [
-                p for p in folder.glob("*.unfinished") if int(p.stem) >= 15 * (n + 1)
-            ],
-            process,
-        )
+        until(functools.partial(is_saving, folder, 15 * (number + 1)), process)
         time.sleep(rng.uniform(0, 0.08))
         process.kill()
         process.communicate()
@@ -250,7 +255,7 @@ def test_fault_3_one_of_two_processes_killed(job, pair, tmp_path):
     """Process 1, and process 0 of the run that goes on."""
     for killed, saved in (1, 10), (0, 20):
         process = job(tmp_path, FEW)
-        until(lambda saved=saved: finished(tmp_path, saved), process)
+        until(functools.partial(finished, tmp_path, saved), process)
         os.kill(pid_of(f"--workdir={tmp_path}", f"--process_id={killed}"), signal.SIGKILL)
         began = time.monotonic()
         said = ends(process, 6)

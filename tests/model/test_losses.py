@@ -1,5 +1,7 @@
 """The loss in pieces is the loss at once, and z-loss is its definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def test_a_chunked_loss_is_the_plain_one_and_never_has_all_logits():
     results, sizes = [], []
     for chunks in (1, 8):
         config = tiny_model(vocab_size=vocab, context=length, init_std=0.3, loss_chunks=chunks)
-        params = jax.jit(lambda c=config: init_parameters(c, 0))()
+        params = jax.jit(functools.partial(init_parameters, config, 0))()
         program = compiled(config, params, batch)
         results.append(program(params))
         sizes.append(program.memory_analysis().temp_size_in_bytes)
