@@ -110,6 +110,12 @@ def test_a_long_run_is_thinned_and_keeps_its_ends():
     assert (thinned["step"][0], thinned["step"][-1]) == (1, 100_000)
 
 
+def test_steps_of_a_very_long_run_keep_all_their_digits():
+    lines = [{"step": step, "split": "train", "loss": 1 / 3} for step in (1_234_567, 1_234_568)]
+    found = curves(lines, "train", 0.0)
+    assert (found["step"], found["loss"]) == ([1_234_567, 1_234_568], [0.333333] * 2)
+
+
 @pytest.mark.parametrize(
     "options",
     [

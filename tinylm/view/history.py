@@ -143,10 +143,12 @@ def curves(lines: list[dict[str, Any]], split: str, start: float) -> Curves:
 
 
 def _rounded(value: Any) -> float | None:
-    """Return six digits of a number, which no picture shows more of; None for anything that isn't
-    one.
+    """Return six digits of a number, which no picture shows more of, and whole numbers (steps) as
+    they are; None for anything that isn't a number.
     """
-    if not isinstance(value, int | float):
+    if isinstance(value, int):
+        return value
+    if not isinstance(value, float):
         return None
     return float(f"{value:.6g}")
 
