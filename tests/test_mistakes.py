@@ -168,6 +168,24 @@ def test_a_config_that_fails_is_one_line(tmp_path):
         load_config(str(path))
 
 
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        ("report --workdir=runs/a --out=gs:/b/a.html", "--out=gs:/b/a.html must be gs://b/a.html"),
+        ("generate --workdir=runs/a --prompt_file=gs://b/p", "--prompt_file=gs://b/p must be a f"),
+        ("convert --workdir=runs/a --to_hf=gs://b/x", "--to_hf=gs://b/x must be a file or folder"),
+        ("convert --workdir=runs/a --from_hf=gs://b/x", "--from_hf=gs://b/x must be a file or"),
+        ("convert --workdir=a --from_llama2c=gs://b/x", "--from_llama2c=gs://b/x must be a file"),
+        ("bench --config=tales --profile=gs://b/x", "--profile=gs://b/x must be a file or folder"),
+    ],
+)
+def test_a_bucket_where_none_is_supported_is_one_line(command, wanted):
+    done = call_command(*f"tinylm.{command}".split())
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {wanted}")
+    assert done.stderr.count("\n") == 1
+
+
 BODIES = {
     "return {'data': 1}": r"^get_config\(\) must return a tinylm.config.Config, not dict",
     "import ml_collections; return ml_collections.ConfigDict()": "must return a tinylm.config.Config, not ConfigDict",

@@ -21,6 +21,7 @@ from tinylm import cli
 from tinylm.core import text
 from tinylm.core.distributed import is_main
 from tinylm.core.errors import StorageError
+from tinylm.core.storage import check_on_disk
 
 
 def bench(flags: FlagValues) -> None:
@@ -28,6 +29,7 @@ def bench(flags: FlagValues) -> None:
     from tinylm.core.mesh import batch_shards, make_mesh
     from tinylm.tools.bench import measure
 
+    check_on_disk("--profile", flags.profile)
     config = cli.resolved_config(flags)
     mesh = make_mesh(config.mesh)
     config.check_mesh(batch_shards(mesh))

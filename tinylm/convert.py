@@ -18,11 +18,12 @@ from absl.flags import FlagValues
 from tinylm import cli
 from tinylm.core import text
 from tinylm.core.errors import UserError
+from tinylm.core.storage import check_on_disk
 
 
 def convert(flags: FlagValues) -> None:
     """Convert as the flags say, and print what came of it."""
-    from tinylm.interop.models import export_hf, import_hf, import_llama2c
+    from tinylm.interop.models import check_new_folder, export_hf, import_hf, import_llama2c
     from tinylm.run.folder import RunFolder
     from tinylm.run.open_run import open_run
     from tinylm.train.imported_run import make_imported_run
@@ -30,8 +31,12 @@ def convert(flags: FlagValues) -> None:
     directions = [flags.from_hf, flags.to_hf, flags.from_llama2c]
     if sum(map(bool, directions)) != 1:
         raise UserError("one of --from_hf=DIR, --to_hf=DIR and --from_llama2c=FILE is required.")
+    for name in "from_hf", "from_llama2c", "to_hf", "tokenizer":
+        check_on_disk(f"--{name}", getattr(flags, name))
     folder = RunFolder(flags.workdir)
     if flags.to_hf:
+        # Before the run's model is read, which may take long.
+        check_new_folder(flags.to_hf)
         result = export_hf(open_run(flags.workdir, flags.step), flags.to_hf)
     elif folder.exists():
         raise UserError(f"--workdir={folder.path} holds a run already; name another.")

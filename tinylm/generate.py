@@ -17,6 +17,7 @@ from absl.flags import FlagValues
 
 from tinylm import cli
 from tinylm.core.errors import UserError
+from tinylm.core.storage import check_on_disk
 from tinylm.inference.samplers import Sampler
 
 
@@ -69,6 +70,7 @@ def generate(flags: FlagValues) -> None:
 
 def read_prompt(path: str) -> str:
     """Return the text of a file without the line break at its end, which editors add."""
+    check_on_disk("--prompt_file", path)
     try:
         text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8-sig")
     except OSError as error:

@@ -16,12 +16,14 @@ from absl import flags as absl_flags
 from absl.flags import FlagValues
 
 from tinylm import cli
+from tinylm.core.storage import check_address
 
 
 def report(flags: FlagValues) -> None:
     """Write the report that the flags ask for, and print where it is."""
     from tinylm.view.report import AttentionRequest, write_report
 
+    check_address("--out", flags.out)
     attention = None
     if flags.attention_text:
         attention = AttentionRequest(flags.attention_text, flags.attention_heads, flags.step)

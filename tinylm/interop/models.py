@@ -132,6 +132,17 @@ def write_run(folder: RunFolder, record: dict[str, Any], imported: Imported) -> 
     folder.write_config(record)
 
 
+def check_new_folder(folder: str) -> pathlib.Path:
+    """Return where --to_hf writes to; raise UserError where it can't."""
+    check_on_disk("--to_hf", folder)
+    place = pathlib.Path(folder).expanduser().resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise UserError(f"--to_hf={folder} is there already; name a new folder.")
+    if jax.process_count() > 1:
+        raise UserError("--to_hf runs in one process; start it without --num_processes.")
+    return place
+
+
 def export_hf(run: Run, folder: str) -> dict[str, Any]:
     """Write a run's model into a new folder that `transformers` loads.
 
@@ -143,12 +154,7 @@ def export_hf(run: Run, folder: str) -> dict[str, Any]:
         written differ from the run's.
       StorageError: where it can't be written.
     """
-    check_on_disk("--to_hf", folder)
-    place = pathlib.Path(folder).expanduser().resolve()
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UserError(f"--to_hf={folder} is there already; name a new folder.")
-    if jax.process_count() > 1:
-        raise UserError("--to_hf runs in one process; start it without --num_processes.")
+    place = check_new_folder(folder)
     family = fitting_family(run.model_config)
     # The folder gets its name only when what was written into it has been checked.
     part = place.with_name(f".{place.name}.part")
