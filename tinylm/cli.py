@@ -27,8 +27,8 @@ from absl import flags as absl_flags
 from absl.flags import FlagValues
 
 from tinylm import config as config_lib
-from tinylm.core import agreement, distributed, log, platform
-from tinylm.core.errors import PeerLost, UserError
+from tinylm.core import agreement, distributed, log, platform, storage
+from tinylm.core.errors import PeerLost, StorageError, UserError
 from tinylm.core.files import user_cache
 from tinylm.core.settings import settings_of
 from tinylm.core.signals import SIGNALS
@@ -281,6 +281,14 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
             line = str(error).splitlines()[0]
             _complain(f"error: {distributed.speaker()}a peer was lost: {line}")
             return _leave(PeerLost.exit_code)
+        if storage.is_from_bucket(error):
+            log.flush()
+            _complain(
+                f"error: {distributed.speaker()}a bucket cannot be reached "
+                f"({storage.in_words(error)}); check the network, its proxy, and that the service "
+                "is up."
+            )
+            return _leave(StorageError.exit_code)
         # A bug of ours: the peers of this process must not wait for it.
         _complain(f"{distributed.speaker()}{traceback.format_exc()}".removesuffix("\n"))
         return _leave(1)

@@ -19,6 +19,7 @@ from tinylm.core import buckets
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.settings import to_dict
 from tinylm.run import bucket_lock, checksums, log_files
+from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.train import trackers
 from tinylm.view.history import gather
@@ -174,6 +175,31 @@ def test_damage_is_found(folder):
     assert checksums.damage(step, ["params"]) == ""
     (step / "params" / "array").write_bytes(b"weighty")
     assert checksums.damage(step, ["params"]) == "params/array is altered"
+
+
+@pytest.mark.parametrize("part", ["checksums", "params/array"])
+def test_a_bucket_that_cannot_be_reached_is_no_damage(folder, monkeypatch, part):
+    steps = folder.checkpoints
+    for step in "5", "6":
+        (steps / step / "params").mkdir(parents=True, exist_ok=True)
+        (steps / step / "params" / "array").write_bytes(b"weights")
+        checksums.write(steps / step, step=int(step), loss=None)
+    checkpoints = Checkpoints(steps)
+    with monkeypatch.context() as broken:
+        open_whole = Bucket._open
+
+        def refuse(self, path, *args, **kwargs):
+            if f"/6/{part}" in path:
+                raise ConnectionRefusedError(111, "nobody answers")
+            return open_whole(self, path, *args, **kwargs)
+
+        broken.setattr(Bucket, "_open", refuse)
+        for find in checkpoints.newest, lambda: checkpoints.find("latest"):
+            with pytest.raises(
+                StorageError, match=r"gs://bucket/run/checkpoints cannot be reached"
+            ):
+                find()
+    assert checkpoints.newest() == 6
 
 
 def test_pictures_and_the_report_stay_in_the_bucket(folder, monkeypatch, tmp_path):

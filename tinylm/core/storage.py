@@ -6,11 +6,12 @@ line that names what to change. `pathlib` takes `gs://bucket/x` for a folder nam
 makes it without a word, so addresses are checked before.
 """
 
+import contextlib
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from tinylm.core.errors import StorageError, UserError, one_line
@@ -90,13 +91,17 @@ def failures() -> tuple[type[Exception], ...]:
 
     It is made for an `except`.
     """
-    found: list[type[Exception]] = [OSError]
+    return (OSError, *_errors_of_libraries())
+
+
+def _errors_of_libraries() -> list[type[Exception]]:
+    """Return what the libraries in use raise; one that isn't imported has raised nothing."""
+    found = []
     for module_name, name in _LIBRARY_ERRORS:
-        # A library that isn't imported has raised nothing.
         module = sys.modules.get(module_name)
         if hasattr(module, name):
             found.append(getattr(module, name))
-    return tuple(found)
+    return found
 
 
 def reach(path: os.PathLike | str, setting: str, use: Callable[[], T]) -> T:
@@ -114,22 +119,57 @@ def reach(path: os.PathLike | str, setting: str, use: Callable[[], T]) -> T:
       UserError: for a bucket that isn't there, or that the user may not use.
       StorageError: for one that can't be reached.
     """
+    try:
+        with waited_for(path), explaining(path, setting):
+            return use()
+    except UserError:
+        raise
+    except (ImportError, ValueError) as error:
+        if not in_bucket(path):
+            raise
+        raise explained(path, setting, error) from error
+
+
+@contextlib.contextmanager
+def waited_for(path: os.PathLike | str) -> Iterator[None]:
+    """Say that a path in a bucket is waited for, where the body takes longer than SLOW_SECS."""
     if not in_bucket(path):
-        return use()
+        yield
+        return
     slow = threading.Timer(SLOW_SECS, say, [f"waiting for {os.fspath(path)} ..."])
     slow.daemon = True
     slow.start()
     try:
-        return use()
+        yield
+    finally:
+        slow.cancel()
+
+
+@contextlib.contextmanager
+def explaining(path: os.PathLike | str, setting: str) -> Iterator[None]:
+    """Have one line for the user where the bucket of a path fails while the body runs.
+
+    Args:
+      path: on a disk, whose failures stay as they are, or in a bucket.
+      setting: the flag or setting that has the path, for the line.
+
+    Raises:
+      UserError, StorageError: as `reach` does.
+    """
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
         # The library is imported by the first use, so that only now its errors are known.
-        if not isinstance(error, (ImportError, ValueError, *failures())):
+        if not in_bucket(path) or not isinstance(error, failures()):
             raise
         raise explained(path, setting, error) from error
-    finally:
-        slow.cancel()
+
+
+def is_from_bucket(error: BaseException) -> bool:
+    """Say whether an error is one that a library for buckets alone raises."""
+    return isinstance(error, tuple(_errors_of_libraries()))
 
 
 def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserError:
@@ -203,7 +243,7 @@ def in_words(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return "it doesn't answer"
     text = one_line(error).strip(" ,")
-    answered = re.search(r"http_response_code='(\d+)'", text)
+    answered = re.search(r"http_response_code='(\d+)'", str(error))
     status = answered[1] if answered else text
     return f"HTTP status {status}" if status.isdigit() else text
 

@@ -20,8 +20,9 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from typing import Any
@@ -33,9 +34,16 @@ from tinylm.core import buckets
 from tinylm.core.agreement import from_main
 from tinylm.core.distributed import is_main, speaker
 from tinylm.core.errors import StorageError, UserError
-from tinylm.core.log import say
+from tinylm.core.log import alive, say
 from tinylm.core.settings import Section, setting
-from tinylm.core.storage import check_address, failures, in_bucket, in_words
+from tinylm.core.storage import (
+    check_address,
+    explained,
+    explaining,
+    failures,
+    in_bucket,
+    in_words,
+)
 from tinylm.run import checksums
 
 ITEMS = ("params", "train")
@@ -43,6 +51,11 @@ ITEMS = ("params", "train")
 _COMMIT_SECS = 1800
 # Between two tries of the last save. The libraries for buckets try again for a while by themselves.
 _PAUSE_SECS = 5.0
+# How TensorStore begins its ValueError where a service fails or refuses. Others (NOT_FOUND,
+# INVALID_ARGUMENT, FAILED_PRECONDITION) are about what was saved.
+_SERVICE_FAILS = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|PERMISSION_DENIED|UNAUTHENTICATED"
+)
 
 
 def _failures() -> tuple[type[Exception], ...]:
@@ -161,9 +174,11 @@ class Checkpoints:
     def newest(self) -> int | None:
         """Clear what dead saves left, and return the newest whole step.
 
-        None where no step was ever finished. Raises StorageError where all steps are damaged.
+        None where no step was ever finished. Raises StorageError where all steps are damaged, or
+        their bucket can't be reached.
         """
-        return from_main(self._newest)
+        with self._reading("looking for checkpoints"):
+            return from_main(self._newest)
 
     def _newest(self) -> int | None:
         if self._config is not None and self._folder.exists():
@@ -186,9 +201,10 @@ class Checkpoints:
 
         Raises:
           UserError: where there is no checkpoint at all, or none of this number.
-          StorageError: where no step that would do is whole.
+          StorageError: where no step that would do is whole, or their bucket can't be reached.
         """
-        return from_main(lambda: self._find(step, parts))
+        with self._reading("looking for checkpoints"):
+            return from_main(lambda: self._find(step, parts))
 
     def _find(self, step: str, parts: Sequence[str]) -> int:
         steps = self.steps()
@@ -440,13 +456,25 @@ class Checkpoints:
             laid_out = self._ocp.checkpoint_utils.construct_restore_args(abstract)
             wanted[name] = args.PyTreeRestore(abstract, laid_out)
         try:
-            return self._orbax.restore(self._folder / str(step), args=args.Composite(**wanted))
+            with self._reading(f"reading step {step}"):
+                return self._orbax.restore(self._folder / str(step), args=args.Composite(**wanted))
+        except UserError:
+            raise
         except ValueError as error:
+            if in_bucket(self._folder) and _SERVICE_FAILS.match(str(error)):
+                raise explained(self._folder, "--workdir", OSError(str(error))) from error
             said = " ".join(str(error).split())
             raise UserError(
                 f"step {step} in {os.fspath(self._folder)} doesn't hold what config.json says: "
                 f"{said:.120}"
             ) from error
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Say what is being done where it takes long, and how a bucket failed."""
+        place = os.fspath(self._folder)
+        with alive(lambda: f"{what} in {place}"), explaining(place, "--workdir"):
+            yield
 
 
 def _rest(state: Any) -> dict[str, Any]:

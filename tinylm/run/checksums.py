@@ -64,7 +64,8 @@ def read(folder: epath.Path) -> Listed | None:
         if digest != _digest(body).encode():
             return None
         content = json.loads(body)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError) as error:
+        _raise_outage(folder, error)
         return None
     match content:
         case {"files": dict() as files, "loss": int() | float() | None as loss}:
@@ -150,8 +151,20 @@ def _describe(path: epath.Path) -> list[Any]:
                 digest.update(chunk)
                 size += len(chunk)
     except OSError as error:
+        _raise_outage(path, error)
         return [-1, str(error)]
     return [size, digest.hexdigest()]
+
+
+def _raise_outage(path: epath.Path, error: Exception) -> None:
+    """Raise an error again by which a bucket can't be reached.
+
+    What a disk can't read back is damaged. A bucket that doesn't answer tells nothing about what is
+    in it, and a step that was taken for damaged would be removed.
+    """
+    is_missing = isinstance(error, FileNotFoundError)
+    if in_bucket(path) and isinstance(error, OSError) and not is_missing:
+        raise error
 
 
 def _digest(content: bytes) -> str:

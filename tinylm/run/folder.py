@@ -40,13 +40,19 @@ def _holds_steps(folder: epath.Path) -> bool:
 class RunFolder:
     """The files of one run, on a disk or in a bucket."""
 
-    def __init__(self, workdir: str):
-        """Name the folder; nothing is made before `create`."""
-        storage.check_address("--workdir", workdir)
+    def __init__(self, workdir: str, setting: str = "--workdir"):
+        """Name the folder; nothing is made before `create`.
+
+        Args:
+          workdir: a path, or an address in a bucket.
+          setting: the flag or setting that names it, for messages.
+        """
+        self._setting = setting
+        storage.check_address(setting, workdir)
         path = _absolute(workdir)
         if set(path) & set("*?["):
             raise UserError(
-                f"--workdir={path} must be free of * ? and [, which file patterns take for other "
+                f"{setting}={path} must be free of * ? and [, which file patterns take for other "
                 "names."
             )
         self.path = epath.Path(path)
@@ -61,7 +67,7 @@ class RunFolder:
 
     def exists(self) -> bool:
         """Say whether a run was started here."""
-        return storage.reach(self.path, "--workdir", self.config_file.exists)
+        return storage.reach(self.path, self._setting, self.config_file.exists)
 
     def check_bucket(self) -> None:
         """Raise UserError or StorageError where the folder is in a bucket that can't be written."""
@@ -95,8 +101,13 @@ class RunFolder:
         if self._checkpoints is not None:
             return self._checkpoints
         try:
-            noted = json.loads(self.config_file.read_bytes())["checkpoints"]
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            content = storage.reach(self.path, self._setting, self._config_content)
+        except OSError:
+            # A bucket that can't be reached is another kind of error, and no answer.
+            return self._inside
+        try:
+            noted = json.loads(content or b"")["checkpoints"]
+        except (ValueError, LookupError, TypeError, RecursionError):
             return self._inside
         if not isinstance(noted, str):
             return self._inside
@@ -230,10 +241,11 @@ class RunFolder:
         """
         self._refuse_links()
         try:
-            content = storage.reach(self.path, "--workdir", self._config_content)
+            content = storage.reach(self.path, self._setting, self._config_content)
             if content is None:
                 raise UserError(
-                    f"--workdir={self.path} holds no run (no config.json); train one there first."
+                    f"{self._setting}={self.path} holds no run (no config.json); train one there "
+                    "first."
                 )
             record = json.loads(content)
         except UserError:
@@ -310,6 +322,18 @@ class RunFolder:
         is_with_save = record.get("split") == "time"
         self.append(self.metrics_file, json.dumps(line) + "\n", now=is_with_save)
 
+    def read_log(self, path: epath.Path) -> bytes:
+        """Return what a log holds; nothing where there is none.
+
+        Raises:
+          StorageError: its bucket can't be reached.
+        """
+        with storage.waited_for(path), storage.explaining(path, self._setting):
+            try:
+                return path.read_bytes()
+            except FileNotFoundError:
+                return b""
+
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics.jsonl in order of steps, the last of each (step, split)."""
         found = {(line["step"], line["split"]): line for line in self.lines()}
@@ -321,9 +345,7 @@ class RunFolder:
 
         A line that is torn, or that no run wrote, is passed over.
         """
-        if not self.metrics_file.exists():
-            return
-        for text in self.metrics_file.read_bytes().splitlines():
+        for text in self.read_log(self.metrics_file).splitlines():
             try:
                 line = json.loads(text)
             except (ValueError, RecursionError):

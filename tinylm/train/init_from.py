@@ -60,7 +60,7 @@ def open_origin(init_from: str) -> Origin:
         return Origin(
             where, hf.model, hf.tokenizer, data_tokenizer(hf.tokenizer, pathlib.Path(place)), hf=hf
         )
-    folder = RunFolder(init_from)
+    folder = RunFolder(init_from, "train.init_from")
     if not folder.exists():
         raise UserError(
             f"{where} holds no run (no config.json); a model of Hugging Face is named hf:DIR."
@@ -218,7 +218,8 @@ def initial_state(config: Config, blueprint: Blueprint) -> TrainState:
         return blueprint.init(config.seed)
     if config.train.init_from.startswith(_HF):
         return blueprint.start_from(_imported_params(config, blueprint))
-    checkpoints = Checkpoints(RunFolder(config.train.init_from).checkpoints)
+    origin = RunFolder(config.train.init_from, "train.init_from")
+    checkpoints = Checkpoints(origin.checkpoints)
     step = checkpoints.find("best", ITEMS if config.train.init_optimizer else ITEMS[:1])
     say(f"starting from step {step} of {config.train.init_from}")
     if not config.train.init_optimizer:

@@ -189,10 +189,8 @@ def hosts(lines: list[dict[str, Any]]) -> list[HostFigure]:
 
 def samples(folder: RunFolder, num_prompts: int) -> list[Sample]:
     """Return samples in the order of their steps; of a step written twice, the last texts."""
-    if not folder.samples_file.exists():
-        return []
     # A crash may have torn a character.
-    content = folder.samples_file.read_bytes()
+    content = folder.read_log(folder.samples_file)
     text = content.decode(errors="replace")
 
     # A pattern with one group splits a text into: what comes before, step, text, step, text, ...

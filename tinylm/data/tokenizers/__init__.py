@@ -12,8 +12,9 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tinylm.core.errors import UserError
+from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
+from tinylm.core.storage import explaining, waited_for
 from tinylm.data.config import split_spec
 from tinylm.data.tokenizers.base import END, HEADER_FILE, TableTokenizer, Tokenizer, folder_path
 from tinylm.data.tokenizers.bpe import BpeTokenizer
@@ -139,11 +140,15 @@ def load_tokenizer(folder: Any) -> Tokenizer:
 
     Raises:
       UserError: there is none, or it was altered.
+      StorageError: its bucket can't be reached.
     """
     folder = folder_path(folder)
     try:
-        header = json.loads((folder / HEADER_FILE).read_text(encoding="utf-8"))
-        tokenizer = _restore(header, folder)
+        with waited_for(folder), explaining(folder, "--workdir"):
+            header = json.loads((folder / HEADER_FILE).read_text(encoding="utf-8"))
+            tokenizer = _restore(header, folder)
+    except StorageError:
+        raise
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder} holds no whole tokenizer of tinylm ({type(error).__name__}: {error})."
