@@ -172,6 +172,10 @@ def test_mistakes_come_before_the_first_run(tmp_path, trained, grid, said):
         sweep(["--config=tales"], grid, str(tmp_path), jobs=1)
     with pytest.raises(UserError, match="must be free of"):
         sweep(["--config=tales"], GRID, f"{tmp_path}/a*", jobs=1)
+    with pytest.raises(UserError, match="--workdir=gs:/bucket/sweep must be gs://bucket/sweep"):
+        sweep(["--config=tales"], GRID, "gs:/bucket/sweep", jobs=1)
+    with pytest.raises(UserError, match=r"since Orbax knows gs:// alone; set checkpoint\.dir"):
+        sweep(["--config=tales"], GRID, "s3://bucket/sweep", jobs=1)
     assert trained[0] == []
 
 

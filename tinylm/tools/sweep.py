@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from tinylm.core.errors import Preempted, UserError, one_line
+from tinylm.core.errors import Preempted, StorageError, UserError, one_line
 from tinylm.core.log import say
-from tinylm.core.storage import in_bucket
+from tinylm.core.storage import explaining, in_bucket
 from tinylm.run.folder import RunFolder
 from tinylm.view.plot import add_legend_below, line_style, new_grid, plain, save
 
@@ -62,7 +62,8 @@ def sweep(
       load: loads a config by its name and overrides; raises UserError for a mistake in them.
 
     Raises:
-      UserError: for a mistake at any point, before the first run begins.
+      UserError, StorageError: for a mistake at any point, or a bucket that can't be written, before
+        the first run begins.
       Preempted: where the sweep was asked to stop.
     """
     folder = RunFolder(workdir)
@@ -71,7 +72,7 @@ def sweep(
     axes = dict(keys_and_values)
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     refuse_twice(name_of(point) for point in points)
-    _check(base, points, load)
+    _check(base, points, load, folder)
     folder.check_bucket()
 
     stop = threading.Event()
@@ -96,14 +97,18 @@ def sweep(
 
 
 def _check(
-    base: Sequence[str], points: Sequence[Point], load: Callable[[str, Sequence[str]], Any]
+    base: Sequence[str],
+    points: Sequence[Point],
+    load: Callable[[str, Sequence[str]], Any],
+    folder: RunFolder,
 ) -> None:
     """Load the config of each point, so that every mistake comes before the first run."""
     configs = [flag.removeprefix("--config=") for flag in base if flag.startswith("--config=")]
     shared = [flag.removeprefix("--config.") for flag in base if flag.startswith("--config.")]
     for point in points:
         own = [f"{key}={value}" for key, value in point.items()]
-        load(configs[0], [*shared, *own])
+        config = load(configs[0], [*shared, *own])
+        folder.check_checkpoint_dir(config.checkpoint.dir)
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
@@ -151,6 +156,17 @@ def train(
     base: Sequence[str], point: Point, workdir: epath.Path, jobs: int, stop: threading.Event
 ) -> Row:
     """Train the run of one point, unless it is done; return its row."""
+    try:
+        with explaining(workdir, "--workdir"):
+            return _train(base, point, workdir, jobs, stop)
+    except StorageError as error:
+        # The runs of other points go on.
+        return Row(point, None, None, str(error))
+
+
+def _train(
+    base: Sequence[str], point: Point, workdir: epath.Path, jobs: int, stop: threading.Event
+) -> Row:
     folder = workdir / name_of(point)
     folder.mkdir(parents=True, exist_ok=True)
     flags = list(base)
