@@ -173,6 +173,7 @@ class Proxy:
       latency_secs: is added to each request.
       bytes_per_sec: the speed of each connection (0: no limit).
       status: what each request is answered with instead of by the store (0: the store answers).
+      status_of: which requests that is: those with this in their first line.
       is_silent: whether nothing is answered at all.
       requests: that have come.
       requests_from: so many by the address of each host.
@@ -184,6 +185,7 @@ class Proxy:
         self.latency_secs = 0.0
         self.bytes_per_sec = 0
         self.status = 0
+        self.status_of = ""
         self.is_silent = False
         self.requests = 0
         self.requests_from: collections.Counter[str] = collections.Counter()
@@ -232,7 +234,8 @@ class Proxy:
                 while self.is_silent:
                     await asyncio.sleep(0.1)
                 await asyncio.sleep(self.latency_secs)
-                if self.status:
+                first_line = request.partition(b"\r\n")[0].decode(errors="replace")
+                if self.status and self.status_of in first_line:
                     writer.write(
                         f"HTTP/1.1 {self.status} Fault\r\nContent-Length: 0\r\n\r\n".encode()
                     )

@@ -17,6 +17,8 @@ from absl.flags import FlagValues
 from tinylm import cli
 from tinylm.core import text
 from tinylm.core.distributed import is_main
+from tinylm.core.log import say
+from tinylm.core.storage import in_bucket
 from tinylm.data import stores
 from tinylm.data.stores import FoundStore
 
@@ -54,6 +56,11 @@ def clean(flags: FlagValues) -> None:
 
     config = flags.config or Config()
     folder = stores.store_folder(config.data)
+    if in_bucket(config.data.store_dir):
+        say(
+            f"stores in {config.data.store_dir} stay, since runs on other machines may read them; "
+            "remove there by hand what no run needs"
+        )
     cleaned = stores.clean(folder, refers_to, is_run_here)
     if flags.json:
         result = {
