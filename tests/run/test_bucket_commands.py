@@ -226,7 +226,8 @@ def test_a_run_in_s3_has_its_checkpoints_on_a_disk(cloud, tmp_path):
     refused = cloud.call("main", *arguments)
     assert refused.code == 2 and refused.err.count("\n") == 1
     assert "set checkpoint.dir to a gs:// bucket, or to a disk" in refused.err
-    cloud.succeed("main", *arguments, f"--config.checkpoint.dir={tmp_path}")
+    begun = cloud.succeed("main", *arguments, f"--config.checkpoint.dir={tmp_path}")
+    assert f"Plot, metrics and samples: s3://{BUCKET}/run\nCheckpoints: {tmp_path}/" in begun.out
     resumed = cloud.succeed("main", workdir, "--config.train.stop_step=10")
     assert "resuming from step 5 in s3://" in resumed.err
     found = json.loads(cloud.succeed("generate", workdir, "--max_tokens=2", "--json").out)

@@ -1,5 +1,7 @@
 """The lines that a run opens and closes with."""
 
+import os
+
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
@@ -67,7 +69,11 @@ def closing(trainer: Trainer, outcome: Outcome) -> str:
     lines.append(trainer.clock.summary(outcome.step))
     if outcome.slowest_host:
         lines.append(outcome.slowest_host)
-    lines.append(f"Plot, metrics, samples and checkpoints: {folder}")
+    if trainer.folder.checkpoints_note:
+        lines.append(f"Plot, metrics and samples: {folder}")
+        lines.append(f"Checkpoints: {os.fspath(trainer.folder.checkpoints)}")
+    else:
+        lines.append(f"Plot, metrics, samples and checkpoints: {folder}")
     if outcome.reason.startswith("train.stop_step"):
         lines.append("Go on: the same command with a later train.stop_step, or 0.")
     lines.append(f"Write more: python -m tinylm.generate --workdir={folder}")
