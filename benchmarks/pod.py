@@ -60,7 +60,7 @@ MATRIX = {
         [f"{POD} -k another_number"],
     ),
     10: (
-        "48 hosts of one device",
+        "32 hosts of one device",
         "each sends as many requests before the first step as one of 4 hosts does",
         [f"{POD} -k does_not_grow"],
     ),
