@@ -176,13 +176,13 @@ def _train(
     # A finished run leaves its flags. With other ones it isn't done: `base` may ask for more steps.
     done = folder / "sweep_done"
     content = json.dumps(flags)
-    is_done = done.exists() and done.read_text() == content
+    is_done = done.exists() and done.read_text(encoding="utf-8") == content
     if not is_done:
         exit_code, last_line = _run(flags, folder, jobs, stop)
         if exit_code:
             result = f"exit code {exit_code}: {last_line}"
             return Row(point, None, None, result)
-        done.write_text(content)
+        done.write_text(content, encoding="utf-8")
 
     kind, loss, step = best_loss(str(folder))
     result = f"{kind} loss {loss:.4f} at step {step}"
