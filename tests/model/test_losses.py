@@ -9,9 +9,12 @@ import pytest
 from flax import nnx
 from helpers import random_batch, tiny_model, train
 
-from tinylm.core.mesh import MeshConfig
+from tinylm.core.mesh import MeshConfig, activation_sharding, make_mesh
 from tinylm.model.losses import next_token_loss
 from tinylm.model.transformer import abstract_transformer, init_parameters
+from tinylm.tools.programs import read_collectives
+from tinylm.train.config import Config
+from tinylm.train.state import make_blueprint
 
 
 def compiled(config, params, batch):
@@ -47,14 +50,50 @@ def test_a_chunked_loss_is_the_plain_one_and_never_has_all_logits():
     assert sizes[1] < sizes[0] / 2
 
 
-@pytest.mark.parametrize("mesh", [(2, 2), pytest.param((1, 1), marks=pytest.mark.slow)])
-def test_chunks_train_alike_on_a_mesh(mesh):
+@pytest.mark.parametrize(
+    ("mesh", "tied"),
+    [
+        (MeshConfig(1, 2, 2, fsdp=True), True),
+        pytest.param(MeshConfig(1, 2, 2, fsdp=True), False, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(2, 2, 2, fsdp=True), True, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(1, 2, 2), True, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(1, 1, 1), True, marks=pytest.mark.slow),
+    ],
+)
+def test_chunks_train_alike_on_a_mesh(mesh, tied):
     batches = [random_batch(i, micro=2) for i in range(3)]
+    options = {"dropout": 0.1, "tie_embeddings": tied}
     losses = [
-        train(MeshConfig(*(1, *mesh)), tiny_model(loss_chunks=chunks, dropout=0.1), batches)[0]
-        for chunks in (1, 4)
+        train(mesh, tiny_model(loss_chunks=chunks, **options), batches)[0] for chunks in (1, 4)
     ]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_pieces_gather_the_output_matrix_once_and_sum_its_gradients_once():
+    """With fsdp the embedding is gathered for the output, and its gradients are summed, as bfloat16
+    and float32; one text of 16 tokens is little.
+    """
+    vocab = 4096
+    model = tiny_model(
+        vocab_size=vocab, num_layers=1, loss_chunks=8, compute_dtype="bfloat16", mlp_dim=32
+    )
+    mesh = make_mesh(MeshConfig(data=2, fsdp=True))
+    tokens = jax.ShapeDtypeStruct(
+        (2, 16), jnp.int32, sharding=activation_sharding(mesh, ("batch", None), (2, 16))
+    )
+    batch = {"tokens": tokens, "targets": tokens, "weights": tokens}
+    with jax.set_mesh(mesh):
+        blueprint = make_blueprint(Config(model=model, mesh=MeshConfig(fsdp=True)), mesh)
+
+        def loss(params, batch):
+            return next_token_loss(nnx.merge(blueprint.graph, params), batch)[0]
+
+        gradient = jax.jit(jax.grad(loss), out_shardings=blueprint.shardings.params)
+        program = gradient.lower(blueprint.abstract.params, batch).compile()
+    sent_bytes = sum(one.bytes_per_step for one in read_collectives(program.as_text(), mesh))
+    matrix_numbers = vocab * model.embed_dim
+    # A CPU has no bfloat16 products, so its compiler may gather in float32.
+    assert sent_bytes < 1.2 * (4 + 4) * matrix_numbers / 2
 
 
 def test_z_loss_is_trained_but_not_reported():

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tinylm.core.mesh import AXES, activation_spec, sizes_in_use
+from tinylm.core.mesh import AXES, activation_spec, parameter_spec, sizes_in_use
 
 R = TypeVar("R")
 
@@ -71,6 +71,72 @@ def sum_over_rows(function: Callable[..., R], whole: tuple, by_rows: Any, fsdp: 
         axis_names=manual_axes,
     )
     return on_mesh(whole, by_rows)
+
+
+def sum_with_whole(
+    function: Callable[..., R],
+    matrix: jax.Array,
+    axes: tuple[str | None, ...],
+    by_rows: tuple,
+    sent_as: Any,
+) -> R:
+    """Return `function(matrix, *by_rows)`, a sum over rows in which a loop reads the matrix.
+
+    The partitioner would gather a parameter that mesh.fsdp splits, and sum its gradients over the
+    devices, in each trip of the loop. Here it is gathered once before, and its gradients are summed
+    once after.
+
+    Args:
+      function: returns a tree of sums.
+      matrix: the parameter.
+      axes: its logical axes.
+      by_rows: trees of arrays [P, rows, ...], split by rows.
+      sent_as: the type in which the matrix is gathered; its gradients are sent in its own.
+    """
+    sizes = sizes_in_use()
+    split_axes = tuple(axis for axis in (AXES.replica, AXES.data) if sizes[axis] > 1)
+    if AXES.data not in split_axes:
+        return function(matrix, *by_rows)
+
+    # Where the axis divides no dimension, the matrix is whole already.
+    spec = parameter_spec(matrix, axes)
+    split_dim = spec.index(AXES.data) if AXES.data in spec else None
+
+    @jax.custom_vjp
+    def whole(part: jax.Array) -> jax.Array:
+        if split_dim is None:
+            return part
+        sent = part.astype(sent_as)
+        gathered = jax.lax.all_gather(sent, AXES.data, axis=split_dim, tiled=True)
+        return gathered.astype(part.dtype)
+
+    def forward(part: jax.Array) -> tuple[jax.Array, None]:
+        return whole(part), None
+
+    def backward(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+        if split_dim is None:
+            return (gradient,)
+        summed = jax.lax.psum_scatter(gradient, AXES.data, scatter_dimension=split_dim, tiled=True)
+        return (summed,)
+
+    whole.defvjp(forward, backward)
+
+    def sum_on_device(part: jax.Array, by_rows: tuple) -> R:
+        return jax.lax.psum(function(whole(part), *by_rows), split_axes)
+
+    # As in `sum_over_rows`, axes of size 1 are by hand as well.
+    manual_axes = {
+        axis for axis in _axes_of_partitioner() if axis in split_axes or sizes[axis] == 1
+    }
+    # The partitioner keeps its own axes of the matrix.
+    part_spec = PartitionSpec(*(axis if axis == AXES.data else None for axis in spec))
+    on_mesh = _shard_map(
+        sum_on_device,
+        in_specs=(part_spec, PartitionSpec(None, split_axes)),
+        out_specs=PartitionSpec(),
+        axis_names=manual_axes,
+    )
+    return on_mesh(matrix, by_rows)
 
 
 def on_shards(

@@ -298,6 +298,11 @@ def activation_spec(
     return _assign(ACTIVATION_RULES, sizes_in_use(), axes, x.shape)
 
 
+def parameter_spec(x: jax.Array, axes: Sequence[str | None]) -> PartitionSpec:
+    """Return how mesh.fsdp splits a parameter with logical `axes` over the mesh in use."""
+    return _assign(PARAMETER_RULES, sizes_in_use(), axes, x.shape)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation to the place of its logical `axes` on the mesh in use.
 

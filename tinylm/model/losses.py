@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tinylm.core.collectives import sum_with_whole
 from tinylm.model.transformer import Transformer
 
 
@@ -51,17 +52,22 @@ def next_token_loss(
         x_BPT = x_BT.reshape(len(x_BT), num_pieces, -1, *x_BT.shape[2:])
         return jnp.moveaxis(x_BPT, 1, 0)
 
-    @jax.checkpoint
-    def add_piece(
-        total: LossSums, piece: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[LossSums, None]:
-        x_BTD, targets_BT, weights_BT = piece
-        sums = cross_entropy(model.logits(x_BTD), targets_BT, weights_BT)
-        return jax.tree.map(jnp.add, total, sums), None
+    def sum_of_pieces(matrix: jax.Array, *pieces: jax.Array) -> LossSums:
+        @jax.checkpoint
+        def add_piece(
+            total: LossSums, piece: tuple[jax.Array, jax.Array, jax.Array]
+        ) -> tuple[LossSums, None]:
+            x_BTD, targets_BT, weights_BT = piece
+            sums = cross_entropy(model.logits(x_BTD, matrix), targets_BT, weights_BT)
+            return jax.tree.map(jnp.add, total, sums), None
 
-    zero = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+        zero = LossSums(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
+        return jax.lax.scan(add_piece, zero, pieces)[0]
+
     pieces = (in_pieces(x_BTD), in_pieces(batch["targets"]), in_pieces(batch["weights"]))
-    return jax.lax.scan(add_piece, zero, pieces)[0]
+    return sum_with_whole(
+        sum_of_pieces, model.output_matrix, model.output_axes, pieces, sent_as=x_BTD.dtype
+    )
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> LossSums:

@@ -327,15 +327,27 @@ class Transformer(nnx.Module):
             new_cache.append(layer_cache)
         return self.norm(x_B1D)[:, 0], new_cache
 
-    def logits(self, x_BTD: jax.Array) -> jax.Array:
-        """Return float32 logits_BTV; those of padded ids are far below all others."""
+    @property
+    def output_matrix(self) -> jax.Array:
+        """The matrix that makes logits, of the axes `output_axes`."""
+        return self.embedding[...] if self.head is None else self.head[...]
+
+    @property
+    def output_axes(self) -> tuple[str, str]:
+        """The logical axes of the output matrix."""
+        return ("vocab", "embed") if self.head is None else ("embed", "vocab")
+
+    def logits(self, x_BTD: jax.Array, matrix: jax.Array | None = None) -> jax.Array:
+        """Return float32 logits_BTV; those of padded ids are far below all others.
+
+        Args:
+          x_BTD: what `features` returned.
+          matrix: stands for the output matrix; None: it is the model's own.
+        """
         c = self.config
-        if self.head is None:
-            equation = "BTD,VD->BTV"
-            matrix = self.embedding[...]
-        else:
-            equation = "BTD,DV->BTV"
-            matrix = self.head[...]
+        equation = "BTD,VD->BTV" if self.head is None else "BTD,DV->BTV"
+        if matrix is None:
+            matrix = self.output_matrix
         logits_BTV = jnp.einsum(
             equation, x_BTD, matrix.astype(x_BTD.dtype), preferred_element_type=jnp.float32
         )
