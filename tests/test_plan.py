@@ -11,6 +11,7 @@ import pytest
 from helpers import ROOT, call_command, run_command
 
 from tinylm.config import load_config
+from tinylm.core.chips import find_chip
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.plan import topology_devices
@@ -231,6 +232,17 @@ def test_a_tpu_program_compiles_for_each_way_to_unroll_attend_and_accumulate(mes
         assert "model.unroll=0 counts as 1" in done.stderr, (
             "rows are summed by hand around the kernel"
         )
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "devices"), [("v4:2x2x1", 4), ("v5e:2x2", 4), ("v5p:2x2x1", 4), ("tpu7x:2x2x1", 8)]
+)
+def test_a_topology_has_the_devices_that_jax_counts_and_their_chip_is_known(topology, devices):
+    found = topology_devices(topology, 1)
+    assert len(found) == devices
+    assert find_chip(found[0]) is not None
 
 
 @pytest.mark.slow

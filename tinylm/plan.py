@@ -71,9 +71,12 @@ def topology_devices(topology: str, slices: int) -> list[jax.Device]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
+    # The two cores of a v4 chip are one device, unless a run sets TPU_MEGACORE; by default the
+    # compiler counts them as two.
+    joined_cores = {"chip_config_name": "megachip"} if topology.startswith("v4:") else {}
     try:
         described = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology, num_slices=slices
+            platform="tpu", topology_name=topology, num_slices=slices, **joined_cores
         )
         return list(described.devices)
     except ModuleNotFoundError as error:
