@@ -73,7 +73,7 @@ def topology_devices(topology: str, slices: int) -> list[jax.Device]:
 
     # The two cores of a v4 chip are one device, unless a run sets TPU_MEGACORE; by default the
     # compiler counts them as two.
-    joined_cores = {"chip_config_name": "megachip"} if topology.startswith("v4:") else {}
+    joined_cores = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
     try:
         described = topologies.get_topology_desc(
             platform="tpu", topology_name=topology, num_slices=slices, **joined_cores
