@@ -31,6 +31,7 @@ KEYS = {
     "chip_bytes",
     "flops_per_step",
     "collectives",
+    "hidden_share",
     "step_secs_estimate",
     "fits",
 }
@@ -68,11 +69,13 @@ def test_a_plan_for_simulated_devices_has_every_key_and_the_memory_of_fsdp():
         )
     assert {row["axis"] for row in four["collectives"]} == {"data"}
     assert all(
-        row.keys() == {"kind", "axis", "bytes_per_step", "minimum_bytes"}
+        row.keys() == {"kind", "axis", "bytes_per_step", "minimum_bytes", "hidden_share"}
         for row in four["collectives"]
     )
     assert four["flops_per_step"] == one.flops_per_step
     assert four["fits"] is True
+    # Devices that share a memory have no links that could be hidden.
+    assert four["hidden_share"] is None
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ import jax
 from jax.sharding import Mesh
 
 from tinylm.core.batch import abstract_batch
-from tinylm.core.chips import SLICE_BYTES_PER_SEC, Chip, find_chip
+from tinylm.core.chips import Chip, find_chip
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import AXES, mesh_sizes, replicated, sizes_by_name
 from tinylm.model.flops import train_flops_per_token
+from tinylm.tools.overlap import hidden_bytes, is_schedule, link_rate
 from tinylm.tools.programs import Collective, read_collectives
 from tinylm.tools.traffic import Work, least_collectives
 from tinylm.train.config import Config
@@ -40,12 +41,14 @@ class Traffic:
       axis: of the mesh, along which it sends.
       bytes_per_step: what it sends.
       minimum_bytes: the least that it must send, by the formula.
+      hidden_share: the part of it that products hide; None where the program doesn't tell.
     """
 
     kind: str
     axis: str
     bytes_per_step: float
     minimum_bytes: float
+    hidden_share: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Plan:
       flops_per_step: on all devices.
       collectives: the traffic of a step.
       traffic_from: where that was read: compiled program, or formula.
+      hidden_share: the part of the time of all collectives that products hide; None where the
+        program doesn't tell.
       secs: what arithmetic, memory and each kind of link take for a step.
       bound_by: the one that takes longest.
       step_secs_estimate: how long that is.
@@ -77,6 +82,7 @@ class Plan:
     flops_per_step: float
     collectives: list[Traffic]
     traffic_from: str
+    hidden_share: float | None
     secs: dict[str, float]
     bound_by: str
     step_secs_estimate: float
@@ -103,8 +109,12 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         refused_bytes = bytes_refused(str(error))
 
     tokens, flops, least = by_formula(config, blueprint.abstract, mesh)
-    found = None if compiled is None else _collectives_of(compiled, mesh)
-    collectives = least if found is None else found
+    text = None if compiled is None else _text_of(compiled)
+    collectives = least if text is None else read_collectives(text, mesh)
+    hidden = None
+    # CPU devices share a memory, so they have no links.
+    if text is not None and chip.link_bytes_per_sec and is_schedule(text):
+        hidden = hidden_bytes(text, mesh, chip)
     stats = None if compiled is None else compiled.memory_analysis()
     memory = per_device_bytes(stats, blueprint, refused_bytes)
     secs = roofline_secs(mesh, flops, memory, collectives, config)
@@ -116,8 +126,9 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         chip_bytes=int(chip.memory_bytes),
         fits=not refused_bytes and memory["total"] <= chip.memory_bytes,
         flops_per_step=flops,
-        collectives=_compared(collectives, least),
-        traffic_from="formula" if found is None else "compiled program",
+        collectives=_compared(collectives, least, hidden),
+        traffic_from="formula" if text is None else "compiled program",
+        hidden_share=_hidden_share(collectives, hidden, chip),
         secs=secs,
         bound_by=max(secs, key=lambda name: secs[name]),
         step_secs_estimate=step_secs,
@@ -215,31 +226,49 @@ def held_bytes(tree: Any) -> int:
     return total
 
 
-def _collectives_of(compiled: jax.stages.Compiled, mesh: Mesh) -> list[Collective] | None:
-    """Return what a program communicates, None where its text can't be had."""
+def _text_of(compiled: jax.stages.Compiled) -> str | None:
+    """Return the text of a program, None where it can't be had."""
     try:
-        text = compiled.as_text()
+        return compiled.as_text()
     except Exception:
         # Seen for large programs and new chips; the plugin has no type of its own for it.
         return None
-    return None if text is None else read_collectives(text, mesh)
 
 
-def _compared(found: list[Collective], least: list[Collective]) -> list[Traffic]:
-    """Return the collectives, each kind and axis with the least that is needed of it."""
+def _compared(
+    found: list[Collective], least: list[Collective], hidden: dict[tuple[str, str], float] | None
+) -> list[Traffic]:
+    """Return the collectives, each kind and axis with the least that is needed of it, and with the
+    part of it that is hidden.
+    """
     sent = {(one.kind, one.axis): one.bytes_per_step for one in found}
     needed = {(one.kind, one.axis): one.bytes_per_step for one in least}
     rows = []
     for key in sorted({*sent, *needed}):
         kind, axis = key
+        hidden_share = None
+        if hidden is not None and key in sent:
+            hidden_share = hidden.get(key, 0.0) / sent[key]
         row = Traffic(
             kind,
             axis,
             bytes_per_step=sent.get(key, 0.0),
             minimum_bytes=needed.get(key, 0.0),
+            hidden_share=hidden_share,
         )
         rows.append(row)
     return rows
+
+
+def _hidden_share(
+    found: list[Collective], hidden: dict[tuple[str, str], float] | None, chip: Chip
+) -> float | None:
+    """Return the part of the time of all collectives that is hidden."""
+    if hidden is None or not found:
+        return None
+    secs = sum(one.bytes_per_step / link_rate(chip, one.axis) for one in found)
+    hidden_secs = sum(sent / link_rate(chip, axis) for (_, axis), sent in hidden.items())
+    return hidden_secs / secs
 
 
 def roofline_secs(
@@ -273,8 +302,8 @@ def roofline_secs(
     slices_secs = 0.0
     # CPU devices share a memory, so they have no links.
     if chip.link_bytes_per_sec:
-        links_secs = within_slices / chip.link_bytes_per_sec
-        slices_secs = between_slices / SLICE_BYTES_PER_SEC
+        links_secs = within_slices / link_rate(chip, AXES.data)
+        slices_secs = between_slices / link_rate(chip, AXES.replica)
     return {
         "arithmetic": flops * recomputed / (chip.peak_flops * mesh.size),
         "memory": moved_bytes / chip.memory_bytes_per_sec,

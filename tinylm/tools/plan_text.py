@@ -8,7 +8,7 @@ from tinylm.tools.search import SearchRow
 
 # Widths of columns: what, axis, figures (negative: aligned to the right).
 _MEMORY = (28, -14)
-_TRAFFIC = (28, 14, -14, -14)
+_TRAFFIC = (28, 14, -14, -14, -10)
 _TIME = (28, -14, 0)
 _SEARCH = (20, 6, 7, -8, -13, -13, -13, -13, 0)
 
@@ -67,14 +67,20 @@ def _verdict(plan: Plan) -> str:
 
 
 def _traffic_lines(plan: Plan) -> list[str]:
-    rows = [("traffic a step", "axis", "sent", "needed")]
+    rows = [("traffic a step", "axis", "sent", "needed", "hidden")]
     for one in plan.collectives:
         sent = bytes_text(one.bytes_per_step)
         needed = bytes_text(one.minimum_bytes)
-        rows.append((f"  {one.kind}", one.axis, sent, needed))
+        rows.append((f"  {one.kind}", one.axis, sent, needed, _share(one.hidden_share)))
     lines = [columns(row, _TRAFFIC) for row in rows]
     lines.append(f"  bytes that a device sends, from the {plan.traffic_from}")
+    if plan.hidden_share is not None:
+        lines.append(f"  products hide {plan.hidden_share:.0%} of the time that this takes")
     return lines
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
 
 
 def _time_lines(plan: Plan) -> list[str]:

@@ -75,7 +75,7 @@ _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 # Types whose name doesn't end in their width in bits, or not in the width that they take.
 _ITEM_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
 
-_ENTRY = ""  # the name under which the entry is kept
+ENTRY = ""  # the name under which the entry is kept
 
 Computations = dict[str, list[str]]  # the lines of each computation by its name
 
@@ -103,18 +103,18 @@ def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
       text: `compiled.as_text()` of a program for one step.
       mesh: the mesh that it was compiled for.
     """
-    computations = _split_into_computations(text)
-    trips_of = _count_trips(computations)
+    computations = split_into_computations(text)
+    trips_of = count_trips(computations)
     by_channel: dict[tuple, Collective] = {}
     for name, lines in computations.items():
         # The entry never gets to some.
         if not trips_of[name]:
             continue
         for number, line in enumerate(lines):
-            found = _read_collective(line, name, trips_of[name], mesh)
+            found = read_collective(line, name, trips_of[name], mesh)
             if found is None:
                 continue
-            channel = _channel(line) or (name, number)
+            channel = channel_of(line) or (name, number)
             known = by_channel.get(channel)
             if known is None or found.bytes_per_step < known.bytes_per_step:
                 by_channel[channel] = found
@@ -124,8 +124,8 @@ def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
     return [Collective(kind, axis, sent) for (kind, axis), sent in sorted(totals.items())]
 
 
-def _split_into_computations(text: str) -> Computations:
-    """Return the lines of each computation by its name, those of the entry under _ENTRY."""
+def split_into_computations(text: str) -> Computations:
+    """Return the lines of each computation by its name, those of the entry under ENTRY."""
     computations: Computations = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -133,12 +133,12 @@ def _split_into_computations(text: str) -> Computations:
         if head is None:
             lines.append(line)
         else:
-            name = _ENTRY if line.startswith("ENTRY") else head.group(1)
+            name = ENTRY if line.startswith("ENTRY") else head.group(1)
             lines = computations.setdefault(name, [])
     return computations
 
 
-def _read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Collective | None:
+def read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Collective | None:
     """Return the collective of a line that runs `trips` times a step, None where nothing is sent.
 
     Such a line is
@@ -158,7 +158,7 @@ def _read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Col
     return Collective(found["kind"], axis, sent)
 
 
-def _channel(line: str) -> tuple[str, str] | None:
+def channel_of(line: str) -> tuple[str, str] | None:
     """Return what pieces of one collective have in common; None where the line stands alone."""
     # `metadata={op_name="jit(step)/shard_map/psum"}` marks the sums of a shard_map.
     if "/psum" in line:
@@ -167,7 +167,7 @@ def _channel(line: str) -> tuple[str, str] | None:
     return ("channel", found.group(1)) if found else None
 
 
-def _count_trips(computations: Computations) -> dict[str, int]:
+def count_trips(computations: Computations) -> dict[str, int]:
     """Return how often each computation runs in one run of the program."""
     calls: dict[str, list[_Call]] = {}
     for name, lines in computations.items():
@@ -175,12 +175,12 @@ def _count_trips(computations: Computations) -> dict[str, int]:
         for line in lines:
             times = 1
             if " while(" in line:
-                times = _loop_trips(line, computations)
+                times = loop_trips(line, computations)
             for called in _CALLED.findall(line):
                 for callee in _NAME.findall(called):
                     calls[name].append(_Call(callee, times))
     trips: dict[str, int] = collections.Counter()
-    trips[_ENTRY] = 1
+    trips[ENTRY] = 1
     for name in _callers_first(calls):
         for call in calls[name]:
             trips[call.callee] += trips[name] * call.times
@@ -198,11 +198,11 @@ def _callers_first(calls: dict[str, list[_Call]]) -> list[str]:
             visit(call.callee)
         callees_first[name] = None
 
-    visit(_ENTRY)
+    visit(ENTRY)
     return list(reversed(callees_first))
 
 
-def _loop_trips(line: str, computations: Computations) -> int:
+def loop_trips(line: str, computations: Computations) -> int:
     """Return the trips of a while loop as XLA annotates them, or as its counter tells; else 1."""
     annotated = _TRIPS.search(line)
     if annotated:
