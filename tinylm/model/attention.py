@@ -11,6 +11,7 @@ from tinylm.core.collectives import is_partly_manual
 from tinylm.core.errors import UserError
 from tinylm.core.log import say_once
 from tinylm.core.mesh import target_platform
+from tinylm.model.config import CUDNN_MOST_HEAD_DIM
 from tinylm.model.kernels import (
     AttentionOptions,
     cudnn_attention,
@@ -65,7 +66,7 @@ def attend(
         fits_cudnn = (
             q_BNTH.dtype == jnp.bfloat16
             and head_dim % 8 == 0
-            and head_dim <= 128
+            and head_dim <= CUDNN_MOST_HEAD_DIM
             and num_queries % 2 == 0
         )
         if kernel == "cudnn" or fits_cudnn:

@@ -12,6 +12,8 @@ from tinylm.core.errors import UserError
 from tinylm.core.settings import Section, setting
 
 VOCAB_MULTIPLE = 128
+# The widest head that cuDNN's flash attention takes on every GPU that has it.
+CUDNN_MOST_HEAD_DIM = 128
 
 
 @dataclasses.dataclass
@@ -282,9 +284,10 @@ class ModelConfig(Section, name="model"):
         misfits = []
         if kernel == "cudnn" and self.compute_dtype != "bfloat16":
             misfits.append(f"model.compute_dtype=bfloat16 (here {self.compute_dtype})")
-        if kernel == "cudnn" and (head_dim % 8 or head_dim > 128):
+        if kernel == "cudnn" and (head_dim % 8 or head_dim > CUDNN_MOST_HEAD_DIM):
             misfits.append(
-                f"a head size of at most 128 that 8 divides (model.head_dim, here {head_dim})"
+                f"a head size of at most {CUDNN_MOST_HEAD_DIM} that 8 divides (model.head_dim, "
+                f"here {head_dim})"
             )
         if kernel == "cudnn" and self.attention_softcap:
             misfits.append(f"model.attention_softcap=0 (here {self.attention_softcap})")

@@ -4,20 +4,28 @@ All take heads-first arrays, so that the matrices of a head are contiguous: on C
 copies of another layout cost as much as the products themselves.
 
 Axes: B batch, T query positions, S key positions, N query heads, K kv heads, G query heads per kv
-head, M rows of a kv head (its G heads times T queries), H head size.
+head, M rows of a kv head (its G heads times T queries), H head size, X features of a head as cuDNN
+sees it (H, and those of the segments).
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from tinylm.core.collectives import on_shards
 from tinylm.core.mesh import activation_spec
+from tinylm.model.config import CUDNN_MOST_HEAD_DIM
 from tinylm.model.layers import MASKED_LOGIT, NO_DROPOUT, Dropout
 from tinylm.model.visibility import Visibility
+
+# Features that a packed row adds to a head. cuDNN wants multiples of 8; four are used.
+_SEGMENT_FEATURES = 8
+# How far the logits of one text are put below those of the next: e^-128 is nothing beside 1.
+_APART = 128.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,29 +108,89 @@ def cudnn_attention(
     v_BKSH: jax.Array,
     visibility: Visibility,
     options: AttentionOptions,
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> jax.Array:
-    """Attend through cuDNN's flash attention, which has neither soft caps nor dropout."""
+    """Attend through cuDNN's flash attention, which has neither soft caps nor dropout.
+
+    `implementation` of "xla" computes the same on any platform, with the whole square of logits.
+    """
     window = (visibility.window - 1, 0) if visibility.window else None
 
     def on_device(
         q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None
     ) -> jax.Array:
+        q_BTNX = q_BNTH.swapaxes(1, 2)
+        k_BSKX = k_BKSH.swapaxes(1, 2)
+        v_BSKX = v_BKSH.swapaxes(1, 2)
+        head_dim = q_BTNX.shape[-1]
         mask_B1TS = None
         if segments_BT is not None:
-            mask_B1TS = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-        o_BTNH = jax.nn.dot_product_attention(
-            q_BNTH.swapaxes(1, 2),
-            k_BKSH.swapaxes(1, 2),
-            v_BKSH.swapaxes(1, 2),
+            if head_dim + _SEGMENT_FEATURES <= CUDNN_MOST_HEAD_DIM:
+                q_features_BTX, k_features_BTX = segment_features(segments_BT, options.scale)
+                q_BTNX = _widened(q_BTNX, q_features_BTX)
+                k_BSKX = _widened(k_BSKX, k_features_BTX)
+                v_BSKX = _widened(v_BSKX, jnp.zeros_like(k_features_BTX))
+            else:
+                mask_B1TS = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+        o_BTNX = jax.nn.dot_product_attention(
+            q_BTNX,
+            k_BSKX,
+            v_BSKX,
             mask=mask_B1TS,
             scale=options.scale,
             is_causal=True,
             local_window_size=window,
-            implementation="cudnn",
+            implementation=implementation,
         )
-        return o_BTNH.swapaxes(1, 2)
+        return o_BTNX[..., :head_dim].swapaxes(1, 2)
 
     return _on_each_device(on_device, q_BNTH, k_BKSH, v_BKSH, visibility.segments_BT)
+
+
+def segment_features(segments_BT: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Return features that, appended to queries and keys, keep texts of a packed row apart.
+
+    JAX passes no offsets of segments on to cuDNN's own packing (jax.nn.dot_product_attention of
+    0.10 to 0.12 takes one length a row), and a mask would be an array [B, 1, T, T], which cuDNN
+    reads as a bias and for which it makes a gradient of that size. But where the texts of a row are
+    numbered in their order, a query of text i sees, by causality, keys of texts j <= i alone. So
+
+        -APART (i - j)  =  (-i) APART + APART j
+
+    is a product of two features of the query with two of the key, and adding it to the logits
+    leaves those of the query's own text as they are and takes all others out of reach.
+
+    The numbers must be exact, or logits of one text would differ: bfloat16 knows whole numbers up
+    to 256, so i is split in two (exact up to 65,536 texts), and APART/scale is a power of two. Sums
+    of products are in float32, whose last place at APART * i is what the logits of text i may be
+    off: 0.0005 at i = 32.
+
+    Args:
+      segments_BT: the text of each position, in runs; what the runs are called doesn't matter.
+      scale: that the kernel multiplies products with.
+
+    Returns:
+      Features of queries and of keys, [B, T, _SEGMENT_FEATURES], in float32.
+    """
+    begins_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
+    number_BT = jnp.cumsum(jnp.pad(begins_BT, ((0, 0), (1, 0))), axis=1)
+    low_BT = (number_BT % 256).astype(jnp.float32)
+    high_BT = (number_BT // 256 * 256).astype(jnp.float32)
+    apart_BT = jnp.full_like(low_BT, 2.0 ** math.ceil(math.log2(_APART / scale)))
+    none_BT = jnp.zeros_like(low_BT)
+    unused = [none_BT] * (_SEGMENT_FEATURES - 4)
+    q_features_BTX = jnp.stack([-low_BT, -high_BT, apart_BT, apart_BT, *unused], axis=-1)
+    k_features_BTX = jnp.stack([apart_BT, apart_BT, low_BT, high_BT, *unused], axis=-1)
+    return q_features_BTX, k_features_BTX
+
+
+def _widened(x_BTNH: jax.Array, features_BTX: jax.Array) -> jax.Array:
+    """Return `x` with the same features appended to each of its heads."""
+    B, T, N, _ = x_BTNH.shape
+    features_BT1X = features_BTX[:, :, None].astype(x_BTNH.dtype)
+    features_BTNX = jnp.broadcast_to(features_BT1X, (B, T, N, features_BTX.shape[-1]))
+    return jnp.concatenate([x_BTNH, features_BTNX], axis=-1)
 
 
 def splash_attention(
