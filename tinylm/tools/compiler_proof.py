@@ -181,7 +181,10 @@ def compare_step(config: Config) -> list[Comparison]:
         operations = operations_of(step, before, dispatch)
         single = operations.run(before, dispatch)
         exact = operations.run(before, dispatch, wide=True)
-    return compare(before, compiled, single, exact, config.model.compute_dtype)
+    # Accelerators multiply float32, too, in shorter floats: TF32 or bfloat16.
+    on_cpu = jax.default_backend() == "cpu"
+    products_in = config.model.compute_dtype if on_cpu else "bfloat16"
+    return compare(before, compiled, single, exact, products_in)
 
 
 def _compiled_step(
@@ -247,7 +250,7 @@ class _Change(NamedTuple):
 
 
 def compare(
-    before: TrainState, compiled: Any, single: Any, exact: Any, compute_dtype: str
+    before: TrainState, compiled: Any, single: Any, exact: Any, products_in: str
 ) -> list[Comparison]:
     """Return a comparison for each array of floats of (state, metrics).
 
@@ -260,7 +263,7 @@ def compare(
       compiled: (state, metrics) of the compiled step.
       single: those of its operations one by one.
       exact: the same in float64.
-      compute_dtype: of the model.
+      products_in: the type of floats that are multiplied, by which the limits go.
     """
     # Metrics change from 0.
     num_metrics = len(jax.tree.leaves(compiled[1]))
@@ -300,10 +303,10 @@ def compare(
         # A change smaller than the array itself is known to the array's last places alone.
         always = LAST_PLACES * epsilon * max(_largest(change.exact) / unit, 1.0)
         if change.compiled.size == 1:
-            always = max(always, OF_NUMBERS[compute_dtype])
-        limit = RATIO[compute_dtype] * off_single + always
+            always = max(always, OF_NUMBERS[products_in])
+        limit = RATIO[products_in] * off_single + always
         if change.kind in ("loss", "gradient norm", "gradients"):
-            limit = min(limit, SOUND[compute_dtype])
+            limit = min(limit, SOUND[products_in])
         found.append(Comparison(change.kind, change.name, off_compiled, off_single, limit))
     return found
 

@@ -2,9 +2,10 @@
 
 `jax.jit` hands a whole function to XLA, which fuses, reorders and replaces operations. Here the
 same function is traced into its equations, with loops and inner calls unrolled, and each equation
-is run alone. On the CPU, NumPy runs most of them, so that the result doesn't depend on XLA at all,
-and few have to be compiled. With `wide`, every float array is float64: the result is exact for all
-that float32 can tell. For small arrays: each operation is a call, and each array is made.
+is run alone. NumPy runs most of them, so that the result doesn't depend on XLA at all, and few have
+to be compiled. An accelerator runs products itself, which it multiplies in shorter floats (TF32 on
+NVIDIA GPUs, bfloat16 on TPUs). With `wide`, every float array is float64: the result is exact for
+all that float32 can tell. For small arrays: each operation is a call, and each array is made.
 """
 
 import dataclasses
@@ -62,7 +63,7 @@ class Operations:
         variables = self.jaxpr.jaxpr.invars
         leaves = jax.tree.leaves(arguments)
         with jax.default_device(device), jax.enable_x64(wide):
-            runner = _Runner(wide, uses_numpy=device.platform == "cpu")
+            runner = _Runner(wide, multiplies_in_numpy=device.platform == "cpu")
             inputs = []
             for variable, leaf in zip(variables, leaves, strict=True):
                 inputs.append(runner.array(np.asarray(leaf, variable.aval.dtype)))
@@ -173,15 +174,15 @@ _OF_ANY: dict[str, Callable] = {
 class _Runner:
     """Runs equations one by one, in the types that they have or all in float64."""
 
-    def __init__(self, wide: bool, uses_numpy: bool):
+    def __init__(self, wide: bool, multiplies_in_numpy: bool):
         """Choose what to run with.
 
         Args:
           wide: make all floats float64.
-          uses_numpy: let NumPy take the place of the platform's operations.
+          multiplies_in_numpy: let NumPy take the place of the platform in products, too.
         """
         self.wide = wide
-        self.uses_numpy = uses_numpy
+        self.multiplies_in_numpy = multiplies_in_numpy
 
     def array(self, x: Any) -> Any:
         """Return a value as an array on the host, of float64 where it is a float and all are wide.
@@ -242,7 +243,8 @@ class _Runner:
             function = _OF_FLOATS[name]
         elif name in _OF_ANY and all(isinstance(x, np.ndarray) for x in operands):
             function = _OF_ANY[name]
-        if self.uses_numpy and function is not None:
+        is_platforms = name == "dot_general" and not self.multiplies_in_numpy
+        if function is not None and not is_platforms:
             dtype = equation.outvars[0].aval.dtype
             return [self._in_numpy(function, operands, params, dtype)]
 

@@ -211,7 +211,9 @@ def prove_resume(config: Config, arguments: list[str]) -> Proof:
         after_kills = _losses(killed, last_step)
         on_other_mesh = _losses(moved, last_step)
 
-    limit = MESH_LIMIT[config.model.compute_dtype]
+    # The other mesh of a single accelerator is made of CPUs, which multiply in longer floats.
+    is_same_kind = jax.default_backend() == "cpu" or jax.device_count() > 1
+    limit = MESH_LIMIT[config.model.compute_dtype if is_same_kind else "bfloat16"]
     other = " ".join(other_mesh)
     rows = [("step", "whole", "killed and resumed", f"resumed with {other}", "apart")]
     is_near = sorted(on_other_mesh) == [step for step in losses if step > second]

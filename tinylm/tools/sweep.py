@@ -193,8 +193,10 @@ def _run(
     flags: Sequence[str], folder: epath.Path, jobs: int, stop: threading.Event
 ) -> tuple[int, str]:
     """Train in a process of its own; return its exit code and the last line of its log."""
-    # Of a GPU, each of the jobs that share it has its part.
-    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"}
+    # Of a GPU, each of the jobs that share it has its part. JAX refuses a setting of two names.
+    share = {}
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
+        share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.2f}"}
     command = [sys.executable, "-m", "tinylm.main", *flags, f"--workdir={folder}"]
     with _log_on_disk(folder / "log.txt") as log:
         with log.open("a", encoding="utf-8") as file:
