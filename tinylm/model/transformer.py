@@ -31,12 +31,22 @@ from tinylm.model.visibility import Visibility
 
 Cache = list[LayerCache]  # one for each layer
 
+
+def _is_product(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Say whether an operation is a product of matrices, or cuDNN's attention, which is several.
+
+    JAX 0.10 to 0.12 knows the latter by this name. By another one it would be computed again.
+    """
+    is_matmul = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    if is_matmul(primitive, *operands, **params):
+        return True
+    return primitive.name.startswith("dot_product_attention")
+
+
 # What the backward pass finds stored, and what it computes again, by model.remat.
 _REMAT: dict[str, Callable] = {
     "none": lambda body: body,
-    "dots": lambda body: jax.checkpoint(
-        body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    ),
+    "dots": lambda body: jax.checkpoint(body, policy=_is_product),
     "full": jax.checkpoint,
 }
 
