@@ -1,4 +1,4 @@
-"""Compare decoding speed with `transformers` and llama2.c.
+"""Compare decoding speed with `transformers` and llama2.c; gpu.py has `rate_alone`, without either.
 
 Weights, prompt and sampling are the same, and they take turns on one machine.
 
@@ -19,13 +19,16 @@ import subprocess
 import tempfile
 import time
 
+import jax
 import numpy as np
 from absl import app, flags
 
+from tinylm.config import Config
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.inference.decode import Decoder
 from tinylm.inference.samplers import Sampler
 from tinylm.model.transformer import abstract_transformer
+from tinylm.train.state import make_blueprint
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("pairs", 5, "turns of each")
@@ -53,7 +56,7 @@ def in_turns(name, rows, ours, theirs):
 
 
 def timed(call, rows):
-    """Return tokens per second of a call."""
+    """Return tokens per second of a call that writes as many as the flags say."""
     start = time.perf_counter()
     call()
     return rows * FLAGS.tokens / (time.perf_counter() - start)
@@ -62,6 +65,29 @@ def timed(call, rows):
 def write(decoder, params, prompts, sampler):
     """Go on with prompts as far as the flags say."""
     list(decoder.stream(params, prompts, max_tokens=FLAGS.tokens, sampler=sampler))
+
+
+def rate_alone(config: Config, rows: int, num_tokens: int, turns: int = 3) -> float:
+    """Return tokens per second over all rows of a resolved config with random weights.
+
+    The median of some turns after one that compiles, at temperature 0.8 from the 50 most probable.
+    """
+    mesh = make_mesh(config.mesh)
+    model = config.model
+    end_id = model.vocab_size - 1
+    decoder = Decoder(abstract_transformer(model)[0], model.context, end_id, model.vocab_size)
+    prompts = np.random.default_rng(0).integers(0, end_id, (rows, 8)).tolist()
+    rates = []
+    with jax.set_mesh(mesh):
+        params = make_blueprint(config, mesh).init(0).params
+        for _ in range(1 + turns):
+            start = time.perf_counter()
+            stream = decoder.stream(
+                params, prompts, max_tokens=num_tokens, sampler=Sampler(0.8, top_k=50)
+            )
+            num_columns = sum(ids.shape[1] for ids, _ in stream)
+            rates.append(rows * num_columns / (time.perf_counter() - start))
+    return statistics.median(rates[1:])
 
 
 def write_with_transformers(model, prompt):

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -37,34 +38,58 @@ SIZES = {"small": (4, 4, 128, 64, 12, 20, 10), "medium": (6, 6, 384, 256, 8, 2, 
 class Theirs:
     """nanoGPT in a process of its own, which makes steps when it is told to."""
 
-    def __init__(self, size: tuple, compiled: bool):
-        names = ("n_layer", "n_head", "n_embd", "block_size")
-        shape = {
-            **dict(zip(names, size[:4], strict=True)),
-            "vocab_size": 65,
-            "dropout": 0.0,
-            "bias": False,
-        }
+    def __init__(self, python: str, job: dict[str, Any]):
+        """Start it.
+
+        Args:
+          python: that has torch.
+          job: what nanogpt_child.py reads: checkout, shape, rows, compiled, device.
+        """
         child = pathlib.Path(__file__).with_name("nanogpt_child.py")
-        command = [
-            FLAGS.python,
-            str(child),
-            FLAGS.checkout,
-            json.dumps(shape),
-            str(size[4]),
-            str(int(compiled)),
-        ]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+            [python, str(child), json.dumps(job)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
         )
 
     def secs(self, steps: int) -> float:
         """Return the seconds of some steps."""
-        self.process.stdin.write(f"{steps}\n")
+        return self.answer(str(steps))
+
+    def peak_bytes(self) -> int:
+        """Return the most memory of a GPU that it has had."""
+        return int(self.answer("memory"))
+
+    def answer(self, request: str) -> float:
+        """Ask the process for a number."""
+        self.process.stdin.write(f"{request}\n")
         self.process.stdin.flush()
-        while not (line := self.process.stdout.readline()).startswith("secs "):
+        while not (line := self.process.stdout.readline()).startswith("answer "):
             assert line, "nanoGPT's process ended"
         return float(line.split()[1])
+
+
+def nanogpt_of(size: tuple, compiled: bool) -> Theirs:
+    """Return nanoGPT of a size on the CPU."""
+    num_layers, num_heads, width, context, rows, _, _ = size
+    shape = {
+        "n_layer": num_layers,
+        "n_head": num_heads,
+        "n_embd": width,
+        "block_size": context,
+        "vocab_size": 65,
+        "dropout": 0.0,
+        "bias": False,
+    }
+    job = {
+        "checkout": FLAGS.checkout,
+        "shape": shape,
+        "rows": rows,
+        "compiled": compiled,
+        "device": "cpu",
+    }
+    return Theirs(FLAGS.python, job)
 
 
 class Ours:
@@ -103,7 +128,7 @@ class Ours:
 def compare(name: str) -> None:
     """Print one size's figures."""
     size, ours = SIZES[name], ("float32", "bfloat16")
-    theirs = {"plain": Theirs(size, False), "compiled": Theirs(size, True)}
+    theirs = {"plain": nanogpt_of(size, False), "compiled": nanogpt_of(size, True)}
     sides = {dtype: Ours(size, dtype) for dtype in ours} | theirs
     steps = size[5]
     for side in sides.values():

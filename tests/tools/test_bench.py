@@ -3,14 +3,18 @@ can't be tested.
 """
 
 import contextlib
+import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import traverse_util
-from helpers import random_batch, tiny_model
+from helpers import ROOT, random_batch, tiny_model
 
 from tinylm.bench import text_of
 from tinylm.config import load_config
@@ -19,7 +23,7 @@ from tinylm.model.flops import count_parameters, train_flops_per_token
 from tinylm.model.transformer import abstract_transformer
 from tinylm.tools.bench import Workload, measure
 from tinylm.tools.plan import compile_step
-from tinylm.tools.profile import kind_of
+from tinylm.tools.profile import kind_of, secs_by_kind
 from tinylm.train.step import accumulate
 
 TINY = [
@@ -96,10 +100,61 @@ def test_the_first_start_compiles_and_the_second_takes_its_programs(measured):
         ("input_reduce_fusion.2", "reductions"),
         ("all-reduce-start.1", "communication"),
         ("multiply_tanh_fusion", "element by element"),
+        ("loop_convert_fusion_4", "element by element"),
+        ("MemcpyD2D", "transposes and copies"),
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "matmuls"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3", "attention"),
     ],
 )
 def test_operations_are_told_apart_by_name(name, kind):
     assert kind_of(name) == kind
+
+
+# As of a GPU: kernels on a stream, with and without a mark; what the host did for them; a summary.
+GPU_TRACE = """
+planes { id: 1 name: "/device:GPU:0"
+  event_metadata { key: 1 value { id: 1 name: "nvjet_hsh_128x256_64x4_NNT" } }
+  event_metadata { key: 2 value { id: 2 name: "input_reduce_fusion_2" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+  lines { id: 1 name: "Stream #13(Compute)"
+    events { metadata_id: 1 duration_ps: 3000000000000 }
+    events { metadata_id: 2 duration_ps: 1000000000000 stats { metadata_id: 1 str_value: "x" } } }
+  lines { id: 2 name: "XLA Ops" events { metadata_id: 1 duration_ps: 4000000000000 } } }
+planes { id: 2 name: "/host:CPU"
+  event_metadata { key: 1 value { id: 1 name: "launch" } }
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+  lines { id: 1 name: "main" events { metadata_id: 1 duration_ps: 5000000000000
+    stats { metadata_id: 1 str_value: "custom-call.1" } } } }
+"""
+
+
+def test_of_a_gpu_the_kernels_on_its_streams_count(tmp_path):
+    trace = jax.profiler.ProfileData.text_proto_to_serialized_xspace(GPU_TRACE)
+    (tmp_path / "host.xplane.pb").write_bytes(trace)
+    assert secs_by_kind(str(tmp_path)) == pytest.approx({"matmuls": 3.0, "reductions": 1.0})
+
+
+@pytest.mark.slow
+def test_the_script_for_gpus_runs_through_on_a_cpu(tmp_path):
+    """A lent GPU leaves no time for a slip of the pen. Without nanoGPT, which is only looked for."""
+    text = tmp_path / "text.txt"
+    text.write_text("To be, or not to be, that is the question.\n" * 500, encoding="utf-8")
+    out = tmp_path / "out"
+    command = [
+        str(ROOT / "benchmarks" / "gpu.sh"),
+        "--tiny",
+        f"--out={out}",
+        f"--shakespeare={text}",
+    ]
+    environment = {**os.environ, "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, env=environment, check=True)
+    lines = (out / "figures.jsonl").read_text(encoding="utf-8").splitlines()
+    figures = [json.loads(line) for line in lines]
+    ends = [figure for figure in figures if figure["name"].endswith(" ended with")]
+    assert len(ends) == 12
+    assert all(end["value"] == 0 for end in ends), ends
+    wrong = [figure for figure in figures if figure["value"] is False or "error" in figure]
+    assert not wrong
 
 
 @pytest.fixture
