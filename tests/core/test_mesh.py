@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import MeshConfig, make_mesh
+from tinylm.core.mesh import MeshConfig, crosses_slices, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +61,14 @@ def test_slices_of_tpus_are_the_replicas():
     mesh = make_mesh(MeshConfig(replica=2, model=2), devices)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     assert (slices == np.arange(2)[:, None, None]).all()
+
+
+def test_replicas_in_one_slice_of_tpus_do_not_leave_it():
+    tpus = {"platform": "tpu", "device_kind": "TPU v5 lite"}
+    replicas = MeshConfig(replica=2)
+    assert not crosses_slices(make_mesh(replicas, hosts(1, **tpus)), "replica")
+    between = make_mesh(replicas, hosts(2, **tpus))
+    assert crosses_slices(between, "replica+data")
+    assert not crosses_slices(between, "data")
+    # Nobody knows whether a machine of GPUs ends at a replica.
+    assert crosses_slices(make_mesh(replicas, hosts(1)), "replica")

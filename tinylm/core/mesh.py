@@ -188,6 +188,15 @@ def _slices(devices: list[jax.Device]) -> list[list[jax.Device]]:
     return [slices[index] for index in sorted(slices)]
 
 
+def crosses_slices(mesh: Mesh, axis: str) -> bool:
+    """Say whether what is sent along a mesh axis, or along several ("replica+data"), leaves a slice
+    of TPUs, or a machine of GPUs.
+    """
+    devices = list(mesh.devices.flat)
+    is_one_slice = devices[0].platform == "tpu" and len(_slices(devices)) == 1
+    return AXES.replica in axis and not is_one_slice
+
+
 def mesh_sizes(mesh: Mesh) -> PerAxis[int]:
     """Return the number of devices along each axis."""
     return PerAxis(*(mesh.shape[name] for name in AXES))

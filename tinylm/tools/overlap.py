@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tinylm.core.chips import SLICE_BYTES_PER_SEC, Chip
-from tinylm.core.mesh import AXES
+from tinylm.core.mesh import crosses_slices
 from tinylm.tools.programs import (
     ENTRY,
     KINDS,
@@ -81,9 +81,9 @@ def is_schedule(text: str) -> bool:
     return "is_scheduled=true" in text.split("\n", 1)[0]
 
 
-def link_rate(chip: Chip, axis: str) -> float:
+def link_rate(mesh: Mesh, chip: Chip, axis: str) -> float:
     """Return the bytes/s that a chip sends along a mesh axis, or along several ("data+model")."""
-    return SLICE_BYTES_PER_SEC if AXES.replica in axis else chip.link_bytes_per_sec
+    return SLICE_BYTES_PER_SEC if crosses_slices(mesh, axis) else chip.link_bytes_per_sec
 
 
 def hidden_bytes(text: str, mesh: Mesh, chip: Chip) -> dict[tuple[str, str], float]:
@@ -148,7 +148,7 @@ class _Schedule:
                 free_secs -= hidden_secs
 
             for mark, what in self._started_by(operation):
-                secs = what.bytes_per_step / link_rate(self.chip, what.axis)
+                secs = what.bytes_per_step / link_rate(self.mesh, self.chip, what.axis)
                 in_flight[mark] = _Flight(what, secs, secs)
             for mark in self._waited_for_by(operation):
                 if mark in in_flight:

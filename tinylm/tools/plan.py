@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from tinylm.core.batch import abstract_batch
 from tinylm.core.chips import Chip, find_chip
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import AXES, mesh_sizes, replicated, sizes_by_name
+from tinylm.core.mesh import crosses_slices, mesh_sizes, replicated, sizes_by_name
 from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.overlap import hidden_bytes, is_schedule, link_rate
 from tinylm.tools.programs import Collective, read_collectives
@@ -128,7 +128,7 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
         flops_per_step=flops,
         collectives=_compared(collectives, least, hidden),
         traffic_from="formula" if text is None else "compiled program",
-        hidden_share=_hidden_share(collectives, hidden, chip),
+        hidden_share=_hidden_share(mesh, chip, collectives, hidden),
         secs=secs,
         bound_by=max(secs, key=lambda name: secs[name]),
         step_secs_estimate=step_secs,
@@ -261,13 +261,16 @@ def _compared(
 
 
 def _hidden_share(
-    found: list[Collective], hidden: dict[tuple[str, str], float] | None, chip: Chip
+    mesh: Mesh,
+    chip: Chip,
+    found: list[Collective],
+    hidden: dict[tuple[str, str], float] | None,
 ) -> float | None:
     """Return the part of the time of all collectives that is hidden."""
     if hidden is None or not found:
         return None
-    secs = sum(one.bytes_per_step / link_rate(chip, one.axis) for one in found)
-    hidden_secs = sum(sent / link_rate(chip, axis) for (_, axis), sent in hidden.items())
+    secs = sum(one.bytes_per_step / link_rate(mesh, chip, one.axis) for one in found)
+    hidden_secs = sum(sent / link_rate(mesh, chip, axis) for (_, axis), sent in hidden.items())
     return hidden_secs / secs
 
 
@@ -296,14 +299,16 @@ def roofline_secs(
     weight_bytes = memory["params"] * gathered_from
     state_bytes = memory["params"] + memory["optimizer"]
     moved_bytes = 2 * weight_bytes * config.train.accumulation_steps + 2 * state_bytes
-    between_slices = sum(one.bytes_per_step for one in collectives if AXES.replica in one.axis)
-    within_slices = sum(one.bytes_per_step for one in collectives) - between_slices
     links_secs = 0.0
     slices_secs = 0.0
     # CPU devices share a memory, so they have no links.
     if chip.link_bytes_per_sec:
-        links_secs = within_slices / link_rate(chip, AXES.data)
-        slices_secs = between_slices / link_rate(chip, AXES.replica)
+        for one in collectives:
+            secs = one.bytes_per_step / link_rate(mesh, chip, one.axis)
+            if crosses_slices(mesh, one.axis):
+                slices_secs += secs
+            else:
+                links_secs += secs
     return {
         "arithmetic": flops * recomputed / (chip.peak_flops * mesh.size),
         "memory": moved_bytes / chip.memory_bytes_per_sec,
