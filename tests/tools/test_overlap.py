@@ -64,6 +64,8 @@ def program(*lines: str, **called: str) -> str:
         # It is waited for elsewhere, or never.
         ([START.format(1), DOT.format(1)], 0),
         ([SYNCHRONOUS.format(1), DOT.format(1)], 0),
+        # One that isn't asynchronous takes none of the time of a product.
+        ([SYNCHRONOUS.format(2), START.format(1), DOT.format(1), DONE.format(1)], 60),
         # Two products hide no more than there is.
         ([START.format(1), DOT.format(1), DOT.format(2), DONE.format(1)], 60),
         # The link takes one after the other: of two gathers one product hides one.

@@ -62,8 +62,9 @@ _WINDOW = re.compile(r"window=\{([^}]*)\}")
 
 @dataclasses.dataclass
 class _Flight:
-    """A collective between its start and its wait."""
+    """A collective on its way, from its start to its wait."""
 
+    channel: object  # what pieces of one collective have in common
     what: Collective
     secs: float  # that the link takes
     left_secs: float  # that are not hidden yet
@@ -106,19 +107,29 @@ class _Schedule:
         self.trips = count_trips(self.computations)
         self.mesh = mesh
         self.chip = chip
+        # Fusions, whose collectives count where they are called.
+        self.fusions = set(re.findall(r"\bcalls=%([\w.-]+)", text))
         self.flights: dict[str, list[_Flight]] = {}  # of each computation that was walked
         self.work: dict[str, _Work] = {}
         self.sizes: dict[str, dict[str, tuple[int, ...]]] = {}
         self.work_of(ENTRY)
 
     def hidden_bytes(self) -> dict[tuple[str, str], float]:
-        """Return the hidden bytes of a step by kind and axis."""
-        found: dict[tuple[str, str], float] = collections.defaultdict(float)
+        """Return the hidden bytes of a step by kind and axis.
+
+        As in `read_collectives` each channel counts once, as its piece that runs least often.
+        """
+        by_channel: dict[object, tuple[float, _Flight]] = {}
         for name, flights in self.flights.items():
             for flight in flights:
-                hidden_part = 1 - flight.left_secs / flight.secs
                 sent_bytes = flight.what.bytes_per_step * self.trips[name]
-                found[flight.what.kind, flight.what.axis] += hidden_part * sent_bytes
+                known = by_channel.get(flight.channel)
+                if known is None or sent_bytes < known[0]:
+                    by_channel[flight.channel] = sent_bytes, flight
+        found: dict[tuple[str, str], float] = collections.defaultdict(float)
+        for sent_bytes, flight in by_channel.values():
+            hidden_part = 1 - flight.left_secs / flight.secs
+            found[flight.what.kind, flight.what.axis] += hidden_part * sent_bytes
         return dict(found)
 
     def work_of(self, name: str) -> _Work:
@@ -128,7 +139,7 @@ class _Schedule:
         return self.work[name]
 
     def _walk(self, name: str) -> _Work:
-        waited_for: list[_Flight] = []
+        flights: list[_Flight] = []
         in_flight: dict[str, _Flight] = {}
         product_secs = 0.0
         hiding_secs = 0.0
@@ -147,15 +158,20 @@ class _Schedule:
                 flight.left_secs -= hidden_secs
                 free_secs -= hidden_secs
 
-            for mark, what in self._started_by(operation):
-                secs = what.bytes_per_step / link_rate(self.mesh, self.chip, what.axis)
-                in_flight[mark] = _Flight(what, secs, secs)
-            for mark in self._waited_for_by(operation):
+            for mark, flight in self._started_by(operation, name):
+                if mark is None:
+                    flights.append(flight)
+                else:
+                    in_flight[mark] = flight
+            for mark in self._waited_for_by(operation, name):
                 if mark in in_flight:
-                    waited_for.append(in_flight.pop(mark))
-        # What is still in flight is waited for elsewhere, or never.
-        self.flights[name] = waited_for
-        hiding_secs += sum(flight.secs - flight.left_secs for flight in waited_for)
+                    flights.append(in_flight.pop(mark))
+        # What nobody waits for here is waited for elsewhere, or never.
+        for flight in in_flight.values():
+            flight.left_secs = flight.secs
+            flights.append(flight)
+        self.flights[name] = flights
+        hiding_secs += sum(flight.secs - flight.left_secs for flight in flights)
         return _Work(product_secs, hiding_secs)
 
     def _work_of_line(self, operation: re.Match, computation: str) -> _Work:
@@ -177,31 +193,39 @@ class _Schedule:
             return self.work_of(called.group(1))
         return _Work(0.0, 0.0)
 
-    def _started_by(self, operation: re.Match) -> Iterator[tuple[str, Collective]]:
-        """Yield the collectives that an operation starts or makes whole, each with its mark, by
-        which the operation that waits for it is known.
+    def _started_by(
+        self, operation: re.Match, computation: str
+    ) -> Iterator[tuple[str | None, _Flight]]:
+        """Yield the collectives that an operation starts, each with its mark, by which the
+        operation that waits for it is known; None where it is over with this operation.
         """
-        for line, name in self._collective_lines(operation):
-            if self._role(line, name) in ("continued", "waited for"):
+        for line, name in self._collective_lines(operation, computation):
+            role = self._role(line, name)
+            if role in ("continued", "waited for"):
                 continue
             what = read_collective(line, name, 1, self.mesh)
-            if what is not None:
-                yield self._mark(operation, line), what
+            if what is None:
+                continue
+            is_asynchronous = role == "started" or operation["code"].endswith("-start")
+            mark = self._mark(operation, line)
+            secs = what.bytes_per_step / link_rate(self.mesh, self.chip, what.axis)
+            flight = _Flight(channel_of(line) or (computation, mark), what, secs, secs)
+            yield mark if is_asynchronous else None, flight
 
-    def _waited_for_by(self, operation: re.Match) -> Iterator[str]:
+    def _waited_for_by(self, operation: re.Match, computation: str) -> Iterator[str]:
         """Yield the marks of the collectives that an operation waits for."""
         # `%g.done = f32[8]{0} all-gather-done(%g)`, or `async-done(%g)`
         if operation["code"].endswith("-done"):
             yield _NAME.findall(operation["rest"])[0]
             return
-        for line, name in self._collective_lines(operation):
+        for line, name in self._collective_lines(operation, computation):
             if self._role(line, name) == "waited for":
                 yield self._mark(operation, line)
 
-    def _collective_lines(self, operation: re.Match) -> Iterator[tuple[str, str]]:
+    def _collective_lines(self, operation: re.Match, computation: str) -> Iterator[tuple[str, str]]:
         """Yield the lines that hold an operation's collectives, and their computation."""
-        if operation["code"].removesuffix("-start") in KINDS:
-            yield operation.string, ""
+        if operation["code"].removesuffix("-start") in KINDS and computation not in self.fusions:
+            yield operation.string, computation
         called = _CALLS.search(operation["rest"])
         if operation["code"] in ("fusion", "async-start") and called:
             name = called.group(1)
