@@ -216,7 +216,7 @@ def dot_flops(jaxpr, times=1):
 )
 def test_a_step_multiplies_as_much_as_the_formula_says(changes):
     """The formula leaves out the hidden half of attention and the padding of the vocabulary, which
-    are computed.
+    are computed, and the gradients of the norms' scales, which are products with ones on CPU.
     """
     config = tiny_config().editable_copy()
     config.model = tiny_model(**changes)
@@ -230,7 +230,8 @@ def test_a_step_multiplies_as_much_as_the_formula_says(changes):
     c, tokens = config.model, batch["tokens"].size
     hidden = c.num_layers * 4 * c.num_heads * c.head_dim * (16 - 1) / 2
     padding = 2 * c.embed_dim * (c.padded_vocab - c.vocab_size)
-    expected = tokens * (train_flops_per_token(c, 16) + 3 * (hidden + padding))
+    scales = 2 * c.embed_dim * (2 * c.num_layers + 1)
+    expected = tokens * (train_flops_per_token(c, 16) + 3 * (hidden + padding) + scales)
     assert dot_flops(program.jaxpr) == pytest.approx(expected)
 
 

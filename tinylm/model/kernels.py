@@ -20,6 +20,7 @@ from tinylm.core.collectives import on_shards
 from tinylm.core.mesh import activation_spec
 from tinylm.model.config import CUDNN_MOST_HEAD_DIM
 from tinylm.model.layers import MASKED_LOGIT, NO_DROPOUT, Dropout
+from tinylm.model.rowwise import softmax
 from tinylm.model.visibility import Visibility
 
 # Features that a packed row adds to a head. cuDNN wants multiples of 8; four are used.
@@ -95,7 +96,7 @@ def _softmax_sum(
     if options.softcap:
         logits_BNTS = options.softcap * jnp.tanh(logits_BNTS / options.softcap)
     logits_BNTS = jnp.where(mask, logits_BNTS, MASKED_LOGIT)
-    weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1)
+    weights_BNTS = softmax(logits_BNTS)
     weights_BNTS = options.dropout(weights_BNTS.astype(v_BKSH.dtype))
     weights_BKMS = weights_BNTS.reshape(B, K, M, S)
     o_BKMH = jnp.einsum("BKMS,BKSH->BKMH", weights_BKMS, v_BKSH)

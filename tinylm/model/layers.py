@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tinylm.model.matmul import matmul
+from tinylm.model.rowwise import center, rms_normalize
 
 # The logit of what must never be chosen: far below every real one, but finite, so that a row in
 # which everything is masked gives equal probabilities and not NaN.
@@ -84,15 +85,6 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
-def rms_normalize(x: jax.Array, epsilon: float = 1e-6) -> jax.Array:
-    """Scale `x` to unit mean square over its last axis, computed and returned in float32.
-
-    Without a learned scale this is query-key norm (Henry et al. 2020).
-    """
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
-
-
 class Norm(nnx.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last axis."""
 
@@ -105,10 +97,10 @@ class Norm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize the last axis of `x` in float32, returning x's type."""
-        y = x.astype(jnp.float32)
+        y = x
         if self.centered:
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = rms_normalize(y, self.epsilon) * self.scale[...]
+            y = center(y.astype(jnp.float32))
+        y = rms_normalize(y, self.scale[...], self.epsilon)
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(x.dtype)

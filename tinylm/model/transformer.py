@@ -27,6 +27,7 @@ from tinylm.model.attention import attend, can_be_unrolled
 from tinylm.model.cache import LayerCache, store_prompt
 from tinylm.model.config import ModelConfig
 from tinylm.model.kernels import AttentionOptions
+from tinylm.model.rowwise import rms_normalize
 from tinylm.model.visibility import Visibility
 
 Cache = list[LayerCache]  # one for each layer
@@ -108,8 +109,8 @@ class Attention(nnx.Module):
         k_BKTH = _heads_first(self.key(x_BTD), "kv_heads")
         v_BKTH = _heads_first(self.value(x_BTD), "kv_heads")
         if c.qk_norm:
-            q_BNTH = layers.rms_normalize(q_BNTH).astype(x_BTD.dtype)
-            k_BKTH = layers.rms_normalize(k_BKTH).astype(x_BTD.dtype)
+            q_BNTH = rms_normalize(q_BNTH).astype(x_BTD.dtype)
+            k_BKTH = rms_normalize(k_BKTH).astype(x_BTD.dtype)
         if inputs.rotary is not None:
             q_BNTH = layers.rotate(q_BNTH, inputs.rotary)
             k_BKTH = layers.rotate(k_BKTH, inputs.rotary)
