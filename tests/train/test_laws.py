@@ -3,6 +3,7 @@ run.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ import pytest
 from helpers import random_batch, tiny_model, train
 from jax.sharding import AbstractMesh, AxisType
 
+from tinylm.core.batch import BatchRows, stack_steps
 from tinylm.core.collectives import look_up
 from tinylm.core.mesh import AXES, MeshConfig, make_mesh
 from tinylm.tools.plan import held_bytes
-from tinylm.train.config import Config
+from tinylm.train.config import Config, OptimizerConfig, TrainConfig
 from tinylm.train.state import make_blueprint
+from tinylm.train.step import make_train_steps
 
 BATCHES = [random_batch(seed) for seed in range(20)]
 # Where bits count, loops are fused as they are for users: conftest takes an older way, which
@@ -220,3 +223,29 @@ def test_a_micro_batch_with_nothing_to_learn_adds_nothing():
     without = train(MeshConfig(data=1), model, [alone])
     np.testing.assert_allclose(with_empty[0], without[0], rtol=1e-6)
     np.testing.assert_allclose(with_empty[1], without[1], rtol=1e-5)
+
+
+def test_update_ratios_are_those_of_the_steps_that_are_logged():
+    config = Config(
+        model=tiny_model(),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
+        train=TrainConfig(num_steps=3, log_every_steps=2),
+    )
+    mesh = make_mesh(MeshConfig(data=1))
+    with jax.set_mesh(mesh):
+        blueprint = make_blueprint(config, mesh)
+        steps = make_train_steps(blueprint)
+        state = blueprint.init(3)
+        embeddings = [np.asarray(state.params["embedding"])]
+        ratios = []
+        for batch in BATCHES[:3]:
+            placed = BatchRows(mesh, batch["tokens"].shape[1]).place(stack_steps([batch]))
+            state, metrics = steps(state, placed, 1, 7)
+            embeddings.append(np.asarray(state.params["embedding"]))
+            ratios.append(float(metrics["update_ratio/embedding"][0]))
+    expected = [
+        np.linalg.norm(after - before) / np.linalg.norm(before)
+        for before, after in itertools.pairwise(embeddings)
+    ]
+    # Every second step is logged, and the last.
+    assert ratios == [0, pytest.approx(expected[1], rel=1e-3), pytest.approx(expected[2], rel=1e-3)]

@@ -237,6 +237,11 @@ class _Runner:
             return self.evaluate(getattr(inner, "jaxpr", inner), consts, operands)
         if name in _UNCHANGED:
             return operands
+        if name == "cond":
+            # Only the branch that the first operand numbers runs.
+            branch = params["branches"][int(operands[0])]
+            consts = [self.array(const) for const in branch.consts]
+            return self.evaluate(branch.jaxpr, consts, operands[1:])
 
         function = None
         if name in _OF_FLOATS and all(_is_float(x) for x in operands):

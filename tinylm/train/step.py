@@ -19,7 +19,6 @@ import optax
 from flax import nnx, traverse_util
 
 from tinylm.core.collectives import in_each_replica, sum_over_rows
-from tinylm.core.tpu_options import tpu_compiler_options
 from tinylm.model.losses import next_token_loss
 from tinylm.train.bad_steps import judge
 from tinylm.train.state import Blueprint, TrainState
@@ -39,7 +38,7 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
     - `grad_norm`, before clipping
     - `learning_rate`
     - `update_ratio/PART` for each part of the model: the norm of the update over that of the
-      weights
+      weights; 0 where no update was made, and in steps that are not written to metrics.jsonl
     - `bad`, 1 where the guard left the state as it was
     """
     train = blueprint.config.train
@@ -81,10 +80,20 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
             "loss": jnp.where(is_empty, jnp.nan, loss),
             "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(blueprint.schedule(state.step), jnp.float32),
-            **_update_ratios(updates, state.params, is_empty),
             "bad": is_bad.astype(jnp.float32),
         }
-        return new_state, metrics
+        # The norms read all parameters and updates: a tenth of a small model's step on CPU. So they
+        # are computed for the steps that the loop writes down, which are the bad ones too.
+        is_due = new_state.step % max(train.log_every_steps, 1) == 0
+        is_last = new_state.step == train.last_step
+        ratios = jax.lax.cond(
+            (is_bad | is_due | is_last) & ~is_empty,
+            _update_ratios,
+            lambda updates, params: dict.fromkeys(ratio_names, jnp.zeros(())),
+            updates,
+            state.params,
+        )
+        return new_state, metrics | ratios
 
     def train_steps(
         state: TrainState, batches: Batch, count: jax.Array, seed: jax.Array
@@ -105,13 +114,8 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
 
         return jax.lax.fori_loop(0, count, one_more, (state, metrics))
 
-    everywhere: Any = blueprint.shardings.step
-    return jax.jit(
-        train_steps,
-        donate_argnums=0,
-        out_shardings=(blueprint.shardings, everywhere),
-        compiler_options=tpu_compiler_options(everywhere.mesh),
-    )
+    everywhere = blueprint.shardings.step
+    return jax.jit(train_steps, donate_argnums=0, out_shardings=(blueprint.shardings, everywhere))
 
 
 def accumulate(
@@ -198,17 +202,13 @@ def _after_update(old: Any, new: Any, is_bad: jax.Array, is_empty: jax.Array) ->
     return jax.tree.map(after, old, new, is_leaf=is_schedule)
 
 
-def _update_ratios(updates: dict, params: dict, is_empty: jax.Array) -> Metrics:
-    """Return the norm of the update over that of the weights for each part of the model.
-
-    It is 0 where no update was made.
-    """
+def _update_ratios(updates: dict, params: dict) -> Metrics:
+    """Return the norm of the update over that of the weights for each part of the model."""
     update_norms = _norms(updates)
     weight_norms = _norms(params)
-    ratios = {}
-    for part, norm in update_norms.items():
-        ratios[f"update_ratio/{part}"] = jnp.where(is_empty, 0.0, norm / weight_norms[part])
-    return ratios
+    return {
+        f"update_ratio/{part}": norm / weight_norms[part] for part, norm in update_norms.items()
+    }
 
 
 def _norms(params: dict) -> dict[str, jax.Array]:
