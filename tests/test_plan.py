@@ -14,6 +14,7 @@ from tinylm.config import load_config
 from tinylm.core.chips import find_chip
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
+from tinylm.core.tpu_options import TPU_FLAGS, tpu_compiler_options
 from tinylm.plan import topology_devices
 from tinylm.tools.plan import make_plan
 from tinylm.tools.plan_text import describe, describe_search
@@ -192,6 +193,7 @@ log.start()
 jax.config.update("jax_platforms", "cpu")
 from tinylm.config import load_config
 from tinylm.core.mesh import make_mesh
+from tinylm.core.tpu_options import TPU_FLAGS, tpu_compiler_options
 from tinylm.plan import topology_devices
 from tinylm.tools.plan import make_plan
 devices = topology_devices("v5e:2x2", 1)
@@ -246,6 +248,58 @@ def test_a_topology_has_the_devices_that_jax_counts_and_their_chip_is_known(topo
     found = topology_devices(topology, 1)
     assert len(found) == devices
     assert find_chip(found[0]) is not None
+
+
+# A program of one layer whose parameters are split over so many chips that each has 8 columns.
+MANY_CHIPS = [
+    "mesh.fsdp=true",
+    "model.embed_dim=2048",
+    "model.num_layers=4",
+    "model.unroll=1",
+    "model.num_heads=32",
+    "model.mlp_dim=8192",
+    "data.batch_size=256",
+    "data.seq_len=1024",
+    "train.accumulation_steps=1",
+    "optimizer.name=adamw",
+]
+TOPOLOGIES = {"TPU v5 lite": "v5e:16x16", "TPU v6 lite": "v6e:16x16"}
+
+
+def hidden_share_on_many_chips(kind):
+    config = load_config("llama:110m", MANY_CHIPS)
+    config = config.resolve(0)
+    return make_plan(
+        config, make_mesh(config.mesh, topology_devices(TOPOLOGIES[kind], 1))
+    ).hidden_share
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_flag_that_the_tpu_compiler_does_not_know_is_left_out(monkeypatch):
+    mesh = make_mesh(MeshConfig(), topology_devices("v5e:2x2", 1))
+    known = TPU_FLAGS[0]
+    unknown = dataclasses.replace(known, name="xla_tpu_nobody_knows")
+    monkeypatch.setattr("tinylm.core.tpu_options.TPU_FLAGS", (known, unknown))
+    with jax.set_mesh(mesh):
+        assert tpu_compiler_options(mesh) == {known.name: known.value}
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("kind", TOPOLOGIES)
+def test_each_flag_of_the_tpu_compiler_lets_products_hide_more(monkeypatch, kind):
+    """Where this fails, the compiler has learned to do without the flag, or ignores it."""
+    with_all = hidden_share_on_many_chips(kind)
+    for flag in TPU_FLAGS:
+        if kind not in flag.kinds:
+            continue
+        others = tuple(other for other in TPU_FLAGS if other != flag)
+        monkeypatch.setattr("tinylm.core.tpu_options.TPU_FLAGS", others)
+        without = hidden_share_on_many_chips(kind)
+        print(f"{kind}: {with_all:.2f}, without {flag.name} {without:.2f}")
+        assert with_all > without + 0.03
+    assert {kind for flag in TPU_FLAGS for kind in flag.kinds} == set(TOPOLOGIES)
 
 
 @pytest.mark.slow

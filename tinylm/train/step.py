@@ -19,6 +19,7 @@ import optax
 from flax import nnx, traverse_util
 
 from tinylm.core.collectives import in_each_replica, sum_over_rows
+from tinylm.core.tpu_options import tpu_compiler_options
 from tinylm.model.losses import next_token_loss
 from tinylm.train.bad_steps import judge
 from tinylm.train.state import Blueprint, TrainState
@@ -114,8 +115,13 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
 
         return jax.lax.fori_loop(0, count, one_more, (state, metrics))
 
-    everywhere = blueprint.shardings.step
-    return jax.jit(train_steps, donate_argnums=0, out_shardings=(blueprint.shardings, everywhere))
+    everywhere: Any = blueprint.shardings.step
+    return jax.jit(
+        train_steps,
+        donate_argnums=0,
+        out_shardings=(blueprint.shardings, everywhere),
+        compiler_options=tpu_compiler_options(everywhere.mesh),
+    )
 
 
 def accumulate(
