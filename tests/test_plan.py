@@ -263,7 +263,7 @@ MANY_CHIPS = [
     "train.accumulation_steps=1",
     "optimizer.name=adamw",
 ]
-TOPOLOGIES = {"TPU v5 lite": "v5e:16x16", "TPU v6 lite": "v6e:16x16"}
+TOPOLOGIES = {"TPU v5 lite": "v5e:16x16", "TPU v5": "v5p:4x8x8", "TPU v6 lite": "v6e:16x16"}
 
 
 def hidden_share_on_many_chips(kind):

@@ -27,6 +27,8 @@ SYNCHRONOUS = "  %g.{0} = bf16[40]{{0}} all-gather(%x), " + GROUPS
 # A generic operation that starts a computation with the collective in it.
 WRAPPED_START = "  %g.1 = ((bf16[10]), bf16[40], u32[]) async-start(%x), calls=%wrapped"
 WRAPPED_DONE = "  %d.1 = bf16[40]{0} async-done(%g.1)"
+CALLED_START = "  %g.1 = ((bf16[10]), bf16[40], u32[]) call-start(%x), to_apply=%wrapped"
+CALLED_DONE = "  %d.1 = bf16[40]{0} call-done(%g.1)"
 # Fusions that share a channel: one starts, one moves a part while it computes, one waits.
 FUSED_START = "  %s = (bf16[10]{0}, bf16[40]{0}, u32[]) fusion(%x), kind=kCustom, calls=%starts"
 FUSED_PART = "  %f = f32[2,3]{1,0} fusion(%x, %a, %b), calls=%async_collective_fusion.1"
@@ -75,6 +77,7 @@ def program(*lines: str, **called: str) -> str:
         ),
         ([WRAPPED_START, DOT.format(1), WRAPPED_DONE], 60),
         ([WRAPPED_START, WRAPPED_DONE, DOT.format(1)], 0),
+        ([CALLED_START, DOT.format(1), CALLED_DONE], 60),
         ([FUSED_START, DOT.format(1), FUSED_DONE], 60),
         ([FUSED_START, FUSED_PART, FUSED_DONE], 60),
         ([FUSED_START, FUSED_DONE, DOT.format(1)], 0),

@@ -227,7 +227,9 @@ class _Schedule:
         if operation["code"].removesuffix("-start") in KINDS and computation not in self.fusions:
             yield operation.string, computation
         called = _CALLS.search(operation["rest"])
-        if operation["code"] in ("fusion", "async-start") and called:
+        # `%c = (...) call-start(%x), async_execution_thread="sparsecore", to_apply=%gathers`: TPU7x
+        # has a core of its own for collectives.
+        if operation["code"] in ("fusion", "async-start", "call-start") and called:
             name = called.group(1)
             for line in self.computations.get(name, []):
                 inner = _OPERATION.match(line)
