@@ -9,6 +9,7 @@ Axes: B batch, T query positions, S key positions, D embed, N query heads, K kv 
 R pairs of rotating features, C the inputs that a convolution remembers.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -32,6 +33,37 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "geglu": jax.nn.gelu,
 }
 GATED = ("swiglu", "geglu")
+
+
+def activate(kind: str, x: jax.Array) -> jax.Array:
+    """Apply an activation of ACTIVATIONS, computed in float32, in the type of `x`.
+
+    Its input alone is kept for the backward pass. JAX's own derivative of GELU keeps five arrays of
+    that size, and XLA on CPU, which has no arithmetic in bfloat16, widens and rounds at each of its
+    operations.
+    """
+    return _activate(ACTIVATIONS[kind], x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _activate(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    return function(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _activate_forward(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return _activate(function, x), x
+
+
+def _activate_backward(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, dy: jax.Array
+) -> tuple[jax.Array]:
+    _, to_dx = jax.vjp(function, x.astype(jnp.float32))
+    return (to_dx(dy.astype(jnp.float32))[0].astype(x.dtype),)
+
+
+_activate.defvjp(_activate_forward, _activate_backward)
 
 
 def weight(

@@ -10,6 +10,7 @@ K kv heads, H head size, F mlp, V vocab, L layers, C inputs that a convolution r
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -147,7 +148,7 @@ class Mlp(nnx.Module):
             "rngs": rngs,
         }
         self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
-        self.activation = layers.ACTIVATIONS[c.mlp]
+        self.activation = functools.partial(layers.activate, c.mlp)
         self.up = layers.Linear(embed, mlp, **inner)
         self.gate = layers.Linear(embed, mlp, **inner) if c.mlp in layers.GATED else None
         outer: dict[str, Any] = {**inner, "std": _output_std(c)}
