@@ -1,7 +1,7 @@
 """The parts of gpu.sh, each a process of its own with a time limit; see there.
 
     facts, proofs, a killed run, kernels      side by side, for only their results count
-    kernel times, speed, peer                 alone on the GPU, like all that follow
+    speed, peer, kernel times                 alone on the GPU, like all that follow
     shakespeare, decode, flags
 
 A part that fails or is cut loses what it had still to do. What the parts tell each other (the best

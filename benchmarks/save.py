@@ -46,7 +46,7 @@ def main() -> None:
         def steps(state):
             began = time.monotonic()
             for _ in range(STEPS):
-                state, metrics = step(state, placed, 1, 0)
+                state, metrics = step(state, placed, 1, 0, STEPS)
                 np.asarray(metrics["loss"])
             return state, (time.monotonic() - began) / STEPS
 

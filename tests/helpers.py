@@ -104,7 +104,7 @@ def train(
             part = batches[start : start + group]
             num_rows = part[0]["tokens"].shape[1]
             placed = BatchRows(mesh, num_rows).place(stack_steps(part))
-            state, metrics = steps(state, placed, len(part), 7)
+            state, metrics = steps(state, placed, len(part), 7, len(batches))
             losses += np.asarray(metrics["loss"])[: len(part)].tolist()
             norms += np.asarray(metrics["grad_norm"])[: len(part)].tolist()
         return losses, norms, jax.tree.map(np.asarray, state)

@@ -193,7 +193,6 @@ log.start()
 jax.config.update("jax_platforms", "cpu")
 from tinylm.config import load_config
 from tinylm.core.mesh import make_mesh
-from tinylm.core.tpu_options import TPU_FLAGS, tpu_compiler_options
 from tinylm.plan import topology_devices
 from tinylm.tools.plan import make_plan
 devices = topology_devices("v5e:2x2", 1)

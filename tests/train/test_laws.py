@@ -229,7 +229,7 @@ def test_update_ratios_are_those_of_the_steps_that_are_logged():
     config = Config(
         model=tiny_model(),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=2),
-        train=TrainConfig(num_steps=3, log_every_steps=2),
+        train=TrainConfig(num_steps=9, log_every_steps=2),
     )
     mesh = make_mesh(MeshConfig(data=1))
     with jax.set_mesh(mesh):
@@ -240,7 +240,7 @@ def test_update_ratios_are_those_of_the_steps_that_are_logged():
         ratios = []
         for batch in BATCHES[:3]:
             placed = BatchRows(mesh, batch["tokens"].shape[1]).place(stack_steps([batch]))
-            state, metrics = steps(state, placed, 1, 7)
+            state, metrics = steps(state, placed, 1, 7, 3)
             embeddings.append(np.asarray(state.params["embedding"]))
             ratios.append(float(metrics["update_ratio/embedding"][0]))
     expected = [
@@ -249,3 +249,18 @@ def test_update_ratios_are_those_of_the_steps_that_are_logged():
     ]
     # Every second step is logged, and the last.
     assert ratios == [0, pytest.approx(expected[1], rel=1e-3), pytest.approx(expected[2], rel=1e-3)]
+
+
+def test_a_run_that_goes_on_further_needs_no_new_program():
+    """Compiling takes minutes for large models, and on GPU a program may be compiled to others."""
+    programs = []
+    for stop_step in (5, 7):
+        train = TrainConfig(num_steps=9, stop_step=stop_step)
+        config = Config(model=tiny_model(num_layers=1), train=train)
+        mesh = make_mesh(MeshConfig(data=1))
+        with jax.set_mesh(mesh):
+            blueprint = make_blueprint(config, mesh)
+            batch = stack_steps([BATCHES[0]])
+            lowered = make_train_steps(blueprint).lower(blueprint.abstract, batch, 1, 7, stop_step)
+            programs.append(lowered.as_text())
+    assert programs[0] == programs[1]

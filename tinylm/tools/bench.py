@@ -77,7 +77,8 @@ class Workload:
         self, state: TrainState, placed: dict[str, jax.Array]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Dispatch; return the state to be, and its metrics."""
-        return self.steps(state, placed, self.count, self.config.seed)
+        config = self.config
+        return self.steps(state, placed, self.count, config.seed, config.train.last_step)
 
 
 class _Started(NamedTuple):

@@ -175,7 +175,7 @@ def compare_step(config: Config) -> list[Comparison]:
         train_steps = make_train_steps(make_blueprint(single_config, mesh))
 
         def step(state: TrainState, batch: HostBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-            return train_steps(state, batch, 1, config.seed)
+            return train_steps(state, batch, 1, config.seed, len(batches))
 
         dispatch = stack_steps([batches[-1]])
         operations = operations_of(step, before, dispatch)
@@ -209,7 +209,8 @@ def _compiled_step(
             placed = batch_rows.place(dispatch)
             # Dispatching gives the state away.
             before = jax.device_get(state)
-            state, metrics = train_steps(state, placed, 1, config.seed)
+            # Only of the last step, and of those to be logged, are all metrics computed.
+            state, metrics = train_steps(state, placed, 1, config.seed, len(batches))
     first_metrics = {name: metric[:1] for name, metric in metrics.items()}
     return before, jax.device_get((state, first_metrics))
 

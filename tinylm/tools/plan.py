@@ -112,8 +112,10 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
     text = None if compiled is None else _text_of(compiled)
     collectives = least if text is None else read_collectives(text, mesh)
     hidden = None
-    # CPU devices share a memory, so they have no links.
-    if text is not None and chip.link_bytes_per_sec and is_schedule(text):
+    # CPU devices share a memory, so they have no links. On GPUs libraries compute most products,
+    # which the text doesn't tell.
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    if is_tpu and text is not None and is_schedule(text):
         hidden = hidden_bytes(text, mesh, chip)
     stats = None if compiled is None else compiled.memory_analysis()
     memory = per_device_bytes(stats, blueprint, refused_bytes)
@@ -175,7 +177,7 @@ def compile_step(config: Config, blueprint: Blueprint, mesh: Mesh) -> jax.stages
     batch = abstract_batch(mesh, shape, packed=config.data.packing == "packed")
     number = jax.ShapeDtypeStruct((), "int32", sharding=replicated(mesh))
     train_steps: Any = make_train_steps(blueprint)
-    return train_steps.lower(blueprint.abstract, batch, number, number).compile()
+    return train_steps.lower(blueprint.abstract, batch, number, number, number).compile()
 
 
 def bytes_refused(message: str) -> int:

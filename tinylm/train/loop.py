@@ -271,7 +271,8 @@ class _Loop:
         is_first = self.stop.nothing_to_save
         if is_first:
             self.compile(state, batches)
-        state, metrics = self.train_steps(state, batches, count, self.config.seed)
+        last_step = self.config.train.last_step
+        state, metrics = self.train_steps(state, batches, count, self.config.seed, last_step)
         if is_first:
             self.stop.nothing_to_save = False
             note_first_step()
@@ -285,7 +286,8 @@ class _Loop:
     def compile(self, state: TrainState, batches: dict[str, jax.Array]) -> None:
         """Compile the step, and wait for the other processes: from here on none may be late."""
         with self.clock.phase("compile"):
-            lowered = self.train_steps.lower(state, batches, 1, self.config.seed)
+            last_step = self.config.train.last_step
+            lowered = self.train_steps.lower(state, batches, 1, self.config.seed, last_step)
             self.train_steps = lowered.compile()
             barrier("compiled", _COMPILE_BARRIER_SECS)
 

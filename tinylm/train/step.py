@@ -31,8 +31,12 @@ Metrics = dict[str, jax.Array]
 def make_train_steps(blueprint: Blueprint) -> Callable:
     """Return the jitted program of a dispatch; it takes over (donates) the state.
 
-    The program is `(state, batches [K, A, B/A, T], count, seed) -> (state, metrics [K])`. Its
-    metrics, of which the first `count` numbers mean something, are
+    The program is
+
+        (state, batches [K, A, B/A, T], count, seed, last_step) -> (state, metrics [K])
+
+    The last step is an argument, so that a run which goes on to a later `train.stop_step` needs no
+    new program. Of the metrics the first `count` numbers mean something. They are
 
     - `loss`, nats per target token; NaN where a batch has none. Such a step learns nothing: it
       leaves parameters and moments as they are, and is counted.
@@ -48,7 +52,9 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
     ratio_names = [f"update_ratio/{part}" for part in parts]
     names = ["loss", "grad_norm", "learning_rate", *ratio_names, "bad"]
 
-    def train_step(state: TrainState, batch: Batch, seed: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, seed: jax.Array, last_step: jax.Array
+    ) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
         grads, nats, count = accumulate(blueprint, state.params, batch, step_key)
         # A batch without a target token, such as one of prompts alone, has a loss and a gradient of
@@ -86,7 +92,7 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
         # The norms read all parameters and updates: a tenth of a small model's step on CPU. So they
         # are computed for the steps that the loop writes down, which are the bad ones too.
         is_due = new_state.step % max(train.log_every_steps, 1) == 0
-        is_last = new_state.step == train.last_step
+        is_last = new_state.step == last_step
         ratios = jax.lax.cond(
             (is_bad | is_due | is_last) & ~is_empty,
             _update_ratios,
@@ -97,7 +103,11 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
         return new_state, metrics | ratios
 
     def train_steps(
-        state: TrainState, batches: Batch, count: jax.Array, seed: jax.Array
+        state: TrainState,
+        batches: Batch,
+        count: jax.Array,
+        seed: jax.Array,
+        last_step: jax.Array,
     ) -> tuple[TrainState, Metrics]:
         most_steps = batches["tokens"].shape[0]
         metrics = {name: jnp.zeros(most_steps, jnp.float32) for name in names}
@@ -109,7 +119,7 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
         def one_more(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, metrics = carry
             batch = jax.tree.map(lambda x: x[i], batches)
-            state, of_step = train_step(state, batch, seed)
+            state, of_step = train_step(state, batch, seed, last_step)
             metrics = {name: metrics[name].at[i].set(of_step[name]) for name in names}
             return state, metrics
 
