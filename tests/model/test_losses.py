@@ -10,6 +10,7 @@ from flax import nnx
 from helpers import random_batch, tiny_model, train
 
 from tinylm.core.mesh import MeshConfig, activation_sharding, make_mesh
+from tinylm.inference.evaluation import make_eval_step
 from tinylm.model.losses import next_token_loss
 from tinylm.model.transformer import abstract_transformer, init_parameters
 from tinylm.tools.programs import read_collectives
@@ -94,6 +95,20 @@ def test_pieces_gather_the_output_matrix_once_and_sum_its_gradients_once():
     matrix_numbers = vocab * model.embed_dim
     # A CPU has no bfloat16 products, so its compiler may gather in float32.
     assert sent_bytes < 1.2 * (4 + 4) * matrix_numbers / 2
+
+
+def test_pieces_may_have_rows_that_the_mesh_does_not_divide():
+    """As in `evaluate`, on other devices than those that the run was trained on."""
+    batch = {name: x[0, :3] for name, x in random_batch(0).items()}
+    sums = []
+    for mesh_config in (MeshConfig(data=1), MeshConfig(data=2, fsdp=True)):
+        mesh = make_mesh(mesh_config)
+        with jax.set_mesh(mesh):
+            config = Config(model=tiny_model(loss_chunks=4), mesh=mesh_config)
+            blueprint = make_blueprint(config, mesh)
+            found = make_eval_step(blueprint.graph)(blueprint.init(0).params, batch)
+            sums.append(jax.device_get(found))
+    np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
 
 
 def test_z_loss_is_trained_but_not_reported():

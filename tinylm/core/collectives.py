@@ -93,8 +93,11 @@ def sum_with_whole(
       by_rows: trees of arrays [P, rows, ...], split by rows.
       sent_as: the type in which the matrix is gathered; its gradients are sent in its own.
     """
-    sizes = sizes_in_use()
-    split_axes = tuple(axis for axis in (AXES.replica, AXES.data) if sizes[axis] > 1)
+    some_rows = jax.tree.leaves(by_rows)[0]
+    split_axes = activation_spec(some_rows, (None, "batch"))[1] or ()
+    if isinstance(split_axes, str):
+        split_axes = (split_axes,)
+    # Where the axis doesn't divide the rows, each device has all of them.
     if AXES.data not in split_axes:
         return function(matrix, *by_rows)
 
@@ -125,6 +128,7 @@ def sum_with_whole(
         return jax.lax.psum(function(whole(part), *by_rows), split_axes)
 
     # As in `sum_over_rows`, axes of size 1 are by hand as well.
+    sizes = sizes_in_use()
     manual_axes = {
         axis for axis in _axes_of_partitioner() if axis in split_axes or sizes[axis] == 1
     }
