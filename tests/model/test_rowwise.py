@@ -11,6 +11,12 @@ from tinylm.model import rowwise
 SIZES = (128, 48 + 4, 7)
 
 
+@pytest.fixture(params=["cpu", "gpu"], autouse=True)
+def platform(request, monkeypatch):
+    """Take the form of a platform, whatever this one is."""
+    monkeypatch.setattr(rowwise, "target_platform", lambda: request.param)
+
+
 def plain_rms_normalize(x, scale_D=None, epsilon=1e-6):
     x = x.astype(jnp.float32)
     y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)

@@ -10,7 +10,6 @@ K kv heads, H head size, F mlp, V vocab, L layers, C inputs that a convolution r
 """
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -148,7 +147,7 @@ class Mlp(nnx.Module):
             "rngs": rngs,
         }
         self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
-        self.activation = functools.partial(layers.activate, c.mlp)
+        self.kind = c.mlp
         self.up = layers.Linear(embed, mlp, **inner)
         self.gate = layers.Linear(embed, mlp, **inner) if c.mlp in layers.GATED else None
         outer: dict[str, Any] = {**inner, "std": _output_std(c)}
@@ -164,9 +163,9 @@ class Mlp(nnx.Module):
         x_BTD, last_BCD = self.conv(x_BTD, segments_BT, earlier_BCD)
         up_BTF = self.up(x_BTD)
         if self.gate is None:
-            h_BTF = self.activation(up_BTF)
+            h_BTF = layers.activate(self.kind, up_BTF)
         else:
-            h_BTF = self.activation(self.gate(x_BTD)) * up_BTF
+            h_BTF = layers.activate(self.kind, self.gate(x_BTD)) * up_BTF
         return self.down(constrain(h_BTF, "batch", None, "mlp")), last_BCD
 
 
