@@ -25,7 +25,7 @@ from tinylm.model.visibility import Visibility
 
 # Features that a packed row adds to a head. cuDNN wants multiples of 8; four are used.
 _SEGMENT_FEATURES = 8
-# How far the logits of one text are put below those of the next: e^-128 is nothing beside 1.
+# How far the logits of one text are put below those of the next: e^-128 adds nothing to 1.
 _APART = 128.0
 
 
@@ -160,7 +160,8 @@ def segment_features(segments_BT: jax.Array, scale: float) -> tuple[jax.Array, j
         -APART (i - j)  =  (-i) APART + APART j
 
     is a product of two features of the query with two of the key, and adding it to the logits
-    leaves those of the query's own text as they are and takes all others out of reach.
+    leaves those of the query's own text as they are and takes all others out of reach. (Where
+    training breaks down, and logits of one row lie further apart than APART, it would not.)
 
     The numbers must be exact, or logits of one text would differ: bfloat16 knows whole numbers up
     to 256, so i is split in two (exact up to 65,536 texts), and APART/scale is a power of two. Sums

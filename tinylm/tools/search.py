@@ -183,7 +183,7 @@ def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> floa
     product_numbers = qkv + 2 * embed + inner_maps * model.mlp_dim
     # What lies between the maps: norms and residuals, the activation, the rotated heads.
     between_numbers = 4 * embed + model.mlp_dim + qkv
-    # A row of attention: its logits in float32, and their softmax.
+    # A row of attention: its softmax in float32, and in the type of the model.
     attention_bytes = model.num_heads * seq_len * (4 + item_bytes)
     layer_bytes = item_bytes * (product_numbers + between_numbers) + attention_bytes
     if model.conv_taps:
