@@ -16,6 +16,7 @@ class ByteTokenizer(Tokenizer):
     name = "byte"
     vocab_size = 257
     eot_id = 256
+    can_spell_end = False
 
     def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(utf8(text), np.uint8).astype(np.int32) for text in texts]

@@ -17,6 +17,7 @@ class CharTokenizer(Tokenizer):
     """The characters of one text, sorted; the end of text is the id after them."""
 
     name = "char"
+    can_spell_end = False
 
     def __init__(self, chars: str):
         self.chars = chars
