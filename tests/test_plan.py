@@ -200,7 +200,7 @@ for unroll, kernel, micro in [(0, "xla", 1), (1, "splash", 2), (2, "splash", 1),
     case = [f"model.unroll={unroll}", f"model.attention={kernel}", f"train.accumulation_steps={micro}"]
     print(*case, flush=True)
     config = load_config("tales", [*sys.argv[1:], *case])
-    config.resolve(256)
+    config = config.resolve(256)
     make_plan(config, make_mesh(config.mesh, devices))
 print("all compiled")
 """

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -40,3 +41,12 @@ def test_what_the_user_set_stays(mesh, monkeypatch, variable):
 def test_a_flag_that_the_compiler_does_not_know_is_left_out(mesh, monkeypatch):
     monkeypatch.setattr(tpu_options, "_is_known", lambda flag, mesh: flag.name == "xla_a")
     assert tpu_compiler_options(mesh) == {"xla_a": "true"}
+
+
+def test_the_compiler_itself_says_which_flags_it_knows():
+    here = make_mesh(MeshConfig(data=1))
+    assert tpu_options._is_known(TpuFlag("xla_cpu_enable_fast_math", "False", ()), here)
+    assert not tpu_options._is_known(TpuFlag("xla_tpu_no_such_flag", "true", ()), here)
+    # Another failure is not taken for a flag that is missing.
+    with pytest.raises(jax.errors.JaxRuntimeError, match="perhaps"):
+        tpu_options._is_known(TpuFlag("xla_cpu_enable_fast_math", "perhaps", ()), here)
