@@ -106,6 +106,30 @@ def test_what_muon_leaves_over_is_moved_by_nesterov_adam_without_decay():
     assert momentum == pytest.approx(1.4737, abs=1e-4)
 
 
+def test_normuon_evens_out_the_outputs_and_keeps_the_rest_of_muon():
+    """A first update of two matrices of 4 inputs and 16 outputs, stacked: its outputs get one
+    size, each matrix keeps its norm, and what isn't a matrix moves as with Muon.
+    """
+    axes = {"kernel": ("layers", "embed", "mlp"), "scale": ("embed",)}
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(2, 4, 16))), "scale": jnp.ones(4)}
+    gradient = jax.tree.map(lambda p: p * jnp.linspace(0.1, 1, p.shape[-1]), params)
+    moved = {}
+    for decay in (0.0, 0.95):
+        config = OptimizerConfig(name="muon", muon_beta2=decay, weight_decay=0.0)
+        optimizer = make_optimizer(config, 10, axes)
+        moved[decay], _ = optimizer.update(gradient, optimizer.init(params), params)
+
+    def norms(update, dims):
+        return np.linalg.norm(update["kernel"], axis=dims)
+
+    outputs = norms(moved[0.95], 1)
+    np.testing.assert_allclose(outputs, outputs[:, :1] * np.ones(16), rtol=1e-4)
+    assert np.std(norms(moved[0.0], 1)) > 0.01 * np.mean(norms(moved[0.0], 1))
+    np.testing.assert_allclose(norms(moved[0.95], (1, 2)), norms(moved[0.0], (1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(moved[0.95]["scale"], moved[0.0]["scale"])
+
+
 @pytest.mark.parametrize("key", ["name", "schedule"])
 def test_an_optimizer_or_schedule_that_is_not_here_is_refused(key):
     config = OptimizerConfig(**{key: "lion"})

@@ -109,6 +109,13 @@ class OptimizerConfig(Section, name="optimizer"):
         most=_SLOWEST_DECAY,
         aliases=("muon_beta",),
     )
+    muon_beta2: float = setting(
+        0.0,
+        "decay of the mean squares by which muon evens out a matrix's outputs (NorMuon: 0.95; 0: "
+        "none)",
+        least=0,
+        most=_SLOWEST_DECAY,
+    )
 
 
 @dataclasses.dataclass

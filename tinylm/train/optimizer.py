@@ -1,14 +1,17 @@
 """The optimizer and its schedule, put together from Optax.
 
 AdamW (Loshchilov and Hutter 2019) for all parameters, or Muon (Jordan et al. 2024) for the matrices
-of the blocks and Adam with Nesterov momentum (Dozat 2016) for the rest, without decay. What is a
-matrix is read from the logical axes, since stacked layers add an axis to every parameter.
+of the blocks and Adam with Nesterov momentum (Dozat 2016) for the rest, without decay. With
+`optimizer.muon_beta2` Muon evens out the outputs of a matrix (NorMuon, 2025). What is a matrix is
+read from the logical axes, since stacked layers add an axis to every parameter.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from tinylm.core.text import path_text
@@ -74,6 +77,8 @@ def make_optimizer(
         case "adamw":
             is_decayed = _for_each_parameter(lambda path: is_matrix(axes[path]))
             update = optax.adamw(schedule, config.beta1, config.beta2, mask=is_decayed, **shared)
+        case "muon" if config.muon_beta2:
+            update = _make_normuon(config, num_steps, axes)
         case "muon":
             # Optax hands `nesterov`, which is on, to the Adam of the other parameters as well.
             update = optax.contrib.muon(
@@ -94,6 +99,74 @@ def make_optimizer(
     if not config.clip_norm:
         return optax.chain(update)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _make_normuon(
+    config: OptimizerConfig, num_steps: int, axes: Axes
+) -> optax.GradientTransformation:
+    """Return Muon with evened outputs for the matrices of the blocks, and what Optax's Muon has for
+    the rest.
+    """
+    dimensions = _for_each_parameter(lambda path: _muon_dimensions(axes[path]))
+    matrices = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=config.muon_momentum, eps=config.epsilon, weight_dimension_numbers=dimensions
+        ),
+        _even_outputs(config.muon_beta2, config.epsilon, dimensions),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(make_schedule(config, num_steps)),
+    )
+    adam_schedule = make_schedule(config, num_steps, config.adam_learning_rate or None)
+    rest = optax.adam(adam_schedule, config.beta1, config.beta2, config.epsilon, nesterov=True)
+    label = _for_each_parameter(lambda path: "muon" if _muon_dimensions(axes[path]) else "adam")
+    return optax.partition({"muon": matrices, "adam": rest}, label)
+
+
+class _OutputsState(NamedTuple):
+    num_updates: jax.Array
+    squares: Any  # of each output the mean over its inputs, averaged over the steps
+
+
+def _even_outputs(
+    decay: float, epsilon: float, dimensions: Callable[[dict], dict]
+) -> optax.GradientTransformation:
+    """Divide each output's update by the root of its mean square over the steps, keep the norm of
+    the matrix, and scale it by its shape as Optax's Muon does.
+
+    The inputs are kept as an axis of size 1, so that the state lies on the mesh like the parameter.
+    """
+
+    def mean_squares(update: jax.Array, dims: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+        return jnp.mean(jnp.square(update), axis=dims.reduction_axis, keepdims=True)
+
+    def init(params: dict) -> _OutputsState:
+        squares = jax.tree.map(mean_squares, params, dimensions(params))
+        return _OutputsState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(squares))
+
+    def even(
+        update: jax.Array, square: jax.Array, dims: optax.contrib.MuonDimensionNumbers
+    ) -> jax.Array:
+        evened = update / (jnp.sqrt(square) + epsilon)
+        matrix = (*dims.reduction_axis, *dims.output_axis)
+        norm_before = jnp.sqrt(jnp.sum(jnp.square(update), matrix, keepdims=True))
+        norm_after = jnp.sqrt(jnp.sum(jnp.square(evened), matrix, keepdims=True))
+        fan_in = math.prod(update.shape[dim] for dim in dims.reduction_axis)
+        fan_out = math.prod(update.shape[dim] for dim in dims.output_axis)
+        shape_factor = max(1.0, fan_out / fan_in) ** 0.5
+        return evened * (shape_factor * norm_before / (norm_after + epsilon))
+
+    def update(
+        updates: dict, state: _OutputsState, params: dict | None = None
+    ) -> tuple[dict, _OutputsState]:
+        del params
+        dims = dimensions(updates)
+        new = jax.tree.map(mean_squares, updates, dims)
+        squares = optax.tree.update_moment(new, state.squares, decay, 1)
+        num_updates = state.num_updates + 1
+        unbiased = optax.tree.bias_correction(squares, decay, num_updates)
+        return jax.tree.map(even, updates, unbiased, dims), _OutputsState(num_updates, squares)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _for_each_parameter(function: Callable[[str], Any]) -> Callable[[dict], dict]:
