@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,13 +18,14 @@ from helpers import call_command
 from tinylm.config import load_config
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig
-from tinylm.core.settings import from_dict
+from tinylm.core.settings import from_dict, to_dict
 from tinylm.data.tokenizers import BpeTokenizer, read_vocabulary
 from tinylm.interop import models, weights
 from tinylm.model.config import ModelConfig
 from tinylm.run.open_run import open_run
 from tinylm.tools.score import ScoreRequest, score_text
 from tinylm.train import init_from
+from tinylm.train.config import OptimizerConfig
 from tinylm.train.start import start_run
 
 SMALL = [
@@ -308,3 +310,11 @@ def test_commands_that_train_nothing_know_the_model_that_would_be_trained(export
     prepared = call_command("tinylm.prepare", "--config=finetune", *flags)
     assert prepared.returncode == 0, prepared.stderr
     assert json.loads(prepared.stdout)["vocab_size"] == imported.tokenizer.vocab_size
+
+
+def test_another_kind_of_muon_is_another_optimizer():
+    muon = OptimizerConfig(name="muon")
+    origin = SimpleNamespace(where="there", record={"config": {"optimizer": to_dict(muon)}})
+    init_from._check_optimizer(origin, muon)
+    with pytest.raises(UserError, match="muon_beta2 alike"):
+        init_from._check_optimizer(origin, OptimizerConfig(name="muon", muon_beta2=0.95))

@@ -203,11 +203,17 @@ def _check_optimizer(origin: Origin, optimizer: OptimizerConfig) -> None:
             "train.init_optimizer=False."
         )
     theirs = from_dict(OptimizerConfig, record["config"]["optimizer"])
-    if (theirs.name, theirs.clip_norm > 0) != (optimizer.name, optimizer.clip_norm > 0):
+    if _parts_of_state(theirs) != _parts_of_state(optimizer):
         raise UserError(
-            f"{origin.where} has another optimizer ({theirs.name}); set optimizer.name and "
-            "clip_norm alike."
+            f"{origin.where} has another optimizer ({theirs.name}); set optimizer.name, clip_norm "
+            "and muon_beta2 alike."
         )
+
+
+def _parts_of_state(optimizer: OptimizerConfig) -> tuple[str, bool, bool]:
+    """Return what decides which arrays an optimizer's state consists of."""
+    evens_outputs = optimizer.name == "muon" and optimizer.muon_beta2 > 0
+    return optimizer.name, optimizer.clip_norm > 0, evens_outputs
 
 
 def initial_state(config: Config, blueprint: Blueprint) -> TrainState:
