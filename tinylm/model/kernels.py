@@ -119,7 +119,10 @@ def cudnn_attention(
     window = (visibility.window - 1, 0) if visibility.window else None
 
     def on_device(
-        q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None
+        q_BNTH: jax.Array,
+        k_BKSH: jax.Array,
+        v_BKSH: jax.Array,
+        segments_BT: jax.Array | None,
     ) -> jax.Array:
         q_BTNX = q_BNTH.swapaxes(1, 2)
         k_BSKX = k_BKSH.swapaxes(1, 2)
@@ -176,14 +179,35 @@ def segment_features(segments_BT: jax.Array, scale: float) -> tuple[jax.Array, j
       Features of queries and of keys, [B, T, _SEGMENT_FEATURES], in float32.
     """
     begins_BT = segments_BT[:, 1:] != segments_BT[:, :-1]
-    number_BT = jnp.cumsum(jnp.pad(begins_BT, ((0, 0), (1, 0))), axis=1)
+    # Text 0 begins where the row does.
+    begins_BT = jnp.pad(begins_BT, ((0, 0), (1, 0)))
+    number_BT = jnp.cumsum(begins_BT, axis=1)
     low_BT = (number_BT % 256).astype(jnp.float32)
     high_BT = (number_BT // 256 * 256).astype(jnp.float32)
-    apart_BT = jnp.full_like(low_BT, 2.0 ** math.ceil(math.log2(_APART / scale)))
+    exponent = math.ceil(math.log2(_APART / scale))
+    apart_BT = jnp.full_like(low_BT, 2.0**exponent)
     none_BT = jnp.zeros_like(low_BT)
     unused = [none_BT] * (_SEGMENT_FEATURES - 4)
-    q_features_BTX = jnp.stack([-low_BT, -high_BT, apart_BT, apart_BT, *unused], axis=-1)
-    k_features_BTX = jnp.stack([apart_BT, apart_BT, low_BT, high_BT, *unused], axis=-1)
+    q_features_BTX = jnp.stack(
+        [
+            -low_BT,
+            -high_BT,
+            apart_BT,
+            apart_BT,
+            *unused,
+        ],
+        axis=-1,
+    )
+    k_features_BTX = jnp.stack(
+        [
+            apart_BT,
+            apart_BT,
+            low_BT,
+            high_BT,
+            *unused,
+        ],
+        axis=-1,
+    )
     return q_features_BTX, k_features_BTX
 
 
@@ -212,7 +236,10 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     def on_device(
-        q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, segments_BT: jax.Array | None
+        q_BNTH: jax.Array,
+        k_BKSH: jax.Array,
+        v_BKSH: jax.Array,
+        segments_BT: jax.Array | None,
     ) -> jax.Array:
         num_heads, num_queries = q_BNTH.shape[1:3]
         square = (num_queries, num_queries)

@@ -39,12 +39,14 @@ def _folded(x: jax.Array, combine: Callable[[jax.Array, jax.Array], jax.Array]) 
 
 def _sum_last(x: jax.Array) -> jax.Array:
     """Return the sums over the last axis, [..., D] to [..., 1]."""
-    return jnp.sum(_folded(x, jnp.add), axis=-1, keepdims=True)
+    x = _folded(x, jnp.add)
+    return jnp.sum(x, axis=-1, keepdims=True)
 
 
 def _max_last(x: jax.Array) -> jax.Array:
     """Return the maxima over the last axis, [..., D] to [..., 1]."""
-    return jnp.max(_folded(x, jnp.maximum), axis=-1, keepdims=True)
+    x = _folded(x, jnp.maximum)
+    return jnp.max(x, axis=-1, keepdims=True)
 
 
 def _sum_rows(x: jax.Array) -> jax.Array:
@@ -69,7 +71,9 @@ def _softmax_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _softmax_backward(y: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    return (y * (dy - _sum_last(y * dy)),)
+    along_row = _sum_last(y * dy)
+    dx = y * (dy - along_row)
+    return (dx,)
 
 
 softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -81,13 +85,24 @@ def center(x: jax.Array) -> jax.Array:
     return x - _sum_last(x) / x.shape[-1]
 
 
-# The map is linear and symmetric, so it is its own transpose.
-center.defvjp(lambda x: (center(x), None), lambda _, dy: (center(dy),))
+def _center_forward(x: jax.Array) -> tuple[jax.Array, None]:
+    return center(x), None
+
+
+def _center_backward(_: None, dy: jax.Array) -> tuple[jax.Array]:
+    # The map is linear and symmetric, so it is its own transpose.
+    dx = center(dy)
+    return (dx,)
+
+
+center.defvjp(_center_forward, _center_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_normalize(
-    x: jax.Array, scale_D: jax.Array | None = None, epsilon: float = 1e-6
+    x: jax.Array,
+    scale_D: jax.Array | None = None,
+    epsilon: float = 1e-6,
 ) -> jax.Array:
     """Scale `x` to unit mean square over its last axis (Zhang and Sennrich 2019).
 
