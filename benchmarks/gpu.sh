@@ -1,5 +1,5 @@
 #!/bin/sh
-# What a lent machine with an NVIDIA GPU can tell of tinylm in at most 8 minutes, the most important
+# What a machine with an NVIDIA GPU can tell of tinylm in at most 8 minutes, the most important
 # first: whether it computes right, how fast it trains (with nanoGPT as its peer), Shakespeare to its
 # best loss, decoding, and what XLA's flags for GPUs change.
 #
