@@ -204,6 +204,22 @@ def writes(monkeypatch, kill_at):
     return lambda: count
 
 
+def save_until_killed(monkeypatch, folder, state, kill_at):
+    """Save a state, killed before write `kill_at`; return the number of writes if it got through,
+    0 if it was killed.
+    """
+    with monkeypatch.context() as patched:
+        count = writes(patched, kill_at)
+        checkpoints = Checkpoints(folder, CheckpointConfig())
+        try:
+            checkpoints.save(state, None)
+            checkpoints.close()
+        except Killed:
+            checkpoints._orbax.close()
+            return 0
+        return count()
+
+
 def test_a_kill_between_any_two_writes_leaves_a_whole_step(saved, tmp_path, monkeypatch):
     """Saving step 3 over 1 and 2 is stopped before each change of the folder.
 
@@ -215,16 +231,7 @@ def test_a_kill_between_any_two_writes_leaves_a_whole_step(saved, tmp_path, monk
             break
         folder = RunFolder(str(tmp_path / str(kill_at))).checkpoints
         shutil.copytree(saved, folder)
-        with monkeypatch.context() as patched:
-            count = writes(patched, kill_at)
-            checkpoints = Checkpoints(folder, CheckpointConfig())
-            try:
-                checkpoints.save(small_state(3), None)
-                checkpoints.close()
-            except Killed:
-                checkpoints._orbax.close()
-            else:
-                total = count()
+        total = save_until_killed(monkeypatch, folder, small_state(3), kill_at) or total
         again = Checkpoints(folder, CheckpointConfig())
         reached.add(again.newest())
         assert {path.name for path in folder.iterdir()} == {str(step) for step in again.steps()}
@@ -243,16 +250,7 @@ def test_a_kill_while_a_step_is_saved_again_loses_neither(saved, tmp_path, monke
         shutil.copytree(saved / "2", folder / "2")
         state = small_state(2)
         new = dataclasses.replace(state, params={"w": state.params["w"] + 5})
-        with monkeypatch.context() as patched:
-            count = writes(patched, kill_at)
-            checkpoints = Checkpoints(folder, CheckpointConfig())
-            try:
-                checkpoints.save(new, None)
-                checkpoints.close()
-            except Killed:
-                checkpoints._orbax.close()
-            else:
-                total = count()
+        total = save_until_killed(monkeypatch, folder, new, kill_at) or total
         again = Checkpoints(folder, CheckpointConfig())
         assert again.newest() == 2
         restored = again.restore(2, jax.eval_shape(lambda: small_state(0)))

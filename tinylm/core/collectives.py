@@ -28,6 +28,15 @@ def _axes_of_partitioner() -> set[str]:
     return set(jax.sharding.get_abstract_mesh().auto_axes)
 
 
+def _axes_by_hand(split_axes: tuple[str, ...]) -> set[str]:
+    """Return the axes that a shard_map over `split_axes` takes from the partitioner.
+
+    Axes of size 1 are among them: nothing is left to place along them.
+    """
+    sizes = sizes_in_use()
+    return {axis for axis in _axes_of_partitioner() if axis in split_axes or sizes[axis] == 1}
+
+
 def is_partly_manual() -> bool:
     """Say whether some axes of the mesh in use are split by hand here (`sum_over_rows`), and others
     are not.
@@ -55,10 +64,6 @@ def sum_over_rows(function: Callable[..., R], whole: tuple, by_rows: Any, fsdp: 
     if not split_axes:
         return function(*whole, *by_rows)
 
-    # Axes of size 1 are by hand as well: nothing is left to place along them.
-    mesh = jax.sharding.get_abstract_mesh()
-    manual_axes = {axis for axis in AXES if axis in split_axes or mesh.shape[axis] == 1}
-
     def sum_on_device(whole: tuple, by_rows: Any) -> R:
         return jax.lax.psum(function(*whole, *by_rows), split_axes)
 
@@ -68,7 +73,7 @@ def sum_over_rows(function: Callable[..., R], whole: tuple, by_rows: Any, fsdp: 
         sum_on_device,
         in_specs=(everywhere, rows_split),
         out_specs=everywhere,
-        axis_names=manual_axes,
+        axis_names=_axes_by_hand(split_axes),
     )
     return on_mesh(whole, by_rows)
 
@@ -127,18 +132,13 @@ def sum_with_whole(
     def sum_on_device(part: jax.Array, by_rows: tuple) -> R:
         return jax.lax.psum(function(whole(part), *by_rows), split_axes)
 
-    # As in `sum_over_rows`, axes of size 1 are by hand as well.
-    sizes = sizes_in_use()
-    manual_axes = {
-        axis for axis in _axes_of_partitioner() if axis in split_axes or sizes[axis] == 1
-    }
     # The partitioner keeps its own axes of the matrix.
     part_spec = PartitionSpec(*(axis if axis == AXES.data else None for axis in spec))
     on_mesh = _shard_map(
         sum_on_device,
         in_specs=(part_spec, PartitionSpec(None, split_axes)),
         out_specs=PartitionSpec(),
-        axis_names=manual_axes,
+        axis_names=_axes_by_hand(split_axes),
     )
     return on_mesh(matrix, by_rows)
 

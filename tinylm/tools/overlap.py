@@ -32,6 +32,7 @@ from tinylm.core.mesh import crosses_slices
 from tinylm.tools.programs import (
     ENTRY,
     KINDS,
+    NAME,
     Collective,
     channel_of,
     count_trips,
@@ -46,8 +47,6 @@ _OPERATION = re.compile(
 )
 # `bf16[2,1024,768]{2,1,0}`: the sizes of an array
 _SIZES = re.compile(r"^\w+\[([\d,]*)\]")
-# `%param_0.2324`
-_NAME = re.compile(r"%([\w.-]+)")
 # `calls=%fused_computation.12`, `to_apply=%region_1`
 _CALLS = re.compile(r"(?:calls|to_apply)=%([\w.-]+)")
 # `condition=%cond, body=%body`
@@ -216,7 +215,7 @@ class _Schedule:
         """Yield the marks of the collectives that an operation waits for."""
         # `%g.done = f32[8]{0} all-gather-done(%g)`, or `async-done(%g)`
         if operation["code"].endswith("-done"):
-            yield _NAME.findall(operation["rest"])[0]
+            yield NAME.findall(operation["rest"])[0]
             return
         for line, name in self._collective_lines(operation, computation):
             if self._role(line, name) == "waited for":
@@ -288,7 +287,7 @@ def product_flops(operation: re.Match, sizes: dict[str, tuple[int, ...]]) -> flo
         %y = f32[8,16]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
         %y = f32[8,16]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
     """
-    operands = _NAME.findall(operation["rest"])[:2]
+    operands = NAME.findall(operation["rest"])[:2]
     if len(operands) < 2 or not all(sizes.get(name) for name in operands):
         return 0.0
     left, right = (sizes[name] for name in operands)

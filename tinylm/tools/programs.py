@@ -46,7 +46,7 @@ _CALLED = re.compile(
     r"=\{?((?:%[\w.-]+(?:, )?)+)"
 )
 # `%cond`, the name of a computation or of an operation
-_NAME = re.compile(r"%([\w.-]+)")
+NAME = re.compile(r"%([\w.-]+)")
 # `bf16[8,128]` in a shape, or in a tuple of shapes: `(bf16[8,128]{1,0}, u32[])`
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 # `{1,0:T(8,128)}` after an array: its layout in memory
@@ -177,7 +177,7 @@ def count_trips(computations: Computations) -> dict[str, int]:
             if " while(" in line:
                 times = loop_trips(line, computations)
             for called in _CALLED.findall(line):
-                for callee in _NAME.findall(called):
+                for callee in NAME.findall(called):
                     calls[name].append(_Call(callee, times))
     trips: dict[str, int] = collections.Counter()
     trips[ENTRY] = 1
@@ -237,7 +237,7 @@ def _trips_of_counter(condition: str, body: str) -> int | None:
     result = _ROOT_TUPLE.search(body)
     if place is None or result is None:
         return limit
-    results = _NAME.findall(result.group(1))
+    results = NAME.findall(result.group(1))
     next_counter = re.escape(results[int(place.group(1))])
     # `%next = u32[] add(%i, %step)`
     added = re.search(rf"%{next_counter} = .* add\(%[\w.-]+, (%[\w.-]+)\)", body)

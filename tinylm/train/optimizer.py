@@ -71,29 +71,19 @@ def make_optimizer(
       num_steps: length of the schedule.
       axes: tell which parameters are matrices.
     """
-    schedule = make_schedule(config, num_steps)
-    shared = {"weight_decay": config.weight_decay, "eps": config.epsilon}
     match config.name:
         case "adamw":
             is_decayed = _for_each_parameter(lambda path: is_matrix(axes[path]))
-            update = optax.adamw(schedule, config.beta1, config.beta2, mask=is_decayed, **shared)
-        case "muon" if config.muon_beta2:
-            update = _make_normuon(config, num_steps, axes)
-        case "muon":
-            # Optax hands `nesterov`, which is on, to the Adam of the other parameters as well.
-            update = optax.contrib.muon(
-                schedule,
-                beta=config.muon_momentum,
-                adam_b1=config.beta1,
-                adam_b2=config.beta2,
-                adam_learning_rate=make_schedule(
-                    config, num_steps, config.adam_learning_rate or None
-                ),
-                muon_weight_dimension_numbers=_for_each_parameter(
-                    lambda path: _muon_dimensions(axes[path])
-                ),
-                **shared,
+            update = optax.adamw(
+                make_schedule(config, num_steps),
+                config.beta1,
+                config.beta2,
+                eps=config.epsilon,
+                weight_decay=config.weight_decay,
+                mask=is_decayed,
             )
+        case "muon":
+            update = _make_muon(config, num_steps, axes)
         case other:
             raise ValueError(f"optimizer.name={other!r} has no optimizer here; add a case for it.")
     if not config.clip_norm:
@@ -101,22 +91,33 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
 
 
-def _make_normuon(
-    config: OptimizerConfig, num_steps: int, axes: Axes
-) -> optax.GradientTransformation:
-    """Return Muon with evened outputs for the matrices of the blocks, and what Optax's Muon has for
-    the rest.
-    """
+def _make_muon(config: OptimizerConfig, num_steps: int, axes: Axes) -> optax.GradientTransformation:
+    """Return Muon for the matrices of the blocks, and Adam for the rest."""
+    schedule = make_schedule(config, num_steps)
+    adam_schedule = make_schedule(config, num_steps, config.adam_learning_rate or None)
     dimensions = _for_each_parameter(lambda path: _muon_dimensions(axes[path]))
+    if not config.muon_beta2:
+        # Optax hands `nesterov`, which is on, to the Adam of the other parameters as well.
+        return optax.contrib.muon(
+            schedule,
+            beta=config.muon_momentum,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            adam_learning_rate=adam_schedule,
+            muon_weight_dimension_numbers=dimensions,
+        )
+
+    # The same parts, with the outputs evened in between.
     matrices = optax.chain(
         optax.contrib.scale_by_muon(
             beta=config.muon_momentum, eps=config.epsilon, weight_dimension_numbers=dimensions
         ),
         _even_outputs(config.muon_beta2, config.epsilon, dimensions),
         optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(make_schedule(config, num_steps)),
+        optax.scale_by_learning_rate(schedule),
     )
-    adam_schedule = make_schedule(config, num_steps, config.adam_learning_rate or None)
     rest = optax.adam(adam_schedule, config.beta1, config.beta2, config.epsilon, nesterov=True)
     label = _for_each_parameter(lambda path: "muon" if _muon_dimensions(axes[path]) else "adam")
     return optax.partition({"muon": matrices, "adam": rest}, label)
