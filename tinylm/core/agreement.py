@@ -45,7 +45,7 @@ _LOOK_SECS = 0.2
 # What the line of a process that waits for others begins with.
 WAITING = "waiting for"
 _FAILURES = "tinylm/failed/"
-_WORK = "tinylm/work/"
+_WORK = "tinylm/doing/"
 # Number the calls that all processes make in the same order, so that each has a key of its own.
 _answers = itertools.count()
 _comparisons = itertools.count()

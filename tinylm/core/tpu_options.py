@@ -45,7 +45,7 @@ TPU_FLAGS = (
 
 
 def tpu_compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """Return the flags to compile with for the devices of a mesh; None where they are no TPUs."""
+    """Return the flags to compile with for a mesh of TPUs; None for other devices."""
     device = mesh.devices.flat[0]
     if device.platform != "tpu":
         return None

@@ -179,7 +179,7 @@ def known_vocab_size(config: DataConfig) -> tuple[int, str]:
     in a store, or made for a corpus that tinylm carries with it.
 
     Raises:
-      UserError: there is no such store and no such corpus, or a file can't be read.
+      UserError: the store or the corpus doesn't exist, or a file can't be read.
     """
     kind, argument = split_spec(config.tokenizer)
     origin = f"data.tokenizer={config.tokenizer}"

@@ -89,7 +89,7 @@ def _readable(name: str) -> str:
 
 
 def gather(workdir: str) -> History:
-    """Return the history of a run; raise UserError where there is no run."""
+    """Return the history of a run; raise UserError if the folder holds none."""
     folder = RunFolder(workdir)
     record = folder.read_config()
     config = record["config"]

@@ -31,7 +31,7 @@ class Document(NamedTuple):
       text: what is learned from; it carries loss.
       prompt: what stands before it and carries no loss.
       log_prob: the log probability of the text in nats, where it is known.
-      problem: why there is no text to be had; empty for a good document.
+      problem: why the text could not be read; empty for a good document.
       remedy: what to do about a problem of the config, such as a wrong name of a field, where
         skipping the document is the wrong answer.
     """

@@ -73,7 +73,7 @@ class Symbol(NamedTuple):
 
     Attributes:
       key: the fact of another symbol that decides between the tables, where there are several.
-      tables: the forms for each value of that fact; for "" where there is no key.
+      tables: the forms for each value of that fact; without a key, those for "".
     """
 
     key: Slot | None

@@ -208,7 +208,7 @@ def utf8(text: str) -> bytes:
     """Return the UTF-8 bytes of `text`.
 
     Raises:
-      UserError: the text has half of a surrogate pair, for which there are no such bytes.
+      UserError: the text has half of a surrogate pair, which UTF-8 can't encode.
     """
     try:
         return text.encode()
