@@ -5,6 +5,7 @@ process.
 import importlib.metadata
 import os
 import pathlib
+import signal
 
 # Test programs are compiled once and run for a moment, so they are compiled fast rather than well,
 # with one thread a worker, as there are as many workers as cores.
@@ -30,6 +31,14 @@ import tinylm  # noqa: F401  (sets the flags that a right result needs, before t
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+# Processes inherit which signals are ignored. Started by nohup, or by a shell in the background,
+# the tests that interrupt a run would wait for it in vain.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
