@@ -12,9 +12,9 @@ from tinylm.core.errors import UserError
 from tinylm.core.settings import Section, nearest, setting
 from tinylm.core.storage import check_address, check_on_disk
 
-SOURCE_KINDS = ("tales", "addition", "text", "jsonl", "parquet", "tfds", "hf", "tokens")
+MADE_HERE = ("tales", "addition", "recall")  # sources that read no file
+SOURCE_KINDS = (*MADE_HERE, "text", "jsonl", "parquet", "tfds", "hf", "tokens")
 TOKENIZER_KINDS = ("byte", "char", "bpe", "gpt2", "hf", "sentencepiece", "llama2c")
-MADE_HERE = ("tales", "addition")  # sources that read no file
 WITHOUT_PROMPTS = ("tales", "text", "tokens")  # sources without pairs
 MAX_MIXTURE_PERIOD = 1_000_000
 MAX_IDS = 1 << 24  # of a tokenizer
@@ -23,8 +23,8 @@ MAX_IDS = 1 << 24  # of a tokenizer
 _SOURCE_FILES = ("text", "jsonl", "parquet", "tfds", "tokens")
 _TOKENIZER_FILES = ("gpt2", "hf", "sentencepiece", "llama2c")
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
-_WITHOUT_ARGUMENT = ("tales", "addition", "byte", "char", "gpt2")
-_WITH_COUNT = ("tales", "addition", "bpe")
+_WITHOUT_ARGUMENT = (*MADE_HERE, "byte", "char", "gpt2")
+_WITH_COUNT = (*MADE_HERE, "bpe")
 _PARTS = re.compile(r",\s*(?=[\d.]+\s*\*)")
 _WEIGHTED = re.compile(r"\s*([\d.]+)\s*\*\s*(.+)", re.DOTALL)
 
@@ -36,8 +36,8 @@ class DataConfig(Section, name="data"):
     source: str = setting(
         "tales",
         (
-            "tales | addition | text:, jsonl:, parquet:, tokens:GLOB | tfds:, hf:NAME; 0.7*A, "
-            "0.3*B mixes"
+            "tales | addition | recall | text:, jsonl:, parquet:, tokens:GLOB | tfds:, hf:NAME; "
+            "0.7*A, 0.3*B mixes"
         ),
         aliases=(
             "dataset",
