@@ -23,7 +23,7 @@ def state() -> None:
     config = load_config("llama:110m", [*WIDTH, "mesh.fsdp=true"])
     config = config.resolve(0)
     for devices in 1, 2, 8, 64, 256, 1024:
-        mesh = AbstractMesh((1, devices, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+        mesh = AbstractMesh((1, devices, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
         abstract = make_blueprint(config, mesh).abstract
         whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
         print(

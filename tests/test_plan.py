@@ -182,7 +182,7 @@ def test_one_all_reduce_crosses_slices(fsdp):
     )
     across = [row for row in found["collectives"] if "replica" in row["axis"]]
     assert {row["kind"] for row in across} == {"all-reduce"}
-    assert found["mesh"] == {"replica": 2, "data": 4, "model": 1}
+    assert found["mesh"] == {"replica": 2, "data": 4, "context": 1, "model": 1}
 
 
 MATRIX = """
@@ -305,7 +305,7 @@ def test_each_flag_of_the_tpu_compiler_lets_products_hide_more(monkeypatch, kind
 @needs_libtpu
 def test_a_mesh_axis_may_be_a_part_of_one_of_the_torus():
     mesh = make_mesh(MeshConfig(model=4), topology_devices("v5p:8x8x16", 1))
-    assert dict(mesh.shape) == {"replica": 1, "data": 256, "model": 4}
+    assert dict(mesh.shape) == {"replica": 1, "data": 256, "context": 1, "model": 4}
     assert len(set(mesh.devices.flat)) == 1024
 
 

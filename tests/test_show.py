@@ -142,7 +142,7 @@ def test_the_command_needs_no_data():
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert shown["num_parameters"] == PARAMETERS["tinystories:33m"]
-    assert shown["mesh"] == {"replica": 1, "data": 1, "model": 4}
+    assert shown["mesh"] == {"replica": 1, "data": 1, "context": 1, "model": 4}
     assert jax.device_count() == 8
 
 

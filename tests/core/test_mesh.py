@@ -35,11 +35,11 @@ def hosts(number, **kwargs):
 @pytest.mark.parametrize(
     ("config", "shape"),
     [
-        (MeshConfig(), (1, 8, 1)),
-        (MeshConfig(fsdp=True), (1, 8, 1)),
-        (MeshConfig(model=2), (1, 4, 2)),
-        (MeshConfig(model=8), (1, 1, 8)),
-        (MeshConfig(replica=4), (4, 2, 1)),
+        (MeshConfig(), (1, 8, 1, 1)),
+        (MeshConfig(fsdp=True), (1, 8, 1, 1)),
+        (MeshConfig(model=2), (1, 4, 1, 2)),
+        (MeshConfig(model=8), (1, 1, 1, 8)),
+        (MeshConfig(replica=4), (4, 2, 1, 1)),
     ],
 )
 def test_any_axis_may_span_hosts_of_gpus(config, shape):
@@ -60,7 +60,7 @@ def test_slices_of_tpus_are_the_replicas():
         make_mesh(MeshConfig(), devices)
     mesh = make_mesh(MeshConfig(replica=2, model=2), devices)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
-    assert (slices == np.arange(2)[:, None, None]).all()
+    assert (slices == np.arange(2)[:, None, None, None]).all()
 
 
 def test_replicas_in_one_slice_of_tpus_do_not_leave_it():

@@ -54,11 +54,13 @@ def test_a_chunked_loss_is_the_plain_one_and_never_has_all_logits():
 @pytest.mark.parametrize(
     ("mesh", "tied"),
     [
-        (MeshConfig(1, 2, 2, fsdp=True), True),
-        pytest.param(MeshConfig(1, 2, 2, fsdp=True), False, marks=pytest.mark.slow),
-        pytest.param(MeshConfig(2, 2, 2, fsdp=True), True, marks=pytest.mark.slow),
-        pytest.param(MeshConfig(1, 2, 2), True, marks=pytest.mark.slow),
-        pytest.param(MeshConfig(1, 1, 1), True, marks=pytest.mark.slow),
+        (MeshConfig(data=2, model=2, fsdp=True), True),
+        pytest.param(MeshConfig(data=2, model=2, fsdp=True), False, marks=pytest.mark.slow),
+        pytest.param(
+            MeshConfig(replica=2, data=2, model=2, fsdp=True), True, marks=pytest.mark.slow
+        ),
+        pytest.param(MeshConfig(data=2, model=2), True, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=1), True, marks=pytest.mark.slow),
     ],
 )
 def test_chunks_train_alike_on_a_mesh(mesh, tied):

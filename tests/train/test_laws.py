@@ -35,16 +35,20 @@ def single():
 
 
 @pytest.mark.parametrize(
-    ("data", "model", "fsdp"),
+    ("data", "context", "model", "fsdp"),
     [
-        (2, 4, True),
-        (1, 8, False),
-        pytest.param(8, 1, True, marks=pytest.mark.slow),
-        pytest.param(4, 2, False, marks=pytest.mark.slow),
+        (2, 1, 4, True),
+        (1, 1, 8, False),
+        (2, 2, 2, False),
+        pytest.param(8, 1, 1, True, marks=pytest.mark.slow),
+        pytest.param(4, 1, 2, False, marks=pytest.mark.slow),
+        pytest.param(1, 8, 1, False, marks=pytest.mark.slow),
+        pytest.param(2, 4, 1, True, marks=pytest.mark.slow),
     ],
 )
-def test_every_mesh_gives_the_same_losses(single, data, model, fsdp):
-    losses, norms, _ = train(MeshConfig(data=data, model=model, fsdp=fsdp), DROPPING, BATCHES)
+def test_every_mesh_gives_the_same_losses(single, data, context, model, fsdp):
+    mesh_config = MeshConfig(data=data, context=context, model=model, fsdp=fsdp)
+    losses, norms, _ = train(mesh_config, DROPPING, BATCHES)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
     np.testing.assert_allclose(norms, single[1], rtol=1e-4)
 
@@ -141,7 +145,7 @@ def test_state_is_known_before_it_exists():
 
 @pytest.mark.parametrize("devices", [2, 8, 64, 256, 1024])
 def test_fsdp_splits_the_state(devices):
-    mesh = AbstractMesh((1, devices, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((1, devices, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     config = tiny_model(embed_dim=1024, num_heads=16)
     abstract = make_blueprint(
         Config(model=config, mesh=MeshConfig(data=devices, fsdp=True)), mesh

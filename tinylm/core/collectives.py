@@ -192,7 +192,8 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:
     # The embedding stays whole, so its size doesn't matter.
     some_BT1 = jax.ShapeDtypeStruct((*ids_BT.shape, 1), sent_as)
     out_spec = activation_spec(some_BT1, ("batch", "seq", None))
-    splits_seq = out_spec[1] is not None
+    seq_axes = out_spec[1] or ()
+    splits_seq = vocab_axis in ((seq_axes,) if isinstance(seq_axes, str) else seq_axes)
 
     def look_up_here(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         # Each device has V rows of the table, from this one on.
@@ -209,7 +210,7 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:
         return jax.lax.psum(x_BTD, vocab_axis)
 
     table_spec = PartitionSpec(vocab_axis)
-    ids_spec = activation_spec(ids_BT, ("batch", None))
+    ids_spec = activation_spec(ids_BT, ("batch", "positions"))
     on_mesh = _shard_map(
         look_up_here,
         in_specs=(table_spec, ids_spec),

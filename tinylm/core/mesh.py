@@ -1,17 +1,18 @@
 """The device mesh, and the one table that maps logical axes onto it.
 
-The mesh has three axes: `replica` (data parallelism between slices), `data` (the batch and, with
-fsdp, parameters and optimizer state) and `model` (heads, mlp, vocabulary). Only core/ knows these
-names: parameters and activations name *logical* axes, and the tables below decide. Each mesh axis
-takes the first logical axis of its line that the array has and whose size it divides; where it
-divides none, the array stays whole along it, so every model runs on every mesh.
+The mesh has four axes: `replica` (data parallelism between slices), `data` (the batch and, with
+fsdp, parameters and optimizer state), `context` (the positions of a row) and `model` (heads, mlp,
+vocabulary). Only core/ knows these names: parameters and activations name *logical* axes, and the
+tables below decide. Each mesh axis takes the first logical axis of its line that the array has and
+whose size it divides; where it divides none, the array stays whole along it, so every model runs on
+every mesh.
 
 An example: the weights of an MLP, axes (embed, mlp), shape 512 x 1365, with mesh.fsdp on a mesh of
-replica 2, data 4, model 2:
+replica 2, data 4, context 1, model 2:
 
     model 2:   heads, kv_heads: not there; mlp: 2 does not divide 1365; vocab: not there -> whole
     data 4:    embed: 4 divides 512                                                 -> splits embed
-    replica:   splits no parameter                                                  -> whole
+    replica, context: split no parameter                                            -> whole
 
     PartitionSpec("data", None): each device holds 128 x 1365; four parts, each on four devices
 
@@ -42,10 +43,11 @@ class PerAxis(NamedTuple, Generic[T]):
 
     replica: T
     data: T
+    context: T
     model: T
 
 
-AXES = PerAxis("replica", "data", "model")
+AXES = PerAxis("replica", "data", "context", "model")
 
 # For each mesh axis, the logical axes that it may split, in order of preference.
 PARAMETER_RULES = {
@@ -56,8 +58,13 @@ PARAMETER_RULES = {
 ACTIVATION_RULES = {
     AXES.replica: ("batch",),
     AXES.data: ("batch",),
+    # `positions` are those of a row where each is needed for a product with a parameter, `seq` are
+    # those between two such products, where `model` may split them further.
+    AXES.context: ("positions", "seq"),
     AXES.model: ("heads", "kv_heads", "mlp", "vocab", "seq"),
 }
+# The logical axes that several mesh axes may split; any other takes one.
+_SHARED = ("batch", "seq")
 
 
 @dataclasses.dataclass
@@ -85,6 +92,19 @@ class MeshConfig(Section, name="mesh"):
             "data_parallel_shard_degree",
         ),
     )
+    context: int = setting(
+        1,
+        "devices that split the positions of each row, for rows too long for one",
+        free=True,
+        least=1,
+        also=(-1,),
+        aliases=(
+            "ici_context_parallelism",
+            "ici_sequence_parallelism",
+            "context_parallel_degree",
+            "context_parallel_size",
+        ),
+    )
     model: int = setting(
         1,
         "devices that split heads, mlp and vocabulary",
@@ -106,6 +126,7 @@ class MeshConfig(Section, name="mesh"):
         sizes = {
             AXES.replica: self.replica,
             AXES.data: self.data,
+            AXES.context: self.context,
             AXES.model: self.model,
         }
         open_axes = [name for name, size in sizes.items() if size == -1]
@@ -124,15 +145,16 @@ class MeshConfig(Section, name="mesh"):
             sizes[open_axes[0]] = num_devices // fixed
         elif fixed > num_devices:
             raise UserError(
-                f"the mesh of {fixed} devices (mesh.replica x mesh.data x mesh.model) is larger "
-                f"than the {num_devices} devices here; make the mesh smaller, or give the job "
-                f"{fixed} devices (--cpu_devices simulates them)."
+                f"the mesh of {fixed} devices ({' x '.join(f'mesh.{name}' for name in AXES)}) is "
+                f"larger than the {num_devices} devices here; make the mesh smaller, or give the "
+                f"job {fixed} devices (--cpu_devices simulates them)."
             )
         return PerAxis(**sizes)
 
     def check(self) -> None:
         """Raise UserError for sizes that no number of devices could satisfy."""
-        given = [size for size in (self.replica, self.data, self.model) if size > 0]
+        all_sizes = (self.replica, self.data, self.context, self.model)
+        given = [size for size in all_sizes if size > 0]
         self.sizes(math.prod(given))
 
 
@@ -271,8 +293,7 @@ def _assign(
             if name not in axes:
                 continue
             dim = list(axes).index(name)
-            # Several mesh axes may split the batch; any other dimension takes one.
-            if split_by[dim] and name != "batch":
+            if split_by[dim] and name not in _SHARED:
                 continue
             parts = sizes[mesh_axis] * math.prod(sizes[other] for other in split_by[dim])
             if shape[dim] % parts == 0:

@@ -166,7 +166,7 @@ class Mlp(nnx.Module):
             h_BTF = layers.activate(self.kind, up_BTF)
         else:
             h_BTF = layers.activate(self.kind, self.gate(x_BTD)) * up_BTF
-        return self.down(constrain(h_BTF, "batch", None, "mlp")), last_BCD
+        return self.down(constrain(h_BTF, "batch", "positions", "mlp")), last_BCD
 
 
 class Block(nnx.Module):
@@ -186,8 +186,9 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache]:
         """Return (x_BTD, what the layer remembers of it); see `Attention` for the arguments.
 
-        Between the products the positions of a text are split over the mesh, for them they are
-        gathered (Korthikanti et al. 2022, section 4.2.2).
+        Between the products the positions of a text are split over all of the mesh but what splits
+        the batch; for them, those over what splits heads are gathered (Korthikanti et al. 2022,
+        section 4.2.2).
         """
         dropout = inputs.dropout
         segments_BT = inputs.visibility.segments_BT
@@ -205,7 +206,7 @@ class Block(nnx.Module):
 
 
 def _whole_rows(x_BTD: jax.Array) -> jax.Array:
-    return constrain(x_BTD, "batch", None, "embed")
+    return constrain(x_BTD, "batch", "positions", "embed")
 
 
 def _split_rows(x_BTD: jax.Array) -> jax.Array:
@@ -362,7 +363,7 @@ class Transformer(nnx.Module):
         logits_BTV = jnp.einsum(
             equation, x_BTD, matrix.astype(x_BTD.dtype), preferred_element_type=jnp.float32
         )
-        logits_BTV = constrain(logits_BTV, "batch", None, "vocab")
+        logits_BTV = constrain(logits_BTV, "batch", "positions", "vocab")
         if c.logit_softcap:
             logits_BTV = c.logit_softcap * jnp.tanh(logits_BTV / c.logit_softcap)
         return jnp.where(jnp.arange(c.padded_vocab) < c.vocab_size, logits_BTV, layers.MASKED_LOGIT)

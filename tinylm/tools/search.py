@@ -22,6 +22,8 @@ from tinylm.train.state import make_blueprint
 
 # Part of the chip's memory that formulas may fill.
 MARGIN = 0.9
+# The fewest positions of a row that are worth a device: the products of fewer are too small.
+_LEAST_POSITIONS = 1024
 # The cheapest first.
 REMATS = ("none", "dots", "full")
 
@@ -104,18 +106,26 @@ def rank(row: SearchRow) -> tuple[bool, float, int, int]:
 
 
 def _mesh_configs(config: Config, num_devices: int) -> list[MeshConfig]:
-    """Return the meshes of all devices that split heads evenly, with fsdp and without."""
+    """Return the meshes of all devices that split heads and rows evenly, with fsdp and without."""
     replica = max(config.mesh.replica, 1)
     per_slice = num_devices // replica
     num_heads = config.model.num_heads
+    seq_len = config.data.seq_len
+    # Each device has two stretches of a row, of at least so many positions together.
+    most_parts = max(seq_len // _LEAST_POSITIONS, 1)
+    whole_row = MeshConfig(replica=replica)
     found = []
     for model in range(1, num_heads + 1):
         if per_slice % model or num_heads % model:
             continue
-        data = per_slice // model
-        found.append(MeshConfig(replica, data, model, fsdp=False))
-        if data > 1:
-            found.append(MeshConfig(replica, data, model, fsdp=True))
+        for context in range(1, most_parts + 1):
+            if per_slice // model % context or (context > 1 and seq_len % (2 * context)):
+                continue
+            data = per_slice // model // context
+            mesh = dataclasses.replace(whole_row, data=data, context=context, model=model)
+            found.append(mesh)
+            if data > 1:
+                found.append(dataclasses.replace(mesh, fsdp=True))
     return found
 
 
