@@ -33,6 +33,7 @@ VARIANTS = {
         "mlp": "geglu",
         "residual_scale": 0.5,
     },
+    "experts": {"num_experts": 4, "expert_dim": 24, "shared_experts": 1, "dense_layers": 1},
     "convolved": {"conv_taps": 4, "attention_window": (0, 3), "mlp": "relu2"},
 }
 CPU = "".join(path.read_text() for path in pathlib.Path("/proc").glob("cpuinfo"))

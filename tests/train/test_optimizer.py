@@ -135,3 +135,32 @@ def test_an_optimizer_or_schedule_that_is_not_here_is_refused(key):
     config = OptimizerConfig(**{key: "lion"})
     with pytest.raises(ValueError, match=f"optimizer.{key}='lion' has no"):
         make_optimizer(config, 10, {"kernel": ("embed", "mlp")})
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.95])
+def test_muon_moves_each_experts_matrix_as_if_it_were_alone(decay):
+    """Experts and layers are stacked; a router, whose outputs are experts, is left to Adam."""
+    axes = {
+        "up": ("layers", "experts", "embed", "mlp"),
+        "down": ("layers", "experts", "mlp", "embed"),
+        "router": ("layers", "embed", "experts"),
+    }
+    rng = np.random.default_rng(0)
+    shapes = {"up": (2, 3, 4, 6), "down": (2, 3, 6, 4), "router": (2, 4, 3)}
+    gradient = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+
+    def moved(gradient, axes):
+        config = OptimizerConfig(name="muon", muon_beta2=decay, weight_decay=0.0, clip_norm=0.0)
+        optimizer = make_optimizer(config, 10, axes)
+        return optimizer.update(gradient, optimizer.init(gradient), gradient)[0]
+
+    together = moved(gradient, axes)
+    for name in ("up", "down"):
+        alone = {"kernel": gradient[name][1, 2]}
+        one = moved(alone, {"kernel": axes[name][2:]})["kernel"]
+        np.testing.assert_allclose(together[name][1, 2], one, rtol=1e-4, atol=1e-7)
+    signs = np.sign(together["router"])
+    np.testing.assert_array_equal(signs, -np.sign(gradient["router"]))
+    np.testing.assert_allclose(
+        np.abs(together["router"]), np.abs(together["router"]).mean(), rtol=1e-3
+    )

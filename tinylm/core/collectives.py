@@ -20,10 +20,10 @@ from tinylm.core.mesh import AXES, activation_spec, parameter_spec, sizes_in_use
 R = TypeVar("R")
 
 # Kernels written in Pallas don't pass shard_map's check of what differs along which axis.
-_shard_map = functools.partial(jax.shard_map, check_vma=False)
+shard_map = functools.partial(jax.shard_map, check_vma=False)
 
 
-def _axes_of_partitioner() -> set[str]:
+def axes_of_partitioner() -> set[str]:
     """Return the axes of the mesh in use that are not split by hand here."""
     return set(jax.sharding.get_abstract_mesh().auto_axes)
 
@@ -34,7 +34,7 @@ def _axes_by_hand(split_axes: tuple[str, ...]) -> set[str]:
     Axes of size 1 are among them: nothing is left to place along them.
     """
     sizes = sizes_in_use()
-    return {axis for axis in _axes_of_partitioner() if axis in split_axes or sizes[axis] == 1}
+    return {axis for axis in axes_of_partitioner() if axis in split_axes or sizes[axis] == 1}
 
 
 def is_partly_manual() -> bool:
@@ -69,7 +69,7 @@ def sum_over_rows(function: Callable[..., R], whole: tuple, by_rows: Any, fsdp: 
 
     everywhere = PartitionSpec()
     rows_split = PartitionSpec(None, split_axes)
-    on_mesh = _shard_map(
+    on_mesh = shard_map(
         sum_on_device,
         in_specs=(everywhere, rows_split),
         out_specs=everywhere,
@@ -134,7 +134,7 @@ def sum_with_whole(
 
     # The partitioner keeps its own axes of the matrix.
     part_spec = PartitionSpec(*(axis if axis == AXES.data else None for axis in spec))
-    on_mesh = _shard_map(
+    on_mesh = shard_map(
         sum_on_device,
         in_specs=(part_spec, PartitionSpec(None, split_axes)),
         out_specs=PartitionSpec(),
@@ -159,8 +159,8 @@ def on_shards(
     if max(sizes_in_use().values()) == 1:
         return function(*arrays)
     specs = tuple(activation_spec(x, axes) for x, axes in parts)
-    on_mesh = _shard_map(
-        function, in_specs=specs, out_specs=specs[0], axis_names=_axes_of_partitioner()
+    on_mesh = shard_map(
+        function, in_specs=specs, out_specs=specs[0], axis_names=axes_of_partitioner()
     )
     return on_mesh(*arrays)
 
@@ -174,9 +174,7 @@ def in_each_replica(function: Callable[..., R]) -> Callable[..., R]:
     if sizes_in_use()[AXES.replica] == 1:
         return function
     everywhere = PartitionSpec()
-    return _shard_map(
-        function, in_specs=everywhere, out_specs=everywhere, axis_names={AXES.replica}
-    )
+    return shard_map(function, in_specs=everywhere, out_specs=everywhere, axis_names={AXES.replica})
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:
@@ -211,11 +209,11 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:
 
     table_spec = PartitionSpec(vocab_axis)
     ids_spec = activation_spec(ids_BT, ("batch", "positions"))
-    on_mesh = _shard_map(
+    on_mesh = shard_map(
         look_up_here,
         in_specs=(table_spec, ids_spec),
         out_specs=out_spec,
-        axis_names=_axes_of_partitioner(),
+        axis_names=axes_of_partitioner(),
     )
     x_BTD = on_mesh(table_VD.astype(sent_as), ids_BT)
     return x_BTD.astype(table_VD.dtype)

@@ -53,7 +53,7 @@ AXES = PerAxis("replica", "data", "context", "model")
 PARAMETER_RULES = {
     AXES.model: ("heads", "kv_heads", "mlp", "vocab"),
     # With mesh.fsdp alone.
-    AXES.data: ("embed", "mlp", "vocab", "heads", "kv_heads", "head_dim"),
+    AXES.data: ("experts", "embed", "mlp", "vocab", "heads", "kv_heads", "head_dim"),
 }
 ACTIVATION_RULES = {
     AXES.replica: ("batch",),

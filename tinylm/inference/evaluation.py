@@ -30,8 +30,8 @@ def make_eval_step(graph: nnx.GraphDef) -> Callable:
     """Return jitted `(params, batch [B, T]) -> (nats, target tokens)`."""
 
     def eval_step(params: dict, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        nats, count, _ = next_token_loss(nnx.merge(graph, params), batch)
-        return constrain(nats), constrain(count)
+        sums = next_token_loss(nnx.merge(graph, params), batch)
+        return constrain(sums.nats), constrain(sums.num_targets)
 
     return jax.jit(eval_step)
 

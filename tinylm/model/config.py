@@ -103,6 +103,76 @@ class ModelConfig(Section, name="model"):
         choices=("gelu", "gelu_exact", "relu2", "swiglu", "geglu"),
         aliases=("hidden_act", "activation_function", "mlp_activations"),
     )
+    num_experts: int = setting(
+        0,
+        "mlps of a layer, of which a router picks some for each token (0: one mlp for all)",
+        least=0,
+        aliases=(
+            "num_local_experts",
+            "n_routed_experts",
+            "num_routed_experts",
+            "moe_num_experts",
+            "num_moe_experts",
+        ),
+    )
+    experts_per_token: int = setting(
+        2,
+        "experts that a token is sent to",
+        least=1,
+        aliases=("num_experts_per_tok", "moe_top_k", "moe_router_topk", "router_top_k"),
+    )
+    shared_experts: int = setting(
+        0,
+        "experts that every token is sent to as well, as one mlp of their width together",
+        least=0,
+        aliases=("n_shared_experts", "num_shared_experts"),
+    )
+    expert_dim: int = setting(
+        0,
+        "hidden width of an expert (0: mlp_dim)",
+        least=0,
+        aliases=("moe_intermediate_size", "moe_ffn_hidden_size", "base_moe_mlp_dim"),
+    )
+    dense_layers: int = setting(
+        0,
+        "first layers that keep one mlp for all tokens",
+        least=0,
+        aliases=("first_k_dense_replace", "first_num_dense_layers"),
+    )
+    router: str = setting(
+        "softmax",
+        "how logits become scores, in float32: softmax over all experts, or sigmoid of each",
+        choices=("softmax", "sigmoid"),
+        aliases=("scoring_func", "routed_score_func", "moe_router_score_function"),
+    )
+    router_normalize: bool = setting(
+        True,
+        "scale the scores of a token's experts so that they sum to 1",
+        aliases=("norm_topk_prob",),
+    )
+    router_bias_rate: float = setting(
+        0.001,
+        "change a step of a bias that evens out the load of the experts (0: no bias)",
+        least=0,
+        aliases=("routed_bias_update_rate", "moe_router_bias_update_rate"),
+    )
+    router_balance_loss: float = setting(
+        0.0,
+        "weight of a loss that evens out the load of the experts (0: none)",
+        least=0,
+        aliases=(
+            "router_aux_loss_coef",
+            "aux_loss_alpha",
+            "load_balance_loss_weight",
+            "moe_aux_loss_coeff",
+        ),
+    )
+    router_z_loss: float = setting(
+        0.0,
+        "weight of the squared log normalizer of the router's logits (ST-MoE: 1e-3)",
+        least=0,
+        aliases=("router_z_loss_coef", "moe_z_loss_coeff"),
+    )
     # A convolution of one tap would only scale its input.
     conv_taps: int = setting(
         0,
@@ -222,9 +292,16 @@ class ModelConfig(Section, name="model"):
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
+    def output_std(self) -> float:
+        """The std of initial maps that write to the residual stream (Radford et al. 2019, 2.3)."""
+        return self.init_std / (2 * self.num_layers) ** 0.5
+
+    @property
     def is_resolved(self) -> bool:
         """Whether every size is a number, so that a model can be built."""
-        sizes = (self.vocab_size, self.context, self.num_kv_heads, self.head_dim, self.mlp_dim)
+        sizes = [self.vocab_size, self.context, self.num_kv_heads, self.head_dim, self.mlp_dim]
+        if self.num_experts:
+            sizes.append(self.expert_dim)
         return all(sizes) and self.attention_scale > 0
 
     def resolve(self, vocab_size: int, seq_len: int) -> "ModelConfig":
@@ -235,6 +312,8 @@ class ModelConfig(Section, name="model"):
         resolved.num_kv_heads = self.num_kv_heads or self.num_heads
         resolved.head_dim = self.head_dim or self.embed_dim // self.num_heads
         resolved.mlp_dim = self.mlp_dim or 4 * self.embed_dim
+        if self.num_experts:
+            resolved.expert_dim = self.expert_dim or resolved.mlp_dim
         resolved.attention_scale = self.attention_scale or resolved.head_dim**-0.5
         resolved.freeze()
         return resolved
@@ -244,6 +323,7 @@ class ModelConfig(Section, name="model"):
         super().check()
         self._check_heads()
         self._check_kernel()
+        self._check_experts()
         if not self.attention_window:
             raise UserError(
                 "model.attention_window=() must hold at least one size; (0,) means no window."
@@ -276,6 +356,32 @@ class ModelConfig(Section, name="model"):
             raise UserError(
                 f"the rotating part of a head, {rotating} of {head_dim} by "
                 f"model.rotary_fraction={self.rotary_fraction}, must be even and at least 2."
+            )
+
+    def _check_experts(self) -> None:
+        if not self.num_experts:
+            return
+        if self.experts_per_token > self.num_experts:
+            raise UserError(
+                f"model.experts_per_token={self.experts_per_token} must be at most "
+                f"model.num_experts={self.num_experts}."
+            )
+        if self.dense_layers >= self.num_layers:
+            raise UserError(
+                f"model.dense_layers={self.dense_layers} must be below "
+                f"model.num_layers={self.num_layers}, or no layer has experts; set "
+                "model.num_experts=0 for such a model."
+            )
+        # Each kind of layer is a scan of its own over the period of the windows.
+        if self.attention_window and self.dense_layers % len(self.attention_window):
+            raise UserError(
+                f"model.dense_layers={self.dense_layers} must be divisible by the "
+                f"{len(self.attention_window)} entries of model.attention_window."
+            )
+        if self.bias and self.mlp_bias:
+            raise UserError(
+                "model.num_experts has no biases in its mlps; set model.mlp_bias=False, or "
+                "model.bias=False."
             )
 
     def _check_kernel(self) -> None:

@@ -21,8 +21,7 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     c = config
     query_and_output = 2 * c.num_heads * c.head_dim
     key_and_value = 2 * c.num_kv_heads * c.head_dim
-    mlp_maps = 3 if c.mlp in GATED else 2
-    mapped_features = query_and_output + key_and_value + mlp_maps * c.mlp_dim
+    mapped_features = query_and_output + key_and_value + _mean_mlp_features(c)
     maps = 2 * c.embed_dim * mapped_features
     # Each tap of a convolution, before attention and before the mlp, is a multiply-add a feature.
     convolutions = 2 * 2 * c.conv_taps * c.embed_dim
@@ -31,6 +30,23 @@ def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     layer = maps + convolutions + mean_attention
     output_map = 2 * c.embed_dim * c.vocab_size
     return c.num_layers * layer + output_map
+
+
+def _mean_mlp_features(config: ModelConfig) -> float:
+    """Return how many features a token's mlps map from and to, averaged over the layers.
+
+    Of the experts those count that a token is sent to, and the logits of the router.
+    """
+    c = config
+    maps = 3 if c.mlp in GATED else 2
+    if not c.num_experts:
+        return maps * c.mlp_dim
+    experts = c.experts_per_token + c.shared_experts
+    expert_layers = c.num_layers - c.dense_layers
+    in_expert_layers = maps * experts * c.expert_dim + c.num_experts
+    in_dense_layers = maps * c.mlp_dim
+    total = expert_layers * in_expert_layers + c.dense_layers * in_dense_layers
+    return total / c.num_layers
 
 
 def _attention_flops(config: ModelConfig, seq_len: int, window: int) -> float:
@@ -59,3 +75,21 @@ def count_parameters(shapes: dict[str, tuple[int, ...]], config: ModelConfig) ->
     vocab_matrices = sum(1 for path in shapes if path in ("embedding", "head"))
     total = sum(math.prod(shape) for shape in shapes.values())
     return total - vocab_matrices * padding_rows * config.embed_dim
+
+
+def count_active_parameters(shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> int:
+    """Return the number of parameters that a token meets: of the experts those that it is sent to.
+
+    Args:
+      shapes: the shape of each parameter by its path.
+      config: the resolved model.
+    """
+    total = count_parameters(shapes, config)
+    if not config.num_experts:
+        return total
+    passed_by = config.num_experts - config.experts_per_token
+    for name in ("up", "gate", "down"):
+        shape = shapes.get(f"blocks/mlp/{name}")
+        if shape is not None:
+            total -= math.prod(shape) // config.num_experts * passed_by
+    return total

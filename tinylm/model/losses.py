@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from tinylm.core.collectives import sum_with_whole
+from tinylm.model.experts import RouterTotals
 from tinylm.model.transformer import Transformer
 
 
@@ -22,10 +23,15 @@ class LossSums(NamedTuple):
     nats: jax.Array  # of -log p(target)
     num_targets: jax.Array  # weights of the target tokens
     squared_log_z: jax.Array  # of the squared log normalizer, which z-loss keeps small
+    routers: RouterTotals | None = None  # where the model has experts, and they are asked for
 
 
 def next_token_loss(
-    model: Transformer, batch: dict[str, jax.Array], row_keys_B: jax.Array | None = None
+    model: Transformer,
+    batch: dict[str, jax.Array],
+    row_keys_B: jax.Array | None = None,
+    *,
+    with_routers: bool = False,
 ) -> LossSums:
     """Return the summed loss of a model on a batch.
 
@@ -37,16 +43,19 @@ def next_token_loss(
       batch: `tokens`, `targets` and `weights` [B, T]; packed rows also have `segments` and
         `positions`.
       row_keys_B: one random key a row; turns dropout on.
+      with_routers: whether to add up what the routers of experts did with the target tokens.
     """
-    x_BTD = model.features(
+    x_BTD, routers = model.features_and_routing(
         batch["tokens"],
         segments_BT=batch.get("segments"),
         positions_BT=batch.get("positions"),
         row_keys_B=row_keys_B,
+        counted_BT=batch["weights"] if with_routers else None,
     )
     num_pieces = model.config.loss_chunks
     if num_pieces == 1:
-        return cross_entropy(model.logits(x_BTD), batch["targets"], batch["weights"])
+        sums = cross_entropy(model.logits(x_BTD), batch["targets"], batch["weights"])
+        return sums._replace(routers=routers)
 
     def in_pieces(x_BT: jax.Array) -> jax.Array:
         x_BPT = x_BT.reshape(len(x_BT), num_pieces, -1, *x_BT.shape[2:])
@@ -65,9 +74,10 @@ def next_token_loss(
         return jax.lax.scan(add_piece, zero, pieces)[0]
 
     pieces = (in_pieces(x_BTD), in_pieces(batch["targets"]), in_pieces(batch["weights"]))
-    return sum_with_whole(
+    sums = sum_with_whole(
         sum_of_pieces, model.output_matrix, model.output_axes, pieces, sent_as=x_BTD.dtype
     )
+    return sums._replace(routers=routers)
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> LossSums:

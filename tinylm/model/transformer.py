@@ -26,7 +26,9 @@ from tinylm.model import layers
 from tinylm.model.attention import attend, can_be_unrolled
 from tinylm.model.cache import LayerCache, store_prompt
 from tinylm.model.config import ModelConfig
+from tinylm.model.experts import Experts, RouterSums, RouterTotals, totals
 from tinylm.model.kernels import AttentionOptions
+from tinylm.model.mlp import Mlp
 from tinylm.model.rowwise import rms_normalize
 from tinylm.model.visibility import Visibility
 
@@ -41,7 +43,7 @@ def _is_product(primitive: Any, *operands: Any, **params: Any) -> bool:
     is_matmul = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     if is_matmul(primitive, *operands, **params):
         return True
-    return primitive.name.startswith("dot_product_attention")
+    return primitive.name.startswith(("dot_product_attention", "ragged_dot"))
 
 
 # What the backward pass finds stored, and what it computes again, by model.remat.
@@ -60,6 +62,8 @@ class LayerInputs:
     rotary: layers.Rotary | None = None  # None: the model has no rotary positions
     dropout: layers.Dropout = layers.NO_DROPOUT
     slot: jax.Array | None = None  # of the cache, for the one token that is read
+    # How much each token counts in the sums of the routers; None: nobody asks for them.
+    counted_BT: jax.Array | None = None
 
     def of_layer(self, layer: jax.Array | int, window: int) -> "LayerInputs":
         """Return these inputs for one layer: its window, its dropout."""
@@ -86,7 +90,7 @@ class Attention(nnx.Module):
         self.key = layers.Linear(embed, kv_heads, **qkv)
         self.value = layers.Linear(embed, kv_heads, **qkv)
         out_bias = c.bias and c.out_bias
-        self.out = layers.Linear(heads, embed, std=_output_std(c), bias=out_bias, rngs=rngs)
+        self.out = layers.Linear(heads, embed, std=c.output_std, bias=out_bias, rngs=rngs)
 
     def __call__(
         self, x_BTD: jax.Array, inputs: LayerInputs, cache: LayerCache | None = None
@@ -133,53 +137,17 @@ def _heads_first(x_BTNH: jax.Array, heads: str) -> jax.Array:
     return constrain(x_BTNH.swapaxes(1, 2), "batch", heads, None, "head_dim")
 
 
-class Mlp(nnx.Module):
-    """Two linear maps with an activation between, or three with a gate (Shazeer 2020)."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        """Build the maps."""
-        c = config
-        embed = {"embed": c.embed_dim}
-        mlp = {"mlp": c.mlp_dim}
-        inner: dict[str, Any] = {
-            "std": c.init_std,
-            "bias": c.bias and c.mlp_bias,
-            "rngs": rngs,
-        }
-        self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
-        self.kind = c.mlp
-        self.up = layers.Linear(embed, mlp, **inner)
-        self.gate = layers.Linear(embed, mlp, **inner) if c.mlp in layers.GATED else None
-        outer: dict[str, Any] = {**inner, "std": _output_std(c)}
-        self.down = layers.Linear(mlp, embed, **outer)
-
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        segments_BT: jax.Array | None = None,
-        earlier_BCD: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Apply the mlp to each position; return (y_BTD, the last inputs of the convolution)."""
-        x_BTD, last_BCD = self.conv(x_BTD, segments_BT, earlier_BCD)
-        up_BTF = self.up(x_BTD)
-        if self.gate is None:
-            h_BTF = layers.activate(self.kind, up_BTF)
-        else:
-            h_BTF = layers.activate(self.kind, self.gate(x_BTD)) * up_BTF
-        return self.down(constrain(h_BTF, "batch", "positions", "mlp")), last_BCD
-
-
 class Block(nnx.Module):
     """One layer: norm, attention, add; norm, mlp, add (pre-norm)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        """Build the parts."""
+    def __init__(self, config: ModelConfig, *, has_experts: bool, rngs: nnx.Rngs):
+        """Build the parts, with experts in the place of the mlp or without."""
         self.parallel = config.parallel_residual
         self.scale = config.residual_scale
         self.attention_norm = make_norm(config)
         self.mlp_norm = make_norm(config)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp = Mlp(config, rngs=rngs)
+        self.mlp = (Experts if has_experts else Mlp)(config, rngs=rngs)
 
     def __call__(
         self, x_BTD: jax.Array, inputs: LayerInputs, cache: LayerCache | None = None
@@ -190,6 +158,13 @@ class Block(nnx.Module):
         the batch; for them, those over what splits heads are gathered (Korthikanti et al. 2022,
         section 4.2.2).
         """
+        x_BTD, cache, _ = self.with_routing(x_BTD, inputs, cache)
+        return x_BTD, cache
+
+    def with_routing(
+        self, x_BTD: jax.Array, inputs: LayerInputs, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, LayerCache, RouterSums | None]:
+        """Return what `__call__` does, and the router's sums where there are any."""
         dropout = inputs.dropout
         segments_BT = inputs.visibility.segments_BT
         earlier_BCD = None if cache is None else cache.mlp_inputs_BCD
@@ -200,9 +175,9 @@ class Block(nnx.Module):
 
         mlp_input_BTD = x_BTD if self.parallel else attended_BTD
         normed_BTD = _whole_rows(self.mlp_norm(mlp_input_BTD))
-        h_BTD, last_BCD = self.mlp(normed_BTD, segments_BT, earlier_BCD)
-        y_BTD = attended_BTD + self.scale * dropout.at(2)(_split_rows(h_BTD))
-        return y_BTD, cache._replace(mlp_inputs_BCD=last_BCD)
+        made = self.mlp(normed_BTD, segments_BT, earlier_BCD, inputs.counted_BT)
+        y_BTD = attended_BTD + self.scale * dropout.at(2)(_split_rows(made.y_BTD))
+        return y_BTD, cache._replace(mlp_inputs_BCD=made.last_BCD), made.routing
 
 
 def _whole_rows(x_BTD: jax.Array) -> jax.Array:
@@ -227,7 +202,9 @@ class Transformer(nnx.Module):
             else None
         )
         keys = jax.random.split(rngs.params(), c.num_layers)
-        self.blocks = nnx.vmap(lambda key: Block(c, rngs=nnx.Rngs(params=key)))(keys)
+        num_dense = c.dense_layers if c.num_experts else 0
+        self.dense_blocks = _stacked_blocks(c, keys[:num_dense], False) if num_dense else None
+        self.blocks = _stacked_blocks(c, keys[num_dense:], c.num_experts > 0)
         self.norm = make_norm(c)
         self.head = (
             None
@@ -264,20 +241,44 @@ class Transformer(nnx.Module):
         row_keys_B: jax.Array | None = None,
     ) -> jax.Array:
         """Return what the output matrix reads, x_BTD; the arguments are those of `__call__`."""
+        x_BTD, _ = self.features_and_routing(
+            tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, row_keys_B=row_keys_B
+        )
+        return x_BTD
+
+    def features_and_routing(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        row_keys_B: jax.Array | None = None,
+        counted_BT: jax.Array | None = None,
+    ) -> tuple[jax.Array, RouterTotals | None]:
+        """Return what `features` does, and what the routers did with the tokens that count.
+
+        Args:
+          tokens_BT, segments_BT, positions_BT, row_keys_B: those of `__call__`.
+          counted_BT: how much each token counts there; None: nobody asks.
+        """
         c = self.config
         dropout = layers.Dropout(c.dropout, row_keys_B)
         if positions_BT is None:
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]
         inputs = self.layer_inputs(positions_BT, Visibility(segments_BT=segments_BT), dropout)
+        inputs = dataclasses.replace(inputs, counted_BT=counted_BT)
         # The place after the last layer is that of the embedding.
         x_BTD = dropout.at(c.num_layers)(self.embed(tokens_BT, positions_BT))
 
         def without_cache(
             block: Block, x_BTD: jax.Array, inputs: LayerInputs
-        ) -> tuple[jax.Array, None]:
-            return block(x_BTD, inputs)[0], None
+        ) -> tuple[jax.Array, RouterSums | None]:
+            x_BTD, _, sums = block.with_routing(x_BTD, inputs)
+            return x_BTD, sums
 
-        return self._scan(without_cache, x_BTD, inputs)[0]
+        x_BTD, results = self._scan(without_cache, x_BTD, inputs)
+        sums = results[-1]
+        return x_BTD, None if sums is None else totals(sums, c)
 
     def prefill(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, num_slots: int
@@ -293,7 +294,8 @@ class Transformer(nnx.Module):
         real_BT = positions_BT >= 0
         inputs = self.layer_inputs(positions_BT, Visibility(segments_BT=real_BT))
         x_BTD = self.embed(tokens_BT, jnp.maximum(positions_BT, 0))
-        x_BTD, stacked = self._scan(Block.__call__, x_BTD, inputs)
+        x_BTD, results = self._scan(Block.__call__, x_BTD, inputs)
+        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *results)
         cache = []
         for layer in range(c.num_layers):
             window = self.window_of_layer(layer)
@@ -404,10 +406,22 @@ class Transformer(nnx.Module):
 
         To be called before a loop over tokens, not in it, because it copies their parameters.
         """
-        graph, stacked = nnx.split(self.blocks)
+        blocks = []
+        for stack, layers_of_stack in self._stacks():
+            graph, stacked = nnx.split(stack)
+            for place in range(len(layers_of_stack)):
+                params = jax.tree.map(operator.itemgetter(place), stacked)
+                blocks.append(nnx.merge(graph, params))
+        return blocks
+
+    def _stacks(self) -> list[tuple[Block, range]]:
+        """Return the blocks of each kind, stacked, and the numbers of their layers."""
+        c = self.config
+        if self.dense_blocks is None:
+            return [(self.blocks, range(c.num_layers))]
         return [
-            nnx.merge(graph, jax.tree.map(operator.itemgetter(layer), stacked))
-            for layer in range(self.config.num_layers)
+            (self.dense_blocks, range(c.dense_layers)),
+            (self.blocks, range(c.dense_layers, c.num_layers)),
         ]
 
     def _scan(
@@ -415,8 +429,25 @@ class Transformer(nnx.Module):
         run_layer: Callable[[Block, jax.Array, LayerInputs], tuple[jax.Array, Any]],
         x_BTD: jax.Array,
         inputs: LayerInputs,
+    ) -> tuple[jax.Array, list]:
+        """Run all layers and the last norm; return (x_BTD, the second results of each kind of
+        layers, stacked on L).
+        """
+        results = []
+        for stack, layers_of_stack in self._stacks():
+            x_BTD, of_stack = self._scan_stack(stack, layers_of_stack, run_layer, x_BTD, inputs)
+            results.append(of_stack)
+        return self.norm(x_BTD), results
+
+    def _scan_stack(
+        self,
+        stack: Block,
+        layers_of_stack: range,
+        run_layer: Callable[[Block, jax.Array, LayerInputs], tuple[jax.Array, Any]],
+        x_BTD: jax.Array,
+        inputs: LayerInputs,
     ) -> tuple[jax.Array, Any]:
-        """Run all layers and the last norm; return (x_BTD, the second results stacked on L).
+        """Run the layers of one kind; return (x_BTD, the second results stacked on L).
 
         One iteration runs one period of the pattern of windows, in which the window of each layer
         is a constant of the program:
@@ -424,7 +455,7 @@ class Transformer(nnx.Module):
             attention_window (0, 256), 6 layers:   3 iterations of [all tokens, 256 tokens]
         """
         c = self.config
-        graph, stacked = nnx.split(self.blocks)
+        graph, stacked = nnx.split(stack)
         period = len(c.attention_window)
         grouped = jax.tree.map(lambda p: p.reshape(-1, period, *p.shape[1:]), stacked)
 
@@ -437,8 +468,8 @@ class Transformer(nnx.Module):
                 results.append(result)
             return x_BTD, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
-        first_layers = jnp.arange(0, c.num_layers, period)
-        num_iterations = c.num_layers // period
+        first_layers = jnp.arange(layers_of_stack.start, layers_of_stack.stop, period)
+        num_iterations = len(layers_of_stack) // period
         unroll = c.unroll or num_iterations
         if unroll > 1 and not can_be_unrolled(c.attention):
             say_once(
@@ -453,7 +484,16 @@ class Transformer(nnx.Module):
             unroll=unroll,
         )
         results = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
-        return self.norm(x_BTD), results
+        return x_BTD, results
+
+
+def _stacked_blocks(config: ModelConfig, keys: jax.Array, has_experts: bool) -> Block:
+    """Return a block for each key, their parameters stacked on L."""
+
+    def make(key: jax.Array) -> Block:
+        return Block(config, has_experts=has_experts, rngs=nnx.Rngs(params=key))
+
+    return nnx.vmap(make)(keys)
 
 
 def make_norm(config: ModelConfig) -> layers.Norm:
@@ -494,8 +534,3 @@ def init_parameters(config: ModelConfig, seed: jax.Array | int) -> dict:
     """
     model = Transformer(config, rngs=nnx.Rngs(params=jax.random.key(seed)))
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
-
-
-def _output_std(config: ModelConfig) -> float:
-    """Return the std of maps that write to the residual stream (Radford et al. 2019, 2.3)."""
-    return config.init_std / (2 * config.num_layers) ** 0.5

@@ -183,11 +183,12 @@ def _muon_dimensions(axes: tuple) -> optax.contrib.MuonDimensionNumbers | None:
     """Return which dimensions of a kernel are inputs and outputs; None for what Adam optimizes.
 
     All axes of a kernel other than `embed` lie on its other side: ("embed", "heads", "head_dim")
-    maps one input dimension to two output dimensions.
+    maps one input dimension to two output dimensions. Matrices are stacked by layer and by expert,
+    and each is a matrix of its own. A router, whose outputs are experts, is left to Adam.
     """
-    if not is_matrix(axes) or "vocab" in axes or "seq" in axes:
+    if not is_matrix(axes) or "vocab" in axes or "seq" in axes or axes[-1] == "experts":
         return None
-    num_stacked = axes.count("layers")
+    num_stacked = axes.count("layers") + axes.count("experts")
     embed = axes.index("embed")
     others = tuple(dim for dim in range(num_stacked, len(axes)) if dim != embed)
     embed_is_input = embed == num_stacked

@@ -20,6 +20,7 @@ from flax import nnx, traverse_util
 
 from tinylm.core.collectives import in_each_replica, sum_over_rows
 from tinylm.core.tpu_options import tpu_compiler_options
+from tinylm.model.experts import LOAD_METRICS, even_out, load_metrics, router_loss
 from tinylm.model.losses import next_token_loss
 from tinylm.train.bad_steps import judge
 from tinylm.train.state import Blueprint, TrainState
@@ -45,18 +46,22 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
     - `update_ratio/PART` for each part of the model: the norm of the update over that of the
       weights; 0 where no update was made, and in steps that are not written to metrics.jsonl
     - `bad`, 1 where the guard left the state as it was
+    - `router/...` where the model has experts: see `experts.load_metrics`
     """
     train = blueprint.config.train
     good_steps_forgive = train.on_bad_step != "rollback"
     parts = dict.fromkeys(part_of(path) for path in blueprint.axes)
     ratio_names = [f"update_ratio/{part}" for part in parts]
     names = ["loss", "grad_norm", "learning_rate", *ratio_names, "bad"]
+    model = blueprint.config.model
+    if model.num_experts:
+        names += LOAD_METRICS
 
     def train_step(
         state: TrainState, batch: Batch, seed: jax.Array, last_step: jax.Array
     ) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, nats, count = accumulate(blueprint, state.params, batch, step_key)
+        grads, nats, count, load_LX = accumulate(blueprint, state.params, batch, step_key)
         # A batch without a target token, such as one of prompts alone, has a loss and a gradient of
         # 0 here.
         is_empty = count == 0
@@ -77,6 +82,8 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
             forgive=good_steps_forgive,
         )
         params = optax.apply_updates(state.params, updates)
+        if load_LX is not None:
+            params = even_out(params, load_LX, model)
         new_state = TrainState(
             step=state.step + 1 - is_bad,
             params=_kept_where(is_bad | is_empty, state.params, params),
@@ -89,6 +96,8 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
             "learning_rate": jnp.asarray(blueprint.schedule(state.step), jnp.float32),
             "bad": is_bad.astype(jnp.float32),
         }
+        if load_LX is not None:
+            metrics |= load_metrics(load_LX)
         # The norms read all parameters and updates, which is 4% of a small model's step on CPU. So
         # they are computed only for the steps that the loop writes down: those that are due, the
         # last one, and bad ones.
@@ -137,7 +146,7 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
 
 def accumulate(
     blueprint: Blueprint, params: dict, batch: Batch, step_key: jax.Array
-) -> tuple[dict, jax.Array, jax.Array]:
+) -> tuple[dict, jax.Array, jax.Array, jax.Array | None]:
     """Add up gradients and losses over the micro-batches of a batch.
 
     Args:
@@ -147,32 +156,38 @@ def accumulate(
       step_key: the random key of the step, for dropout.
 
     Returns:
-      The gradient of the summed loss, the summed loss in nats, the number of target tokens.
+      The gradient of the summed loss, the summed loss in nats, the number of target tokens, and
+      where the model has experts how often each was chosen, [layers, experts].
     """
     model_config = blueprint.config.model
+    has_experts = model_config.num_experts > 0
 
     def loss_sums(
         params: dict, key: jax.Array, micro_batch: Batch, rows_B: jax.Array
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
         model = nnx.merge(blueprint.graph, params)
         row_keys_B = None
         if model_config.dropout:
             row_keys_B = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows_B)
-        sums = next_token_loss(model, micro_batch, row_keys_B)
+        sums = next_token_loss(model, micro_batch, row_keys_B, with_routers=has_experts)
         trained = sums.nats
         if model_config.z_loss:
             trained = trained + model_config.z_loss * sums.squared_log_z
-        return trained, (sums.nats, sums.num_targets)
+        load_LX = None
+        if sums.routers is not None:
+            load_LX = sums.routers.load_LX
+            trained = trained + router_loss(sums.routers, model_config)
+        return trained, (sums.nats, sums.num_targets, load_LX)
 
     gradient_of = jax.value_and_grad(loss_sums, has_aux=True)
 
     def sum_up(
         params: dict, key: jax.Array, micro_batches: Batch, rows: jax.Array
-    ) -> tuple[dict, jax.Array, jax.Array]:
-        def of_one(micro_batch_and_rows: tuple) -> tuple[dict, jax.Array, jax.Array]:
+    ) -> tuple[dict, jax.Array, jax.Array, jax.Array | None]:
+        def of_one(micro_batch_and_rows: tuple) -> tuple:
             micro_batch, rows_B = micro_batch_and_rows
-            (_, (nats, count)), grads = gradient_of(params, key, micro_batch, rows_B)
-            return grads, nats, count
+            (_, sums), grads = gradient_of(params, key, micro_batch, rows_B)
+            return grads, *sums
 
         if len(rows) == 1:
             only = jax.tree.map(lambda x: x[0], (micro_batches, rows))
@@ -183,7 +198,11 @@ def accumulate(
             return jax.tree.map(jnp.add, total, sums), None
 
         no_grads = jax.tree.map(jnp.zeros_like, params)
-        zeros = (no_grads, jnp.zeros(()), jnp.zeros(()))
+        no_load_LX = None
+        if has_experts:
+            expert_layers = model_config.num_layers - model_config.dense_layers
+            no_load_LX = jnp.zeros((expert_layers, model_config.num_experts))
+        zeros = (no_grads, jnp.zeros(()), jnp.zeros(()), no_load_LX)
         total, _ = jax.lax.scan(add, zeros, (micro_batches, rows))
         return total
 
@@ -195,7 +214,7 @@ def accumulate(
 
 def part_of(path: str) -> str:
     """Return the part of the model that a parameter belongs to: embedding, attention, mlp, ..."""
-    return path.removeprefix("blocks/").split("/")[0]
+    return path.removeprefix("dense_").removeprefix("blocks/").split("/")[0]
 
 
 def _kept_where(is_kept: jax.Array, old: Any, new: Any) -> Any:

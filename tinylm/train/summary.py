@@ -9,7 +9,7 @@ from tinylm.core.log import say
 from tinylm.core.mesh import batch_shards, sizes_by_name
 from tinylm.core.text import mesh_text
 from tinylm.inference.text import numbered
-from tinylm.model.flops import count_parameters
+from tinylm.model.flops import count_active_parameters, count_parameters
 from tinylm.train.loop import Outcome, Trainer
 
 # The part of a chip's peak that training usually reaches.
@@ -23,9 +23,17 @@ def opening(trainer: Trainer) -> None:
     leaves = flatten_dict(trainer.blueprint.abstract.params, sep="/")
     shapes = {path: leaf.shape for path, leaf in leaves.items()}
     millions = count_parameters(shapes, model) / 1e6
+    experts = ""
+    if model.num_experts:
+        active_millions = count_active_parameters(shapes, model) / 1e6
+        experts = (
+            f" ({active_millions:.2f} M of them active: {model.experts_per_token} of "
+            f"{model.num_experts} experts)"
+        )
     say(
-        f"model   {millions:.2f} M parameters: {model.num_layers} layers, {model.num_heads} heads, "
-        f"width {model.embed_dim}, vocabulary {model.vocab_size}, {model.compute_dtype}"
+        f"model   {millions:.2f} M parameters{experts}: {model.num_layers} layers, "
+        f"{model.num_heads} heads, width {model.embed_dim}, vocabulary {model.vocab_size}, "
+        f"{model.compute_dtype}"
     )
     say(f"mesh    {mesh_summary(trainer.mesh)}")
     say(

@@ -16,7 +16,7 @@ from tinylm.core.mesh import AXES, MeshConfig, sizes_by_name
 from tinylm.core.placement import describe_parameter
 from tinylm.core.settings import from_dict
 from tinylm.model.config import ModelConfig
-from tinylm.model.flops import count_parameters
+from tinylm.model.flops import count_active_parameters, count_parameters
 from tinylm.model.transformer import abstract_transformer
 from tinylm.run.folder import RunFolder
 
@@ -58,6 +58,7 @@ class ParameterTable:
     Attributes:
       parameters: a row for each.
       num_parameters: how many numbers they hold, without the rows that pad the vocabulary.
+      active_parameters: how many of these a token meets: of experts, those that it is sent to.
       padding_rows: how many rows pad the vocabulary.
       bytes: of all parameters.
       bytes_per_device: of the parts that each device holds.
@@ -67,6 +68,7 @@ class ParameterTable:
 
     parameters: list[ParameterRow]
     num_parameters: int
+    active_parameters: int
     padding_rows: int
     bytes: int
     bytes_per_device: int
@@ -103,6 +105,7 @@ def describe(model: ModelConfig, mesh: Mesh | AbstractMesh, fsdp: bool) -> Param
     return ParameterTable(
         parameters=rows,
         num_parameters=count_parameters(shape_of, model),
+        active_parameters=count_active_parameters(shape_of, model),
         padding_rows=model.padded_vocab - model.vocab_size,
         bytes=sum(row.bytes for row in rows),
         bytes_per_device=sum(row.bytes_per_device for row in rows),
@@ -147,8 +150,11 @@ def table_text(table: ParameterTable) -> str:
         parameters = "1 parameter" if count == 1 else f"{count} parameters"
         lines.append(f"note: {note} ({parameters})")
     padding = f" and {table.padding_rows} padding rows" if table.padding_rows else ""
+    active = ""
+    if table.active_parameters < table.num_parameters:
+        active = f", {table.active_parameters:,} of them active for a token"
     lines.append(
-        f"{table.num_parameters:,} parameters{padding}; {table.bytes:,} bytes in all, "
+        f"{table.num_parameters:,} parameters{padding}{active}; {table.bytes:,} bytes in all, "
         f"{table.bytes_per_device:,} per device on {text.mesh_text(table.mesh)}"
     )
     return "\n".join(lines)
