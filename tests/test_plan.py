@@ -262,7 +262,12 @@ MANY_CHIPS = [
     "train.accumulation_steps=1",
     "optimizer.name=adamw",
 ]
-TOPOLOGIES = {"TPU v5 lite": "v5e:16x16", "TPU v5": "v5p:4x8x8", "TPU v6 lite": "v6e:16x16"}
+TOPOLOGIES = {
+    "TPU v5 lite": "v5e:16x16",
+    "TPU v5": "v5p:4x8x8",
+    "TPU v6 lite": "v6e:16x16",
+    "TPU7x": "tpu7x:4x4x8",
+}
 
 
 def hidden_share_on_many_chips(kind):

@@ -31,12 +31,13 @@ class TpuFlag:
 _V5E = "TPU v5 lite"
 _V5P = "TPU v5"
 _V6E = "TPU v6 lite"
+_V7X = "TPU7x"
 # Other chips were not measured.
 TPU_FLAGS = (
     # Parameters of which each of many chips has a few columns are gathered as such, and behind
     # products. By default each chip adds its columns to zeros in an all-reduce, which sends twice
     # as much and hides behind nothing.
-    TpuFlag("xla_tpu_prefer_async_allgather_to_allreduce", "true", (_V5E, _V5P, _V6E)),
+    TpuFlag("xla_tpu_prefer_async_allgather_to_allreduce", "true", (_V5E, _V5P, _V6E, _V7X)),
     # Gathers are cut into pieces that move while products run, as they are on v5e by default.
     # Neither flag does anything without the other.
     TpuFlag("xla_enable_async_all_gather", "true", (_V5P, _V6E)),
