@@ -37,6 +37,14 @@ def _axes_by_hand(split_axes: tuple[str, ...]) -> set[str]:
     return {axis for axis in axes_of_partitioner() if axis in split_axes or sizes[axis] == 1}
 
 
+def _axes_of(spec: PartitionSpec) -> tuple[str, ...]:
+    """Return the axes of the mesh that split some dimension."""
+    axes: list[str] = []
+    for entry in spec:
+        axes += [entry] if isinstance(entry, str) else list(entry or ())
+    return tuple(axes)
+
+
 def is_partly_manual() -> bool:
     """Say whether some axes of the mesh in use are split by hand here (`sum_over_rows`), and others
     are not.
@@ -95,20 +103,20 @@ def sum_with_whole(
       function: returns a tree of sums.
       matrix: the parameter.
       axes: its logical axes.
-      by_rows: trees of arrays [P, rows, ...], split by rows.
+      by_rows: trees of arrays [P, rows, positions, ...], split by both.
       sent_as: the type in which the matrix is gathered; its gradients are sent in its own.
     """
     some_rows = jax.tree.leaves(by_rows)[0]
-    split_axes = activation_spec(some_rows, (None, "batch"))[1] or ()
-    if isinstance(split_axes, str):
-        split_axes = (split_axes,)
-    # Where the axis doesn't divide the rows, each device has all of them.
-    if AXES.data not in split_axes:
+    rows_spec = activation_spec(some_rows, (None, "batch", "positions"))
+    split_axes = _axes_of(rows_spec)
+    # Where an axis doesn't divide the rows, each device has all of them.
+    if AXES.data not in split_axes and AXES.context not in split_axes:
         return function(matrix, *by_rows)
 
     # Where the axis divides no dimension, the matrix is whole already.
     spec = parameter_spec(matrix, axes)
-    split_dim = spec.index(AXES.data) if AXES.data in spec else None
+    is_gathered = AXES.data in spec and AXES.data in split_axes
+    split_dim = spec.index(AXES.data) if is_gathered else None
 
     @jax.custom_vjp
     def whole(part: jax.Array) -> jax.Array:
@@ -133,10 +141,12 @@ def sum_with_whole(
         return jax.lax.psum(function(whole(part), *by_rows), split_axes)
 
     # The partitioner keeps its own axes of the matrix.
-    part_spec = PartitionSpec(*(axis if axis == AXES.data else None for axis in spec))
+    part_spec = PartitionSpec(
+        *(AXES.data if dim == split_dim else None for dim in range(matrix.ndim))
+    )
     on_mesh = shard_map(
         sum_on_device,
-        in_specs=(part_spec, PartitionSpec(None, split_axes)),
+        in_specs=(part_spec, rows_spec),
         out_specs=PartitionSpec(),
         axis_names=_axes_by_hand(split_axes),
     )

@@ -11,7 +11,9 @@ from tinylm.core.collectives import is_partly_manual
 from tinylm.core.errors import UserError
 from tinylm.core.log import say_once
 from tinylm.core.mesh import target_platform
+from tinylm.core.ring import parts_of_rows
 from tinylm.model.config import CUDNN_MOST_HEAD_DIM
+from tinylm.model.context import context_attention
 from tinylm.model.kernels import (
     AttentionOptions,
     cudnn_attention,
@@ -31,6 +33,7 @@ def attend(
     options: AttentionOptions,
     *,
     kernel: str = "auto",
+    context_form: str = "auto",
 ) -> jax.Array:
     """Return softmax(scale q.k) v over the visible keys, as o_BNTH (Vaswani et al. 2017, eq. 1).
 
@@ -41,6 +44,7 @@ def attend(
       visibility: which keys a query sees.
       options: scale, soft cap and dropout of the weights.
       kernel: model.attention: auto, xla, cudnn or splash.
+      context_form: model.context_attention: auto, ring or gather.
 
     Raises:
       UserError: for a kernel of other hardware than the mesh in use consists of.
@@ -53,6 +57,10 @@ def attend(
         )
     if options.dropout.active and kernel in ("cudnn", "splash"):
         say_once("attention dropout takes the plain attention kernel: fused ones have none.")
+
+    if parts_of_rows(q_BNTH.shape[2]) > 1:
+        form = "ring" if context_form == "auto" else context_form
+        return context_attention(q_BNTH, k_BKSH, v_BKSH, visibility, options, form=form)
 
     # What only the plain kernel can do: dropout, two kinds of heads, a cache.
     has_two_kinds_of_heads = visibility.window > 0 and visibility.local_heads > 0

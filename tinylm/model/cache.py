@@ -89,7 +89,7 @@ def _store(prompt_BKTH: jax.Array, num_slots: int) -> jax.Array:
     if num_positions > num_slots:
         # The first kept position is num_positions - num_slots; its slot is that modulo num_slots.
         kept_BKSH = jnp.roll(kept_BKSH, num_positions, axis=2)
-    kept_BKSH = constrain(kept_BKSH, "batch", "kv_heads", None, "head_dim")
+    kept_BKSH = constrain(kept_BKSH, "batch", "kv_heads", "positions", "head_dim")
     *leading, num_slots, head_dim = kept_BKSH.shape
     leading = [size for size in leading if size > 1]
     return kept_BKSH.reshape(*leading, num_slots, head_dim)

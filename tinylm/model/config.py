@@ -266,6 +266,13 @@ class ModelConfig(Section, name="model"):
         choices=("auto", "xla", "cudnn", "splash"),
         aliases=("attn_implementation", "attention_kernel"),
     )
+    context_attention: str = setting(
+        "auto",
+        "attention where mesh.context splits rows: ring, gather, or auto (the cheaper one)",
+        free=True,
+        choices=("auto", "ring", "gather"),
+        aliases=("context_parallel_strategy", "context_parallel_rotate_method", "cp_comm_type"),
+    )
     loss_chunks: int = setting(
         1,
         "pieces of a sequence whose logits are made one at a time, to save memory",

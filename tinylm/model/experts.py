@@ -39,6 +39,7 @@ from tinylm.model.config import ModelConfig
 from tinylm.model.grouped import Layout, from_slots, grouped_matmul, lay_out, to_slots
 from tinylm.model.mlp import Mlp, MlpResult
 from tinylm.model.rowwise import softmax
+from tinylm.model.visibility import EVERYTHING, Visibility
 
 # The matrices of all experts, by their logical axes.
 _INNER = ("experts", "embed", "mlp")
@@ -138,7 +139,7 @@ class Experts(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        segments_BT: jax.Array | None = None,
+        visibility: Visibility = EVERYTHING,
         earlier_BCD: jax.Array | None = None,
         counted_BT: jax.Array | None = None,
     ) -> MlpResult:
@@ -148,7 +149,7 @@ class Experts(nnx.Module):
           counted_BT: how much each position counts in the router's sums; None: nobody asks for
             them.
         """
-        x_BTD, last_BCD = self.conv(x_BTD, segments_BT, earlier_BCD)
+        x_BTD, last_BCD = self.conv(x_BTD, visibility, earlier_BCD)
         routing = self.router(x_BTD, counted_BT)
         tokens = [
             (x_BTD, ("batch", "positions", None)),

@@ -281,17 +281,35 @@ def _on_each_device(
     segments_BT: jax.Array | None,
 ) -> jax.Array:
     """Run `kernel(q, k, v, segments)` on each device's rows and heads, with their kv heads."""
-    q_axes = ("batch", "heads", None, "head_dim")
-    kv_axes = ("batch", "kv_heads", None, "head_dim")
-    heads_axis = 1
-    if activation_spec(q_BNTH, q_axes)[heads_axis] != activation_spec(k_BKSH, kv_axes)[heads_axis]:
-        # The mesh splits the query heads but doesn't divide the kv heads, so a device would hold
-        # query heads without their kv heads: each query head gets a copy of its own.
-        group_size = q_BNTH.shape[1] // k_BKSH.shape[1]
-        k_BKSH = jnp.repeat(k_BKSH, group_size, axis=1)
-        v_BKSH = jnp.repeat(v_BKSH, group_size, axis=1)
-        kv_axes = q_axes
-    qkv = ((q_BNTH, q_axes), (k_BKSH, kv_axes), (v_BKSH, kv_axes))
+    k_BKSH, v_BKSH, kv_heads = with_own_kv_heads(q_BNTH, k_BKSH, v_BKSH)
+    qkv = (
+        (q_BNTH, heads_axes("heads")),
+        (k_BKSH, heads_axes(kv_heads)),
+        (v_BKSH, heads_axes(kv_heads)),
+    )
     if segments_BT is None:
         return on_shards(lambda q, k, v: kernel(q, k, v, None), *qkv)
-    return on_shards(kernel, *qkv, (segments_BT.astype(jnp.int32), ("batch", None)))
+    return on_shards(kernel, *qkv, (segments_BT.astype(jnp.int32), ("batch", "positions")))
+
+
+def heads_axes(heads: str) -> tuple[str, str, str, str]:
+    """Return the logical axes of heads-first arrays; `heads` is "heads" or "kv_heads"."""
+    return ("batch", heads, "positions", "head_dim")
+
+
+def with_own_kv_heads(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array
+) -> tuple[jax.Array, jax.Array, str]:
+    """Return k and v such that each device has the kv heads of its query heads, and what their axis
+    of heads is called.
+    """
+    heads_axis = 1
+    of_queries = activation_spec(q_BNTH, heads_axes("heads"))[heads_axis]
+    if of_queries == activation_spec(k_BKSH, heads_axes("kv_heads"))[heads_axis]:
+        return k_BKSH, v_BKSH, "kv_heads"
+    # The mesh splits the query heads but doesn't divide the kv heads, so a device would hold query
+    # heads without their kv heads: each query head gets a copy of its own.
+    group_size = q_BNTH.shape[1] // k_BKSH.shape[1]
+    k_BKSH = jnp.repeat(k_BKSH, group_size, axis=1)
+    v_BKSH = jnp.repeat(v_BKSH, group_size, axis=1)
+    return k_BKSH, v_BKSH, "heads"

@@ -18,8 +18,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tinylm.core.collectives import on_shards
+from tinylm.core.ring import ends_before, parts_of_rows
 from tinylm.model.matmul import matmul
+from tinylm.model.random_bits import bits_at
 from tinylm.model.rowwise import center, rms_normalize
+from tinylm.model.visibility import EVERYTHING, Visibility
 
 # The logit of what must never be chosen: far below every real one, but finite, so that a row in
 # which everything is masked gives equal probabilities and not NaN.
@@ -152,47 +156,91 @@ class ShortConv(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        segments_BT: jax.Array | None = None,
+        visibility: Visibility = EVERYTHING,
         earlier_BCD: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array | None]:
         """Convolve along the positions, over none of another segment.
 
         Args:
           x_BTD: the inputs.
-          segments_BT: the segment of each position; None: all positions are of one.
+          visibility: the segment and the place of each column.
           earlier_BCD: the C = taps - 1 inputs before `x_BTD`; None: there are none.
 
         Returns:
-          y_BTD, and the last C inputs: `earlier_BCD` of the next call. None without taps.
+          y_BTD, and the last C inputs: `earlier_BCD` of the next call. None without taps, and where
+          columns don't lie in their order.
         """
         if self.taps is None:
             return x_BTD, None
         taps = self.taps[...]
         num_earlier = len(taps) - 1
         batch, length, size = x_BTD.shape
+        segments_BT = visibility.segments_BT
+        if visibility.order_T is not None:
+            return self._convolve_stretches(x_BTD, segments_BT, taps), None
         if earlier_BCD is None:
             earlier_BCD = jnp.zeros((batch, num_earlier, size))
-
-        # In float32, in which CPUs are faster than in bfloat16 here, too.
-        y_BTD = x_BTD.astype(jnp.float32)
-        x_BSD = jnp.concatenate([earlier_BCD.astype(jnp.float32), y_BTD], axis=1)
+        x_BSD = jnp.concatenate([earlier_BCD.astype(x_BTD.dtype), x_BTD], axis=1)
+        segments_BS = None
         if segments_BT is not None:
             segments_BS = jnp.pad(segments_BT, ((0, 0), (num_earlier, 0)))
-
-        for distance, tap_D in enumerate(taps):
-            # The inputs that lie `distance` positions before those of `x_BTD`.
-            before = slice(num_earlier - distance, num_earlier - distance + length)
-            before_BTD = x_BSD[:, before]
-            if segments_BT is not None:
-                same_BT = jnp.equal(segments_BS[:, before], segments_BT)
-                before_BTD = jnp.where(same_BT[..., None], before_BTD, 0)
-            y_BTD = y_BTD + tap_D * before_BTD
+        y_BTD = _convolve(x_BSD, segments_BS, taps)
 
         last_BCD = x_BSD[:, length:]
-        if segments_BT is not None:
+        if segments_BS is not None:
             same_BC = jnp.equal(segments_BS[:, length:], segments_BS[:, -1:])
             last_BCD = jnp.where(same_BC[..., None], last_BCD, 0)
-        return y_BTD.astype(x_BTD.dtype), last_BCD.astype(x_BTD.dtype)
+        return y_BTD, last_BCD
+
+    def _convolve_stretches(
+        self, x_BTD: jax.Array, segments_BT: jax.Array | None, taps: jax.Array
+    ) -> jax.Array:
+        """Convolve rows whose columns lie as `core.ring.balanced_order` has them.
+
+        Each stretch is convolved by itself, after the inputs before it, which neighbours send.
+        """
+        num_earlier = len(taps) - 1
+        num_stretches = 2 * parts_of_rows(x_BTD.shape[1])
+
+        def in_stretches(x: jax.Array) -> jax.Array:
+            return x.reshape(len(x), num_stretches, -1, *x.shape[2:])
+
+        def with_ends_before(x: jax.Array) -> jax.Array:
+            axes = ("batch", "positions", *(None for _ in x.shape[2:]))
+            ends = on_shards(lambda x: ends_before(x, 1, num_earlier), (x, axes))
+            return jnp.concatenate([in_stretches(ends), in_stretches(x)], axis=2)
+
+        segments_BPS = None
+        if segments_BT is not None:
+            segments_BPS = with_ends_before(segments_BT)
+        y_BPTD = _convolve(with_ends_before(x_BTD), segments_BPS, taps)
+        return y_BPTD.reshape(x_BTD.shape)
+
+
+def _convolve(x: jax.Array, segments: jax.Array | None, taps: jax.Array) -> jax.Array:
+    """Return [..., T, D], the last T inputs with the weighted ones before them.
+
+    Args:
+      x: [..., C + T, D], the C = taps - 1 inputs before, and T inputs.
+      segments: [..., C + T] of the inputs; None: all are of one.
+      taps: [C + 1, D].
+    """
+    num_earlier = len(taps) - 1
+    length = x.shape[-2] - num_earlier
+    # In float32, in which CPUs are faster than in bfloat16 here, too.
+    wide_x = x.astype(jnp.float32)
+    y = wide_x[..., num_earlier:, :]
+    for distance, tap_D in enumerate(taps):
+        # The inputs that lie `distance` positions before.
+        start = num_earlier - distance
+        before = slice(start, start + length)
+        inputs = wide_x[..., before, :]
+        if segments is not None:
+            own = segments[..., num_earlier:]
+            is_same = segments[..., before] == own
+            inputs = jnp.where(is_same[..., None], inputs, 0)
+        y = y + tap_D * inputs
+    return y.astype(x.dtype)
 
 
 class Rotary(NamedTuple):
@@ -241,10 +289,14 @@ class Dropout:
     row whether it comes in a micro-batch or in the whole batch.
     """
 
-    def __init__(self, rate: float, row_keys_B: jax.Array | None):
-        """Hold the rate and one random key a row (None, or rate 0: dropout is off)."""
+    def __init__(self, rate: float, row_keys_B: jax.Array | None, order_T: jax.Array | None = None):
+        """Hold the rate and one random key a row (None, or rate 0: dropout is off).
+
+        `order_T` is the position of each column, where that is not the column's number.
+        """
         self.rate = rate
         self.row_keys_B = row_keys_B
+        self.order_T = order_T
         self.active = rate > 0 and row_keys_B is not None
 
     def at(self, place: jax.Array | int) -> "Dropout":
@@ -252,20 +304,37 @@ class Dropout:
         if not self.active:
             return self
         fold_place_in = jax.vmap(lambda key: jax.random.fold_in(key, place))
-        return Dropout(self.rate, fold_place_in(self.row_keys_B))
+        return Dropout(self.rate, fold_place_in(self.row_keys_B), self.order_T)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Zero elements of `x` with probability `rate`, in steps of 2^-16, and scale up the rest.
 
-        The first axis of `x` is that of the rows.
+        The first axis of `x` is that of the rows; with `order_T`, the next one that of the columns.
         """
         if not self.active:
             return x
-        draw_row = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))
-        bits = draw_row(self.row_keys_B)
-        threshold = round(self.rate * 2**16)
-        scaled = x * (2**16 / (2**16 - threshold))
-        return jnp.where(bits >= threshold, scaled, 0).astype(x.dtype)
+        assert self.row_keys_B is not None, "active dropout has keys"
+        if self.order_T is None:
+            draw_row = jax.vmap(lambda key: jax.random.bits(key, x.shape[1:], jnp.uint16))
+            bits = draw_row(self.row_keys_B)
+        else:
+            _, length, size = x.shape
+            position_T1 = self.order_T[:, None]
+            feature_D = jnp.arange(size)
+            places = ((position_T1, length), (feature_D, size))
+            key_words_B2 = jax.random.key_data(self.row_keys_B)
+            bits = bits_at(key_words_B2, places)
+        return jnp.where(bits >= self.threshold, x * self.factor, 0).astype(x.dtype)
+
+    @property
+    def threshold(self) -> int:
+        """Of 2^16 numbers, how many mean that an element is dropped."""
+        return round(self.rate * 2**16)
+
+    @property
+    def factor(self) -> float:
+        """What the elements that are kept are scaled by."""
+        return 2**16 / (2**16 - self.threshold)
 
 
 NO_DROPOUT = Dropout(0.0, None)

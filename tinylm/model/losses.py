@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from tinylm.core.collectives import sum_with_whole
+from tinylm.core.mesh import constrain
+from tinylm.core.ring import balanced_order, parts_of_rows
 from tinylm.model.experts import RouterTotals
 from tinylm.model.transformer import Transformer
 
@@ -45,21 +47,31 @@ def next_token_loss(
       row_keys_B: one random key a row; turns dropout on.
       with_routers: whether to add up what the routers of experts did with the target tokens.
     """
+    batch, order_T = _balanced(batch, reach=model.config.conv_taps - 1)
     x_BTD, routers = model.features_and_routing(
         batch["tokens"],
         segments_BT=batch.get("segments"),
         positions_BT=batch.get("positions"),
         row_keys_B=row_keys_B,
         counted_BT=batch["weights"] if with_routers else None,
+        order_T=order_T,
     )
     num_pieces = model.config.loss_chunks
     if num_pieces == 1:
         sums = cross_entropy(model.logits(x_BTD), batch["targets"], batch["weights"])
         return sums._replace(routers=routers)
 
+    # Of each device's part of the rows, so that all have a part of each piece.
+    length = x_BTD.shape[1]
+    num_parts = parts_of_rows(length)
+    if length % (num_parts * num_pieces):
+        num_parts = 1
+
     def in_pieces(x_BT: jax.Array) -> jax.Array:
-        x_BPT = x_BT.reshape(len(x_BT), num_pieces, -1, *x_BT.shape[2:])
-        return jnp.moveaxis(x_BPT, 1, 0)
+        B, T, *rest = x_BT.shape
+        x_BNPT = x_BT.reshape(B, num_parts, num_pieces, -1, *rest)
+        x_PBNT = jnp.moveaxis(x_BNPT, 2, 0)
+        return x_PBNT.reshape(num_pieces, B, T // num_pieces, *rest)
 
     def sum_of_pieces(matrix: jax.Array, *pieces: jax.Array) -> LossSums:
         @jax.checkpoint
@@ -78,6 +90,23 @@ def next_token_loss(
         sum_of_pieces, model.output_matrix, model.output_axes, pieces, sent_as=x_BTD.dtype
     )
     return sums._replace(routers=routers)
+
+
+def _balanced(
+    batch: dict[str, jax.Array], reach: int
+) -> tuple[dict[str, jax.Array], jax.Array | None]:
+    """Return a batch with its columns as `core.ring.balanced_order` has them, and their positions.
+
+    These are None where the mesh in use doesn't split rows. Each device has whole rows of these
+    small arrays, so nothing is sent.
+    """
+    order = balanced_order(batch["tokens"].shape[1], reach)
+    if order is None:
+        return batch, None
+    in_order = {}
+    for name, x_BT in batch.items():
+        in_order[name] = constrain(x_BT[:, order], "batch", "positions")
+    return in_order, constrain(jnp.asarray(order), "positions")
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array) -> LossSums:

@@ -11,6 +11,7 @@ from flax import nnx
 from tinylm.core.mesh import constrain
 from tinylm.model import layers
 from tinylm.model.config import ModelConfig
+from tinylm.model.visibility import EVERYTHING, Visibility
 
 
 class MlpResult(NamedTuple):
@@ -44,7 +45,7 @@ class Mlp(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        segments_BT: jax.Array | None = None,
+        visibility: Visibility = EVERYTHING,
         earlier_BCD: jax.Array | None = None,
         counted_BT: jax.Array | None = None,
     ) -> MlpResult:
@@ -52,11 +53,11 @@ class Mlp(nnx.Module):
 
         Args:
           x_BTD: normalized features.
-          segments_BT, earlier_BCD: see `layers.ShortConv`.
+          visibility, earlier_BCD: see `layers.ShortConv`.
           counted_BT: means something to experts alone.
         """
         del counted_BT
-        x_BTD, last_BCD = self.conv(x_BTD, segments_BT, earlier_BCD)
+        x_BTD, last_BCD = self.conv(x_BTD, visibility, earlier_BCD)
         up_BTF = self.up(x_BTD)
         if self.gate is None:
             h_BTF = layers.activate(self.kind, up_BTF)

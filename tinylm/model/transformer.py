@@ -27,7 +27,7 @@ from tinylm.model.attention import attend, can_be_unrolled
 from tinylm.model.cache import LayerCache, store_prompt
 from tinylm.model.config import ModelConfig
 from tinylm.model.experts import Experts, RouterSums, RouterTotals, totals
-from tinylm.model.kernels import AttentionOptions
+from tinylm.model.kernels import AttentionOptions, heads_axes
 from tinylm.model.mlp import Mlp
 from tinylm.model.rowwise import rms_normalize
 from tinylm.model.visibility import Visibility
@@ -108,7 +108,7 @@ class Attention(nnx.Module):
         """
         c = self.config
         earlier_BCD = None if cache is None else cache.attention_inputs_BCD
-        x_BTD, last_BCD = self.conv(x_BTD, inputs.visibility.segments_BT, earlier_BCD)
+        x_BTD, last_BCD = self.conv(x_BTD, inputs.visibility, earlier_BCD)
         q_BNTH = _heads_first(self.query(x_BTD), "heads")
         k_BKTH = _heads_first(self.key(x_BTD), "kv_heads")
         v_BKTH = _heads_first(self.value(x_BTD), "kv_heads")
@@ -127,14 +127,22 @@ class Attention(nnx.Module):
             assert inputs.slot is not None, "a token goes into a slot of the cache"
             cache, k_BKSH, v_BKSH = cache.append(k_BKTH, v_BKTH, inputs.slot)
         options = AttentionOptions(c.attention_scale, c.attention_softcap, inputs.dropout.at(0))
-        o_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, inputs.visibility, options, kernel=c.attention)
-        o_BTNH = constrain(o_BNTH, "batch", "heads", None, "head_dim").swapaxes(1, 2)
+        o_BNTH = attend(
+            q_BNTH,
+            k_BKSH,
+            v_BKSH,
+            inputs.visibility,
+            options,
+            kernel=c.attention,
+            context_form=c.context_attention,
+        )
+        o_BTNH = constrain(o_BNTH, *heads_axes("heads")).swapaxes(1, 2)
         return self.out(o_BTNH), cache._replace(attention_inputs_BCD=last_BCD)
 
 
 def _heads_first(x_BTNH: jax.Array, heads: str) -> jax.Array:
     """Return x_BNTH, split over the mesh by its heads: their matrices lie contiguous in memory."""
-    return constrain(x_BTNH.swapaxes(1, 2), "batch", heads, None, "head_dim")
+    return constrain(x_BTNH.swapaxes(1, 2), *heads_axes(heads))
 
 
 class Block(nnx.Module):
@@ -166,7 +174,6 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, LayerCache, RouterSums | None]:
         """Return what `__call__` does, and the router's sums where there are any."""
         dropout = inputs.dropout
-        segments_BT = inputs.visibility.segments_BT
         earlier_BCD = None if cache is None else cache.mlp_inputs_BCD
 
         normed_BTD = _whole_rows(self.attention_norm(x_BTD))
@@ -175,7 +182,7 @@ class Block(nnx.Module):
 
         mlp_input_BTD = x_BTD if self.parallel else attended_BTD
         normed_BTD = _whole_rows(self.mlp_norm(mlp_input_BTD))
-        made = self.mlp(normed_BTD, segments_BT, earlier_BCD, inputs.counted_BT)
+        made = self.mlp(normed_BTD, inputs.visibility, earlier_BCD, inputs.counted_BT)
         y_BTD = attended_BTD + self.scale * dropout.at(2)(_split_rows(made.y_BTD))
         return y_BTD, cache._replace(mlp_inputs_BCD=made.last_BCD), made.routing
 
@@ -239,10 +246,17 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         row_keys_B: jax.Array | None = None,
+        order_T: jax.Array | None = None,
     ) -> jax.Array:
-        """Return what the output matrix reads, x_BTD; the arguments are those of `__call__`."""
+        """Return what the output matrix reads, x_BTD; the arguments are those of
+        `features_and_routing`.
+        """
         x_BTD, _ = self.features_and_routing(
-            tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, row_keys_B=row_keys_B
+            tokens_BT,
+            segments_BT=segments_BT,
+            positions_BT=positions_BT,
+            row_keys_B=row_keys_B,
+            order_T=order_T,
         )
         return x_BTD
 
@@ -253,19 +267,24 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         row_keys_B: jax.Array | None = None,
+        order_T: jax.Array | None = None,
         counted_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterTotals | None]:
         """Return what `features` does, and what the routers did with the tokens that count.
 
         Args:
           tokens_BT, segments_BT, positions_BT, row_keys_B: those of `__call__`.
+          order_T: the position of each column, where columns lie as `core.ring.balanced_order` has
+            them.
           counted_BT: how much each token counts there; None: nobody asks.
         """
         c = self.config
-        dropout = layers.Dropout(c.dropout, row_keys_B)
+        dropout = layers.Dropout(c.dropout, row_keys_B, order_T)
         if positions_BT is None:
-            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-        inputs = self.layer_inputs(positions_BT, Visibility(segments_BT=segments_BT), dropout)
+            in_row_T = jnp.arange(tokens_BT.shape[1]) if order_T is None else order_T
+            positions_BT = in_row_T[None]
+        visibility = Visibility(segments_BT=segments_BT, order_T=order_T)
+        inputs = self.layer_inputs(positions_BT, visibility, dropout)
         inputs = dataclasses.replace(inputs, counted_BT=counted_BT)
         # The place after the last layer is that of the embedding.
         x_BTD = dropout.at(c.num_layers)(self.embed(tokens_BT, positions_BT))

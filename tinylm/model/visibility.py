@@ -21,6 +21,9 @@ class Visibility:
     # Positions in the text, for queries and for keys. None: 0, 1, 2, ...
     query_positions_BT: jax.Array | None = None
     key_positions_BS: jax.Array | None = None
+    # The position of each column in its row, where columns lie as `core.ring.balanced_order` has
+    # them. None: it is the number of the column.
+    order_T: jax.Array | None = None
     # The document of each position of a packed row. None: all positions are of one.
     segments_BT: jax.Array | None = None
     # How many keys a query sees, counted from itself backwards (0: all).
@@ -46,6 +49,10 @@ class Visibility:
             is_same_B1TS = query_segments_B1T1 == key_segments_B11S
             allowed_BNTS = allowed_BNTS & is_same_B1TS
         return allowed_BNTS
+
+
+# All earlier positions of a row that lies in its order.
+EVERYTHING = Visibility()
 
 
 def _positions(positions: jax.Array | None, part: slice) -> jax.Array:
