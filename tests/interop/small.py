@@ -17,6 +17,14 @@ from tinylm.run.open_run import Run
 
 VOCAB = 259  # the byte tokenizer's 257 and two ids that nothing uses
 _GPT = {"position": "learned", "norm": "layernorm", "bias": True}
+_EXPERTS = {
+    "mlp": "swiglu",
+    "num_experts": 4,
+    "mlp_dim": 40,
+    "expert_dim": 40,
+    "num_kv_heads": 2,
+    "router_bias_rate": 0.0,
+}
 SETTINGS = {
     "gpt2": {**_GPT, "qkv_bias": True},
     "gpt2_untied": {
@@ -51,6 +59,16 @@ SETTINGS = {
         "qkv_bias": True,
         "attention_window": (0, 5),
         "rotary_base": 500.0,
+    },
+    "qwen3": {"mlp": "swiglu", "qk_norm": True, "qk_norm_scale": "head", "head_dim": 16},
+    "mixtral": {**_EXPERTS, "attention_window": (5,), "tie_embeddings": False},
+    "qwen3_moe": {**_EXPERTS, "qk_norm": True, "qk_norm_scale": "head", "head_dim": 16},
+    "olmoe": {
+        **_EXPERTS,
+        "qk_norm": True,
+        "qk_norm_scale": "all",
+        "router_normalize": False,
+        "norm_epsilon": 1e-6,
     },
     "llama_attention_bias": {"mlp": "swiglu", "bias": True, "qkv_bias": True, "mlp_bias": False},
     "llama_mlp_bias": {"mlp": "swiglu", "bias": True, "out_bias": False, "tie_embeddings": False},

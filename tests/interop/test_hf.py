@@ -484,8 +484,8 @@ OWN_WORDS = {
     ),
     "relative": (
         "llama",
-        {"model_type": "qwen3"},
-        r"model_type='qwen3'.*reads gpt2,.*q_norm and k_norm",
+        {"model_type": "smollm3"},
+        r"model_type='smollm3'.*reads gpt2,.*no_rope_layers",
     ),
     "base": ("llama", {"rope_theta": -1.0}, r"rope_theta=-1.0; llama needs a number above 0"),
     "part": ("gpt_neox", {"rotary_pct": 1.5}, r"rotary_pct=1.5 must be above 0 and at most 1"),

@@ -45,6 +45,7 @@ MODERN = {
     "num_attention_heads": 4,
     "intermediate_size": 40,
 }
+EXPERTS = {"num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
 NEO = {
     **SHARED,
     "max_position_embeddings": CONTEXT,
@@ -90,6 +91,14 @@ REFERENCES = {
         sliding_window=5,
         max_window_layers=1,
     ),
+    "qwen3": lambda: transformers.Qwen3Config(**MODERN, num_key_value_heads=2, head_dim=16),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **MODERN, num_key_value_heads=2, num_local_experts=4, sliding_window=5
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **MODERN, **EXPERTS, head_dim=16, moe_intermediate_size=24, norm_topk_prob=True
+    ),
+    "olmoe": lambda: transformers.OlmoeConfig(**MODERN, **EXPERTS, pad_token_id=None),
     "llama_biased": lambda: transformers.LlamaConfig(
         **MODERN, attention_bias=True, mlp_bias=True, head_dim=16, tie_word_embeddings=True
     ),
@@ -353,6 +362,10 @@ def test_five_optimizer_steps_agree(name, pairs, monkeypatch):
         "llama_attention_bias",
         "mistral",
         "qwen2",
+        "qwen3",
+        "mixtral",
+        "qwen3_moe",
+        "olmoe",
     ],
 )
 def test_what_we_export_loads_there(name, tmp_path):

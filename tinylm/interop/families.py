@@ -4,10 +4,10 @@ A line of a table says which tensor of theirs holds which parameters of ours, an
 
     model.layers.{}.self_attn.q_proj.weight   blocks/attention/query/kernel   OUTPUT_FIRST
 
-{} is the number of the layer. A line whose path a model doesn't have (a bias, an output matrix that
-is tied) is skipped, so one table serves every variant of a family. `layouts` has the transforms,
-`weights` follows this line from file to device, and `family_configs` maps the config.json of each
-family both ways.
+The first {} is the number of the layer, the second that of the expert. A line whose path a model
+doesn't have (a bias, an output matrix that is tied) is skipped, so one table serves every variant
+of a family. `layouts` has the transforms, `weights` follows this line from file to device, and
+`family_configs` maps the config.json of each family both ways.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ class Row:
     """One line of a table.
 
     Attributes:
-      theirs: the name of their tensor, where {} is the layer.
+      theirs: the name of their tensor, where {} is the layer, and the next one the expert.
       ours: the paths of our parameters that it holds; several where it is fused.
       layout: how it holds them.
     """
@@ -35,6 +35,11 @@ class Row:
     theirs: str
     ours: tuple[str, ...]
     layout: Layout
+
+    @property
+    def num_stacked(self) -> int:
+        """How many of the first dimensions of ours a tensor of theirs is one entry of."""
+        return self.theirs.count("{}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,6 +268,95 @@ QWEN2 = dataclasses.replace(
     write_config=configs.write_qwen2,
 )
 
+
+def _experts(router: str, experts: str, names: tuple[str, str, str]) -> list[Row]:
+    """Return the lines of a router and its experts.
+
+    Args:
+      router: the name of its map, without `.weight`.
+      experts: what stands before the names of an expert's maps.
+      names: those of gate, up and down.
+    """
+    rows = [Row(f"{router}.weight", ("blocks/mlp/router/kernel",), to.OUTPUT_FIRST)]
+    for theirs, ours in zip(names, ("gate", "up", "down"), strict=True):
+        rows.append(Row(f"{experts}{theirs}.weight", (f"blocks/mlp/{ours}",), to.OUTPUT_FIRST))
+    return rows
+
+
+_QK_NORMS = tuple(
+    Row(f"model.layers.{{}}.self_attn.{theirs}.weight", (f"{_ATTENTION}/{ours}/scale",), to.FLAT)
+    for theirs, ours in (("q_norm", "query_norm"), ("k_norm", "key_norm"))
+)
+_LLAMA_EXPERTS = tuple(
+    _experts(
+        "model.layers.{}.mlp.gate",
+        "model.layers.{}.mlp.experts.{}.",
+        ("gate_proj", "up_proj", "down_proj"),
+    )
+)
+
+# Qwen2 without biases, and with a norm of each head's queries and keys.
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    rows=(*LLAMA.rows, *_QK_NORMS),
+    read_config=configs.read_qwen3,
+    write_config=configs.write_qwen3,
+)
+
+# Mistral with experts in the place of the mlp.
+MIXTRAL = dataclasses.replace(
+    LLAMA,
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    rows=(
+        *LLAMA.rows,
+        *_experts(
+            "model.layers.{}.block_sparse_moe.gate",
+            "model.layers.{}.block_sparse_moe.experts.{}.",
+            ("w1", "w3", "w2"),
+        ),
+    ),
+    names=configs.MIXTRAL_NAMES,
+    read_config=configs.read_mixtral,
+    write_config=configs.write_mixtral,
+)
+
+# Llama's attention with a norm of each head's queries and keys, and experts.
+QWEN3_MOE = dataclasses.replace(
+    LLAMA,
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    rows=(*LLAMA.rows, *_QK_NORMS, *_LLAMA_EXPERTS),
+    names=configs.QWEN3_MOE_NAMES,
+    read_config=configs.read_qwen3_moe,
+    write_config=configs.write_qwen3_moe,
+)
+
+# Likewise, with a norm of all heads' queries together, and of all keys.
+OLMOE = dataclasses.replace(
+    LLAMA,
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    rows=(*LLAMA.rows, *_QK_NORMS, *_LLAMA_EXPERTS),
+    names=configs.OLMOE_NAMES,
+    read_config=configs.read_olmoe,
+    write_config=configs.write_olmoe,
+)
+
 FAMILIES = {
-    family.model_type: family for family in (GPT2, GPT_NEO, GPT_NEOX, LLAMA, MISTRAL, QWEN2)
+    family.model_type: family
+    for family in (
+        GPT2,
+        GPT_NEO,
+        GPT_NEOX,
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        MIXTRAL,
+        QWEN3_MOE,
+        OLMOE,
+    )
 }

@@ -10,6 +10,7 @@ for it. Files of old and new versions of `transformers` are read as transformers
 key is in two places the same one wins, and where it is missing the same default holds.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,10 @@ _SIZES = (
     "num_kv_heads",
     "head_dim",
     "mlp_dim",
+    "num_experts",
+    "experts_per_token",
+    # After mlp_dim, whose name it has in some families.
+    "expert_dim",
 )
 # Names that transformers takes for those of GPT-2 and GPT-Neo (its `attribute_map`).
 _ALSO = {
@@ -39,6 +44,8 @@ _ALSO = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads",
+    "num_experts": "num_local_experts",
+    "num_local_experts": "num_experts",
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
 }
@@ -63,13 +70,11 @@ RELATIVES = {
     "gemma3_text": "norms that multiply by 1 + weight",
     "gptj": "one norm for attention and mlp, and rotary_dim",
     "granite": "logits_scaling",
-    "mixtral": "num_local_experts",
     "olmo2": "q_norm and k_norm, and norms behind attention and mlp",
     "opt": "activation_function='relu'",
     "phi": "one norm for attention and mlp",
     "phi3": "qkv_proj and gate_up_proj, which are fused",
-    "qwen2_moe": "num_experts",
-    "qwen3": "q_norm and k_norm",
+    "qwen2_moe": "shared_expert_gate",
     "smollm3": "no_rope_layers",
 }
 
@@ -592,3 +597,132 @@ def write_qwen2(model: ModelConfig) -> JsonObject:
         "max_window_layers": first,
         "layer_types": kinds,
     }
+
+
+def read_qwen3(config: JsonObject) -> ModelConfig:
+    """Return the model settings of a Qwen3 config.json.
+
+    Qwen3 is Qwen2 without biases, and with a norm of each head's queries and keys.
+    """
+    _only(config, attention_bias=False)
+    model = read_qwen2({"head_dim": 128, **config})
+    return dataclasses.replace(model, qkv_bias=False, qk_norm=True, qk_norm_scale="head")
+
+
+def write_qwen3(model: ModelConfig) -> JsonObject:
+    """Return what a Qwen3 config.json says of a model."""
+    return write_qwen2(model)
+
+
+# Llama with experts: Mixtral, Qwen3-MoE and OLMoE. Each has a name of its own for the width of an
+# expert; Qwen3-MoE alone has one for layers without experts, too, which is read but not followed.
+
+MIXTRAL_NAMES = {
+    **LLAMA_NAMES,
+    "expert_dim": "intermediate_size",
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "router_balance_loss": "router_aux_loss_coef",
+}
+QWEN3_MOE_NAMES = {
+    **MIXTRAL_NAMES,
+    "expert_dim": "moe_intermediate_size",
+    "num_experts": "num_experts",
+    "router_normalize": "norm_topk_prob",
+}
+# OLMoE has no name for the size of a head.
+OLMOE_NAMES = {
+    name: theirs
+    for name, theirs in {**QWEN3_MOE_NAMES, "expert_dim": "intermediate_size"}.items()
+    if name != "head_dim"
+}
+
+
+def _expert_settings(config: JsonObject, names: Names, **more: Any) -> dict[str, Any]:
+    """Return the settings that the three share; the bias that evens out loads is none of theirs."""
+    _only(config, attention_bias=False)
+    sizes = _sizes(config, names, optional=("num_kv_heads", "head_dim"))
+    return {**_llama_settings(config), **sizes, "router_bias_rate": 0.0, **more}
+
+
+def _write_expert_settings(model: ModelConfig, names: Names) -> JsonObject:
+    sizes = _their_sizes(model, names)
+    # A model without experts reads back as one of a single expert, which tells them apart.
+    sizes[names["num_experts"]] = model.num_experts or 1
+    sizes[names["expert_dim"]] = model.expert_dim or model.mlp_dim
+    return {
+        **_write_llama_settings(model),
+        **sizes,
+        "router_aux_loss_coef": model.router_balance_loss,
+    }
+
+
+def read_mixtral(config: JsonObject) -> ModelConfig:
+    """Return the model settings of a Mixtral config.json."""
+    # Transformers' defaults differ from Llama's.
+    defaults = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6}
+    config = {**defaults, **config}
+    window = config.get("sliding_window")
+    size = 0 if window is None else _whole(config, "sliding_window", window)
+    return ModelConfig(**_expert_settings(config, MIXTRAL_NAMES, attention_window=(size,)))
+
+
+def write_mixtral(model: ModelConfig) -> JsonObject:
+    """Return what a Mixtral config.json says of a model."""
+    settings = _write_expert_settings(model, MIXTRAL_NAMES)
+    return {**settings, "sliding_window": max(model.attention_window) or None}
+
+
+def read_qwen3_moe(config: JsonObject) -> ModelConfig:
+    """Return the model settings of a Qwen3-MoE config.json."""
+    defaults = {"num_key_value_heads": 4, "sliding_window": 4096}
+    config = {**defaults, **config}
+    # Every layer has experts.
+    _only(config, decoder_sparse_step=1, mlp_only_layers=[])
+    size = 0
+    if _flag(config, "use_sliding_window", False) and config["sliding_window"] is not None:
+        size = _whole(config, "sliding_window", config["sliding_window"])
+    settings = _expert_settings(
+        config,
+        QWEN3_MOE_NAMES,
+        attention_window=(size,),
+        qk_norm=True,
+        qk_norm_scale="head",
+        router_normalize=_flag(config, "norm_topk_prob", False),
+    )
+    return ModelConfig(**settings)
+
+
+def write_qwen3_moe(model: ModelConfig) -> JsonObject:
+    """Return what a Qwen3-MoE config.json says of a model."""
+    window = max(model.attention_window)
+    return {
+        **_write_expert_settings(model, QWEN3_MOE_NAMES),
+        "norm_topk_prob": model.router_normalize,
+        "use_sliding_window": window > 0,
+        "sliding_window": window or None,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def read_olmoe(config: JsonObject) -> ModelConfig:
+    """Return the model settings of an OLMoE config.json."""
+    config = {"rms_norm_eps": 1e-5, **config}
+    _only(config, clip_qkv=None)
+    settings = _expert_settings(
+        config,
+        OLMOE_NAMES,
+        head_dim=0,
+        qk_norm=True,
+        qk_norm_scale="all",
+        router_normalize=_flag(config, "norm_topk_prob", False),
+    )
+    return ModelConfig(**settings)
+
+
+def write_olmoe(model: ModelConfig) -> JsonObject:
+    """Return what an OLMoE config.json says of a model."""
+    settings = _write_expert_settings(model, OLMOE_NAMES)
+    del settings["head_dim"]
+    return {**settings, "norm_topk_prob": model.router_normalize}

@@ -217,7 +217,9 @@ def _check_largest(model: ModelConfig, family: Family, tensors: Tensors) -> None
     sizes = {
         names["vocab_size"]: model.vocab_size,
         names["embed_dim"]: model.embed_dim,
-        names["mlp_dim"]: model.mlp_dim,
+        # Where all layers have experts, no tensor has the width of other mlps.
+        names.get("expert_dim", names["mlp_dim"]): model.expert_dim or model.mlp_dim,
+        names.get("num_experts", "num_experts"): model.num_experts,
         f"{names['num_heads']} x {head_dim}": model.num_heads * model.head_dim,
         f"{names.get('num_kv_heads', 'num_kv_heads')} x {head_dim}": (
             model.num_kv_heads * model.head_dim

@@ -18,6 +18,7 @@ the host. The rows that pad our vocabulary are zeros on the way in and are cut o
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 
 import jax
@@ -34,6 +35,8 @@ from tinylm.model.config import ModelConfig
 from tinylm.model.transformer import abstract_transformer
 
 Shapes = dict[str, Shape]
+# The parts of a parameter by layer, or by layer and expert; by () where it has neither.
+Views = dict[tuple[int, ...], np.ndarray]
 
 
 def import_params(
@@ -56,40 +59,42 @@ def import_params(
     """
     check_tensors(tensors, family, config)
     shapes = unpadded_shapes(config)
-    # The views of each parameter: one for each layer, or a single one.
-    views: dict[str, list[np.ndarray]] = {path: [] for path in shapes}
+    # The views of each parameter, by layer and expert where it has them.
+    views: dict[str, Views] = {path: {} for path in shapes}
     for row in _rows(family, config):
-        row_shapes = [layer_shape(path, shapes) for path in row.ours]
-        for layer in _layers(row, config):
-            ours = row.layout.split(tensors[row.theirs.format(layer)], row_shapes)
+        row_shapes = _shapes_of_one(row, shapes)
+        for place in _places(row, config):
+            ours = row.layout.split(tensors[row.theirs.format(*place)], row_shapes)
             for path, view in zip(row.ours, ours, strict=True):
-                views[path].append(view)
+                views[path][place] = view
 
     _, abstract, axes = abstract_transformer(config)
     placed = place_parameters(abstract, axes, mesh, fsdp)
     params = {}
     for path, leaf in traverse_util.flatten_dict(placed, sep="/").items():
-        read = functools.partial(_read_part, views[path], is_stacked(path), leaf.shape)
+        read = functools.partial(_read_part, views[path], leaf.shape)
         params[path] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
     return traverse_util.unflatten_dict(params, sep="/")
 
 
-def _read_part(
-    views: list[np.ndarray], stacked: bool, shape: Shape, index: tuple[slice, ...]
-) -> np.ndarray:
+def _read_part(views: Views, shape: Shape, index: tuple[slice, ...]) -> np.ndarray:
     """Return one device's part of a parameter as float32.
 
     Args:
-      views: of the parameter's layers, or of the parameter if it has none.
-      stacked: whether it has layers.
+      views: of the parameter.
       shape: of the whole parameter, with the rows that pad the vocabulary.
       index: the part, a slice for each dimension.
     """
-    sizes = tuple(len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True))
-    if not stacked:
-        return _padded(views[0][index], sizes)
-    layers, *in_layer = index
-    return np.stack([_padded(view[tuple(in_layer)], sizes[1:]) for view in views[layers]])
+    ranges = [range(*part.indices(n)) for part, n in zip(index, shape, strict=True)]
+    sizes = tuple(map(len, ranges))
+    num_stacked = len(next(iter(views)))
+    if num_stacked == 0:
+        return _padded(views[()][index], sizes)
+    in_view = index[num_stacked:]
+    parts = []
+    for place in itertools.product(*ranges[:num_stacked]):
+        parts.append(_padded(views[place][in_view], sizes[num_stacked:]))
+    return np.stack(parts).reshape(sizes)
 
 
 def _padded(part: np.ndarray, shape: Shape) -> np.ndarray:
@@ -139,11 +144,9 @@ def export_tensors(
         for path in row.ours:
             real = tuple(slice(n) for n in shapes[path])
             gathered.append(np.asarray(flat[path][real]))
-        for layer in _layers(row, config):
-            ours = gathered
-            if is_stacked(row.ours[0]):
-                ours = [array[layer] for array in gathered]
-            yield row.theirs.format(layer), row.layout.join(ours)
+        for place in _places(row, config):
+            ours = [array[place] for array in gathered]
+            yield row.theirs.format(*place), row.layout.join(ours)
 
 
 def their_shapes(family: Family, config: ModelConfig) -> Shapes:
@@ -151,9 +154,9 @@ def their_shapes(family: Family, config: ModelConfig) -> Shapes:
     shapes = unpadded_shapes(config)
     theirs = {}
     for row in _rows(family, config):
-        row_shape = row.layout.shape([layer_shape(path, shapes) for path in row.ours])
-        for layer in _layers(row, config):
-            theirs[row.theirs.format(layer)] = row_shape
+        row_shape = row.layout.shape(_shapes_of_one(row, shapes))
+        for place in _places(row, config):
+            theirs[row.theirs.format(*place)] = row_shape
     return theirs
 
 
@@ -195,16 +198,9 @@ def with_family_names(tensors: Tensors, family: Family) -> Tensors:
     return prefixed
 
 
-def is_stacked(path: str) -> bool:
-    """Say whether a parameter of ours holds all layers."""
-    return path.startswith("blocks/")
-
-
-def layer_shape(path: str, shapes: Shapes) -> Shape:
-    """Return the shape of one layer of a parameter of ours, or of one that has no layers."""
-    if is_stacked(path):
-        return shapes[path][1:]
-    return shapes[path]
+def _shapes_of_one(row: Row, shapes: Shapes) -> list[Shape]:
+    """Return the shapes of what one tensor of a line holds: of one layer, and of one expert."""
+    return [shapes[path][row.num_stacked :] for path in row.ours]
 
 
 def _rows(family: Family, config: ModelConfig) -> list[Row]:
@@ -218,8 +214,7 @@ def _rows(family: Family, config: ModelConfig) -> list[Row]:
     return rows
 
 
-def _layers(row: Row, config: ModelConfig) -> range:
-    """Return the numbers of the layers for which a line of the table names tensors."""
-    if is_stacked(row.ours[0]):
-        return range(config.num_layers)
-    return range(1)
+def _places(row: Row, config: ModelConfig) -> Iterator[tuple[int, ...]]:
+    """Return the layers, or layers and experts, for which a line of the table names tensors."""
+    numbers = (range(config.num_layers), range(config.num_experts))
+    return itertools.product(*numbers[: row.num_stacked])

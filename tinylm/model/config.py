@@ -15,6 +15,19 @@ VOCAB_MULTIPLE = 128
 # The widest head that cuDNN's flash attention takes on every GPU that has it.
 CUDNN_MOST_HEAD_DIM = 128
 
+# What means nothing without model.num_experts.
+EXPERT_SETTINGS = (
+    "experts_per_token",
+    "shared_experts",
+    "expert_dim",
+    "dense_layers",
+    "router",
+    "router_normalize",
+    "router_bias_rate",
+    "router_balance_loss",
+    "router_z_loss",
+)
+
 
 @dataclasses.dataclass
 class ModelConfig(Section, name="model"):
@@ -94,8 +107,14 @@ class ModelConfig(Section, name="model"):
     )
     qk_norm: bool = setting(
         False,
-        "normalize queries and keys (parameter-free RMS) before attention",
+        "normalize queries and keys (RMS) before attention",
         aliases=("use_qk_norm",),
+    )
+    qk_norm_scale: str = setting(
+        "none",
+        "learned scales of qk_norm: none, head (one set for all heads, as Qwen3), or all (the "
+        "heads are normalized together, as OLMoE)",
+        choices=("none", "head", "all"),
     )
     mlp: str = setting(
         "gelu",
@@ -352,6 +371,8 @@ class ModelConfig(Section, name="model"):
                 f"model.num_heads={self.num_heads} must be divisible by "
                 f"model.num_kv_heads={self.num_kv_heads}."
             )
+        if self.qk_norm_scale != "none" and not self.qk_norm:
+            raise UserError(f"model.qk_norm_scale={self.qk_norm_scale} needs model.qk_norm=True.")
         if self.local_heads > self.num_heads:
             raise UserError(
                 f"model.local_heads={self.local_heads} must be at most "

@@ -142,6 +142,39 @@ class Norm(nnx.Module):
         return y.astype(x.dtype)
 
 
+class HeadNorm(nnx.Module):
+    """The RMS norm of queries or keys (Henry et al. 2020), with or without learned scales."""
+
+    def __init__(self, heads: dict[str, int], *, scales: str, epsilon: float):
+        """Build a norm.
+
+        Args:
+          heads: the last axes of its input, as {logical axis: size}: heads and their features.
+          scales: model.qk_norm_scale.
+          epsilon: is added to the mean square where there are scales.
+        """
+        self.over_all = scales == "all"
+        self.epsilon = epsilon
+        scaled = heads if self.over_all else {"head_dim": heads["head_dim"]}
+        self.scale = (
+            None if scales == "none" else constant(1.0, tuple(scaled.values()), tuple(scaled))
+        )
+
+    def __call__(self, x_BNTH: jax.Array) -> jax.Array:
+        """Normalize each head, or all heads of a position together, in float32."""
+        if self.scale is None:
+            y_BNTH = rms_normalize(x_BNTH)
+        elif not self.over_all:
+            y_BNTH = rms_normalize(x_BNTH, self.scale[...], self.epsilon)
+        else:
+            # Heads may be split over the mesh, so this can't be a norm of a last axis.
+            wide_BNTH = x_BNTH.astype(jnp.float32)
+            mean_square = jnp.mean(jnp.square(wide_BNTH), axis=(1, 3), keepdims=True)
+            factor = jax.lax.rsqrt(mean_square + self.epsilon)
+            y_BNTH = wide_BNTH * factor * self.scale[...][:, None]
+        return y_BNTH.astype(x_BNTH.dtype)
+
+
 class ShortConv(nnx.Module):
     """A causal convolution of each feature, added to its input (Canon layers, Allen-Zhu 2025).
 

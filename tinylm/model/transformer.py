@@ -29,7 +29,6 @@ from tinylm.model.config import ModelConfig
 from tinylm.model.experts import Experts, RouterSums, RouterTotals, totals
 from tinylm.model.kernels import AttentionOptions, heads_axes
 from tinylm.model.mlp import Mlp
-from tinylm.model.rowwise import rms_normalize
 from tinylm.model.visibility import Visibility
 
 Cache = list[LayerCache]  # one for each layer
@@ -89,6 +88,9 @@ class Attention(nnx.Module):
         self.query = layers.Linear(embed, heads, **qkv)
         self.key = layers.Linear(embed, kv_heads, **qkv)
         self.value = layers.Linear(embed, kv_heads, **qkv)
+        norms: dict[str, Any] = {"scales": c.qk_norm_scale, "epsilon": c.norm_epsilon}
+        self.query_norm = layers.HeadNorm(heads, **norms) if c.qk_norm else None
+        self.key_norm = layers.HeadNorm(kv_heads, **norms) if c.qk_norm else None
         out_bias = c.bias and c.out_bias
         self.out = layers.Linear(heads, embed, std=c.output_std, bias=out_bias, rngs=rngs)
 
@@ -112,9 +114,9 @@ class Attention(nnx.Module):
         q_BNTH = _heads_first(self.query(x_BTD), "heads")
         k_BKTH = _heads_first(self.key(x_BTD), "kv_heads")
         v_BKTH = _heads_first(self.value(x_BTD), "kv_heads")
-        if c.qk_norm:
-            q_BNTH = rms_normalize(q_BNTH).astype(x_BTD.dtype)
-            k_BKTH = rms_normalize(k_BKTH).astype(x_BTD.dtype)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BNTH = self.query_norm(q_BNTH)
+            k_BKTH = self.key_norm(k_BKTH)
         if inputs.rotary is not None:
             q_BNTH = layers.rotate(q_BNTH, inputs.rotary)
             k_BKTH = layers.rotate(k_BKTH, inputs.rotary)

@@ -30,7 +30,14 @@ from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config, OptimizerConfig
 from tinylm.train.state import Blueprint, TrainState
 
-_MAY_DIFFER = ("dropout", "init_std", "compute_dtype", "z_loss")
+_MAY_DIFFER = (
+    "dropout",
+    "init_std",
+    "compute_dtype",
+    "z_loss",
+    "router_balance_loss",
+    "router_z_loss",
+)
 _HF = "hf:"
 
 
