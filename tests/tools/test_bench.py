@@ -24,7 +24,7 @@ from tinylm.model.transformer import abstract_transformer
 from tinylm.tools.bench import Workload, measure
 from tinylm.tools.plan import compile_step
 from tinylm.tools.profile import kind_of, secs_by_kind
-from tinylm.train.step import accumulate
+from tinylm.train.step import accumulate, number_rows
 
 TINY = [
     "model.vocab_size=65",
@@ -224,7 +224,8 @@ def test_a_step_multiplies_as_much_as_the_formula_says(changes):
     with jax.set_mesh(mesh):
         blueprint = Workload(config, mesh).blueprint
         batch, key = jax.tree.map(jnp.asarray, random_batch(0)), jax.random.key(0)
-        program = jax.make_jaxpr(lambda params: accumulate(blueprint, params, batch, key))(
+        rows = number_rows(batch)
+        program = jax.make_jaxpr(lambda params: accumulate(blueprint, params, batch, rows, key))(
             blueprint.abstract.params
         )
     c, tokens = config.model, batch["tokens"].size

@@ -19,6 +19,11 @@ from tinylm.core.mesh import AXES, activation_spec, parameter_spec, sizes_in_use
 
 R = TypeVar("R")
 
+# How replicas hold an array: whole, by workers along its first axis, or by rows along its second.
+EVERYWHERE = PartitionSpec()
+BY_WORKERS = PartitionSpec(AXES.replica)
+BY_ROWS = PartitionSpec(None, AXES.replica)
+
 # Kernels written in Pallas don't pass shard_map's check of what differs along which axis.
 shard_map = functools.partial(jax.shard_map, check_vma=False)
 
@@ -75,12 +80,11 @@ def sum_over_rows(function: Callable[..., R], whole: tuple, by_rows: Any, fsdp: 
     def sum_on_device(whole: tuple, by_rows: Any) -> R:
         return jax.lax.psum(function(*whole, *by_rows), split_axes)
 
-    everywhere = PartitionSpec()
     rows_split = PartitionSpec(None, split_axes)
     on_mesh = shard_map(
         sum_on_device,
-        in_specs=(everywhere, rows_split),
-        out_specs=everywhere,
+        in_specs=(EVERYWHERE, rows_split),
+        out_specs=EVERYWHERE,
         axis_names=_axes_by_hand(split_axes),
     )
     return on_mesh(whole, by_rows)
@@ -175,16 +179,38 @@ def on_shards(
     return on_mesh(*arrays)
 
 
-def in_each_replica(function: Callable[..., R]) -> Callable[..., R]:
-    """Return `function` of arrays that all replicas hold alike, computed in each of them.
+def in_each_replica(
+    function: Callable[..., R], takes: Any = EVERYWHERE, gives: Any = EVERYWHERE
+) -> Callable[..., R]:
+    """Return `function` computed in each replica on its own part; nothing crosses between them but
+    what `sum_over_replicas` sends.
 
-    So nothing crosses between slices, where the partitioner may share out the work of the optimizer
-    among the replicas and gather the results.
+    The partitioner may share out the work of the optimizer among the replicas and gather the
+    results.
+
+    Args:
+      function: of arrays.
+      takes: for each argument, or for each part of its tree, how replicas hold it: `EVERYWHERE` all
+        of it, `BY_WORKERS` their own workers along its first axis, `BY_ROWS` their own rows along
+        its second.
+      gives: the same of what it returns.
     """
     if sizes_in_use()[AXES.replica] == 1:
         return function
-    everywhere = PartitionSpec()
-    return shard_map(function, in_specs=everywhere, out_specs=everywhere, axis_names={AXES.replica})
+    return shard_map(
+        function,
+        in_specs=takes,
+        out_specs=gives,
+        axis_names=_axes_by_hand((AXES.replica,)),
+    )
+
+
+def sum_over_replicas(tree: R) -> R:
+    """Return the sums of a tree's arrays over all replicas, in a function of `in_each_replica`."""
+    # With a single replica there is nothing to add, and its axis isn't split by hand.
+    if AXES.replica not in jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+    return jax.lax.psum(tree, AXES.replica)
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:

@@ -12,7 +12,8 @@ replica 2, data 4, context 1, model 2:
 
     model 2:   heads, kv_heads: not there; mlp: 2 does not divide 1365; vocab: not there -> whole
     data 4:    embed: 4 divides 512                                                 -> splits embed
-    replica, context: split no parameter                                            -> whole
+    replica 2: workers: not there                                                   -> whole
+    context 1: splits no parameter                                                  -> whole
 
     PartitionSpec("data", None): each device holds 128 x 1365; four parts, each on four devices
 
@@ -51,6 +52,8 @@ AXES = PerAxis("replica", "data", "context", "model")
 
 # For each mesh axis, the logical axes that it may split, in order of preference.
 PARAMETER_RULES = {
+    # Copies of the parameters that are trained apart from each other (train.workers).
+    AXES.replica: ("workers",),
     AXES.model: ("heads", "kv_heads", "mlp", "vocab"),
     # With mesh.fsdp alone.
     AXES.data: ("experts", "embed", "mlp", "vocab", "heads", "kv_heads", "head_dim"),
@@ -249,7 +252,7 @@ def parameter_rules(fsdp: bool) -> dict[str, tuple[str, ...]]:
     """Return the table for parameters, where only fsdp lets the data axis split them."""
     if fsdp:
         return PARAMETER_RULES
-    return {AXES.model: PARAMETER_RULES[AXES.model]}
+    return {axis: rules for axis, rules in PARAMETER_RULES.items() if axis != AXES.data}
 
 
 def parameter_sharding(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh
 
 from tinylm.core.mesh import parameter_rules, parameter_sharding, replicated
 from tinylm.core.text import path_text
@@ -20,7 +20,9 @@ from tinylm.core.text import path_text
 Axes = Sequence[str | None]  # the logical axis of each dimension
 
 
-def place_parameters(shapes: Any, axes: Mapping[str, Axes], mesh: Mesh, fsdp: bool) -> Any:
+def place_parameters(
+    shapes: Any, axes: Mapping[str, Axes], mesh: Mesh, fsdp: bool, stacked: Axes = ()
+) -> Any:
     """Give each leaf of a tree its place on the mesh.
 
     Args:
@@ -28,6 +30,7 @@ def place_parameters(shapes: Any, axes: Mapping[str, Axes], mesh: Mesh, fsdp: bo
       axes: the logical axes of each parameter by its path ("blocks/mlp/up/kernel").
       mesh: its devices may be those of a topology that isn't here.
       fsdp: whether the data axis splits parameters too.
+      stacked: the logical axes that each leaf has in front of its own.
 
     Returns:
       The tree with a sharding in each leaf. A leaf whose path ends with that of a parameter of as
@@ -36,12 +39,16 @@ def place_parameters(shapes: Any, axes: Mapping[str, Axes], mesh: Mesh, fsdp: bo
     """
 
     def place(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding: NamedSharding = replicated(mesh)
+        own_dims = len(leaf.shape) - len(stacked)
+        own: Axes = (None,) * own_dims
         for start in range(len(path)):
             found = axes.get(path_text(path[start:]))
-            if found is not None and len(found) == len(leaf.shape):
-                sharding = parameter_sharding(mesh, fsdp, found, leaf.shape)
+            if found is not None and len(found) == own_dims:
+                own = found
                 break
+        sharding = replicated(mesh)
+        if stacked or any(own):
+            sharding = parameter_sharding(mesh, fsdp, (*stacked, *own), leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(place, shapes)

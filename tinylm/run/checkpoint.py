@@ -445,6 +445,16 @@ class Checkpoints:
         found = self._restore(step, params=abstract.params, train=_rest(abstract))
         return dataclasses.replace(abstract, params=found["params"], **found["train"])
 
+    def saved_shapes(self, step: int) -> dict[str, Any]:
+        """Return what was saved at `step` besides parameters, as dicts with a shape in each leaf.
+
+        Args:
+          step: as `find` or `newest` returned it.
+        """
+        with self._reading(f"looking at step {step}"):
+            found = self._orbax.metadata(self._folder / str(step))
+        return jax.tree.map(lambda leaf: tuple(leaf.shape), found.item_metadata["train"].tree)
+
     def restore_params(self, step: int, abstract: Any) -> Any:
         """Return the parameters saved at `step` alone, laid out as `abstract` says."""
         return self._restore(step, params=abstract)["params"]

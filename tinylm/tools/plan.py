@@ -22,7 +22,7 @@ from tinylm.core.mesh import crosses_slices, mesh_sizes, replicated, sizes_by_na
 from tinylm.model.flops import train_flops_per_token
 from tinylm.tools.overlap import hidden_bytes, is_schedule, link_rate
 from tinylm.tools.programs import Collective, read_collectives
-from tinylm.tools.traffic import Work, least_collectives
+from tinylm.tools.traffic import Work, least_collectives, share_of_step
 from tinylm.train.config import Config
 from tinylm.train.state import Blueprint, TrainState, make_blueprint
 from tinylm.train.step import make_train_steps
@@ -110,13 +110,23 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
 
     tokens, flops, least = by_formula(config, blueprint.abstract, mesh)
     text = None if compiled is None else _text_of(compiled)
-    collectives = least if text is None else read_collectives(text, mesh)
+    collectives = least
+    steps_per_sync = config.train.sync_every_steps
+    if text is not None:
+        collectives = []
+        for one in read_collectives(text, mesh):
+            share = share_of_step(one.axis, steps_per_sync)
+            of_step = dataclasses.replace(one, bytes_per_step=one.bytes_per_step * share)
+            collectives.append(of_step)
     hidden = None
     # CPU devices share a memory, so they have no links. On GPUs libraries compute most products,
     # which the text doesn't tell.
     is_tpu = mesh.devices.flat[0].platform == "tpu"
     if is_tpu and text is not None and is_schedule(text):
-        hidden = hidden_bytes(text, mesh, chip)
+        hidden = {}
+        for key, count in hidden_bytes(text, mesh, chip).items():
+            _, axis = key
+            hidden[key] = count * share_of_step(axis, steps_per_sync)
     stats = None if compiled is None else compiled.memory_analysis()
     memory = per_device_bytes(stats, blueprint, refused_bytes)
     secs = roofline_secs(mesh, flops, memory, collectives, config)
@@ -154,7 +164,8 @@ def by_formula(config: Config, abstract: TrainState, mesh: Mesh) -> Formulas:
     flops = train_flops_per_token(config.model, config.data.seq_len) * tokens
     leaves = jax.tree.leaves(abstract.params)
     parameter_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-    work = Work(parameter_bytes, tokens, config.train.accumulation_steps)
+    train = config.train
+    work = Work(parameter_bytes, tokens, train.accumulation_steps, train.sync_every_steps)
     collectives = least_collectives(config.model, config.mesh, mesh, work)
     return Formulas(tokens, flops, collectives)
 

@@ -11,7 +11,9 @@ data axis splits them, n the number of devices along the axis.
     tensor parallel   an all-reduce (or a gather and a scatter) of the activations at both ends of
                       attention and mlp, forward and backward: 4 a layer, 2 for embedding and
                       output (Shoeybi et al. 2019)
-    slices            one all-reduce of the gradients that a device holds
+    slices            one all-reduce of the gradients that a device holds; once in
+                      train.sync_every_steps steps where workers train by themselves, of how far
+                      they came (Douillard et al. 2023)
 
 Recomputing the forward pass (model.remat=full) adds a third gather, and half of a layer's
 all-reduces. A CPU's program does with two gathers, since what it gathers to compute a layer again
@@ -40,6 +42,7 @@ class Work:
     parameter_bytes: float  # of all float32 parameters of the model
     tokens_per_step: int
     micro_batches: int
+    steps_per_sync: int  # steps after which replicas exchange something
 
 
 def least_collectives(
@@ -73,7 +76,7 @@ def least_collectives(
     if sizes.replica > 1:
         gradient_bytes = parameter_bytes / sizes.data if config.fsdp else parameter_bytes
         sent_bytes = 2 * gradient_bytes * _ring(sizes.replica)
-        found.append(Collective("all-reduce", AXES.replica, sent_bytes))
+        found.append(Collective("all-reduce", AXES.replica, sent_bytes / work.steps_per_sync))
 
     if sizes.model > 1:
         tokens_per_device = work.tokens_per_step / (sizes.data * sizes.replica)
@@ -86,6 +89,15 @@ def least_collectives(
         sent_bytes = 2 * num_sums * activation_bytes * _ring(sizes.model)
         found.append(Collective("all-reduce", AXES.model, sent_bytes))
     return found
+
+
+def share_of_step(axis: str, steps_per_sync: int) -> float:
+    """Return the part of a step that what a program sends along an axis counts as.
+
+    A program has the sync of local steps once, and runs it once in `steps_per_sync` steps; all
+    else that crosses between replicas there are the few numbers that it logs.
+    """
+    return 1 / steps_per_sync if AXES.replica in axis else 1
 
 
 def _ring(num_members: int) -> float:

@@ -143,6 +143,29 @@ def verdict(policy: str, limit: int, in_row: int, bad: dict[str, Any]) -> str:
         f"step {bad['step'] + 1} is bad: batch {bad['batch']} has loss {bad['loss']:.4g} and "
         f"gradient norm {bad['grad_norm']:.4g}; parameters are untouched"
     )
+    return _judged(line, policy, limit, in_row)
+
+
+def verdict_on_workers(policy: str, limit: int, in_row: int, step: int, count: int) -> str:
+    """Return the line about bad steps of workers that train by themselves; raise it as NumericError
+    where the run must not go on.
+
+    Args:
+      policy: train.on_bad_step.
+      limit: train.max_bad_steps.
+      in_row: the most steps in a row that are bad for one worker.
+      step: up to which they were counted.
+      count: how many there are since they were last counted, over all workers.
+    """
+    line = (
+        f"workers have passed over {count} bad steps up to step {step}: their loss or gradient is "
+        "not finite, or the loss is a spike; parameters are untouched by them"
+    )
+    return _judged(line, policy, limit, in_row)
+
+
+def _judged(line: str, policy: str, limit: int, in_row: int) -> str:
+    """Return a line about a bad step, or raise it, as `verdict` says."""
     if policy == "halt":
         raise NumericError(
             f"{line}. Set train.on_bad_step to skip or rollback, or lower optimizer.learning_rate."

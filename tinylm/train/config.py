@@ -151,6 +151,33 @@ class TrainConfig(Section, name="train"):
         least=1,
         aliases=("gradient_accumulation_steps", "grad_accum_steps", "accumulate_grad_batches"),
     )
+    sync_every_steps: int = setting(
+        1,
+        "steps that each worker makes by itself before all of them are averaged (DiLoCo; 1: all "
+        "train as one, unless train.workers is set)",
+        least=1,
+        aliases=("local_steps", "inner_steps", "sync_every", "diloco_sync_period"),
+    )
+    workers: int = setting(
+        0,
+        "workers that train by themselves between syncs (0: as many as the run has; in a new run "
+        "mesh.replica where sync_every_steps is above 1, or else none)",
+        free=True,
+        least=0,
+    )
+    outer_learning_rate: float = setting(
+        0.7,
+        "with workers: how far a sync goes towards their average",
+        above=0,
+        aliases=("outer_lr", "diloco_outer_lr"),
+    )
+    outer_momentum: float = setting(
+        0.9,
+        "with workers: Nesterov momentum of the syncs",
+        least=0,
+        below=1,
+        aliases=("diloco_outer_momentum",),
+    )
     steps_per_dispatch: int = setting(
         1, "most steps that one call to the device makes", free=True, least=1
     )
@@ -203,6 +230,11 @@ class TrainConfig(Section, name="train"):
     def last_step(self) -> int:
         """The step after which this run stops."""
         return min(self.stop_step or self.num_steps, self.num_steps)
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether workers train by themselves between syncs (`local_steps`)."""
+        return self.sync_every_steps > 1 or self.workers > 0
 
 
 @dataclasses.dataclass
@@ -263,6 +295,8 @@ class Config(Section):
                 f"schedule's length (train.num_steps={self.train.num_steps}); make one shorter or "
                 "the other longer."
             )
+        if self.train.has_workers:
+            self.check_workers()
         if self.eval.patience and not self.eval.every_steps:
             raise UserError("eval.patience needs evaluations; set eval.every_steps.")
         if self.data.batch_size % self.train.accumulation_steps:
@@ -293,6 +327,32 @@ class Config(Section):
             raise UserError(
                 "model.attention=splash needs a data.seq_len that 128 divides (here "
                 f"{self.data.seq_len}); or set model.attention=auto."
+            )
+
+    def check_workers(self) -> None:
+        """Raise UserError for what workers that train by themselves can't do."""
+        train = self.train
+        if train.num_steps % train.sync_every_steps:
+            raise UserError(
+                f"train.num_steps={train.num_steps} must be divisible by "
+                f"train.sync_every_steps={train.sync_every_steps}: what workers learn after the "
+                "last sync would be lost."
+            )
+        if self.eval.patience and self.eval.every_steps % train.sync_every_steps:
+            raise UserError(
+                f"eval.patience needs an eval.every_steps (here {self.eval.every_steps}) that "
+                f"train.sync_every_steps={train.sync_every_steps} divides: between syncs the "
+                "evaluated parameters stay as they are."
+            )
+        if train.on_bad_step == "rollback":
+            raise UserError(
+                "train.on_bad_step=rollback doesn't go with train.sync_every_steps or "
+                "train.workers: each worker passes over its own bad steps; set skip or halt."
+            )
+        if train.init_optimizer:
+            raise UserError(
+                "train.init_optimizer doesn't go with train.sync_every_steps or train.workers, "
+                "which have optimizers of their own; leave it out."
             )
 
     def check_mesh(self, batch_shards: int) -> None:

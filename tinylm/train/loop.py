@@ -33,13 +33,14 @@ from tinylm.data import Data
 from tinylm.model.flops import train_flops_per_token
 from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
-from tinylm.train.bad_steps import Guard, verdict
+from tinylm.train.bad_steps import Guard, verdict, verdict_on_workers
 from tinylm.train.clock import Clock
 from tinylm.train.config import Config
 from tinylm.train.evaluator import Evaluator
 from tinylm.train.feed import Feed
 from tinylm.train.hosts import Hosts
 from tinylm.train.init_from import initial_state
+from tinylm.train.local_steps import count_passed_over, saved_workers
 from tinylm.train.progress import Progress
 from tinylm.train.state import Blueprint, TrainState
 from tinylm.train.step import make_train_steps
@@ -91,7 +92,18 @@ class Trainer:
         if step is None:
             return initial_state(self.config, self.blueprint)
         say(f"resuming from step {step} in {self.folder.path}")
-        return self.checkpoints.restore(step, self.blueprint.abstract)
+        blueprint = self.blueprint
+        if not blueprint.num_workers:
+            return self.checkpoints.restore(step, blueprint.abstract)
+        saved = saved_workers(self.checkpoints.saved_shapes(step))
+        if saved == blueprint.num_workers:
+            return self.checkpoints.restore(step, blueprint.abstract)
+        say(
+            f"{blueprint.num_workers} workers go on where {saved} were: each begins at the mean of "
+            "theirs"
+        )
+        state = self.checkpoints.restore(step, blueprint.with_workers(saved).abstract)
+        return blueprint.take_from(state)
 
     def run(self, stop: StopRequest | None = None) -> Outcome:
         """Train to the last step, until patience ends or until asked to stop.
@@ -166,6 +178,8 @@ class _Loop:
         self.guard: Guard = state.guard.on_host()
         self.settled = int(state.step)  # steps whose metrics were read
         self.pending: _Dispatch | None = None
+        # Bad steps that workers have passed over, as far as they were told.
+        self.passed_over = count_passed_over(state.opt_state)
         # From when on this host works for the next dispatch, and how long it has waited for data.
         self.at_work_since = time.monotonic()
         self.input_wait_secs = 0.0
@@ -314,6 +328,7 @@ class _Loop:
     def settle_good_step(self, metrics: dict[str, float]) -> None:
         """Count a step that was taken, and log it where that is due."""
         self.settled += 1
+        self.settle_bad_steps_of_workers(metrics)
         if math.isnan(metrics["loss"]):
             say_once(
                 "warning: a batch has no target token, so its step learns nothing; see "
@@ -323,6 +338,22 @@ class _Loop:
             self.guard = dataclasses.replace(self.guard, bad_in_row=0)
         if self.is_due(self.config.train.log_every_steps, self.settled):
             self.log(self.settled, metrics)
+
+    def settle_bad_steps_of_workers(self, metrics: dict[str, float]) -> None:
+        """Say what workers that train by themselves have passed over, where a step tells of more.
+
+        Raises NumericError where the run must not go on.
+        """
+        passed_over = int(metrics.pop("passed_over", 0))
+        in_row = int(metrics.pop("passed_over_in_row", 0))
+        if passed_over <= self.passed_over:
+            return
+        c = self.config.train
+        count = passed_over - self.passed_over
+        self.passed_over = passed_over
+        self.write({"step": self.settled, "split": "bad", "passed_over": count})
+        line = verdict_on_workers(c.on_bad_step, c.max_bad_steps, in_row, self.settled, count)
+        self.progress.note(f"warning: {line}")
 
     def settle_bad_step(self, metrics: dict[str, float]) -> None:
         """Do what the policy says about a step whose batch the device has passed over.

@@ -44,6 +44,7 @@ from tinylm.run.lock import WorkdirLock
 from tinylm.train.config import Config
 from tinylm.train.evaluator import check_evaluation, encode_prompts
 from tinylm.train.init_from import check_origin, take_over
+from tinylm.train.local_steps import fix_workers
 from tinylm.train.loop import Trainer
 from tinylm.train.optimizer import make_schedule
 from tinylm.train.state import make_blueprint
@@ -85,6 +86,7 @@ def _start_run(config: Config, workdir: str) -> Trainer:
     config.check_mesh(batch_shards(mesh))
     check_deterministic(config)
     check_found_run(config, folder)
+    config = fix_workers(config, mesh, recorded_config(folder))
 
     data = open_shared_data(config, tokenizer)
     config = config.resolve(data.vocab_size)
@@ -218,6 +220,13 @@ def check_found_run(config: Config, folder: RunFolder) -> bool:
             "run they belong to; restore config.json, or use another workdir."
         )
     return False
+
+
+def recorded_config(folder: RunFolder) -> Config | None:
+    """Return what the run in `folder` was last started with; None where there is none."""
+    if not folder.exists():
+        return None
+    return from_dict(Config, folder.read_config()["config"])
 
 
 def check_same_config(config: Config, folder: RunFolder) -> None:

@@ -18,7 +18,13 @@ from jax.sharding import Mesh
 from tinylm.core.placement import place_parameters
 from tinylm.model.transformer import abstract_transformer, init_parameters
 from tinylm.train.bad_steps import Guard, new_guard
-from tinylm.train.config import Config
+from tinylm.train.config import Config, TrainConfig
+from tinylm.train.local_steps import (
+    count_workers,
+    deal_out,
+    new_local_state,
+    place_local_state,
+)
 from tinylm.train.optimizer import make_optimizer, make_schedule
 
 
@@ -29,7 +35,7 @@ class TrainState:
 
     step: jax.Array  # int32: steps taken
     params: dict
-    opt_state: Any
+    opt_state: Any  # of the optimizer; a LocalState where workers train by themselves
     guard: Guard
 
 
@@ -43,6 +49,7 @@ class Blueprint:
     schedule: optax.Schedule  # of the learning rate
     abstract: TrainState  # shape, dtype and sharding of each leaf
     axes: dict[str, tuple]  # logical axes of each parameter by its path
+    num_workers: int  # that train by themselves; 0: none does
 
     @property
     def shardings(self) -> TrainState:
@@ -53,7 +60,7 @@ class Blueprint:
         """Return the state before the first step, each device making its own part."""
 
         def make(seed: jax.Array) -> TrainState:
-            return _new_state(init_parameters(self.config.model, seed), self.optimizer)
+            return self._new_state(init_parameters(self.config.model, seed))
 
         return jax.jit(make, out_shardings=self.shardings)(seed)
 
@@ -61,9 +68,28 @@ class Blueprint:
         """Return the state before the first step around parameters, which it takes over."""
 
         def make(params: dict) -> TrainState:
-            return _new_state(params, self.optimizer)
+            return self._new_state(params)
 
         return jax.jit(make, out_shardings=self.shardings, donate_argnums=0)(params)
+
+    def with_workers(self, num_workers: int) -> "Blueprint":
+        """Return the blueprint of the same run with another number of workers."""
+        config = self.config.editable_copy()
+        config.train.workers = num_workers
+        everywhere: Any = self.shardings.step
+        return _make_blueprint(config, everywhere.mesh, num_workers)
+
+    def take_from(self, state: TrainState) -> TrainState:
+        """Return a state of this run from one with another number of workers."""
+
+        def deal(state: TrainState) -> TrainState:
+            local = deal_out(state.opt_state, self.num_workers)
+            return dataclasses.replace(state, opt_state=local)
+
+        return jax.jit(deal, out_shardings=self.shardings)(state)
+
+    def _new_state(self, params: dict) -> TrainState:
+        return _new_state(params, self.optimizer, self.num_workers, self.config.train)
 
 
 def make_blueprint(config: Config, mesh: Mesh) -> Blueprint:
@@ -73,20 +99,37 @@ def make_blueprint(config: Config, mesh: Mesh) -> Blueprint:
       config: resolved.
       mesh: its devices may be those of a topology that isn't here.
     """
+    return _make_blueprint(config, mesh, count_workers(config, mesh))
+
+
+def _make_blueprint(config: Config, mesh: Mesh, num_workers: int) -> Blueprint:
     num_steps = config.train.num_steps
     graph, params, axes = abstract_transformer(config.model)
     optimizer = make_optimizer(config.optimizer, num_steps, axes)
-    shapes = jax.eval_shape(lambda params: _new_state(params, optimizer), params)
+    shapes = jax.eval_shape(
+        lambda params: _new_state(params, optimizer, num_workers, config.train), params
+    )
+    abstract = place_parameters(shapes, axes, mesh, config.mesh.fsdp)
+    if num_workers:
+        local = place_local_state(shapes.opt_state, axes, mesh, config.mesh.fsdp)
+        abstract = dataclasses.replace(abstract, opt_state=local)
 
     return Blueprint(
         config=config,
         graph=graph,
         optimizer=optimizer,
         schedule=make_schedule(config.optimizer, num_steps),
-        abstract=place_parameters(shapes, axes, mesh, config.mesh.fsdp),
+        abstract=abstract,
         axes=axes,
+        num_workers=num_workers,
     )
 
 
-def _new_state(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), new_guard())
+def _new_state(
+    params: dict, optimizer: optax.GradientTransformation, num_workers: int, train: TrainConfig
+) -> TrainState:
+    """Return the state before the first step around parameters."""
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), new_guard())
+    if not num_workers:
+        return state
+    return dataclasses.replace(state, opt_state=new_local_state(state, num_workers, train))

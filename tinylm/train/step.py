@@ -23,6 +23,7 @@ from tinylm.core.tpu_options import tpu_compiler_options
 from tinylm.model.experts import LOAD_METRICS, even_out, load_metrics, router_loss
 from tinylm.model.losses import next_token_loss
 from tinylm.train.bad_steps import judge
+from tinylm.train.local_steps import METRICS, make_local_step
 from tinylm.train.state import Blueprint, TrainState
 
 Batch = dict[str, jax.Array]
@@ -47,6 +48,9 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
       weights; 0 where no update was made, and in steps that are not written to metrics.jsonl
     - `bad`, 1 where the guard left the state as it was
     - `router/...` where the model has experts: see `experts.load_metrics`
+
+    Where workers train by themselves (`local_steps`) there are more. Then they are 0 in steps that
+    are not written to metrics.jsonl and have no sync.
     """
     train = blueprint.config.train
     good_steps_forgive = train.on_bad_step != "rollback"
@@ -58,10 +62,14 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
         names += LOAD_METRICS
 
     def train_step(
-        state: TrainState, batch: Batch, seed: jax.Array, last_step: jax.Array
+        state: TrainState,
+        batch: Batch,
+        rows: jax.Array,
+        seed: jax.Array,
+        last_step: jax.Array,
     ) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, nats, count, load_LX = accumulate(blueprint, state.params, batch, step_key)
+        grads, nats, count, load_LX = accumulate(blueprint, state.params, batch, rows, step_key)
         # A batch without a target token, such as one of prompts alone, has a loss and a gradient of
         # 0 here.
         is_empty = count == 0
@@ -95,6 +103,7 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
             "grad_norm": grad_norm,
             "learning_rate": jnp.asarray(blueprint.schedule(state.step), jnp.float32),
             "bad": is_bad.astype(jnp.float32),
+            "num_targets": count,
         }
         if load_LX is not None:
             metrics |= load_metrics(load_LX)
@@ -111,6 +120,11 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
             state.params,
         )
         return new_state, metrics | ratios
+
+    step = train_step
+    if blueprint.num_workers:
+        step = make_local_step(train, train_step)
+        names += METRICS
 
     def train_steps(
         state: TrainState,
@@ -129,7 +143,7 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
         def one_more(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
             state, metrics = carry
             batch = jax.tree.map(lambda x: x[i], batches)
-            state, of_step = train_step(state, batch, seed, last_step)
+            state, of_step = step(state, batch, number_rows(batch), seed, last_step)
             metrics = {name: metrics[name].at[i].set(of_step[name]) for name in names}
             return state, metrics
 
@@ -144,8 +158,16 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
     )
 
 
+def number_rows(batch: Batch) -> jax.Array:
+    """Return the number of each row in the whole batch [A, B/A], so that its dropout doesn't depend
+    on where it is.
+    """
+    shape = batch["tokens"].shape[:2]
+    return jnp.arange(math.prod(shape)).reshape(shape)
+
+
 def accumulate(
-    blueprint: Blueprint, params: dict, batch: Batch, step_key: jax.Array
+    blueprint: Blueprint, params: dict, batch: Batch, rows: jax.Array, step_key: jax.Array
 ) -> tuple[dict, jax.Array, jax.Array, jax.Array | None]:
     """Add up gradients and losses over the micro-batches of a batch.
 
@@ -153,6 +175,7 @@ def accumulate(
       blueprint: of the run.
       params: of the model.
       batch: arrays [A, B/A, T].
+      rows: the number of each row, for dropout.
       step_key: the random key of the step, for dropout.
 
     Returns:
@@ -206,9 +229,6 @@ def accumulate(
         total, _ = jax.lax.scan(add, zeros, (micro_batches, rows))
         return total
 
-    # The number of each row in the whole batch, so that its dropout doesn't depend on where it is.
-    shape = batch["tokens"].shape[:2]
-    rows = jnp.arange(math.prod(shape)).reshape(shape)
     return sum_over_rows(sum_up, (params, step_key), (batch, rows), blueprint.config.mesh.fsdp)
 
 

@@ -1,0 +1,313 @@
+"""Workers that train by themselves: the same run on any mesh and after any kill, syncs that are the
+paper's, and nothing between replicas but those.
+"""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from helpers import SMALL, lines, random_batch, state_digest, tiny_model
+
+from tinylm.config import load_config
+from tinylm.core.batch import BatchRows, stack_steps
+from tinylm.core.errors import NumericError, UserError
+from tinylm.core.mesh import MeshConfig, make_mesh
+from tinylm.data import pipeline
+from tinylm.data.config import DataConfig
+from tinylm.tools.plan import compile_step, make_plan
+from tinylm.tools.programs import read_collectives
+from tinylm.train import feed
+from tinylm.train.config import Config, OptimizerConfig, TrainConfig
+from tinylm.train.local_steps import deal_out
+from tinylm.train.start import start_run
+from tinylm.train.state import make_blueprint
+from tinylm.train.step import make_train_steps
+
+BATCHES = [random_batch(seed) for seed in range(8)]
+MODEL = tiny_model(dropout=0.1, num_layers=1)
+FOUR = {"workers": 4, "sync_every_steps": 4}
+# Adam with a huge epsilon: its update is the gradient over it.
+LIKE_SGD = {"beta1": 0.0, "epsilon": 1e3, "learning_rate": 100.0, "weight_decay": 0.0}
+LIKE_SGD |= {"clip_norm": 0.0}
+AVERAGED = {"sync_every_steps": 1, "outer_learning_rate": 1.0, "outer_momentum": 0.0}
+
+
+def make_config(mesh_config, *, model=MODEL, optimizer=None, **settings):
+    optimizer = {"learning_rate": 1e-3, "warmup_steps": 2, **(optimizer or {})}
+    return Config(
+        model=model,
+        mesh=mesh_config,
+        data=DataConfig(batch_size=8, seq_len=16),
+        optimizer=OptimizerConfig(**optimizer),
+        train=TrainConfig(**{"num_steps": 20, "log_every_steps": 1, **settings}),
+    )
+
+
+def train(mesh_config, batches=BATCHES, *, model=MODEL, optimizer=None, **settings):
+    """Train on host batches, one step each; return the metrics of the steps, and on the host the
+    state before the first one and after each.
+    """
+    config = make_config(mesh_config, model=model, optimizer=optimizer, **settings)
+    mesh = make_mesh(mesh_config)
+    with jax.set_mesh(mesh):
+        blueprint = make_blueprint(config, mesh)
+        steps = make_train_steps(blueprint)
+        state = blueprint.init(3)
+        states = [jax.device_get(state)]
+        found = []
+        for batch in batches:
+            placed = BatchRows(mesh, batch["tokens"].shape[1]).place(stack_steps([batch]))
+            state, metrics = steps(state, placed, 1, 7, len(batches))
+            states.append(jax.device_get(state))
+            found.append({name: float(values[0]) for name, values in metrics.items()})
+        return found, states
+
+
+def of(metrics, name="loss"):
+    return [step[name] for step in metrics]
+
+
+@pytest.fixture(scope="module")
+def single():
+    """Four workers on one device."""
+    return train(MeshConfig(data=1), **FOUR)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(replica=2, data=2, model=2, fsdp=True),
+        pytest.param(MeshConfig(replica=4, data=2), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(replica=2, data=1, model=4), marks=pytest.mark.slow),
+    ],
+)
+def test_any_mesh_gives_the_same_run_of_as_many_workers(single, mesh):
+    metrics, states = train(mesh, **FOUR)
+    np.testing.assert_allclose(of(metrics), of(single[0]), rtol=1e-5)
+    for name in ("grad_norm", "drift", "outer_grad_norm"):
+        np.testing.assert_allclose(of(metrics, name), of(single[0], name), rtol=1e-4)
+    for ours, theirs in zip(
+        jax.tree.leaves(states[-1].params), jax.tree.leaves(single[1][-1].params), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_accumulation_gives_the_same_run_of_workers():
+    """Each worker has the same rows in two micro-batches."""
+    plain = tiny_model(num_layers=1)
+    whole, _ = train(MeshConfig(data=1), BATCHES[:4], model=plain, **FOUR)
+    split = []
+    for batch in BATCHES[:4]:
+        # Row i of worker w: micro-batch i has one row of each worker.
+        split.append({name: x.reshape(4, 2, -1).swapaxes(0, 1) for name, x in batch.items()})
+    found, _ = train(MeshConfig(data=1), split, model=plain, accumulation_steps=2, **FOUR)
+    np.testing.assert_allclose(of(found), of(whole), rtol=1e-5)
+
+
+def test_workers_that_are_averaged_after_each_step_train_as_one_where_updates_add_up():
+    """So it is for gradient descent, where all have as many targets: the mean of updates is the
+    update of the mean.
+    """
+    full = []
+    for batch in BATCHES:
+        full.append({**batch, "weights": np.ones_like(batch["weights"])})
+    as_one, _ = train(MeshConfig(data=1), full, optimizer=LIKE_SGD)
+    averaged, _ = train(MeshConfig(data=1), full, optimizer=LIKE_SGD, workers=4, **AVERAGED)
+    apart, _ = train(MeshConfig(data=1), full, optimizer=LIKE_SGD, workers=4, sync_every_steps=4)
+    np.testing.assert_allclose(of(averaged), of(as_one), rtol=1e-5)
+    assert abs(of(apart)[3] / of(as_one)[3] - 1) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_workers_with_the_same_rows_train_as_one_with_any_optimizer(name):
+    model = tiny_model(num_layers=1)
+    same = []
+    for batch in BATCHES[:4]:
+        same.append({key: np.tile(x[:, :2], (1, 4, 1)) for key, x in batch.items()})
+    as_one, _ = train(MeshConfig(data=1), same, model=model, optimizer={"name": name})
+    averaged, _ = train(
+        MeshConfig(data=1), same, model=model, optimizer={"name": name}, workers=4, **AVERAGED
+    )
+    np.testing.assert_allclose(of(averaged), of(as_one), rtol=1e-5)
+    np.testing.assert_allclose(of(averaged, "grad_norm"), of(as_one, "grad_norm"), rtol=1e-4)
+
+
+def test_a_sync_is_a_step_of_nesterov_with_the_mean_difference(single):
+    """By hand in NumPy. A run without a sync shows where workers were before one."""
+    before, after = single[1][0], single[1][4]
+    _, alone = train(MeshConfig(data=1), BATCHES[:4], **{**FOUR, "sync_every_steps": 10})
+    own = alone[4].opt_state.workers.params["embedding"]
+    outer = before.params["embedding"]
+    difference = outer - own.mean(0)
+    moved = after.params["embedding"] - outer
+    np.testing.assert_allclose(moved, -0.7 * (difference + 0.9 * difference), rtol=1e-3, atol=1e-7)
+    # The second sync has a momentum: what it was, times 0.9, and the new difference.
+    first = after.opt_state.outer_state[0].trace["embedding"]
+    second = single[1][8].opt_state.outer_state[0].trace["embedding"]
+    moved = single[1][8].params["embedding"] - after.params["embedding"]
+    step = (second - 0.9 * first) + 0.9 * second
+    np.testing.assert_allclose(moved, -0.7 * step, rtol=1e-3, atol=1e-7)
+    # All begin again at the outer parameters, which stay as they are between syncs.
+    for state in single[1][4:8]:
+        np.testing.assert_array_equal(state.params["embedding"], after.params["embedding"])
+    for worker in after.opt_state.workers.params["embedding"]:
+        np.testing.assert_array_equal(worker, after.params["embedding"])
+    assert of(single[0], "outer_grad_norm")[2] == 0 < of(single[0], "outer_grad_norm")[3]
+    assert of(single[0], "drift")[3] > of(single[0], "outer_grad_norm")[3]
+
+
+def test_nothing_crosses_between_replicas_but_in_a_sync_and_a_log():
+    """What a sync sends is what a step of plain data parallelism sends, so that per step it is as
+    many times less as there are steps from sync to sync.
+    """
+    mesh_config = MeshConfig(replica=4, data=2)
+    mesh = make_mesh(mesh_config)
+    sent = []
+    for settings in ({}, {"sync_every_steps": 5}):
+        config = make_config(mesh_config, **settings)
+        with jax.set_mesh(mesh):
+            program = compile_step(config, make_blueprint(config, mesh), mesh).as_text()
+        # A step runs the branches of a conditional only where there is something to sync or log.
+        always = re.sub(r"branch_computations={[^}]*}", "", program)
+        sent.append((between_replicas(program, mesh), between_replicas(always, mesh)))
+    (_, as_one), (in_a_sync, in_each_step) = sent
+    assert as_one > 1000
+    assert in_each_step == 0
+    # Data parallelism adds up over replicas and data in one go, which sends (n - 1) / n of 8.
+    gradients = as_one * (3 / 4) / (7 / 8)
+    assert gradients <= in_a_sync <= gradients + 200
+    plan = make_plan(config, mesh)
+    (row,) = [row for row in plan.collectives if "replica" in row.axis]
+    assert row.bytes_per_step == in_a_sync / 5
+    assert row.minimum_bytes == pytest.approx(gradients / 5, rel=1e-3)
+
+
+def between_replicas(program, mesh):
+    """Return the bytes that a device sends along the replica axis, as a program has them."""
+    found = read_collectives(program, mesh)
+    return sum(one.bytes_per_step for one in found if "replica" in one.axis)
+
+
+def test_a_worker_passes_over_its_own_bad_step():
+    bad = {**BATCHES[1], "weights": BATCHES[1]["weights"].copy()}
+    bad["weights"][:, 2:4] = np.nan
+    batches = [BATCHES[0], bad, *BATCHES[2:4]]
+    metrics, states = train(MeshConfig(data=1), batches, on_bad_step="skip", **FOUR)
+    assert np.isfinite(of(metrics)).all()
+    assert of(metrics, "passed_over") == [0, 1, 1, 1]
+    assert of(metrics, "passed_over_in_row") == [0, 1, 0, 0]
+    old, new = (states[i].opt_state.workers.params["embedding"] for i in (1, 2))
+    assert [bool(np.any(old[worker] != new[worker])) for worker in range(4)] == [True, False] + [
+        True
+    ] * 2
+    assert np.isfinite(states[4].params["embedding"]).all()
+    assert states[4].step == 4
+
+
+def test_another_number_of_workers_goes_on_from_the_mean(single):
+    """What the next sync would find is left, moments are averaged, counts of steps are kept."""
+    old = single[1][6]
+    new = deal_out(old.opt_state, 2)
+    difference = old.params["embedding"] - old.opt_state.workers.params["embedding"].mean(0)
+    for worker in new.workers.params["embedding"]:
+        np.testing.assert_allclose(old.params["embedding"] - worker, difference, atol=1e-6)
+    np.testing.assert_array_equal(new.workers.step, [6, 6])
+    for ours, theirs in zip(
+        jax.tree.leaves(new.workers.opt_state),
+        jax.tree.leaves(old.opt_state.workers.opt_state),
+        strict=True,
+    ):
+        assert ours.shape == (2, *theirs.shape[1:])
+        np.testing.assert_allclose(ours[1], theirs.mean(0), rtol=1e-5, atol=1e-9)
+    np.testing.assert_array_equal(
+        jax.tree.leaves(new.outer_state)[0], jax.tree.leaves(old.opt_state.outer_state)[0]
+    )
+    # At a sync the parameters are the same to the last bit.
+    at_sync = deal_out(single[1][4].opt_state, 3).workers.params["embedding"]
+    np.testing.assert_array_equal(at_sync[2], single[1][4].params["embedding"])
+
+
+FLAGS = [flag.removeprefix("--config.") for flag in SMALL[1:]]
+FEW = [
+    "train.num_steps=12",
+    "train.sync_every_steps=4",
+    "eval.every_steps=4",
+    "sample.max_tokens=0",
+    "writers.plot=False",
+    "model.num_layers=1",
+    "mesh.data=1",
+]
+
+
+def run(workdir, *overrides):
+    trainer = start_run(load_config("tales", [*FLAGS, *FEW, *overrides]), str(workdir))
+    try:
+        return trainer.run()
+    finally:
+        trainer.checkpoints.check(wait=True)
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory):
+    """A run of two workers, one a replica."""
+    folder = tmp_path_factory.mktemp("two")
+    run(folder, "mesh.replica=2")
+    return folder
+
+
+def test_a_run_that_stops_between_syncs_goes_on_with_the_same_bits(two_workers, tmp_path):
+    run(tmp_path, "mesh.replica=2", "train.stop_step=6")
+    run(tmp_path, "mesh.replica=2")
+    assert state_digest(tmp_path, 12) == state_digest(two_workers, 12)
+    assert lines(tmp_path) == lines(two_workers)
+
+
+def test_another_mesh_goes_on_with_the_same_workers_and_another_number_where_asked(
+    two_workers, tmp_path
+):
+    run(tmp_path, "mesh.replica=2", "train.stop_step=6")
+    run(tmp_path, "mesh.replica=1", "train.stop_step=8")
+    there = lines(two_workers)
+    for step, loss in lines(tmp_path).items():
+        assert loss == pytest.approx(there[step], rel=1e-5)
+    outcome = run(tmp_path, "mesh.replica=4", "train.workers=4")
+    assert outcome.step == 12
+    assert lines(tmp_path)[9] == pytest.approx(there[9], rel=1e-4)
+
+
+def test_a_run_ends_at_a_bad_step_of_a_worker(monkeypatch, tmp_path):
+    def batches(*arguments, **kwargs):
+        for index, batch in pipeline.train_batches(*arguments, **kwargs):
+            if index == 2:
+                batch["weights"][:, :4] = np.nan
+            yield index, batch
+
+    monkeypatch.setattr(feed, "train_batches", batches)
+    with pytest.raises(NumericError, match="passed over 1 bad steps up to step 4"):
+        run(tmp_path, "train.workers=2", "train.log_every_steps=10")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.num_steps=13"], "num_steps=13 must be divisible by train.sync_every_steps=4"),
+        (["train.workers=3", "mesh.replica=2"], "workers=3 must be divisible by mesh.replica=2"),
+        (["train.workers=8", "mesh.data=2"], "batch_size=8 must be divisible by the number of wor"),
+        (["train.on_bad_step=rollback"], "rollback doesn't go with train.sync_every_steps"),
+        (["train.init_from=x", "train.init_optimizer=True"], "init_optimizer doesn't go with"),
+        (["eval.patience=2", "eval.every_steps=6"], "that train.sync_every_steps=4 divides"),
+    ],
+)
+def test_what_workers_cannot_do_is_said_at_the_start(overrides, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "none", *overrides)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_run_that_trains_as_one_takes_no_workers(tmp_path):
+    few = ["train.sync_every_steps=1", "train.num_steps=5", "eval.every_steps=0"]
+    run(tmp_path, *few)
+    with pytest.raises(UserError, match="whose devices train as one"):
+        run(tmp_path, *few, "train.workers=2")
