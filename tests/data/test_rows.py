@@ -154,6 +154,38 @@ def test_first_fit_is_the_first_row_with_room(lengths):
     assert packing.first_fit(np.array(lengths), 12).tolist() == expected
 
 
+def test_first_fit_costs_nothing_for_columns():
+    """So that rows may be long: memory for each of 2^60 columns is nowhere to be had."""
+    lengths = np.array([3, 2**59, 2**59, 2**60, 7])
+    assert packing.first_fit(lengths, 2**60).tolist() == [0, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("packing", ["stream", "packed"])
+def test_rows_of_a_million_tokens(tmp_path, packing):
+    """Documents of 1 token to 2.2 rows: each target once, and places from the begin of a piece."""
+    seq_len = 2**20
+    sizes = [1, seq_len // 2, 2 * seq_len + seq_len // 5, 5000, seq_len]
+    ids = np.random.default_rng(0).integers(0, 256, sum(sizes)).astype(np.uint16)
+    ids[np.cumsum(sizes) - 1] = 256
+    ids.tofile(tmp_path / "a.bin")
+    data = opened(
+        tmp_path,
+        source=f"tokens:{tmp_path}/a.bin",
+        seq_len=seq_len,
+        batch_size=1,
+        packing=packing,
+        valid_fraction=0,
+    )
+    rows = epoch(data.train)
+    counted = rows["weights"] > 0
+    assert counted.sum() == len(ids)
+    assert np.array_equal(np.bincount(rows["targets"][counted]), np.bincount(ids))
+    assert data.split_documents == (0 if packing == "stream" else 1)
+    if packing == "packed":
+        assert len(data.train) == 4
+        assert rows["positions"].max() == seq_len - 1
+
+
 def test_packing_is_planned_once_for_store_and_context(tmp_path, monkeypatch):
     first = opened(tmp_path, packing="packed")
     monkeypatch.setattr(packing, "write_plan", lambda *args, **kwargs: pytest.fail("planned again"))

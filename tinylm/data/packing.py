@@ -20,7 +20,6 @@ Near-optimal bin packing algorithms); it is planned for some tens of thousands o
 time, which bounds memory and costs a few part-filled rows.
 """
 
-import heapq
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -155,31 +154,31 @@ def split_documents(ends: np.ndarray, begin: int, seq_len: int) -> tuple[np.ndar
 def first_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     """Return for each piece the row that it goes to: the first one with room.
 
-    Rows are kept in a heap per number of free columns, so a piece costs a look at `seq_len` tops at
-    most.
+    A tree over the rows knows the most free columns of any row below each of its nodes, so a piece
+    costs as many looks as the tree has levels, however long rows are:
+
+        node 1              8
+        nodes 2, 3      3       8       a piece of 3 goes left at node 1, right at node 2: to row 1
+        rows          0   3   8   8
     """
-    # The number of no row: it stands for "none", and argmin takes it last.
-    none = len(lengths)
-    # The rows with 0, 1, ... free columns, and the first row of each heap.
-    heaps: list[list[int]] = [[] for _ in range(seq_len + 1)]
-    tops = np.full(seq_len + 1, none, np.int64)
+    # As many rows as pieces are enough. Node i has the children 2i and 2i + 1; rows come last.
+    num_rows = 1 << max(len(lengths) - 1, 0).bit_length()
+    most_free = [seq_len] * (2 * num_rows)
     rows = np.empty(len(lengths), np.int64)
-    num_rows = 0
     for i, length in enumerate(lengths.tolist()):
-        free = length + int(tops[length:].argmin())
-        if tops[free] == none:
-            # No row has room for this piece, so it begins a row.
-            row = num_rows
-            num_rows += 1
-            free = seq_len
-        else:
-            row = heapq.heappop(heaps[free])
-            tops[free] = heaps[free][0] if heaps[free] else none
-        rows[i] = row
-        left = free - length
-        if left:
-            heapq.heappush(heaps[left], row)
-            tops[left] = heaps[left][0]
+        node = 1
+        while node < num_rows:
+            node *= 2
+            if most_free[node] < length:
+                node += 1
+        rows[i] = node - num_rows
+        most_free[node] -= length
+        while node > 1:
+            node //= 2
+            most = max(most_free[2 * node], most_free[2 * node + 1])
+            if most_free[node] == most:
+                break
+            most_free[node] = most
     return rows
 
 
