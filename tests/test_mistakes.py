@@ -91,6 +91,22 @@ MISTAKES = {
         "must be at least 1e-06, or 0",
     ),
     "no rotation": (["model.rotary_fraction=0.01"], "must be even and at least 2"),
+    "factor without scaling": (
+        ["model.rotary_factor=4.0"],
+        "model.rotary_factor=4.0 is for model.rotary_scaling=linear or llama3 or yarn (here none)",
+    ),
+    "scaling without rotation": (
+        ["model.rotary_scaling=yarn", "model.position=learned"],
+        "model.rotary_scaling=yarn needs model.position=rotary (here learned)",
+    ),
+    "blend that ends before it begins": (
+        ["model.rotary_scaling=llama3", "model.rotary_fast_turns=1.0"],
+        "model.rotary_fast_turns=1.0 must be above model.rotary_slow_turns=1.0",
+    ),
+    "rows longer than positions count": (
+        ["data.seq_len=3000000000"],
+        "data.seq_len=3000000000 must be",
+    ),
     "cudnn in float32": (
         ["model.attention=cudnn"],
         "model.attention=cudnn needs model.compute_dtype=bfloat16 (here f",

@@ -472,10 +472,32 @@ OWN_WORDS = {
         {"use_sliding_window": False},
         r"sliding_window=None; qwen2 needs a whole number",
     ),
-    "yarn": (
+    "dynamic": (
         "qwen2",
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-        r"rope_scaling with rope_type='yarn'",
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        r"rope_scaling with rope_type='dynamic'; tinylm reads .* linear, llama3, yarn",
+    ),
+    "longrope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "longrope", "long_factor": [1.0]}},
+        r"rope_parameters with rope_type='longrope'",
+    ),
+    "no factor": ("llama", {"rope_scaling": {"type": "linear"}}, r"factor=None; llama needs"),
+    "shrinking": ("llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, r"factor=0.5"),
+    "no blend": (
+        "mistral",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1}},
+        r"beta_fast=1.0, which must be above beta_slow=1.0",
+    ),
+    "untruncated": (
+        "llama",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}},
+        r"yarn with truncate=false",
+    ),
+    "flat": (
+        "llama",
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "rope_theta": 1.0}},
+        r"rope_theta above 1",
     ),
     "by layer": (
         "qwen2",

@@ -3,6 +3,7 @@
 Needs torch and transformers (the `parity` extra); without them these tests are skipped.
 """
 
+import dataclasses
 import json
 import math
 import shutil
@@ -203,6 +204,49 @@ def test_rotary_settings_are_read_from_where_transformers_reads_them(name, pairs
         np.testing.assert_allclose(ours, wanted, rtol=1e-6, err_msg=str(rope))
 
 
+SCALINGS = {
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 0.5,
+        "high_freq_factor": 2.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "yarn, blended": {
+        "type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 8,
+        "beta_slow": 0.5,
+        "mscale": 0.8,
+        "mscale_all_dim": 0.5,
+    },
+    "yarn, bare": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.3},
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("name", ["gpt_neox_serial", "llama", "mistral", "qwen2"])
+def test_scaled_rotary_positions_agree(name, scaling, pairs, tmp_path):
+    pairs(name)
+    rope = {"rope_theta": 500.0, **SCALINGS[scaling]}
+    if name.startswith("gpt_neox"):
+        rope["partial_rotary_factor"] = 1.0
+    changes = {"max_position_embeddings": 64}
+    folder = edited(
+        pairs.folders[name], tmp_path / "hf", **changes, rope_parameters=None, rope_scaling=rope
+    )
+    ours = assert_same_logits(folder)
+    assert ours.model.rotary_scaling in scaling
+    # A model that ignored the scaling would give other logits.
+    plain = dataclasses.replace(ours.model, rotary_scaling="none")
+    tokens = random_tokens(2, 23)
+    difference = models._logits(plain, ours.params, tokens) - logits_of(loaded(folder), tokens)
+    assert np.abs(difference).max() > 1e-2
+
+
 @pytest.mark.parametrize("name", ["gpt_neox", "llama"])
 def test_logits_agree_where_a_part_of_each_head_would_rotate(name, pairs, tmp_path):
     """GPT-NeoX follows `partial_rotary_factor`; Llama ignores it, wherever it stands."""
@@ -351,26 +395,37 @@ def test_five_optimizer_steps_agree(name, pairs, monkeypatch):
     np.testing.assert_allclose(losses, reference, atol=1e-4, rtol=0)
 
 
+LINEAR = {"rotary_scaling": "linear", "rotary_factor": 2.5}
+LLAMA3 = {"rotary_scaling": "llama3", "rotary_factor": 8.0, "rotary_original_context": 16}
+YARN = {"rotary_scaling": "yarn", "rotary_factor": 4.0, "rotary_slow_turns": 0.5}
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "changes"),
     [
-        "gpt2",
-        "gpt_neo",
-        "gpt_neox",
-        "gpt_neox_without_attention_bias",
-        "llama",
-        "llama_attention_bias",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "mixtral",
-        "qwen3_moe",
-        "olmoe",
+        ("gpt2", {}),
+        ("gpt_neo", {}),
+        ("gpt_neox", {}),
+        ("gpt_neox", YARN),
+        ("gpt_neox_without_attention_bias", {}),
+        ("llama", {}),
+        ("llama", LINEAR),
+        ("llama", LLAMA3),
+        ("llama", YARN),
+        ("llama_attention_bias", {}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen2", YARN),
+        ("qwen3", {}),
+        ("qwen3", LLAMA3),
+        ("mixtral", {}),
+        ("qwen3_moe", {}),
+        ("olmoe", {}),
     ],
 )
-def test_what_we_export_loads_there(name, tmp_path):
+def test_what_we_export_loads_there(name, changes, tmp_path):
     """The export's own check compares with transformers; here every tensor of theirs is filled."""
-    run = small_run(small_model(name))
+    run = small_run(small_model(name, **changes))
     checked = models.export_hf(run, str(tmp_path / "hf"))
     assert checked["transformers"] < 1e-4
     model, info = transformers.AutoModelForCausalLM.from_pretrained(

@@ -65,6 +65,12 @@ UNKNOWN = {
         (
             "rotary_fraction",
             "rotary_base",
+            "rotary_scaling",
+            "rotary_factor",
+            "rotary_original_context",
+            "rotary_slow_turns",
+            "rotary_fast_turns",
+            "rotary_attention_factor",
             "norm_epsilon",
             "attention_scale",
             "embed_scale",

@@ -318,3 +318,19 @@ def test_another_kind_of_muon_is_another_optimizer():
     init_from._check_optimizer(origin, muon)
     with pytest.raises(UserError, match="muon_beta2 alike"):
         init_from._check_optimizer(origin, OptimizerConfig(name="muon", muon_beta2=0.95))
+
+
+def test_positions_stretch_where_the_config_says_so_and_stay_otherwise():
+    scaled = {"rotary_scaling": "llama3", "rotary_factor": 8.0}
+    theirs = ModelConfig(embed_dim=16, **scaled).resolve(65, 64)
+    origin = init_from.Origin("there", theirs, None, "byte")
+    taken = ModelConfig()
+    init_from._take_model(taken, origin)
+    assert taken == theirs
+
+    # Four times as long texts by YaRN, of a model that was trained without scaling.
+    origin = init_from.Origin("there", ModelConfig(embed_dim=16).resolve(65, 64), None, "byte")
+    stretched = ModelConfig(rotary_scaling="yarn", rotary_factor=4.0, context=256)
+    init_from._take_model(stretched, origin)
+    assert (stretched.rotary_scaling, stretched.embed_dim, stretched.context) == ("yarn", 16, 256)
+    assert stretched.resolve(65, 256).rotary_original_context == 64

@@ -114,6 +114,7 @@ class DataConfig(Section, name="data"):
         256,
         "target tokens of a row",
         least=1,
+        below=2**31,
         aliases=(
             "block_size",
             "max_seq_len",

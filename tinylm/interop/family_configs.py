@@ -11,6 +11,7 @@ key is in two places the same one wins, and where it is missing the same default
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,8 @@ _SIZES = (
     # After mlp_dim, whose name it has in some families.
     "expert_dim",
 )
+# The name of the context in the config.json of all families with rotary positions.
+_CONTEXT = "max_position_embeddings"
 # Names that transformers takes for those of GPT-2 and GPT-Neo (its `attribute_map`).
 _ALSO = {
     "n_positions": "max_position_embeddings",
@@ -180,11 +183,11 @@ def _activation_name(known: dict[str, str], ours: str) -> str:
     return next(iter(known))
 
 
-def _plain_rope(config: JsonObject) -> JsonObject:
+def _rope(config: JsonObject) -> JsonObject:
     """Return the nested settings of rotary positions, which old files don't have.
 
-    Raises UserError where they scale the positions. A `rope_scaling` that says anything wins over
-    `rope_parameters` (transformers 5, `convert_rope_params_to_dict`).
+    A `rope_scaling` that says anything wins over `rope_parameters` (transformers 5,
+    `convert_rope_params_to_dict`).
     """
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key)
@@ -197,13 +200,105 @@ def _plain_rope(config: JsonObject) -> JsonObject:
                 f"config.json has {key} for each kind of layer; tinylm reads one for all."
             )
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
+        if kind not in ("default", *_ROPE_NAMES):
             raise UserError(
                 f"config.json has {key} with rope_type={kind!r}; tinylm reads rotary positions "
-                "unscaled."
+                f"unscaled, or with {', '.join(_ROPE_NAMES)}."
             )
-        return rope
-    return {}
+        return {**rope, "rope_type": kind}
+    return {"rope_type": "default"}
+
+
+# The scalings of rotary positions, with their names of our settings.
+_ROPE_NAMES: dict[str, Names] = {
+    "linear": {"rotary_factor": "factor"},
+    "llama3": {
+        "rotary_factor": "factor",
+        "rotary_original_context": "original_max_position_embeddings",
+        "rotary_slow_turns": "low_freq_factor",
+        "rotary_fast_turns": "high_freq_factor",
+    },
+    "yarn": {
+        "rotary_factor": "factor",
+        "rotary_original_context": "original_max_position_embeddings",
+        "rotary_slow_turns": "beta_slow",
+        "rotary_fast_turns": "beta_fast",
+        "rotary_attention_factor": "attention_factor",
+    },
+}
+
+
+def _scaling(config: JsonObject, rope: JsonObject) -> dict[str, Any]:
+    """Return our settings of the scaling that `rope`, the nested settings of a config.json, asks
+    for.
+    """
+    kind = rope["rope_type"]
+    if kind == "default":
+        return {}
+    settings: dict[str, Any] = {"rotary_scaling": kind}
+    found = _with_usual_values(config, rope)
+    for ours, theirs in _ROPE_NAMES[kind].items():
+        if ours == "rotary_original_context":
+            settings[ours] = _whole(config, theirs, found.get(theirs))
+        else:
+            settings[ours] = _number(config, theirs, found.get(theirs))
+    if settings["rotary_factor"] < 1:
+        raise UserError(
+            f"config.json has factor={settings['rotary_factor']} of {kind}; tinylm reads factors "
+            "of at least 1."
+        )
+    if kind != "linear" and settings["rotary_fast_turns"] <= settings["rotary_slow_turns"]:
+        names = _ROPE_NAMES[kind]
+        slow = names["rotary_slow_turns"]
+        fast = names["rotary_fast_turns"]
+        raise UserError(
+            f"config.json has {fast}={settings['rotary_fast_turns']}, which must be above {slow}="
+            f"{settings['rotary_slow_turns']}."
+        )
+    return settings
+
+
+def _with_usual_values(config: JsonObject, rope: JsonObject) -> JsonObject:
+    """Return nested settings in which what may be missing has the value that transformers takes."""
+    original_key = "original_max_position_embeddings"
+    original = config.get(original_key, rope.get(original_key, config.get(_CONTEXT)))
+    found = {**rope, original_key: original}
+    if rope["rope_type"] != "yarn":
+        return found
+
+    if rope.get("truncate", True) is not True:
+        raise UserError(
+            "config.json has yarn with truncate=false; tinylm begins and ends its blend at whole "
+            "pairs of features."
+        )
+    if rope.get("factor") is None:
+        context = _whole(config, _CONTEXT, config.get(_CONTEXT))
+        found["factor"] = context / _whole(config, original_key, original)
+    found["beta_slow"] = rope.get("beta_slow") or 1
+    found["beta_fast"] = rope.get("beta_fast") or 32
+    if rope.get("attention_factor") is None:
+        growth = 0.1 * math.log(max(_number(config, "factor", found["factor"]), 1))
+        scale, scale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+        if scale and scale_all:
+            # DeepSeek-V2's: what grows for the rotated features and what for all of them.
+            above = 1 + growth * _number(config, "mscale", scale)
+            below = 1 + growth * _number(config, "mscale_all_dim", scale_all)
+            found["attention_factor"] = above / below
+        else:
+            found["attention_factor"] = 1 + growth
+    return found
+
+
+def _write_scaling(model: ModelConfig) -> JsonObject:
+    """Return what a config.json says of the scaling of rotary positions; nothing where there is
+    none.
+    """
+    if model.rotary_scaling == "none":
+        return {}
+    names = _ROPE_NAMES[model.rotary_scaling]
+    numbers = {theirs: getattr(model, ours) for ours, theirs in names.items()}
+    # Before version 5 transformers knows it by this name alone.
+    return {"rope_scaling": {"rope_type": model.rotary_scaling, **numbers}}
 
 
 def _windows(
@@ -411,13 +506,15 @@ GPT_NEOX_NAMES = {
 
 def read_gpt_neox(config: JsonObject) -> ModelConfig:
     """Return the model settings of a GPT-NeoX config.json."""
-    base, fraction = _neox_rope(config)
+    rope = _rope(config)
+    base, fraction = _neox_rope(config, rope)
     attention_bias = _flag(config, "attention_bias", True)
     return ModelConfig(
         **_sizes(config, GPT_NEOX_NAMES),
         position="rotary",
         rotary_fraction=fraction,
         rotary_base=base,
+        **_scaling(config, rope),
         norm="layernorm",
         norm_epsilon=config.get("layer_norm_eps", 1e-5),
         mlp=_activation(config, "hidden_act", "gelu", _ACTIVATIONS),
@@ -429,9 +526,8 @@ def read_gpt_neox(config: JsonObject) -> ModelConfig:
     )
 
 
-def _neox_rope(config: JsonObject) -> tuple[float, float]:
+def _neox_rope(config: JsonObject, rope: JsonObject) -> tuple[float, float]:
     """Return (base, rotating fraction) of GPT-NeoX, which has old names of its own for both."""
-    rope = _plain_rope(config)
     base = rope.get("rope_theta", config.get("rotary_emb_base", 10_000.0))
     base = _number(config, "rope_theta", base)
     fraction = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
@@ -445,6 +541,7 @@ def write_gpt_neox(model: ModelConfig) -> JsonObject:
         **_their_sizes(model, GPT_NEOX_NAMES),
         "rotary_pct": model.rotary_fraction,
         "rotary_emb_base": model.rotary_base,
+        **_write_scaling(model),
         "layer_norm_eps": model.norm_epsilon,
         "hidden_act": _activation_name(_ACTIVATIONS, model.mlp),
         "use_parallel_residual": model.parallel_residual,
@@ -476,11 +573,17 @@ LLAMA_NAMES = {
 
 
 def _llama_settings(config: JsonObject, **more: Any) -> dict[str, Any]:
-    """Return the settings that Llama, Mistral and Qwen2 share."""
+    """Return the settings that Llama, Mistral and Qwen2 share.
+
+    They rotate whole heads, whatever `partial_rotary_factor` says.
+    """
+    rope = _rope(config)
+    base = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
     return {
         **_sizes(config, LLAMA_NAMES, optional=("num_kv_heads", "head_dim")),
         "position": "rotary",
-        "rotary_base": _llama_rope(config),
+        "rotary_base": _number(config, "rope_theta", base),
+        **_scaling(config, rope),
         "norm": "rmsnorm",
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "mlp": _activation(config, "hidden_act", "silu", _GATED),
@@ -489,19 +592,11 @@ def _llama_settings(config: JsonObject, **more: Any) -> dict[str, Any]:
     }
 
 
-def _llama_rope(config: JsonObject) -> float:
-    """Return the base of the rotary positions of Llama and its kin.
-
-    They rotate whole heads, whatever `partial_rotary_factor` says.
-    """
-    base = _plain_rope(config).get("rope_theta", config.get("rope_theta", 10_000.0))
-    return _number(config, "rope_theta", base)
-
-
 def _write_llama_settings(model: ModelConfig) -> JsonObject:
     return {
         **_their_sizes(model, LLAMA_NAMES),
         "rope_theta": model.rotary_base,
+        **_write_scaling(model),
         "rms_norm_eps": model.norm_epsilon,
         "hidden_act": _activation_name(_GATED, model.mlp),
         "tie_word_embeddings": model.tie_embeddings,

@@ -7,6 +7,7 @@ in it.
 """
 
 import dataclasses
+import math
 
 from tinylm.core.errors import UserError
 from tinylm.core.settings import Section, setting
@@ -14,6 +15,14 @@ from tinylm.core.settings import Section, setting
 VOCAB_MULTIPLE = 128
 # The widest head that cuDNN's flash attention takes on every GPU that has it.
 CUDNN_MOST_HEAD_DIM = 128
+# The scalings of rotary positions that a setting is for.
+_SCALINGS_WITH = {
+    "rotary_factor": ("linear", "llama3", "yarn"),
+    "rotary_original_context": ("llama3", "yarn"),
+    "rotary_slow_turns": ("llama3", "yarn"),
+    "rotary_fast_turns": ("llama3", "yarn"),
+    "rotary_attention_factor": ("yarn",),
+}
 
 # What means nothing without model.num_experts.
 EXPERT_SETTINGS = (
@@ -40,6 +49,7 @@ class ModelConfig(Section, name="model"):
         0,
         "longest sequence of tokens (0: data.seq_len)",
         least=0,
+        below=2**31,
         aliases=("max_position_embeddings", "n_positions", "n_ctx"),
     )
     embed_dim: int = setting(
@@ -91,6 +101,42 @@ class ModelConfig(Section, name="model"):
         "wavelength base of rotary positions",
         above=0,
         aliases=("rope_theta", "rotary_emb_base", "rope_max_timescale"),
+    )
+    rotary_scaling: str = setting(
+        "none",
+        "how rotary positions stretch over longer texts: none, linear, llama3 or yarn",
+        choices=("none", "linear", "llama3", "yarn"),
+        aliases=("rope_scaling", "rope_type", "rope_parameters"),
+    )
+    rotary_factor: float = setting(
+        1.0,
+        "how many times longer texts become by rotary_scaling",
+        least=1,
+        aliases=("rope_factor", "rope_scaling_factor"),
+    )
+    rotary_original_context: int = setting(
+        0,
+        "context before llama3 or yarn stretched it (0: context / rotary_factor)",
+        least=0,
+        aliases=("original_max_position_embeddings",),
+    )
+    rotary_slow_turns: float = setting(
+        1.0,
+        "llama3, yarn: pairs with fewer turns in the original context are stretched whole",
+        above=0,
+        aliases=("low_freq_factor", "beta_slow"),
+    )
+    rotary_fast_turns: float = setting(
+        0.0,
+        "llama3, yarn: pairs with more turns there are left alone (0: 4 for llama3, 32 for yarn)",
+        least=0,
+        aliases=("high_freq_factor", "beta_fast"),
+    )
+    rotary_attention_factor: float = setting(
+        0.0,
+        "yarn: factor on rotated queries and keys (0: 1 + 0.1 ln rotary_factor)",
+        least=0,
+        aliases=("attention_factor", "mscale", "rope_mscale"),
     )
     norm: str = setting("rmsnorm", "layernorm or rmsnorm", choices=("layernorm", "rmsnorm"))
     norm_epsilon: float = setting(
@@ -341,6 +387,14 @@ class ModelConfig(Section, name="model"):
         if self.num_experts:
             resolved.expert_dim = self.expert_dim or resolved.mlp_dim
         resolved.attention_scale = self.attention_scale or resolved.head_dim**-0.5
+        if self.rotary_scaling in ("llama3", "yarn"):
+            original = max(round(resolved.context / self.rotary_factor), 1)
+            usual_turns = 4.0 if self.rotary_scaling == "llama3" else 32.0
+            resolved.rotary_original_context = self.rotary_original_context or original
+            resolved.rotary_fast_turns = self.rotary_fast_turns or usual_turns
+        if self.rotary_scaling == "yarn":
+            usual_factor = 1 + 0.1 * math.log(self.rotary_factor)
+            resolved.rotary_attention_factor = self.rotary_attention_factor or usual_factor
         resolved.freeze()
         return resolved
 
@@ -348,6 +402,7 @@ class ModelConfig(Section, name="model"):
         """Raise UserError for sizes and options that can't be built."""
         super().check()
         self._check_heads()
+        self._check_rotary()
         self._check_kernel()
         self._check_experts()
         if not self.attention_window:
@@ -410,6 +465,32 @@ class ModelConfig(Section, name="model"):
             raise UserError(
                 "model.num_experts has no biases in its mlps; set model.mlp_bias=False, or "
                 "model.bias=False."
+            )
+
+    def _check_rotary(self) -> None:
+        """Raise UserError for scalings of rotary positions that can't be, or change nothing."""
+        scaling = self.rotary_scaling
+        if scaling != "none" and self.position != "rotary":
+            raise UserError(
+                f"model.rotary_scaling={scaling} needs model.position=rotary (here "
+                f"{self.position})."
+            )
+        for name, kinds in _SCALINGS_WITH.items():
+            value = getattr(self, name)
+            if scaling not in kinds and value != getattr(ModelConfig, name):
+                raise UserError(
+                    f"model.{name}={value} is for model.rotary_scaling={' or '.join(kinds)} (here "
+                    f"{scaling}); leave it out, or change the scaling."
+                )
+        if scaling == "yarn" and self.rotary_base <= 1:
+            raise UserError(
+                f"model.rotary_scaling=yarn needs a model.rotary_base above 1 (here "
+                f"{self.rotary_base})."
+            )
+        if self.rotary_fast_turns and self.rotary_fast_turns <= self.rotary_slow_turns:
+            raise UserError(
+                f"model.rotary_fast_turns={self.rotary_fast_turns} must be above "
+                f"model.rotary_slow_turns={self.rotary_slow_turns}."
             )
 
     def _check_kernel(self) -> None:

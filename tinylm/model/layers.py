@@ -1,18 +1,17 @@
-"""The small parts of a block: parameters with named axes, linear maps, norms, rotary positions,
-short convolutions, dropout.
+"""The small parts of a block: parameters with named axes, linear maps, norms, short convolutions,
+dropout.
 
 Every parameter is an `nnx.Param` with a metadata entry `axes`: the logical names of its
 dimensions, which tinylm.core.mesh maps onto the mesh. Weights are float32; each use casts them to
 the type that the model computes in.
 
-Axes: B batch, T query positions, S key positions, D embed, N query heads, K kv heads, H head size,
-R pairs of rotating features, C the inputs that a convolution remembers.
+Axes: B batch, T query positions, S key positions, D embed, C the inputs that a convolution
+remembers.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -274,45 +273,6 @@ def _convolve(x: jax.Array, segments: jax.Array | None, taps: jax.Array) -> jax.
             inputs = jnp.where(is_same[..., None], inputs, 0)
         y = y + tap_D * inputs
     return y.astype(x.dtype)
-
-
-class Rotary(NamedTuple):
-    """Cosines and sines of the angles by which each position turns its pairs of features."""
-
-    cos_B1TR: jax.Array
-    sin_B1TR: jax.Array
-
-
-def rotary_angles(positions_BT: jax.Array, rotary_dim: int, base: float) -> Rotary:
-    """Return the angles of rotary position embedding (Su et al. 2021, equation 15).
-
-    Args:
-      positions_BT: the position of each token in its text.
-      rotary_dim: how many features of a head rotate: twice the number of pairs R.
-      base: the wavelength of pair i is 2 pi base^(i / R) positions.
-    """
-    exponents_R = jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim
-    frequency_R = base**-exponents_R
-    angle_B1TR = positions_BT.astype(jnp.float32)[:, None, :, None] * frequency_R
-    return Rotary(jnp.cos(angle_B1TR), jnp.sin(angle_B1TR))
-
-
-def rotate(x_BNTH: jax.Array, rotary: Rotary) -> jax.Array:
-    """Turn the first 2R features of each head by their position; features i and i + R are a
-    pair.
-    """
-    cos, sin = rotary
-    num_pairs = cos.shape[-1]
-    first = x_BNTH[..., :num_pairs]
-    second = x_BNTH[..., num_pairs : 2 * num_pairs]
-    unturned = x_BNTH[..., 2 * num_pairs :]
-    turned_first = first * cos - second * sin
-    turned_second = second * cos + first * sin
-    turned = jnp.concatenate([turned_first, turned_second], axis=-1)
-    turned = turned.astype(x_BNTH.dtype)
-    if unturned.shape[-1] == 0:
-        return turned
-    return jnp.concatenate([turned, unturned], axis=-1)
 
 
 class Dropout:

@@ -29,6 +29,7 @@ from tinylm.model.config import ModelConfig
 from tinylm.model.experts import Experts, RouterSums, RouterTotals, totals
 from tinylm.model.kernels import AttentionOptions, heads_axes
 from tinylm.model.mlp import Mlp
+from tinylm.model.rotary import Rotary, rotary_angles, rotate
 from tinylm.model.visibility import Visibility
 
 Cache = list[LayerCache]  # one for each layer
@@ -58,7 +59,7 @@ class LayerInputs:
     """What a layer needs to know of the tokens that it reads, besides their features."""
 
     visibility: Visibility  # which keys a query sees
-    rotary: layers.Rotary | None = None  # None: the model has no rotary positions
+    rotary: Rotary | None = None  # None: the model has no rotary positions
     dropout: layers.Dropout = layers.NO_DROPOUT
     slot: jax.Array | None = None  # of the cache, for the one token that is read
     # How much each token counts in the sums of the routers; None: nobody asks for them.
@@ -118,8 +119,8 @@ class Attention(nnx.Module):
             q_BNTH = self.query_norm(q_BNTH)
             k_BKTH = self.key_norm(k_BKTH)
         if inputs.rotary is not None:
-            q_BNTH = layers.rotate(q_BNTH, inputs.rotary)
-            k_BKTH = layers.rotate(k_BKTH, inputs.rotary)
+            q_BNTH = rotate(q_BNTH, inputs.rotary)
+            k_BKTH = rotate(k_BKTH, inputs.rotary)
         if cache is None:
             # The positions themselves are what they read from.
             k_BKSH = k_BKTH
@@ -410,10 +411,7 @@ class Transformer(nnx.Module):
         `LayerInputs.of_layer`.
         """
         c = self.config
-        rotary = None
-        if c.position == "rotary":
-            rotary_dim = int(c.head_dim * c.rotary_fraction)
-            rotary = layers.rotary_angles(positions_BT, rotary_dim, c.rotary_base)
+        rotary = rotary_angles(positions_BT, c) if c.position == "rotary" else None
         visibility = dataclasses.replace(visibility, local_heads=c.local_heads)
         return LayerInputs(visibility, rotary, dropout, slot)
 

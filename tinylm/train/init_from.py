@@ -38,6 +38,16 @@ _MAY_DIFFER = (
     "router_balance_loss",
     "router_z_loss",
 )
+# Of rotary positions: how they stretch over longer texts than those of the origin.
+_STRETCH = (
+    "context",
+    "rotary_scaling",
+    "rotary_factor",
+    "rotary_original_context",
+    "rotary_slow_turns",
+    "rotary_fast_turns",
+    "rotary_attention_factor",
+)
 _HF = "hf:"
 
 
@@ -126,10 +136,14 @@ def _take_model(model: ModelConfig, origin: Origin) -> None:
     """
     defaults = ModelConfig()
     others = []
+    stretches = model.rotary_scaling != "none"
     for name, field, theirs in settings_of(origin.model):
         ours = getattr(model, name)
         is_own = field.metadata["free"] or name in _free_settings(origin.model)
-        if is_own and not (name == "context" and not ours):
+        # Positions stay as they are there, unless the config stretches them.
+        if name in _STRETCH:
+            is_own = is_own and (ours != 0 if name == "context" else stretches)
+        if is_own:
             continue
         if ours not in (getattr(defaults, name), theirs):
             others.append(f"model.{name} (there {theirs!r}, here {ours!r})")
@@ -153,7 +167,7 @@ def _take_tokenizer(data: DataConfig, origin: Origin) -> None:
 
 def _free_settings(model: ModelConfig) -> tuple[str, ...]:
     """Return the settings of a model that don't decide what its weights mean."""
-    return _MAY_DIFFER if model.position == "learned" else (*_MAY_DIFFER, "context")
+    return _MAY_DIFFER if model.position == "learned" else _MAY_DIFFER + _STRETCH
 
 
 def check_origin(config: Config, tokenizer: Tokenizer) -> None:
