@@ -499,6 +499,7 @@ GPT_NEOX_NAMES = {
     "mlp": "hidden_act",
     "tie_embeddings": "tie_word_embeddings",
     "rotary_base": "rotary_emb_base",
+    "rotary_scaling": "rope_type",
     "rotary_fraction": "rotary_pct",
     "parallel_residual": "use_parallel_residual",
 }
@@ -568,6 +569,7 @@ LLAMA_NAMES = {
     "mlp": "hidden_act",
     "tie_embeddings": "tie_word_embeddings",
     "rotary_base": "rope_theta",
+    "rotary_scaling": "rope_type",
     "attention_window": "sliding_window",
 }
 
