@@ -45,8 +45,9 @@ def loop_over_experts(config, params, x_BTD):
     softmax = config.router == "softmax"
     scores_BTX = jax.nn.softmax(logits_BTX) if softmax else jax.nn.sigmoid(logits_BTX)
     order_BTX = scores_BTX + params["router"].get("bias", 0.0)
-    least_BT1 = jnp.sort(order_BTX, axis=-1)[..., -config.experts_per_token, None]
-    weights_BTX = jnp.where(order_BTX >= least_BT1, scores_BTX, 0.0)
+    # By rank: scores that are computed again for a comparison may differ in their last bit.
+    rank_BTX = jnp.argsort(jnp.argsort(-order_BTX, axis=-1), axis=-1)
+    weights_BTX = jnp.where(rank_BTX < config.experts_per_token, scores_BTX, 0.0)
     if config.router_normalize:
         weights_BTX /= weights_BTX.sum(-1, keepdims=True)
     y_BTD = jnp.zeros_like(x_BTD)

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from tinylm.core.expert_shards import on_tokens
 from tinylm.core.mesh import constrain
@@ -40,6 +41,9 @@ from tinylm.model.grouped import Layout, from_slots, grouped_matmul, lay_out, to
 from tinylm.model.mlp import Mlp, MlpResult
 from tinylm.model.rowwise import softmax
 from tinylm.model.visibility import EVERYTHING, Visibility
+
+# What a rematerialized layer keeps besides its input: which experts its tokens chose.
+CHOICE = "chosen experts"
 
 # The matrices of all experts, by their logical axes.
 _INNER = ("experts", "embed", "mlp")
@@ -94,6 +98,9 @@ class Router(nnx.Module):
             scores_BTX = jax.nn.sigmoid(logits_BTX)
         order_BTX = scores_BTX if self.bias is None else scores_BTX + self.bias[...]
         _, experts_BTC = jax.lax.top_k(jax.lax.stop_gradient(order_BTX), c.experts_per_token)
+        # The backward pass must not choose again: scores that are computed again may differ in
+        # their last bit.
+        experts_BTC = checkpoint_name(experts_BTC, CHOICE)
 
         # Scores are picked by comparison, not by index, so their gradient needs no scatter.
         is_chosen_BTCX = experts_BTC[..., None] == jnp.arange(c.num_experts)

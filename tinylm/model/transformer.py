@@ -26,7 +26,7 @@ from tinylm.model import layers
 from tinylm.model.attention import attend, can_be_unrolled
 from tinylm.model.cache import LayerCache, store_prompt
 from tinylm.model.config import ModelConfig
-from tinylm.model.experts import Experts, RouterSums, RouterTotals, totals
+from tinylm.model.experts import CHOICE, Experts, RouterSums, RouterTotals, totals
 from tinylm.model.kernels import AttentionOptions, heads_axes
 from tinylm.model.mlp import Mlp
 from tinylm.model.rotary import Rotary, rotary_angles, rotate
@@ -46,11 +46,14 @@ def _is_product(primitive: Any, *operands: Any, **params: Any) -> bool:
     return primitive.name.startswith(("dot_product_attention", "ragged_dot"))
 
 
+_CHOICES = jax.checkpoint_policies.save_only_these_names(CHOICE)
+_PRODUCTS_AND_CHOICES = jax.checkpoint_policies.save_from_both_policies(_is_product, _CHOICES)
+
 # What the backward pass finds stored, and what it computes again, by model.remat.
 _REMAT: dict[str, Callable] = {
     "none": lambda body: body,
-    "dots": lambda body: jax.checkpoint(body, policy=_is_product),
-    "full": jax.checkpoint,
+    "dots": lambda body: jax.checkpoint(body, policy=_PRODUCTS_AND_CHOICES),
+    "full": lambda body: jax.checkpoint(body, policy=_CHOICES),
 }
 
 
