@@ -83,6 +83,21 @@ def test_sums_by_hand_share_a_channel_and_each_counts(mesh):
     assert one.bytes_per_step == 2 * (2 * 400 * 1 / 2)
 
 
+def test_what_slices_send_each_other_is_an_all_reduce_along_the_replicas():
+    """On TPUs hosts add it up, and the program sends it to them."""
+    mesh = make_mesh(MeshConfig(replica=4, data=2))
+    line = (
+        "  %send.1 = (f32[37,8,128]{2,1,0:T(8,128)}, u32[], token[]) send(%x, %token), channel_id=4,"
+        " is_host_transfer=true, frontend_attributes={"
+        '_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    program = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{line}\n{line}\n}}"
+    (found,) = read_collectives(program, mesh)
+    assert (found.kind, found.axis) == ("all-reduce", "replica")
+    # Both are counted, though they have the number of one channel.
+    assert found.bytes_per_step == 2 * 2 * 37 * 8 * 128 * 4 * 3 / 4
+
+
 def test_a_permutation_lies_on_the_axis_of_its_pairs(mesh):
     text = (
         "ENTRY %main (x: f32[2]) -> f32[8] {\n"

@@ -20,7 +20,8 @@ Three rules turn lines into bytes:
 - By the ring algorithm over n members a device sends (n - 1) / n of the gathered or scattered
   array, twice that for an all-reduce (Chan et al. 2007, "Collective communication"). The TPU's
   compiler writes a reduce-scatter as a fusion called `all-reduce-scatter`, of an all-reduce and a
-  slice, which sends what a reduce-scatter sends.
+  slice, which sends what a reduce-scatter sends. What goes from slice to slice is sent to the hosts,
+  which add it up: it counts as an all-reduce along the replicas.
 """
 
 import collections
@@ -32,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from tinylm.core.mesh import axes_spanned
+from tinylm.core.mesh import AXES, axes_spanned, mesh_sizes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -40,6 +41,9 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 # `%g = f32[32]{0} all-gather(%p), ...`, or in two halves: `... all-gather-start(%p), ...`
 _COLLECTIVE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+# What leaves a slice of TPUs for the others, which hosts add up:
+# `= (f32[37,8,128]{2,1,0}, u32[], token[]) send(...), ... _xla_megascale_transfer_type="ALL_REDUCE"`
+_BETWEEN_SLICES = re.compile(r'= \((?P<shape>\S+), .* send\(.*_megascale_transfer_type="ALL_REDUCE"')
 # `calls=%fusion.1`, `condition=%cond, body=%body`, `branch_computations={%one, %two}`
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|called_computations)"
@@ -145,6 +149,12 @@ def read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Coll
 
         %g = f32[32]{0} all-gather(%p), channel_id=2, replica_groups=[2,4]<=[8], dimensions={0}
     """
+    between = _BETWEEN_SLICES.search(line)
+    if between is not None:
+        num_replicas = mesh_sizes(mesh).replica
+        array_bytes = _array_bytes(*_ARRAY.findall(_LAYOUT.sub("", between["shape"]))[0])
+        sent = 2 * array_bytes * (num_replicas - 1) / num_replicas
+        return Collective("all-reduce", AXES.replica, sent * trips)
     found = _COLLECTIVE.search(line)
     if found is None:
         return None
@@ -161,7 +171,7 @@ def read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Coll
 def channel_of(line: str) -> tuple[str, str] | None:
     """Return what pieces of one collective have in common; None where the line stands alone."""
     # `metadata={op_name="jit(step)/shard_map/psum"}` marks the sums of a shard_map.
-    if "/psum" in line:
+    if "/psum" in line or _BETWEEN_SLICES.search(line):
         return None
     found = _CHANNEL.search(line)
     return ("channel", found.group(1)) if found else None
