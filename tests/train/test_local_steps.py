@@ -159,8 +159,8 @@ def test_a_sync_is_a_step_of_nesterov_with_the_mean_difference(single):
 
 
 def test_nothing_crosses_between_replicas_but_in_a_sync_and_a_log():
-    """What a sync sends is what a step of plain data parallelism sends, so that per step it is as
-    many times less as there are steps from sync to sync.
+    """A sync sends what a step of plain data parallelism sends (divided among the devices of a
+    replica), so per step it is as many times less as there are steps from sync to sync.
     """
     mesh_config = MeshConfig(replica=4, data=2)
     mesh = make_mesh(mesh_config)
@@ -175,8 +175,9 @@ def test_nothing_crosses_between_replicas_but_in_a_sync_and_a_log():
     (_, as_one), (in_a_sync, in_each_step) = sent
     assert as_one > 1000
     assert in_each_step == 0
-    # Data parallelism adds up over replicas and data in one go, which sends (n - 1) / n of 8.
-    gradients = as_one * (3 / 4) / (7 / 8)
+    # Data parallelism adds up over replicas and data in one go, which sends (n - 1) / n of 8. In a
+    # sync the two devices of a replica send a half each.
+    gradients = as_one * (3 / 4) / (7 / 8) / 2
     assert gradients <= in_a_sync <= gradients + 200
     plan = make_plan(config, mesh)
     (row,) = [row for row in plan.collectives if "replica" in row.axis]

@@ -8,7 +8,7 @@ With the letters of model/ (B rows, T positions, V vocabulary, D embedding).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from tinylm.core.mesh import AXES, activation_spec, parameter_spec, sizes_in_use
+from tinylm.core.text import path_text
 
 R = TypeVar("R")
+Axes = Sequence[str | None]  # the logical axis of each dimension of an array
 
 # How replicas hold an array: whole, by workers along its first axis, or by rows along its second.
 EVERYWHERE = PartitionSpec()
@@ -211,6 +213,45 @@ def sum_over_replicas(tree: R) -> R:
     if AXES.replica not in jax.sharding.get_abstract_mesh().manual_axes:
         return tree
     return jax.lax.psum(tree, AXES.replica)
+
+
+def sum_parameters_over_replicas(tree: dict, axes: Mapping[str, Axes], fsdp: bool) -> dict:
+    """Return the sums of parameters over all replicas, in a function of `in_each_replica`.
+
+    Where all devices of the data axis hold whole parameters, each sends the part that it would have
+    with fsdp, and they gather the sums: so no more crosses the slow links between replicas than if
+    a replica were one device.
+
+    Args:
+      tree: of parameters, or of what is made of them.
+      axes: the logical axes of each by its path.
+      fsdp: whether the data axis splits parameters.
+    """
+    num_parts = sizes_in_use()[AXES.data]
+    if fsdp or num_parts == 1:
+        return sum_over_replicas(tree)
+
+    def sum_one(path: tuple, x: jax.Array) -> jax.Array:
+        spec = parameter_spec(x, axes[path_text(path)])
+        if AXES.data not in spec:
+            return sum_over_replicas(x)
+        dim = spec.index(AXES.data)
+
+        def sum_by_parts(x: jax.Array) -> jax.Array:
+            size = x.shape[dim] // num_parts
+            first = jax.lax.axis_index(AXES.data) * size
+            part = jax.lax.dynamic_slice_in_dim(x, first, size, dim)
+            return jax.lax.all_gather(sum_over_replicas(part), AXES.data, axis=dim, tiled=True)
+
+        on_mesh = shard_map(
+            sum_by_parts,
+            in_specs=EVERYWHERE,
+            out_specs=EVERYWHERE,
+            axis_names=_axes_by_hand((AXES.data,)),
+        )
+        return on_mesh(x)
+
+    return jax.tree_util.tree_map_with_path(sum_one, tree)
 
 
 def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:

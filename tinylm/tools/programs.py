@@ -20,8 +20,8 @@ Three rules turn lines into bytes:
 - By the ring algorithm over n members a device sends (n - 1) / n of the gathered or scattered
   array, twice that for an all-reduce (Chan et al. 2007, "Collective communication"). The TPU's
   compiler writes a reduce-scatter as a fusion called `all-reduce-scatter`, of an all-reduce and a
-  slice, which sends what a reduce-scatter sends. What goes from slice to slice is sent to the hosts,
-  which add it up: it counts as an all-reduce along the replicas.
+  slice, which sends what a reduce-scatter sends. What goes from slice to slice is sent to the
+  hosts, which add it up: it counts as an all-reduce along the replicas.
 """
 
 import collections
@@ -41,9 +41,11 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 # `%g = f32[32]{0} all-gather(%p), ...`, or in two halves: `... all-gather-start(%p), ...`
 _COLLECTIVE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
-# What leaves a slice of TPUs for the others, which hosts add up:
-# `= (f32[37,8,128]{2,1,0}, u32[], token[]) send(...), ... _xla_megascale_transfer_type="ALL_REDUCE"`
-_BETWEEN_SLICES = re.compile(r'= \((?P<shape>\S+), .* send\(.*_megascale_transfer_type="ALL_REDUCE"')
+# What a slice of TPUs has hosts add up with what the others have:
+# `= (f32[8,128]{1,0}, u32[], token[]) send(%x, ...), ... _xla_megascale_transfer_type="ALL_REDUCE"`
+_BETWEEN_SLICES = re.compile(
+    r'= \((?P<shape>\S+), .* send\(.*_megascale_transfer_type="ALL_REDUCE"'
+)
 # `calls=%fusion.1`, `condition=%cond, body=%body`, `branch_computations={%one, %two}`
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|called_computations)"

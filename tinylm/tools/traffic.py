@@ -11,9 +11,9 @@ data axis splits them, n the number of devices along the axis.
     tensor parallel   an all-reduce (or a gather and a scatter) of the activations at both ends of
                       attention and mlp, forward and backward: 4 a layer, 2 for embedding and
                       output (Shoeybi et al. 2019)
-    slices            one all-reduce of the gradients that a device holds; once in
-                      train.sync_every_steps steps where workers train by themselves, of how far
-                      they came (Douillard et al. 2023)
+    slices            one all-reduce of the gradients that a device holds. Where workers train by
+                      themselves (Douillard et al. 2023) one of how far they came, once in
+                      train.sync_every_steps steps, of which each device of `data` sends a part
 
 Recomputing the forward pass (model.remat=full) adds a third gather, and half of a layer's
 all-reduces. A CPU's program does with two gathers, since what it gathers to compute a layer again
@@ -74,7 +74,8 @@ def least_collectives(
         found.append(Collective("all-reduce", AXES.data, sent_bytes))
 
     if sizes.replica > 1:
-        gradient_bytes = parameter_bytes / sizes.data if config.fsdp else parameter_bytes
+        has_parts = config.fsdp or work.steps_per_sync > 1
+        gradient_bytes = parameter_bytes / sizes.data if has_parts else parameter_bytes
         sent_bytes = 2 * gradient_bytes * _ring(sizes.replica)
         found.append(Collective("all-reduce", AXES.replica, sent_bytes / work.steps_per_sync))
 

@@ -36,6 +36,7 @@ from tinylm.core.collectives import (
     EVERYWHERE,
     in_each_replica,
     sum_over_replicas,
+    sum_parameters_over_replicas,
 )
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import mesh_sizes, replicated
@@ -168,13 +169,15 @@ def count_passed_over(opt_state: Any) -> int:
     return int(jax.jit(jnp.sum, out_shardings=everywhere)(skipped))
 
 
-def make_local_step(train: TrainConfig, step_alone: Callable) -> Callable:
+def make_local_step(config: Config, axes: Mapping[str, Axes], step_alone: Callable) -> Callable:
     """Return the step of a run of workers, each of which makes the step of a run by itself.
 
     Args:
-      train: the section of the config.
+      config: of the run.
+      axes: the logical axes of each parameter by its path.
       step_alone: (state, batch, rows, seed, last_step) -> (state, metrics), as the result is.
     """
+    train = config.train
 
     def steps_in_replica(
         workers: S, by_rows: tuple, whole: tuple[jax.Array, ...]
@@ -209,7 +212,7 @@ def make_local_step(train: TrainConfig, step_alone: Callable) -> Callable:
         )
         is_sync = step % train.sync_every_steps == 0
         new_state = jax.lax.cond(
-            is_sync, lambda state: _sync(state, train), lambda state: state, new_state
+            is_sync, lambda state: _sync(state, config, axes), lambda state: state, new_state
         )
         # What is told crosses between replicas, so it is only where somebody listens.
         is_due = step % max(train.log_every_steps, 1) == 0
@@ -222,7 +225,7 @@ def make_local_step(train: TrainConfig, step_alone: Callable) -> Callable:
     return local_step
 
 
-def _sync(state: S, train: TrainConfig) -> S:
+def _sync(state: S, config: Config, axes: Mapping[str, Axes]) -> S:
     """Return a state after a step of the outer optimizer, at which all workers begin again."""
     num_workers = len(state.opt_state.workers.step)
 
@@ -231,9 +234,12 @@ def _sync(state: S, train: TrainConfig) -> S:
         differences = jax.tree.map(lambda outer, own: outer - own, params, of_workers)
         sums = jax.tree.map(lambda x: jnp.sum(x, axis=0), differences)
         squares = jnp.square(optax.tree.norm(differences))
-        sums, squares = sum_over_replicas((sums, squares))
+        sums = sum_parameters_over_replicas(sums, axes, config.mesh.fsdp)
+        squares = sum_over_replicas(squares)
         outer_grad = jax.tree.map(lambda x: x / num_workers, sums)
-        updates, outer_state = _outer_optimizer(train).update(outer_grad, outer_state, params)
+        updates, outer_state = _outer_optimizer(config.train).update(
+            outer_grad, outer_state, params
+        )
         params = optax.apply_updates(params, updates)
         drift = jnp.sqrt(squares / num_workers)
         own_workers = len(jax.tree.leaves(of_workers)[0])

@@ -123,7 +123,7 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
 
     step = train_step
     if blueprint.num_workers:
-        step = make_local_step(train, train_step)
+        step = make_local_step(blueprint.config, blueprint.axes, train_step)
         names += METRICS
 
     def train_steps(
