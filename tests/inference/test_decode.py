@@ -10,7 +10,7 @@ from flax import nnx
 from helpers import tiny_model
 
 from tinylm.core.errors import UserError
-from tinylm.inference.decode import Decoder
+from tinylm.inference.decode import Decoder, _bucket
 from tinylm.inference.samplers import Sampler
 from tinylm.model.transformer import abstract_transformer, init_parameters
 
@@ -60,6 +60,14 @@ def test_a_text_goes_on_past_the_context(model):
             ids.append(int(rows[row, t]))
     assert max(list(row).index(END) if END in row else len(row) for row in rows) > 2 * 16
     assert rows.shape[1] <= 40
+
+
+def test_lengths_are_rounded_up_to_few_others():
+    short = [_bucket(length) for length in range(1, 2**13 + 1)]
+    assert set(short) == {16 << i for i in range(10)}
+    for length in (2**13 + 1, 10_000, 2**17 + 1, 600_000, 2**20 - 1, 2**20, 2**20 + 1):
+        assert length <= _bucket(length) <= 1.125 * length + 1024
+    assert len({_bucket(length) for length in range(2**19 + 1, 2**20 + 1, 997)}) == 8
 
 
 def test_only_known_ids_are_drawn_and_the_end_stays(model):

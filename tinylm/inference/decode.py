@@ -29,6 +29,8 @@ from tinylm.inference.samplers import Filters, Sampler, draw, penalize
 from tinylm.model.layers import MASKED_LOGIT
 from tinylm.model.transformer import Cache, Transformer
 
+# Lengths above it are rounded up to eighths of the power of two below them.
+_LONG = 1 << 13
 # The most tokens that one call to the device decodes.
 _CHUNK_TOKENS = 128
 
@@ -311,5 +313,12 @@ def before_end(ids: list[int], end_id: int) -> list[int]:
 
 
 def _bucket(length: int) -> int:
-    """Round up to a power of two, at least 16."""
-    return max(16, 1 << (int(length) - 1).bit_length())
+    """Round up to a power of two, at least 16; from 2^13 on, to an eighth of one.
+
+    Of long texts the cache would otherwise be up to twice as large as it has to be.
+    """
+    power = max(16, 1 << (int(length) - 1).bit_length())
+    if power <= _LONG:
+        return power
+    step = power // 16
+    return -(-length // step) * step
