@@ -101,6 +101,27 @@ def test_experts_equal_a_loop_over_all_of_them(changes, mesh):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("bias", [0.0, 9.0], ids=["room for all", "all at one device"])
+def test_tokens_that_are_sent_to_experts_come_back_as_if_they_had_stayed(bias):
+    """Each of four devices has two experts. Where all tokens choose those of one device, it has no
+    room for them, and the experts go to the tokens.
+    """
+    config, graph, params, x_BTD = experts_and_input(num_experts=8, expert_parallel=True)
+    params["router"]["bias"] += jnp.asarray([0.0, 0, bias, bias, 0, 0, 0, 0])
+
+    def ours(params, x_BTD):
+        return nnx.merge(graph, params)(x_BTD).y_BTD
+
+    expected = value_and_grads(
+        lambda params, x: loop_over_experts(config, params, x), params, x_BTD
+    )
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, model=2, fsdp=True))):
+        found = value_and_grads(ours, params, x_BTD)
+        text = jax.jit(ours).lower(params, x_BTD).as_text()
+    assert "stablehlo.case" in text, "tokens are sent where there is room"
+    assert_close(found, expected)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_groups_meet_their_own_matrix_however_the_rows_are_shared_out(platform, monkeypatch):
     """Also where all rows are of one group, none are of some, and rows are of no group."""
@@ -149,16 +170,18 @@ def single():
 
 
 @pytest.mark.parametrize(
-    "mesh",
+    ("mesh", "expert_parallel"),
     [
-        MeshConfig(data=4, model=2, fsdp=True),
-        pytest.param(MeshConfig(data=2, context=2, model=2), marks=pytest.mark.slow),
-        pytest.param(MeshConfig(replica=2, data=4, fsdp=True), marks=pytest.mark.slow),
+        (MeshConfig(data=4, model=2, fsdp=True), True),
+        pytest.param(MeshConfig(data=4, model=2, fsdp=True), False, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=2, context=2, model=2), False, marks=pytest.mark.slow),
+        pytest.param(MeshConfig(replica=2, data=4, fsdp=True), True, marks=pytest.mark.slow),
     ],
-    ids=["fsdp", "context", "replica"],
+    ids=["sent", "gathered", "context", "replica"],
 )
-def test_every_mesh_gives_the_same_losses_and_biases(single, mesh):
-    losses, norms, state = train(mesh, tiny_model(**BALANCED), BATCHES)
+def test_every_mesh_gives_the_same_losses_and_biases(single, mesh, expert_parallel):
+    model = tiny_model(**BALANCED, expert_parallel=expert_parallel)
+    losses, norms, state = train(mesh, model, BATCHES)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
     np.testing.assert_allclose(norms, single[1], rtol=1e-4)
     bias_LX = state.params["blocks"]["mlp"]["router"]["bias"]

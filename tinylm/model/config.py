@@ -238,6 +238,18 @@ class ModelConfig(Section, name="model"):
         least=0,
         aliases=("router_z_loss_coef", "moe_z_loss_coeff"),
     )
+    expert_parallel: bool = setting(
+        False,
+        "send tokens to the devices that have their experts, rather than gather the experts (with "
+        "mesh.fsdp, which splits them)",
+        free=True,
+        aliases=(
+            "expert_parallel_size",
+            "expert_model_parallel_size",
+            "ici_expert_parallelism",
+            "expert_parallel_degree",
+        ),
+    )
     # A convolution of one tap would only scale its input.
     conv_taps: int = setting(
         0,

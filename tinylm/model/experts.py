@@ -33,11 +33,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from tinylm.core.expert_shards import on_tokens
+from tinylm.core.expert_shards import Choice, weighted_experts
 from tinylm.core.mesh import constrain
 from tinylm.model import layers
 from tinylm.model.config import ModelConfig
-from tinylm.model.grouped import Layout, from_slots, grouped_matmul, lay_out, to_slots
+from tinylm.model.grouped import from_slots, grouped_matmul, lay_out, to_slots
 from tinylm.model.mlp import Mlp, MlpResult
 from tinylm.model.rowwise import softmax
 from tinylm.model.visibility import EVERYTHING, Visibility
@@ -62,8 +62,7 @@ class RouterSums(NamedTuple):
 class Routing(NamedTuple):
     """Where tokens go."""
 
-    experts_BTC: jax.Array  # the numbers of each token's experts
-    weights_BTC: jax.Array  # of their outputs, float32
+    choice: Choice
     sums: RouterSums | None  # None where nobody asks
 
 
@@ -107,8 +106,9 @@ class Router(nnx.Module):
         weights_BTC = jnp.sum(jnp.where(is_chosen_BTCX, scores_BTX[:, :, None], 0.0), axis=-1)
         if c.router_normalize:
             weights_BTC = weights_BTC / jnp.sum(weights_BTC, axis=-1, keepdims=True)
+        choice = Choice(experts_BTC, weights_BTC)
         if counted_BT is None:
-            return Routing(experts_BTC, weights_BTC, None)
+            return Routing(choice, None)
 
         shares_BTX = scores_BTX
         if c.router == "sigmoid":
@@ -121,7 +121,7 @@ class Router(nnx.Module):
             squared_log_z_B=jnp.sum(squared_log_z_BT * counted_BT, axis=1),
             tokens_B=jnp.sum(counted_BT, axis=1),
         )
-        return Routing(experts_BTC, weights_BTC, sums)
+        return Routing(choice, sums)
 
 
 class Experts(nnx.Module):
@@ -131,7 +131,7 @@ class Experts(nnx.Module):
         """Build router, experts and shared experts."""
         c = config
         self.kind = c.mlp
-        self.num_experts = c.num_experts
+        self.by_exchange = c.expert_parallel
         self.conv = layers.ShortConv(c.embed_dim, c.conv_taps)
         self.router = Router(c, rngs=rngs)
         inner_shape = (c.num_experts, c.embed_dim, c.expert_dim)
@@ -158,16 +158,17 @@ class Experts(nnx.Module):
         """
         x_BTD, last_BCD = self.conv(x_BTD, visibility, earlier_BCD)
         routing = self.router(x_BTD, counted_BT)
-        tokens = [
-            (x_BTD, ("batch", "positions", None)),
-            (routing.experts_BTC, ("batch", "positions", None)),
-            (routing.weights_BTC, ("batch", "positions", None)),
-        ]
         matrices = [(self.down[...].astype(x_BTD.dtype), _OUTER)]
         for inner in (self.up, self.gate):
             if inner is not None:
                 matrices.append((inner[...].astype(x_BTD.dtype), _INNER))
-        y_BTD = on_tokens(functools.partial(_expert_mlps, self.kind), tokens, matrices)
+        y_BTD = weighted_experts(
+            functools.partial(_mlps_of_rows, self.kind),
+            x_BTD,
+            routing.choice,
+            matrices,
+            by_exchange=self.by_exchange,
+        )
         if self.shared is not None:
             y_BTD = y_BTD + self.shared(x_BTD).y_BTD
         return MlpResult(y_BTD, last_BCD, routing.sums)
@@ -181,41 +182,26 @@ def _shared_mlp(config: ModelConfig, rngs: nnx.Rngs) -> Mlp:
     return Mlp(shared, rngs=rngs)
 
 
-def _expert_mlps(
-    kind: str,
-    x_BTD: jax.Array,
-    experts_BTC: jax.Array,
-    weights_BTC: jax.Array,
-    down_XFD: jax.Array,
-    *inner_XDF: jax.Array,
+def _mlps_of_rows(
+    kind: str, x_TD: jax.Array, group_M: jax.Array, down_XFD: jax.Array, *inner_XDF: jax.Array
 ) -> jax.Array:
-    """Return the weighted sum of the mlps of each token's experts.
+    """Return y_MD: what the mlp of each row's expert makes of its token.
 
     Args:
       kind: model.mlp.
-      x_BTD: features.
-      experts_BTC, weights_BTC: where they go.
+      x_TD: features of tokens.
+      group_M: the expert of each row, where row m is of token m // C; X for a row of none.
       down_XFD: the maps to the outputs.
       inner_XDF: the maps to the hidden features: up, and gate where there is one.
     """
-    size = x_BTD.shape[-1]
-    layout = lay_out(experts_BTC.reshape(-1), len(down_XFD))
-    x_SD = to_slots(x_BTD.reshape(-1, size), layout)
-    y_SD = _mlps_of_slots(kind, x_SD, layout, down_XFD, *inner_XDF)
-    y_BTCD = from_slots(y_SD, layout).reshape(*experts_BTC.shape, size)
-    weighted_BTCD = weights_BTC[..., None] * y_BTCD
-    return jnp.sum(weighted_BTCD, axis=2).astype(x_BTD.dtype)
-
-
-def _mlps_of_slots(
-    kind: str, x_SD: jax.Array, layout: Layout, down_XFD: jax.Array, *inner_XDF: jax.Array
-) -> jax.Array:
-    up_SF = grouped_matmul(x_SD, inner_XDF[0], layout)
+    layout = lay_out(group_M, len(down_XFD))
+    x_SD = to_slots(x_TD, layout)
+    h_SF = grouped_matmul(x_SD, inner_XDF[0], layout)
     if len(inner_XDF) == 1:
-        h_SF = layers.activate(kind, up_SF)
+        h_SF = layers.activate(kind, h_SF)
     else:
-        h_SF = layers.activate(kind, grouped_matmul(x_SD, inner_XDF[1], layout)) * up_SF
-    return grouped_matmul(h_SF, down_XFD, layout)
+        h_SF = layers.activate(kind, grouped_matmul(x_SD, inner_XDF[1], layout)) * h_SF
+    return from_slots(grouped_matmul(h_SF, down_XFD, layout), layout)
 
 
 class RouterTotals(NamedTuple):

@@ -5,15 +5,21 @@ rows of a group lie next to each other; `to_slots` and `from_slots` move rows th
 `grouped_matmul` multiplies the rows of each group with the group's matrix. No row is ever dropped:
 there are as many slots as rows, however they are shared out.
 
-On TPU and GPU the products are `jax.lax.ragged_dot`. On CPU that computes all rows with all
-matrices (jax 0.10 to 0.12: 8 times the work with 8 groups), so there the rows of each group are
-filled up to whole blocks, and a loop multiplies each block with the matrix that it belongs to:
+What computes them depends on the platform (read from compiled programs, jax 0.10.2):
 
-    groups of 5, 0 and 2 rows, blocks of 4:   slots  a a a a | a . . . | c c . .
-                                              block     a         a         c
+- On TPU it is the kernel of JAX's library, megablox (Gale et al. 2023). `jax.lax.ragged_dot` has a
+  kernel, too, but not for the gradient of the matrices, which it computes from all rows for each
+  group. Where the sizes don't fit the kernel's tiles, it is ragged_dot.
+- On GPU it is ragged_dot.
+- On CPU ragged_dot computes all rows with all matrices, 8 times the work with 8 groups. So there
+  the rows of each group are filled up to whole blocks, and a loop multiplies each block with the
+  matrix that it belongs to:
 
-1,536 rows of 128 with 8 matrices of 128 x 256 take 0.7 ms so, 4.3 ms by ragged_dot, and one product
-of that size 0.45 ms (two cores).
+      groups of 5, 0 and 2 rows, blocks of 4:   slots  a a a a | a . . . | c c . .
+                                                block     a         a         c
+
+  1,536 rows of 128 with 8 matrices of 128 x 256 take 0.7 ms so, 4.3 ms by ragged_dot, and one
+  product of that size takes 0.45 ms (two cores).
 
 Axes: T tokens, C groups that a token is sent to, M rows (T times C), S slots, D embed, F mlp,
 X groups (experts), Q blocks.
@@ -24,11 +30,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import megablox
 
 from tinylm.core.mesh import target_platform
 
 # Rows of a block on CPU, at most: more of them are no faster, and leave more slots empty.
 _MOST_BLOCK_ROWS = 32
+# On TPU, rows come in whole tiles of the kernel: the large ones where there are many.
+_TILE_ROWS = 128
+_LARGE_TILE_ROWS = 512
+# The sizes of tiles along the features, the best first; one must divide them.
+_TILE_FEATURES = (1024, 512, 256, 128)
 
 
 class Layout(NamedTuple):
@@ -56,8 +68,12 @@ def lay_out(group_M: jax.Array, num_groups: int) -> Layout:
     order_M = jnp.argsort(group_M, stable=True)
     sizes_X = jnp.sum(group_M[:, None] == jnp.arange(num_groups), axis=0, dtype=jnp.int32)
     block_rows = _block_rows(num_rows, num_groups)
-    num_slots = num_rows
-    if block_rows > 1:
+    if target_platform() == "tpu":
+        tile = _tile_rows(num_rows)
+        num_slots = -(-num_rows // tile) * tile
+    elif block_rows == 1:
+        num_slots = num_rows
+    else:
         num_slots = (num_rows // block_rows + num_groups) * block_rows
     # Where each group begins among the sorted rows, and among the slots. The last entry is that of
     # the rows of no group, which lie behind all others.
@@ -80,6 +96,11 @@ def _block_rows(num_rows: int, num_groups: int) -> int:
         return 1
     quarter = max(1, num_rows // (4 * num_groups))
     return min(_MOST_BLOCK_ROWS, 1 << (quarter.bit_length() - 1))
+
+
+def _tile_rows(num_rows: int) -> int:
+    """Return the rows of a tile on TPU."""
+    return _LARGE_TILE_ROWS if num_rows >= 8 * _LARGE_TILE_ROWS else _TILE_ROWS
 
 
 def _rows_of(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -142,8 +163,8 @@ def grouped_matmul(x_SD: jax.Array, matrices_XDF: jax.Array, layout: Layout) -> 
     num_slots = len(x_SD)
     num_groups = len(matrices_XDF)
     block_rows = _block_rows(len(layout.slot_M), num_groups)
-    if block_rows == 1 and target_platform() != "cpu":
-        y_SF = jax.lax.ragged_dot(x_SD, matrices_XDF, layout.sizes_X)
+    if target_platform() != "cpu":
+        y_SF = _multiply_by_kernel(x_SD, matrices_XDF, layout)
         # What the kernels leave there is not defined.
         is_used_S = jnp.arange(num_slots) < jnp.sum(layout.sizes_X)
         return jnp.where(is_used_S[:, None], y_SF, 0)
@@ -152,6 +173,16 @@ def grouped_matmul(x_SD: jax.Array, matrices_XDF: jax.Array, layout: Layout) -> 
     num_blocks = ends_X[-1]
     group_Q = jnp.searchsorted(ends_X, jnp.arange(num_slots // block_rows), side="right")
     return _multiply_blocks(block_rows, x_SD, matrices_XDF, group_Q, num_blocks)
+
+
+def _multiply_by_kernel(x_SD: jax.Array, matrices_XDF: jax.Array, layout: Layout) -> jax.Array:
+    """Multiply the slots of each group with its matrix on TPU or GPU."""
+    _, size_in, size_out = matrices_XDF.shape
+    fitting = [size for size in _TILE_FEATURES if size_in % size == 0 and size_out % size == 0]
+    if target_platform() != "tpu" or not fitting:
+        return jax.lax.ragged_dot(x_SD, matrices_XDF, layout.sizes_X)
+    tiles = (_tile_rows(len(layout.slot_M)), fitting[0], fitting[0])
+    return megablox.gmm(x_SD, matrices_XDF, layout.sizes_X, x_SD.dtype, tiles)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,9 +16,12 @@ Three rules turn lines into bytes:
   when compiling (the steps of one call) counts once, so the figures are those of one step.
 - Compilers cut one collective into pieces that share a channel, some of them in a loop that the
   rest overlaps with. So each channel counts once, as its piece that runs least often. The sums of
-  a shard_map (psum) are the exception: all of them share one channel, and each counts.
+  a shard_map (psum) and its ragged all-to-alls are the exception: all of them share one channel,
+  and each counts.
 - By the ring algorithm over n members a device sends (n - 1) / n of the gathered or scattered
-  array, twice that for an all-reduce (Chan et al. 2007, "Collective communication"). The TPU's
+  array, twice that for an all-reduce (Chan et al. 2007, "Collective communication"). Of a ragged
+  all-to-all, whose result has room for more than comes where loads are even, what comes then
+  counts, and what experts do instead where loads are too uneven doesn't count. The TPU's
   compiler writes a reduce-scatter as a fusion called `all-reduce-scatter`, of an all-reduce and a
   slice, which sends what a reduce-scatter sends. What goes from slice to slice is sent to the
   hosts, which add it up: it counts as an all-reduce along the replicas.
@@ -33,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from tinylm.core.expert_shards import OVERFLOW_SCOPE, REAL_ROWS
 from tinylm.core.mesh import AXES, axes_spanned, mesh_sizes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -40,7 +44,11 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 # `%body (p: f32[8]) -> f32[8] {` or `ENTRY %main (x: f32[8]) -> f32[8] {`
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 # `%g = f32[32]{0} all-gather(%p), ...`, or in two halves: `... all-gather-start(%p), ...`
-_COLLECTIVE = re.compile(rf"= (?P<shapes>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+_COLLECTIVE = re.compile(
+    rf"= (?P<shapes>.*?) (?P<ragged>ragged-)?(?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\("
+)
+# `op_name=".../real_rows_16384_of_24576/ragged_all_to_all"`
+_REAL_ROWS = re.compile(REAL_ROWS.format(r"(\d+)", r"(\d+)"))
 # What a slice of TPUs has hosts add up with what the others have:
 # `= (f32[8,128]{1,0}, u32[], token[]) send(%x, ...), ... _xla_megascale_transfer_type="ALL_REDUCE"`
 _BETWEEN_SLICES = re.compile(
@@ -158,13 +166,17 @@ def read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Coll
         sent = 2 * array_bytes * (num_replicas - 1) / num_replicas
         return Collective("all-reduce", AXES.replica, sent * trips)
     found = _COLLECTIVE.search(line)
-    if found is None:
+    if found is None or OVERFLOW_SCOPE in line:
         return None
     group = _first_group(line, mesh.size)
     if len(group) == 1:
         return None
     axis = "+".join(axes_spanned(mesh, group))
     sent = _sent_bytes(found, len(group)) * trips
+    real_rows = _REAL_ROWS.search(line)
+    if found["ragged"] and real_rows:
+        real, rows = map(int, real_rows.groups())
+        sent *= real / rows
     if computation.startswith("all-reduce-scatter"):
         return Collective("reduce-scatter", axis, sent / 2)
     return Collective(found["kind"], axis, sent)
@@ -172,8 +184,8 @@ def read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Coll
 
 def channel_of(line: str) -> tuple[str, str] | None:
     """Return what pieces of one collective have in common; None where the line stands alone."""
-    # `metadata={op_name="jit(step)/shard_map/psum"}` marks the sums of a shard_map.
-    if "/psum" in line or _BETWEEN_SLICES.search(line):
+    # `metadata={op_name="jit(step)/shard_map/psum"}` marks what a shard_map sends.
+    if "/psum" in line or "/ragged_all_to_all" in line or _BETWEEN_SLICES.search(line):
         return None
     found = _CHANNEL.search(line)
     return ("channel", found.group(1)) if found else None

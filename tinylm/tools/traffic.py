@@ -16,9 +16,10 @@ data axis splits them, n the number of devices along the axis.
                       train.sync_every_steps steps, of which each device of `data` sends a part
 
 Recomputing the forward pass (model.remat=full) adds a third gather, and half of a layer's
-all-reduces. A CPU's program does with two gathers, since what it gathers to compute a layer again
-serves the layer's gradients, too. Whether a TPU's program does so has not been checked, and where
-a program can't be printed the plan shows these figures, so the higher number is kept.
+all-reduces and all-to-alls. A CPU's program does with two gathers, since what it gathers to compute
+a layer again serves the layer's gradients, too. Whether a TPU's program does so has not been
+checked, and where a program can't be printed the plan shows these figures, so the higher number is
+kept.
 
 With model.parallel_residual the least is half of what programs send; docs/scaling.md says why.
 """
@@ -29,6 +30,7 @@ from jax.sharding import Mesh
 
 from tinylm.core.mesh import AXES, MeshConfig, mesh_sizes
 from tinylm.model.config import ModelConfig
+from tinylm.model.layers import GATED
 from tinylm.tools.programs import Collective
 
 _FLOAT32_BYTES = 4
@@ -54,6 +56,7 @@ def least_collectives(
     recomputes = model.remat == "full"
     # What a device would hold of the parameters if the data axis didn't split them.
     parameter_bytes = work.parameter_bytes / sizes.model
+    tokens_per_device = work.tokens_per_step / (sizes.data * sizes.replica * sizes.context)
     found = []
 
     if sizes.data > 1 and config.fsdp:
@@ -64,11 +67,22 @@ def least_collectives(
         vocab_matrices = 1 if model.tie_embeddings else 2
         vocab_numbers = vocab_matrices * model.padded_vocab * model.embed_dim
         vocab_bytes = _FLOAT32_BYTES * vocab_numbers / sizes.model
-        other_bytes = parameter_bytes - vocab_bytes
+        expert_bytes = 0.0
+        if model.expert_parallel and model.num_experts % sizes.data == 0:
+            expert_bytes = _FLOAT32_BYTES * _expert_numbers(model) / sizes.model
+            gathered_bytes -= gathers * expert_bytes * in_compute_type
+        other_bytes = parameter_bytes - vocab_bytes - expert_bytes
         scattered_bytes = other_bytes * in_compute_type + vocab_bytes
         times = work.micro_batches * _ring(sizes.data)
         found.append(Collective("all-gather", AXES.data, gathered_bytes * times))
         found.append(Collective("reduce-scatter", AXES.data, scattered_bytes * times))
+        if expert_bytes:
+            exchanges = 6 if recomputes else 4
+            rows = tokens_per_device * model.experts_per_token
+            row_bytes = model.embed_dim * item_bytes
+            layers = model.num_layers - model.dense_layers
+            sent_bytes = exchanges * layers * rows * row_bytes * _ring(sizes.data)
+            found.append(Collective("all-to-all", AXES.data, sent_bytes))
     elif sizes.data > 1:
         sent_bytes = 2 * parameter_bytes * _ring(sizes.data)
         found.append(Collective("all-reduce", AXES.data, sent_bytes))
@@ -80,7 +94,6 @@ def least_collectives(
         found.append(Collective("all-reduce", AXES.replica, sent_bytes / work.steps_per_sync))
 
     if sizes.model > 1:
-        tokens_per_device = work.tokens_per_step / (sizes.data * sizes.replica)
         activation_bytes = tokens_per_device * model.embed_dim * item_bytes
         # Attention and mlp that read the same input share their collectives.
         per_layer = 2.0 if model.parallel_residual else 4.0
@@ -99,6 +112,13 @@ def share_of_step(axis: str, steps_per_sync: int) -> float:
     else that crosses between replicas there are the few numbers that it logs.
     """
     return 1 / steps_per_sync if AXES.replica in axis else 1
+
+
+def _expert_numbers(model: ModelConfig) -> int:
+    """Return how many numbers the matrices of all experts hold."""
+    maps = 3 if model.mlp in GATED else 2
+    layers = model.num_layers - model.dense_layers
+    return layers * maps * model.num_experts * model.embed_dim * model.expert_dim
 
 
 def _ring(num_members: int) -> float:

@@ -297,6 +297,10 @@ class Config(Section):
             )
         if self.train.has_workers:
             self.check_workers()
+        if self.model.expert_parallel and not self.mesh.fsdp:
+            raise UserError(
+                "model.expert_parallel needs mesh.fsdp=True, which splits the experts over devices."
+            )
         if self.eval.patience and not self.eval.every_steps:
             raise UserError("eval.patience needs evaluations; set eval.every_steps.")
         if self.data.batch_size % self.train.accumulation_steps:
