@@ -175,6 +175,29 @@ def test_fsdp_on_a_topology_sends_what_the_formula_says():
 
 @pytest.mark.slow
 @needs_libtpu
+def test_tokens_sent_to_experts_on_a_topology_are_what_the_formula_says():
+    """Nothing but the tokens crosses an all-to-all, and the experts are never gathered."""
+    found = plan(
+        "--topology=v5e:4x4",
+        "--config.mesh.fsdp=true",
+        "--config.optimizer.name=adamw",
+        "--config.model.embed_dim=1024",
+        "--config.model.num_heads=16",
+        "--config.model.num_experts=16",
+        "--config.model.expert_dim=512",
+        "--config.model.expert_parallel=true",
+        "--config.data.seq_len=256",
+    )
+    [row] = [row for row in found["collectives"] if row["kind"] == "all-to-all"]
+    assert row["axis"] == "data"
+    assert row["bytes_per_step"] == pytest.approx(row["minimum_bytes"], rel=0.15)
+    expert_bytes = 2 * 3 * 16 * 1024 * 512  # bfloat16, two maps, three layers
+    gathered = sum(r["bytes_per_step"] for r in found["collectives"] if r["kind"] == "all-gather")
+    assert gathered < expert_bytes
+
+
+@pytest.mark.slow
+@needs_libtpu
 @pytest.mark.parametrize("fsdp", ["false", "true"])
 def test_one_all_reduce_crosses_slices(fsdp):
     found = plan(

@@ -39,11 +39,13 @@ CASES = {
     "pieces of logits": {"vocab_size": 2048, "loss_chunks": 16},
     "parallel": {"parallel_residual": True},
     "convolved": {"conv_taps": 4, "embed_dim": 128, "mlp_dim": 64},
+    "experts": {"num_experts": 4, "experts_per_token": 3, "expert_dim": 192},
+    "mixed": {"num_experts": 4, "shared_experts": 2, "dense_layers": 1, "expert_dim": 192},
     "dots": {"remat": "dots"},
     "full": {"remat": "full"},
 }
 # Compiled only with `-m slow`.
-SLOW = ("vocabulary", "wide and deep", "pieces of logits", "parallel", "convolved", "dots")
+SLOW = ("vocabulary", "wide and deep", "pieces of logits", "parallel", "convolved", "mixed", "dots")
 # Fields of the model that the formulas needn't know, and why.
 UNKNOWN = {
     "context": "the rows that are trained on have data.seq_len tokens",
@@ -51,6 +53,7 @@ UNKNOWN = {
     "attention": "what a kernel saves differs by platform; formulas count XLA's",
     "attention_window": "blocks of windows save less on long rows, by platform",
     "local_heads": "as attention_window",
+    "expert_parallel": "tests/test_plan.py compares what it sends with the formula",
     "unroll": "a choice of how to compile",
     "dropout": "its masks, a third more on a CPU, are not counted",
     **dict.fromkeys(
@@ -58,7 +61,14 @@ UNKNOWN = {
         "parameters, which are counted by their shapes; their activations are few",
     ),
     **dict.fromkeys(
-        ("qk_norm", "attention_softcap", "logit_softcap"),
+        (
+            "qk_norm",
+            "qk_norm_scale",
+            "router",
+            "router_normalize",
+            "attention_softcap",
+            "logit_softcap",
+        ),
         "changes arrays that are counted, element by element",
     ),
     **dict.fromkeys(
@@ -77,6 +87,9 @@ UNKNOWN = {
             "residual_scale",
             "init_std",
             "z_loss",
+            "router_bias_rate",
+            "router_balance_loss",
+            "router_z_loss",
         ),
         "a number in computations of the same shapes",
     ),

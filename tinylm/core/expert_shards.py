@@ -85,7 +85,7 @@ def weighted_experts(
 
     axes = ("batch", "positions", None)
     x_spec = activation_spec(x_BTD, axes)
-    choice_specs = Choice(*(activation_spec(x, axes) for x in choice))
+    choice_specs = jax.tree.map(lambda x: activation_spec(x, axes), choice)
     matrix_specs = tuple(parameter_spec(x, names) for x, names in matrices)
     is_partial_sum = any(AXES.model in spec for spec in matrix_specs)
     out_spec = x_spec

@@ -190,9 +190,10 @@ def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> floa
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     inner_maps = 2 if model.mlp in GATED else 1
     # What the maps make: queries, keys, values, the two outputs, the inner features of the mlp.
-    product_numbers = qkv + 2 * embed + inner_maps * model.mlp_dim
+    hidden = _mean_hidden_features(model)
+    product_numbers = qkv + 2 * embed + inner_maps * hidden
     # What lies between the maps: norms and residuals, the activation, the rotated heads.
-    between_numbers = 4 * embed + model.mlp_dim + qkv
+    between_numbers = 4 * embed + hidden + qkv
     # A row of attention: its softmax in float32, and in the type of the model.
     attention_bytes = model.num_heads * seq_len * (4 + item_bytes)
     layer_bytes = item_bytes * (product_numbers + between_numbers) + attention_bytes
@@ -200,10 +201,14 @@ def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> floa
         # Inputs and outputs of the two convolutions. They have all positions and features on each
         # of the devices that split heads, however many these are.
         layer_bytes += item_bytes * 4 * embed * tensor_ways
+    if model.num_experts:
+        # A token's features for each of its experts, and what these make of them: by expert, by
+        # token, and weighted. All devices that split the hidden features have them.
+        layer_bytes += item_bytes * 4 * model.experts_per_token * embed * tensor_ways
     if model.remat == "none":
         kept_bytes = layer_bytes
         # Nothing is made again.
-        recomputed_bytes = 0
+        recomputed_bytes = 0.0
     else:
         # The input of a layer is kept, and one layer at a time is there whole.
         kept_bytes = item_bytes * embed
@@ -214,6 +219,16 @@ def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> floa
     vocab_bytes = 2 * 4 * model.padded_vocab / model.loss_chunks
     per_token = model.num_layers * kept_bytes + recomputed_bytes + vocab_bytes
     return seq_len * per_token / tensor_ways
+
+
+def _mean_hidden_features(model: ModelConfig) -> float:
+    """Return how many hidden features the mlps of a token have, averaged over the layers."""
+    if not model.num_experts:
+        return model.mlp_dim
+    in_expert_layers = (model.experts_per_token + model.shared_experts) * model.expert_dim
+    expert_layers = model.num_layers - model.dense_layers
+    total = expert_layers * in_expert_layers + model.dense_layers * model.mlp_dim
+    return total / model.num_layers
 
 
 def _compiled(config: Config, row: SearchRow, devices: Sequence[jax.Device]) -> SearchRow:
