@@ -98,6 +98,27 @@ def test_what_slices_send_each_other_is_an_all_reduce_along_the_replicas():
     assert found.bytes_per_step == 2 * 2 * 37 * 8 * 128 * 4 * 3 / 4
 
 
+EXCHANGE = """%gather (p: bf16[10]) -> bf16[80] {
+  %all = bf16[80]{0} all-gather(%p), channel_id=3, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+}
+
+%exchange (q: bf16[10]) -> bf16[80] {
+  %there = bf16[60]{0} ragged-all-to-all(%q, %zero, %a, %b, %a, %b), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), metadata={op_name="real_rows_40_of_60/ragged_all_to_all"}
+  %back = bf16[40]{0} ragged-all-to-all(%there, %zero, %a, %b, %a, %b), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), metadata={op_name="real_rows_40_of_40/ragged_all_to_all"}
+}
+
+ENTRY %main (x: bf16[10]) -> bf16[80] {
+  %y = bf16[80]{0} conditional(%there_is_room, %x, %x), branch_computations={%gather, %exchange}
+}"""
+
+
+def test_of_an_exchange_of_rows_those_count_that_are_sent_where_loads_are_even(mesh):
+    """Not the room for more, nor the branch that a program takes where there is no room."""
+    (one,) = read_collectives(EXCHANGE, mesh)
+    assert (one.kind, one.axis) == ("all-to-all", "data")
+    assert one.bytes_per_step == 2 * 40 * 2 * 3 / 4
+
+
 def test_a_permutation_lies_on_the_axis_of_its_pairs(mesh):
     text = (
         "ENTRY %main (x: f32[2]) -> f32[8] {\n"

@@ -48,9 +48,7 @@ RowsFunction = Callable[..., jax.Array]
 
 # The rows that a device has room for, in those that it sends.
 _ROOM = 1.5
-# Marks, in a program's text, what only happens where loads are so uneven that there is no room.
-OVERFLOW_SCOPE = "experts_without_room"
-# Marks an exchange: how many of the rows of its result are sent where loads are even.
+# Marks an exchange in a program's text: how many rows of its result are sent where loads are even.
 REAL_ROWS = "real_rows_{}_of_{}"
 
 
@@ -192,9 +190,8 @@ def _exchanged_or_gathered(
         return _add_up(_permuted(y_MD, place_M, order_M), choice, x_BTD)
 
     def gather(x_BTD: jax.Array, choice: Choice, parts: tuple[jax.Array, ...]) -> jax.Array:
-        with jax.named_scope(OVERFLOW_SCOPE):
-            by_expert = [PartitionSpec(AXES.data)] * len(parts)
-            return _weighted_sum(function, x_BTD, choice, _gathered(parts, by_expert))
+        by_expert = [PartitionSpec(AXES.data)] * len(parts)
+        return _weighted_sum(function, x_BTD, choice, _gathered(parts, by_expert))
 
     return jax.lax.cond(there_is_room, exchange, gather, x_BTD, choice, parts)
 

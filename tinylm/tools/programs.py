@@ -21,7 +21,7 @@ Three rules turn lines into bytes:
 - By the ring algorithm over n members a device sends (n - 1) / n of the gathered or scattered
   array, twice that for an all-reduce (Chan et al. 2007, "Collective communication"). Of a ragged
   all-to-all, whose result has room for more than comes where loads are even, what comes then
-  counts, and what experts do instead where loads are too uneven doesn't count. The TPU's
+  counts, and what a program does instead where loads are too uneven doesn't count. The TPU's
   compiler writes a reduce-scatter as a fusion called `all-reduce-scatter`, of an all-reduce and a
   slice, which sends what a reduce-scatter sends. What goes from slice to slice is sent to the
   hosts, which add it up: it counts as an all-reduce along the replicas.
@@ -36,7 +36,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from tinylm.core.expert_shards import OVERFLOW_SCOPE, REAL_ROWS
+from tinylm.core.expert_shards import REAL_ROWS
 from tinylm.core.mesh import AXES, axes_spanned, mesh_sizes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -56,7 +56,8 @@ _BETWEEN_SLICES = re.compile(
 )
 # `calls=%fusion.1`, `condition=%cond, body=%body`, `branch_computations={%one, %two}`
 _CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)"
+    r"(?:calls|to_apply|body|condition|branch_computations|called_computations"
+    r"|true_computation|false_computation)"
     r"=\{?((?:%[\w.-]+(?:, )?)+)"
 )
 # `%cond`, the name of a computation or of an operation
@@ -166,7 +167,7 @@ def read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Coll
         sent = 2 * array_bytes * (num_replicas - 1) / num_replicas
         return Collective("all-reduce", AXES.replica, sent * trips)
     found = _COLLECTIVE.search(line)
-    if found is None or OVERFLOW_SCOPE in line:
+    if found is None:
         return None
     group = _first_group(line, mesh.size)
     if len(group) == 1:
@@ -200,15 +201,40 @@ def count_trips(computations: Computations) -> dict[str, int]:
             times = 1
             if " while(" in line:
                 times = loop_trips(line, computations)
-            for called in _CALLED.findall(line):
-                for callee in NAME.findall(called):
-                    calls[name].append(_Call(callee, times))
+            callees = _callees(line)
+            if " conditional(" in line:
+                callees = _branches_taken(callees, computations)
+            for callee in callees:
+                calls[name].append(_Call(callee, times))
     trips: dict[str, int] = collections.Counter()
     trips[ENTRY] = 1
     for name in _callers_first(calls):
         for call in calls[name]:
             trips[call.callee] += trips[name] * call.times
     return trips
+
+
+def _callees(line: str) -> list[str]:
+    """Return the names of the computations that a line runs, or may run."""
+    return [callee for called in _CALLED.findall(line) for callee in NAME.findall(called)]
+
+
+def _branches_taken(callees: list[str], computations: Computations) -> list[str]:
+    """Leave out, of the branches of a condition, those that take the place of an exchange of rows,
+    where there is one: they run where loads are very uneven.
+    """
+    exchanging = [callee for callee in callees if _exchanges_rows(callee, computations)]
+    return exchanging or callees
+
+
+def _exchanges_rows(name: str, computations: Computations) -> bool:
+    """Say whether a computation, or one that it runs, has a ragged all-to-all."""
+    for line in computations.get(name, []):
+        if " ragged-all-to-all" in line:
+            return True
+        if any(_exchanges_rows(callee, computations) for callee in _callees(line)):
+            return True
+    return False
 
 
 def _callers_first(calls: dict[str, list[_Call]]) -> list[str]:
