@@ -214,6 +214,11 @@ def _open_text(run: Run, request: ScoreRequest) -> tuple[Validation, str]:
             f"--data=seq_len={config.seq_len} must be at most the context "
             f"({run.model_config.context})."
         )
+    if config.seq_len % run.model_config.loss_chunks:
+        raise UserError(
+            f"--data=seq_len={config.seq_len} must be divisible by the run's model.loss_chunks "
+            f"({run.model_config.loss_chunks})."
+        )
     if request.source:
         data = open_validation(config, request.source, run.tokenizer, is_writer=is_main())
         return data, request.source
