@@ -51,6 +51,7 @@ UNKNOWN = {
     "context": "the rows that are trained on have data.seq_len tokens",
     "compute_dtype": "CPUs compute bfloat16 in float32, so their programs can't be compared",
     "attention": "what a kernel saves differs by platform; formulas count XLA's",
+    "context_attention": "a choice for meshes that split rows, which test_context_plan compiles",
     "attention_window": "blocks of windows save less on long rows, by platform",
     "local_heads": "as attention_window",
     "expert_parallel": "tests/test_plan.py compares what it sends with the formula",

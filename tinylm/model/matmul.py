@@ -14,12 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from tinylm.core.mesh import target_platform
+from tinylm.core.ring import parts_of_rows
 
 
 def matmul(x: jax.Array, matrix_EF: jax.Array) -> jax.Array:
     """Return the product of the last axis of `x` [..., E] with a matrix, as [..., F] in x's
     type.
     """
+    if x.ndim > 2 and parts_of_rows(x.shape[-2]) > 1:
+        # Rows and positions that different axes of the mesh split can't become one axis: the
+        # partitioner would gather the positions.
+        return jnp.matmul(x, matrix_EF)
     if x.dtype == jnp.bfloat16 and target_platform() == "cpu":
         return _bfloat16_matmul_on_cpu(x, matrix_EF)
     return _flat_matmul(x, matrix_EF)

@@ -15,9 +15,8 @@ Three rules turn lines into bytes:
 - A collective inside a loop counts once for each trip. A loop whose number of trips isn't known
   when compiling (the steps of one call) counts once, so the figures are those of one step.
 - Compilers cut one collective into pieces that share a channel, some of them in a loop that the
-  rest overlaps with. So each channel counts once, as its piece that runs least often. The sums of
-  a shard_map (psum) and its ragged all-to-alls are the exception: all of them share one channel,
-  and each counts.
+  rest overlaps with. So each channel counts once, as its piece that runs least often. What a
+  shard_map sends is the exception: all of it shares one channel, and each counts.
 - By the ring algorithm over n members a device sends (n - 1) / n of the gathered or scattered
   array, twice that for an all-reduce (Chan et al. 2007, "Collective communication"). Of a ragged
   all-to-all, whose result has room for more than comes where loads are even, what comes then
@@ -86,6 +85,9 @@ _LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
 _STRIDED_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 # `replica_groups=mesh['a'=4,'b'=2] {'a'}`: the devices that differ along axis a
 _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+
+# `metadata={op_name="jit(step)/shard_map/psum"}`, by which the operations of a shard_map are known
+_BY_HAND = ("/psum", "/ppermute", "/ragged_all_to_all")
 
 # Types whose name doesn't end in their width in bits, or not in the width that they take.
 _ITEM_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
@@ -185,8 +187,8 @@ def read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Coll
 
 def channel_of(line: str) -> tuple[str, str] | None:
     """Return what pieces of one collective have in common; None where the line stands alone."""
-    # `metadata={op_name="jit(step)/shard_map/psum"}` marks what a shard_map sends.
-    if "/psum" in line or "/ragged_all_to_all" in line or _BETWEEN_SLICES.search(line):
+    is_by_hand = any(name in line for name in _BY_HAND)
+    if is_by_hand or _BETWEEN_SLICES.search(line):
         return None
     found = _CHANNEL.search(line)
     return ("channel", found.group(1)) if found else None

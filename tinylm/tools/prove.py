@@ -70,7 +70,7 @@ def prove_mesh(config: Config) -> Proof:
         ("mesh", "loss", "loss apart", "gradient norm apart", "parameters apart")
     ]
     holds = True
-    for mesh in _meshes(jax.device_count(), config.micro_batch_rows):
+    for mesh in _meshes(jax.device_count(), config.micro_batch_rows, config.data.seq_len):
         loss, norm, params = _one_step(config, mesh, batch)
         loss_apart = abs(loss / one_loss - 1)
         norm_apart = abs(norm / one_norm - 1)
@@ -79,7 +79,7 @@ def prove_mesh(config: Config) -> Proof:
             params_apart = max(params_apart, float(np.max(np.abs(ours - theirs))))
         # Written so that a difference that is NaN is not within the limit.
         holds = holds and loss_apart <= loss_limit and norm_apart <= norm_limit
-        name = f"data {mesh.data} x model {mesh.model}"
+        name = f"data {mesh.data} x context {mesh.context} x model {mesh.model}"
         if mesh.fsdp:
             name += ", fsdp"
         apart = (loss_apart, norm_apart, params_apart)
@@ -91,16 +91,28 @@ def prove_mesh(config: Config) -> Proof:
     return Proof(claim, holds, rows)
 
 
-def _meshes(num_devices: int, num_rows: int) -> list[MeshConfig]:
-    """Return the shapes of all devices whose data axis divides the rows, plain and with fsdp."""
-    found = []
-    for model in range(1, num_devices + 1):
-        data = num_devices // model
-        if num_devices % model or num_rows % data:
+def _meshes(num_devices: int, num_rows: int, row_length: int) -> list[MeshConfig]:
+    """Return shapes of all devices that divide rows and their positions, plain and with fsdp.
+
+    They are those of data and model, of data and context, and one of all three.
+    """
+    shapes = []
+    for size in range(1, num_devices + 1):
+        data = num_devices // size
+        if num_devices % size:
             continue
-        found.append(MeshConfig(data=data, model=model))
-        if data > 1:
-            found.append(MeshConfig(data=data, model=model, fsdp=True))
+        shapes.append(MeshConfig(data=data, model=size))
+        if size > 1:
+            shapes.append(MeshConfig(data=data, context=size))
+    if num_devices % 8 == 0:
+        shapes.append(MeshConfig(data=num_devices // 4, context=2, model=2))
+    found = []
+    for mesh in shapes:
+        if num_rows % mesh.data or row_length % mesh.context:
+            continue
+        found.append(mesh)
+        if mesh.data > 1:
+            found.append(dataclasses.replace(mesh, fsdp=True))
     return found
 
 
