@@ -44,6 +44,11 @@ def balanced_order(length: int, reach: int = 0) -> np.ndarray | None:
     num_parts = parts_of_rows(length)
     if num_parts == 1 or length % (2 * num_parts) or length // (2 * num_parts) < reach:
         return None
+    return order_of_parts(length, num_parts)
+
+
+def order_of_parts(length: int, num_parts: int) -> np.ndarray:
+    """Return the position of each column of rows in so many parts, in the balanced order."""
     stretches = np.arange(length, dtype=np.int32).reshape(2 * num_parts, -1)
     columns = []
     for early in range(num_parts):
@@ -72,6 +77,16 @@ def pass_on(tree: Tree) -> Tree:
 def gather_ring(x: jax.Array, axis: int) -> jax.Array:
     """Return the parts of all devices of the ring, one after the other along `axis`."""
     return jax.lax.all_gather(x, AXES.context, axis=axis, tiled=True)
+
+
+def gather_row(x: jax.Array, axis: int) -> jax.Array:
+    """Return whole rows in their own order, from parts in the balanced order along `axis`."""
+    early, late = jnp.split(x, 2, axis)
+    first_half = gather_ring(early, axis)
+    late_by_device = jax.lax.all_gather(late, AXES.context, axis=axis)
+    # The last device has the first of the late stretches.
+    second_half = jnp.flip(late_by_device, axis).reshape(first_half.shape)
+    return jnp.concatenate([first_half, second_half], axis)
 
 
 def ends_before(x: jax.Array, axis: int, count: int) -> jax.Array:

@@ -58,14 +58,21 @@ def attend(
     if options.dropout.active and kernel in ("cudnn", "splash"):
         say_once("attention dropout takes the plain attention kernel: fused ones have none.")
 
-    if parts_of_rows(q_BNTH.shape[2]) > 1:
-        form = "ring" if context_form == "auto" else context_form
-        return context_attention(q_BNTH, k_BKSH, v_BKSH, visibility, options, form=form)
-
     # What only the plain kernel can do: dropout, two kinds of heads, a cache.
     has_two_kinds_of_heads = visibility.window > 0 and visibility.local_heads > 0
     has_cache = visibility.query_positions_BT is not None
     needs_plain = options.dropout.active or has_two_kinds_of_heads or has_cache
+    if parts_of_rows(q_BNTH.shape[2]) > 1:
+        can_splash = platform == "tpu" and kernel != "xla" and not needs_plain
+        return context_attention(
+            q_BNTH,
+            k_BKSH,
+            v_BKSH,
+            visibility,
+            options,
+            wanted=context_form,
+            can_splash=can_splash,
+        )
     if kernel == "xla" or needs_plain:
         return plain_attention(q_BNTH, k_BKSH, v_BKSH, visibility, options)
 

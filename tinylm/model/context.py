@@ -13,7 +13,10 @@ Three forms, which give the same numbers:
   more, with the gradients of each, which come home at the end. Letting JAX differentiate the loop
   would keep a block for each step, with `jax.checkpoint` on the steps too: that is the whole row.
 - `gather`: each device gathers the keys and values of the row. It sends as much, in one piece, and
-  makes 1.5 times the products, because early queries meet half of the row and late ones all of it.
+  makes 1.5 times the products, because early queries meet half of the row and late ones all of it;
+  but on TPUs splash takes it (`splash_rows`), which makes no more products than the ring, and
+  leaves the logits on the chip. XLA writes them to memory and reads them again, which takes some
+  ten times as long as making them.
 - `neighbours`, in place of both: where the window of all heads ends within the stretch before, that
   part of it alone is sent.
 
@@ -53,11 +56,42 @@ from tinylm.model.blockwise import (
     make_answers,
     merge,
 )
+from tinylm.model.config import ModelConfig
 from tinylm.model.kernels import AttentionOptions, heads_axes, with_own_kv_heads
+from tinylm.model.splash_rows import SPLASH_BLOCK, splash_over_gathered
 from tinylm.model.visibility import Visibility
 
 # A window that reaches beyond every row.
 _NO_WINDOW = np.iinfo(np.int32).max
+
+
+def choose_form(wanted: str, *, stretch: int, near_window: int, takes_splash: bool) -> str:
+    """Return how a layer attends over rows that the mesh splits: ring, gather or neighbours.
+
+    Args:
+      wanted: model.context_attention; auto takes the one with the least time, as said above.
+      stretch: positions of a stretch, of which a device has two.
+      near_window: the window of the layer, where all heads have it (0: none).
+      takes_splash: whether gathered keys and values would go through splash.
+    """
+    if near_window and near_window - 1 <= stretch:
+        return "neighbours"
+    if wanted != "auto":
+        return wanted
+    return "gather" if takes_splash else "ring"
+
+
+def planned_form(model: ModelConfig, window: int, stretch: float, platform: str) -> str:
+    """Return the form that a layer of a model takes in training, on a platform."""
+    two_kinds_of_heads = window > 0 and model.local_heads > 0
+    can_splash = platform == "tpu" and model.attention != "xla"
+    needs_plain = model.dropout > 0 or two_kinds_of_heads
+    return choose_form(
+        model.context_attention,
+        stretch=int(stretch),
+        near_window=0 if two_kinds_of_heads else window,
+        takes_splash=can_splash and not needs_plain and stretch % SPLASH_BLOCK == 0,
+    )
 
 
 def context_attention(
@@ -67,7 +101,8 @@ def context_attention(
     visibility: Visibility,
     options: AttentionOptions,
     *,
-    form: str,
+    wanted: str,
+    can_splash: bool,
 ) -> jax.Array:
     """Attend where the mesh splits positions; otherwise as `attention.attend`.
 
@@ -75,16 +110,24 @@ def context_attention(
       q_BNTH, k_BKSH, v_BKSH: queries, keys and values of the same positions.
       visibility: which keys a query sees.
       options: scale, soft cap and dropout of the weights.
-      form: "ring" or "gather". Rows that are not in the balanced order are gathered.
+      wanted: model.context_attention. Rows that are not in the balanced order are gathered.
+      can_splash: whether splash may be taken, and knows all that is asked for.
     """
     num_heads, length = q_BNTH.shape[1:3]
     stretch = length // (2 * parts_of_rows(length))
     window = visibility.window
     order_T = visibility.order_T
+    takes_splash = can_splash and stretch % SPLASH_BLOCK == 0 and order_T is not None
+    form = choose_form(
+        wanted,
+        stretch=stretch,
+        near_window=0 if visibility.local_heads else window,
+        takes_splash=takes_splash,
+    )
     if order_T is None:
         form = "gather"
-    elif window and not visibility.local_heads and window - 1 <= stretch:
-        form = "neighbours"
+    if form == "gather" and takes_splash:
+        return splash_over_gathered(q_BNTH, k_BKSH, v_BKSH, visibility, options)
 
     # What masks need to know of queries and keys, by the names in `Queries`.
     masks_need: dict[str, tuple[jax.Array, tuple]] = {}

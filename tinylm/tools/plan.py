@@ -165,7 +165,13 @@ def by_formula(config: Config, abstract: TrainState, mesh: Mesh) -> Formulas:
     leaves = jax.tree.leaves(abstract.params)
     parameter_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     train = config.train
-    work = Work(parameter_bytes, tokens, train.accumulation_steps, train.sync_every_steps)
+    work = Work(
+        parameter_bytes,
+        tokens,
+        row_length=config.data.seq_len,
+        micro_batches=train.accumulation_steps,
+        steps_per_sync=train.sync_every_steps,
+    )
     collectives = least_collectives(config.model, config.mesh, mesh, work)
     return Formulas(tokens, flops, collectives)
 

@@ -150,7 +150,9 @@ def _rows_by_formula(
         trial = config.editable_copy()
         trial.mesh = mesh_config
         trial.model.remat = remat
-        bytes_per_row = activation_bytes(trial.model, mesh_config.model, config.data.seq_len)
+        bytes_per_row = activation_bytes(
+            trial.model, mesh_config.model, config.data.seq_len, mesh_config.context
+        )
         rows_per_device = int(free_bytes // bytes_per_row)
         if rows_per_device < 1:
             continue
@@ -177,13 +179,16 @@ def _rows_by_formula(
     return rows
 
 
-def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> float:
+def activation_bytes(
+    model: ModelConfig, tensor_ways: int, seq_len: int, context_ways: int = 1
+) -> float:
     """Return the bytes of activations that a device keeps for one row of tokens.
 
     Args:
       model: a resolved model.
       tensor_ways: devices that split heads, mlp and positions.
       seq_len: tokens of the row.
+      context_ways: devices that split the row.
     """
     item_bytes = 2 if model.compute_dtype == "bfloat16" else 4
     embed = model.embed_dim
@@ -196,6 +201,12 @@ def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> floa
     between_numbers = 4 * embed + hidden + qkv
     # A row of attention: its softmax in float32, and in the type of the model.
     attention_bytes = model.num_heads * seq_len * (4 + item_bytes)
+    if context_ways > 1:
+        # Rows in parts keep no softmax, but its sums over the keys so far, in float32: those of the
+        # queries, and what a block of keys adds to them. Or they have the row's keys and values.
+        sums_bytes = 2 * 4 * model.num_heads * model.head_dim
+        row_bytes = 2 * item_bytes * model.num_kv_heads * model.head_dim * context_ways
+        attention_bytes = max(sums_bytes, row_bytes)
     layer_bytes = item_bytes * (product_numbers + between_numbers) + attention_bytes
     if model.conv_taps:
         # Inputs and outputs of the two convolutions. They have all positions and features on each
@@ -218,7 +229,7 @@ def activation_bytes(model: ModelConfig, tensor_ways: int, seq_len: int) -> floa
     # The logits in float32, and their gradient, of one piece of the row at a time.
     vocab_bytes = 2 * 4 * model.padded_vocab / model.loss_chunks
     per_token = model.num_layers * kept_bytes + recomputed_bytes + vocab_bytes
-    return seq_len * per_token / tensor_ways
+    return seq_len * per_token / (tensor_ways * context_ways)
 
 
 def _mean_hidden_features(model: ModelConfig) -> float:

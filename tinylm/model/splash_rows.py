@@ -1,0 +1,130 @@
+"""Splash attention where the mesh splits rows: a device's queries over the whole row's keys.
+
+The keys and values of a row are gathered; splash (JAX's Pallas kernel for TPUs) then skips the
+blocks of them that a device's queries don't see, so that in the balanced order of `core.ring` all
+devices have the same work, forward and backward. Going round a ring it can't be used: its backward
+pass knows only a softmax over all keys that it is given.
+
+Which blocks each device skips is worked out once, when compiling, and split over the devices.
+
+Axes: B batch, T query positions, S key positions, N query heads, K kv heads, H head size.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from tinylm.core.collectives import on_shards
+from tinylm.core.ring import gather_row, order_of_parts, parts_of_rows
+from tinylm.model.kernels import AttentionOptions, heads_axes, with_own_kv_heads
+from tinylm.model.visibility import Visibility
+
+# Tokens; a stretch must be a multiple of them.
+SPLASH_BLOCK = 128
+_MOST_BLOCK = 512
+
+
+def splash_over_gathered(
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    visibility: Visibility,
+    options: AttentionOptions,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attend where the mesh splits rows and columns lie in the balanced order; no dropout.
+
+    `interpret` runs the kernel on any platform, slowly.
+    """
+    length = q_BNTH.shape[2]
+    kernel = _make_kernel(length, parts_of_rows(length), visibility.window, options, interpret)
+    # The kernel is a tree of arrays: what each block of queries looks at.
+    leaves, tree = jax.tree.flatten(kernel)
+    has_segments = visibility.segments_BT is not None
+
+    def on_device(q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, *rest: jax.Array) -> Any:
+        from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+        kernel_here = jax.tree.unflatten(tree, rest[: len(leaves)])
+        arguments: list[Any] = [q_BNTH, gather_row(k_BKTH, 2), gather_row(v_BKTH, 2)]
+        if has_segments:
+            segments_BT = rest[-1]
+            segments_BS = gather_row(segments_BT, 1)
+            arguments.append(splash.SegmentIds(segments_BT, segments_BS))
+        return jax.vmap(kernel_here)(*arguments).astype(q_BNTH.dtype)
+
+    # The kernel has no scale argument.
+    scaled_BNTH = (q_BNTH * options.scale).astype(q_BNTH.dtype)
+    k_BKSH, v_BKSH, kv_heads = with_own_kv_heads(q_BNTH, k_BKSH, v_BKSH)
+    parts: list[tuple[jax.Array, tuple]] = [
+        (scaled_BNTH, heads_axes("heads")),
+        (k_BKSH, heads_axes(kv_heads)),
+        (v_BKSH, heads_axes(kv_heads)),
+    ]
+    for leaf in leaves:
+        # The positions of all queries, or one number for each block: [1, queries, keys].
+        parts.append((leaf, ("positions",) if leaf.ndim == 1 else (None, "positions", None)))
+    if visibility.segments_BT is not None:
+        segments_BT = visibility.segments_BT.astype(np.int32)
+        parts.append((segments_BT, ("batch", "positions")))
+    return on_shards(on_device, *parts)
+
+
+def _make_kernel(
+    length: int, num_parts: int, window: int, options: AttentionOptions, interpret: bool
+) -> Any:
+    """Return splash for the columns of all devices of a row."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    stretch = length // (2 * num_parts)
+    block = math.gcd(stretch, _MOST_BLOCK)
+    block_sizes = splash.BlockSizes(
+        *(block, block, block),  # forward: queries, keys and values, keys computed at once
+        *(block, block, block),  # gradients of keys and values
+        *(block, block),  # gradients of queries
+    )
+    return splash.make_splash_mha(
+        # One mask for all heads.
+        splash.MultiHeadMask([_row_mask(length, num_parts, window)]),
+        head_shards=1,
+        q_seq_shards=num_parts,
+        block_sizes=block_sizes,
+        attn_logits_soft_cap=options.softcap or None,
+        interpret=interpret,
+    )
+
+
+@functools.cache
+def _row_mask(length: int, num_parts: int, window: int) -> Any:
+    """Return splash's mask of all queries of a row, in the balanced order, over its positions."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    class RowMask(splash.LocalMask):
+        """A local mask that says without comparing that a block of keys is out of reach.
+
+        Splash looks at every block when it compiles: T^2 numbers.
+        """
+
+        def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+            """Return the mask of a block; its queries lie in one stretch, so they are in order."""
+            queries, keys = index
+            positions = self.q_sequence[queries]
+            shape = (len(positions), keys.stop - keys.start)
+            is_later = keys.start > positions[-1]
+            is_out_of_reach = keys.stop <= positions[0] - reach
+            if is_later or is_out_of_reach:
+                return np.broadcast_to(False, shape)
+            is_earlier = keys.stop - 1 <= positions[0]
+            is_within_reach = keys.start >= positions[-1] - reach
+            if is_earlier and is_within_reach:
+                return np.broadcast_to(True, shape)
+            return super().__getitem__(index)
+
+    reach = window - 1 if window else length
+    mask = RowMask((length, length), (reach, 0), 0)
+    mask.q_sequence = order_of_parts(length, num_parts)
+    return mask
