@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -227,7 +228,7 @@ class Proxy:
         upstream: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         address, _ = writer.get_extra_info("peername")
         try:
-            while request := await self._message(reader):
+            while request := await self._message(reader, asker=writer):
                 self.requests += 1
                 self.requests_from[address] += 1
                 self.received_bytes += len(request)
@@ -268,8 +269,20 @@ class Proxy:
                 portion = len(answer)
             await asyncio.sleep(0.1 if self.bytes_per_sec else 0)
 
-    async def _message(self, reader: asyncio.StreamReader, is_head: bool = False) -> bytes:
-        """Return one HTTP message whole, b"" at the end of the connection."""
+    async def _message(
+        self,
+        reader: asyncio.StreamReader,
+        is_head: bool = False,
+        asker: asyncio.StreamWriter | None = None,
+    ) -> bytes:
+        """Return one HTTP message whole, b"" at the end of the connection.
+
+        Args:
+          reader: of the connection.
+          is_head: whether it answers a request for a head alone.
+          asker: of the same connection, where the message is a request. It may wait for a word
+            before it sends the rest, as those of S3's clients do.
+        """
         try:
             head = await reader.readuntil(b"\r\n\r\n")
         except asyncio.IncompleteReadError:
@@ -278,6 +291,10 @@ class Proxy:
         for line in head.split(b"\r\n")[1:]:
             name, _, value = line.partition(b":")
             fields[name.strip().lower()] = value.strip().lower()
+        if asker is not None and fields.get(b"expect") == b"100-continue":
+            asker.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            await asker.drain()
+            head = re.sub(rb"\r\nexpect:[^\r]*", b"", head, flags=re.IGNORECASE)
         first = head.split(b"\r\n", 1)[0]
         has_no_body = is_head or b" 204 " in first or b" 304 " in first
         if b"content-length" in fields and not has_no_body:
@@ -291,6 +308,33 @@ class Proxy:
                 if size_line.strip() == b"0":
                     return head + body
         return head
+
+
+class _Neighbours:
+    """Room in the kernel's table of neighbours for hosts that all know each other.
+
+    Real hosts have a table each. Name spaces share that of their machine, with 1,024 places: with
+    more than 32 hosts it overflows, and connections wait for places.
+    """
+
+    def __init__(self, num_hosts: int):
+        # Above the first nothing is forgotten soon, above the last nothing is learned.
+        self._before: dict[pathlib.Path, str] = {}
+        for version in 4, 6:
+            folder = pathlib.Path(f"/proc/sys/net/ipv{version}/neigh/default")
+            for number in 1, 2, 3:
+                path = folder / f"gc_thresh{number}"
+                needed = number * (num_hosts + 1) ** 2
+                with contextlib.suppress(OSError):
+                    before = path.read_text(encoding="utf-8")
+                    if int(before) < needed:
+                        path.write_text(f"{needed}\n", encoding="utf-8")
+                        self._before[path] = before
+
+    def restore(self) -> None:
+        """Put the limits back as they were."""
+        for path, before in self._before.items():
+            path.write_text(before, encoding="utf-8")
 
 
 class Pod:
@@ -332,6 +376,7 @@ class Pod:
             "NO_GCE_CHECK": "true",
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
+        self._neighbours = _Neighbours(num_hosts)
         self.hosts = [Host(self, host) for host in range(num_hosts)]
         self._jobs = 0
 
@@ -365,6 +410,7 @@ class Pod:
         self.proxy.close()
         self._server.kill()
         self._server.wait()
+        self._neighbours.restore()
         subprocess.run(["ip", "link", "del", self.bridge], capture_output=True)
 
 
