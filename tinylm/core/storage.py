@@ -21,8 +21,16 @@ T = TypeVar("T")
 SLOW_SECS = 5.0
 # After this long without an answer a request counts as failed. Large ones may need minutes.
 REQUEST_SECS = 120
-# Without this, gcsfs waits for ever. fsspec reads it when it is first imported.
+# Without this, gcsfs waits for ever.
 os.environ.setdefault("FSSPEC_GCS_REQUESTS_TIMEOUT", str(REQUEST_SECS))
+# By default listings are kept for ever, though other processes, and tensorstore in this one, write
+# to the same folders: a notebook would never see a checkpoint that came later.
+for _service in "FSSPEC_GS", "FSSPEC_S3":
+    os.environ.setdefault(_service, '{"use_listings_cache": false}')
+# fsspec reads the variables when it is imported, which a notebook may have done before.
+if "fsspec.config" in sys.modules:
+    _fsspec = sys.modules["fsspec.config"]
+    _fsspec.set_conf_env(_fsspec.conf)
 
 # gs://bucket/x, and gs:/bucket/x, which has lost a slash.
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from tinylm.core import buckets
 from tinylm.core.files import sync
 from tinylm.core.storage import in_bucket
 
@@ -123,7 +124,11 @@ def _sync(path: epath.Path) -> None:
 def _files(folder: epath.Path) -> dict[str, epath.Path]:
     """Return every file below a folder except the list itself, by its path from there, sorted."""
     files = {}
-    for path in _walk(folder):
+    found = _walk(folder)
+    if in_bucket(folder):
+        # A bucket lists all in one go.
+        found = (epath.Path(url) for url in buckets.find_objects(os.fspath(folder)))
+    for path in found:
         files[path.relative_to(folder).as_posix()] = path
     files.pop(NAME, None)
     return dict(sorted(files.items()))
