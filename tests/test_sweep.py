@@ -174,8 +174,8 @@ def test_mistakes_come_before_the_first_run(tmp_path, trained, grid, said):
         sweep(["--config=tales"], GRID, f"{tmp_path}/a*", jobs=1)
     with pytest.raises(UserError, match="--workdir=gs:/bucket/sweep must be gs://bucket/sweep"):
         sweep(["--config=tales"], GRID, "gs:/bucket/sweep", jobs=1)
-    with pytest.raises(UserError, match=r"since Orbax knows gs:// alone; set checkpoint\.dir"):
-        sweep(["--config=tales"], GRID, "s3://bucket/sweep", jobs=1)
+    with pytest.raises(UserError, match=r"knows gs:// and s3:// alone; set checkpoint\.dir"):
+        sweep(["--config=tales"], GRID, "az://bucket/sweep", jobs=1)
     assert trained[0] == []
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pod
 import pytest
 from helpers import ROOT, SMALL, finished, lines, run_command, state_digest
-from pod import BUCKET, ends, make_pod, output
+from pod import BUCKET, Proxy, ends, make_pod, output, serve_s3
 
 pytestmark = [
     pytest.mark.slow,
@@ -103,6 +103,53 @@ def test_a_host_that_is_killed_and_comes_back_empty_changes_nothing(
     assert "resuming from step" in done[0][1]
     assert lines(folder) == lines(undisturbed)
     assert state_digest(folder, 20) == state_digest(undisturbed, 20)
+
+
+@pytest.fixture
+def s3(two_hosts):
+    """The files of an empty bucket in S3, and the variables by which the two hosts reach it."""
+    s3fs = pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    server, port = serve_s3()
+    proxy = Proxy(f"{two_hosts.network}.1", 4444, port)
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    files = s3fs.S3FileSystem(
+        endpoint_url=f"http://127.0.0.1:{port}",
+        key="key",
+        secret="secret",
+        use_listings_cache=False,
+    )
+    files.mkdir(BUCKET)
+    yield files, {"AWS_ENDPOINT_URL": proxy.url, **keys}
+    proxy.close()
+    server.kill()
+    server.wait()
+
+
+def test_hosts_share_a_run_in_s3_as_one_in_gs(two_hosts, s3, tmp_path):
+    """In S3 one of them is killed, too, and comes back empty."""
+    files, variables = s3
+    in_gs = ends(two_hosts.train(*RUN, f"--workdir=gs://{BUCKET}/same"))
+    assert [code for code, _ in in_gs] == [0, 0], in_gs
+
+    command = [*RUN, f"--workdir=s3://{BUCKET}/run"]
+    processes = two_hosts.train(*command, **variables)
+
+    def has_saved() -> bool:
+        names = files.find(f"{BUCKET}/run/checkpoints")
+        names = [name.removeprefix(f"{BUCKET}/run/checkpoints/") for name in names]
+        return "5/checksums" in names and "5.unfinished" not in names
+
+    _until(has_saved, processes)
+    os.killpg(processes[1].pid, signal.SIGKILL)
+    ends(processes, 100)
+    two_hosts.hosts[1].crash()
+    two_hosts.hosts[1].boot()
+    in_s3 = ends(two_hosts.train(*command, **variables))
+    assert [code for code, _ in in_s3] == [0, 0], in_s3
+    assert "resuming from step" in in_s3[0][1]
+    files.get_file(f"{BUCKET}/run/metrics.jsonl", f"{tmp_path}/metrics.jsonl")
+    assert lines(tmp_path) == lines(two_hosts.store / BUCKET / "same")
 
 
 def _until(is_so, processes: list[subprocess.Popen], secs: float = 200) -> None:

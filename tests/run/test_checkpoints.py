@@ -1,6 +1,7 @@
 """Checkpoints under damage: every file, any bit, a kill at any point of a save, a full disk."""
 
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -13,8 +14,8 @@ import pytest
 from helpers import small_state
 
 from tinylm.core import log
-from tinylm.core.errors import StorageError
-from tinylm.run import checksums
+from tinylm.core.errors import StorageError, UserError
+from tinylm.run import checksums, orbax_s3
 from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
 from tinylm.run.folder import RunFolder
 
@@ -337,3 +338,38 @@ def test_checksums_hold_facts_and_every_file(folder):
 
 
 log.start()
+
+
+@pytest.fixture
+def naming(monkeypatch):
+    """The module of Orbax that says for TensorStore where arrays are, as if it were new."""
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    module = importlib.import_module("orbax.checkpoint._src.serialization.tensorstore_utils")
+    monkeypatch.setattr(module, "build_kvstore_tspec", module.build_kvstore_tspec)
+    orbax_s3.enable.cache_clear()
+    yield module
+    orbax_s3.enable.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_orbax_learns_of_s3_and_names_all_other_places_as_before(naming):
+    others = ["gs://bucket/run/5", "/runs/a/5"]
+    before = [naming.build_kvstore_tspec(place, name="w") for place in others]
+    orbax_s3.enable()
+    assert [naming.build_kvstore_tspec(place, name="w") for place in others] == before
+    spec = naming.build_kvstore_tspec("s3://bucket/run/5", name="w")
+    assert spec["base"].items() >= {"driver": "s3", "bucket": "bucket", "path": "run/5"}.items()
+    assert spec["path"] == "w" and "gcs" not in json.dumps(spec)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [None, lambda *_: {"driver": "ocdbt"}, lambda *_: {"base": {"driver": "gcs", "url": "b/f"}}],
+)
+def test_a_version_of_orbax_that_names_places_otherwise_is_one_line(naming, build, monkeypatch):
+    monkeypatch.setattr(naming, "build_kvstore_tspec", build)
+    with pytest.raises(UserError, match=r"can't be written to s3:// by orbax-checkpoint .*install"):
+        orbax_s3.enable()
+    assert naming.build_kvstore_tspec is build

@@ -293,19 +293,20 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ("workdir", "directory", "setting"),
     [
-        ("s3://bucket/run", "", "--workdir=s3://bucket/run"),
-        ("gs://bucket/run", "s3://bucket/checkpoints", "checkpoint.dir=s3://bucket/checkpoints"),
+        ("az://bucket/run", "", "--workdir=az://bucket/run"),
+        ("gs://bucket/run", "az://bucket/checkpoints", "checkpoint.dir=az://bucket/checkpoints"),
     ],
 )
 def test_a_bucket_that_orbax_lacks_is_refused_before_anything_is_trained(
     workdir, directory, setting
 ):
-    with pytest.raises(UserError, match=f"^{setting}: .* set checkpoint.dir to a gs:// bucket"):
+    with pytest.raises(UserError, match=f"^{setting}: .* set checkpoint.dir to such a bucket"):
         RunFolder(workdir).check_checkpoint_dir(directory)
 
 
 @pytest.mark.parametrize(
-    ("workdir", "directory"), [("s3://b/run", "/shared"), ("gs://b/run", ""), ("runs/a", "gs://b")]
+    ("workdir", "directory"),
+    [("az://b/run", "/shared"), ("s3://b/run", ""), ("gs://b/run", ""), ("runs/a", "gs://b")],
 )
 def test_other_places_of_checkpoints_are_taken(workdir, directory):
     RunFolder(workdir).check_checkpoint_dir(directory)

@@ -18,6 +18,7 @@ import pathlib
 import re
 import threading
 import time
+import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -31,6 +32,7 @@ _FIRST_PAUSE_SECS = 1.0
 _LONGEST_PAUSE_SECS = 15.0
 _CHUNK_BYTES = 1 << 22
 _SCHEMES = {"gs": "gcs", "gcs": "gcs", "s3": "s3"}
+_AMAZON = re.compile(r"(^|\.)amazonaws\.com(\.cn)?$")
 
 
 class Traffic(NamedTuple):
@@ -346,6 +348,33 @@ def exists_there(url: str) -> bool:
     return bool(files.exists(url))
 
 
+def store_spec(url: str) -> dict[str, Any]:
+    """Return what tensorstore calls the spec of a place in a bucket.
+
+    Args:
+      url: of an object, or of a folder with a "/" at its end.
+
+    Raises:
+      ValueError: tensorstore doesn't know the kind of bucket.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme not in _SCHEMES:
+        raise ValueError(f"{scheme}:// can't be read in stretches; use gs:// or s3://")
+    bucket, _, path = rest.partition("/")
+    spec: dict[str, Any] = {"driver": _SCHEMES[scheme], "bucket": bucket, "path": path}
+    if scheme == "s3":
+        # s3fs may have found another service than Amazon's, in the environment or in a file.
+        service = file_system(url).s3.meta
+        host = urllib.parse.urlsplit(service.endpoint_url).hostname or ""
+        if not _AMAZON.search(host):
+            spec["endpoint"] = service.endpoint_url
+            spec["aws_region"] = service.region_name
+        # Where it looks for them in files too, it complains of those that aren't there.
+        if "AWS_ACCESS_KEY_ID" in os.environ:
+            spec["aws_credentials"] = {"type": "environment"}
+    return spec
+
+
 class RangeReader:
     """Reads stretches of the objects below a folder of a bucket; many threads may use it."""
 
@@ -361,18 +390,9 @@ class RangeReader:
         import tensorstore
 
         self.url = url
-        scheme, _, rest = url.partition("://")
-        if scheme not in _SCHEMES:
-            raise ValueError(f"{scheme}:// can't be read in stretches; use gs:// or s3://")
-        bucket, _, path = rest.partition("/")
-        driver = _SCHEMES[scheme]
-        spec: dict[str, Any] = {"driver": driver, "bucket": bucket, "path": f"{path}/"}
+        spec = store_spec(f"{url}/")
         # Failures are ours to wait out, where they can be told to the user.
-        spec["context"] = {f"{driver}_request_retries": {"max_retries": 1}}
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-        if driver == "s3" and endpoint:
-            spec["endpoint"] = endpoint
-            spec["aws_region"] = os.environ.get("AWS_REGION", "us-east-1")
+        spec["context"] = {f"{spec['driver']}_request_retries": {"max_retries": 1}}
         self._objects = tensorstore.KvStore.open(spec).result()
 
     def read_many(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 from etils import epath
 
+from tinylm.core.storage import in_bucket
+
 P = TypeVar("P", pathlib.Path, epath.Path)
 
 
@@ -27,6 +29,15 @@ def replace_text(path: P, text: str, suffix: str = ".tmp") -> None:
     temporary = path.with_name(path.name + suffix)
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def make_folder(path: pathlib.Path | epath.Path) -> None:
+    """Make a folder, and those above it, where they aren't there.
+
+    A bucket has no folders; s3fs would make the bucket itself, where its name is misspelt.
+    """
+    if not in_bucket(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def sync(path: os.PathLike | str, required: bool = True) -> None:

@@ -1,9 +1,9 @@
 """Checkpoints: sharded, asynchronous, complete or absent, and verified before they are restored.
 
-The one module that knows Orbax. A step is kept as two items: `params`, which tools read alone, and
-`train` (optimizer state, step, guards), with checksums of all files. The latest `checkpoint.keep`
-steps and the best by validation loss are kept. A step that fails its checksums is named and passed
-over for the one before.
+The one module that knows Orbax, apart from what Orbax lacks in s3:// (`orbax_s3`). A step is kept
+as two items: `params`, which tools read alone, and `train` (optimizer state, step, guards), with
+checksums of all files. The latest `checkpoint.keep` steps and the best by validation loss are kept.
+A step that fails its checksums is named and passed over for the one before.
 
 While a step is written or removed, there is a mark `STEP.unfinished` next to it:
 
@@ -34,6 +34,7 @@ from tinylm.core import buckets
 from tinylm.core.agreement import from_main
 from tinylm.core.distributed import is_main, speaker
 from tinylm.core.errors import StorageError, UserError
+from tinylm.core.files import make_folder
 from tinylm.core.log import alive, say
 from tinylm.core.settings import Section, setting
 from tinylm.core.storage import (
@@ -44,7 +45,7 @@ from tinylm.core.storage import (
     in_bucket,
     in_words,
 )
-from tinylm.run import checksums
+from tinylm.run import checksums, orbax_s3
 
 ITEMS = ("params", "train")
 # After this long a save is given up: where one process can't write its part, others wait for it.
@@ -145,8 +146,16 @@ class Checkpoints:
         waiting = ocp.options.AsyncOptions(
             timeout_secs=_COMMIT_SECS, create_directories_asynchronously=jax.process_count() > 1
         )
+        # Of the buckets, Orbax itself knows gs:// alone.
+        commit = None
+        if os.fspath(folder).startswith("s3://"):
+            orbax_s3.enable()
+            commit = ocp.path.atomicity.CommitFileTemporaryPath
+        options = ocp.CompositeOptions(temporary_path_class=commit)
         self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(**handlers), async_options=waiting
+            ocp.CompositeCheckpointHandler(composite_options=options, **handlers),
+            async_options=waiting,
+            temporary_path_class=commit,
         )
         # The thread that seals a step, and the save that it is at work on.
         self._sealer = ThreadPoolExecutor(1)
@@ -312,7 +321,7 @@ class Checkpoints:
         left of any other.
         """
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             if step in self.steps():
                 self._set_aside(step)
             self._remove(str(step), keep_mark=True)

@@ -17,8 +17,9 @@ from etils import epath
 
 from tinylm.core import storage
 from tinylm.core.errors import StorageError, UserError
-from tinylm.core.files import replace_text
+from tinylm.core.files import make_folder, replace_text
 from tinylm.core.vitals import ON
+from tinylm.run import orbax_s3
 from tinylm.run.log_files import LogFile, LogObject, open_log
 
 # Says, in a folder of checkpoints outside of a run's folder, which run it belongs to.
@@ -77,17 +78,21 @@ class RunFolder:
     def check_checkpoint_dir(self, directory: str) -> None:
         """Raise UserError where the checkpoints would go to a kind of bucket that Orbax lacks.
 
-        Orbax (0.12) knows gs:// alone; for s3:// it would fail at the first save.
+        Otherwise it would fail at the first save.
 
         Args:
           directory: checkpoint.dir; empty for the folder of the run.
         """
         setting = "checkpoint.dir" if directory else "--workdir"
         place = directory or os.fspath(self.path)
-        if storage.in_bucket(place) and not place.startswith("gs://"):
+        scheme = place.partition("://")[0] if storage.in_bucket(place) else ""
+        if scheme == "s3":
+            storage.reach(place, setting, orbax_s3.enable)
+        elif scheme not in ("", "gs"):
             raise UserError(
                 f"{setting}={place}: checkpoints can't be written there, since Orbax knows gs:// "
-                "alone; set checkpoint.dir to a gs:// bucket, or to a disk that all hosts share."
+                "and s3:// alone; set checkpoint.dir to such a bucket, or to a disk that all hosts "
+                "share."
             )
 
     def _write_and_remove(self) -> None:
@@ -172,7 +177,7 @@ class RunFolder:
 
     def _claim(self, folder: epath.Path) -> None:
         """Make a folder of checkpoints, and write into it that it is this run's."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         (folder / _OWNER).write_text(os.fspath(self.path) + "\n", encoding="utf-8")
 
     def _check_owned(self, folder: epath.Path) -> None:
@@ -200,7 +205,7 @@ class RunFolder:
         """Make the folder; raise StorageError where that is not possible."""
         self._refuse_links()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         except storage.failures() as error:
             raise StorageError(
                 f"--workdir={self.path} cannot be made: {storage.in_words(error)}."

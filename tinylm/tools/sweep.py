@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from tinylm.core.errors import Preempted, StorageError, UserError, one_line
+from tinylm.core.files import make_folder
 from tinylm.core.log import say
 from tinylm.core.storage import explaining, in_bucket
 from tinylm.run.folder import RunFolder
@@ -168,7 +169,7 @@ def _train(
     base: Sequence[str], point: Point, workdir: epath.Path, jobs: int, stop: threading.Event
 ) -> Row:
     folder = workdir / name_of(point)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     flags = list(base)
     for key, value in point.items():
         flags.append(f"--config.{key}={value}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from etils import epath
 
 from tinylm.core.errors import StorageError, UserError, one_line
+from tinylm.core.files import make_folder
 from tinylm.core.log import say
 from tinylm.core.storage import failures
 from tinylm.run.folder import RunFolder
@@ -58,7 +59,7 @@ def write_report(
     place = epath.Path(out or RunFolder(workdirs[0]).path / "report.html")
     written = [place]
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(place.parent)
         if any(run.train or run.valid for run in runs):
             curves = place.with_suffix(".png")
             written.append(curves)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.core.errors import StorageError, UserError
+from tinylm.core.files import make_folder
 
 HEADER_FILE = "tinylm_tokenizer.json"
 END = "<|endoftext|>"
@@ -116,7 +117,7 @@ class Tokenizer:
         folder = folder_path(folder)
         header = {"name": self.name, "fingerprint": self.fingerprint, **self.header}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             for name, content in self.files.items():
                 (folder / name).write_bytes(content)
             (folder / HEADER_FILE).write_text(json.dumps(header, indent=1), encoding="utf-8")
