@@ -130,6 +130,8 @@ def _flags(row: SearchRow) -> str:
     for name, size in row.mesh.items():
         settings[f"mesh.{name}"] = size
     settings["mesh.fsdp"] = row.fsdp
+    if row.expert_parallel:
+        settings["model.expert_parallel"] = True
     settings["model.remat"] = row.remat
     settings["data.batch_size"] = row.batch_size
     return " ".join(f"--config.{key}={value}" for key, value in settings.items())
@@ -141,6 +143,8 @@ def _cells(row: SearchRow) -> tuple[str, ...]:
     if row.compiled_bytes:
         compiled = bytes_text(row.compiled_bytes)
     bound_by = f"  {row.bound_by}"
+    if row.expert_parallel:
+        bound_by += ", tokens sent to experts"
     if row.fits is False:
         bound_by += ", does not fit"
     return (

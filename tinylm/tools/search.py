@@ -7,6 +7,7 @@ its batch is halved until it does.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ class SearchRow:
     Attributes:
       mesh: the size of each axis by its name.
       fsdp: whether parameters and optimizer state are split over `data`.
+      expert_parallel: whether tokens are sent to experts (model.expert_parallel).
       remat: what is computed again.
       batch_size: rows of a step on all devices.
       bytes: what a device holds, by the formula.
@@ -52,6 +54,7 @@ class SearchRow:
     bytes: int
     secs_per_token: float
     bound_by: str
+    expert_parallel: bool = False
     compiled_bytes: int | None = None
     compiled_secs_per_token: float | None = None
     fits: bool | None = None
@@ -146,10 +149,15 @@ def _rows_by_formula(
     fixed_bytes = 2 * held["params"] + held["optimizer"]
     free_bytes = MARGIN * chip.memory_bytes - fixed_bytes
     rows = []
-    for remat in REMATS:
+    # Where `data` splits the experts, tokens may be sent to them or the experts be gathered.
+    num_experts = config.model.num_experts
+    can_send = num_experts > 0 and mesh_config.fsdp and num_experts % mesh_config.data == 0
+    ways = (False, True) if can_send else (False,)
+    for remat, expert_parallel in itertools.product(REMATS, ways):
         trial = config.editable_copy()
         trial.mesh = mesh_config
         trial.model.remat = remat
+        trial.model.expert_parallel = expert_parallel
         bytes_per_row = activation_bytes(
             trial.model, mesh_config.model, config.data.seq_len, mesh_config.context
         )
@@ -169,6 +177,7 @@ def _rows_by_formula(
         row = SearchRow(
             mesh=sizes_by_name(mesh),
             fsdp=mesh_config.fsdp,
+            expert_parallel=expert_parallel,
             remat=remat,
             batch_size=trial.data.batch_size,
             bytes=int(fixed_bytes + rows_per_device * bytes_per_row),
@@ -254,6 +263,7 @@ def _compiled(config: Config, row: SearchRow, devices: Sequence[jax.Device]) -> 
         trial = config.editable_copy()
         trial.mesh = row.mesh_config
         trial.model.remat = row.remat
+        trial.model.expert_parallel = row.expert_parallel
         trial.data.batch_size = batch_size
         trial.freeze()
         plan = make_plan(trial, mesh)
