@@ -81,12 +81,12 @@ def gather_ring(x: jax.Array, axis: int) -> jax.Array:
 
 def gather_row(x: jax.Array, axis: int) -> jax.Array:
     """Return whole rows in their own order, from parts in the balanced order along `axis`."""
-    early, late = jnp.split(x, 2, axis)
-    first_half = gather_ring(early, axis)
-    late_by_device = jax.lax.all_gather(late, AXES.context, axis=axis)
+    # The devices along `axis`, and behind it the positions of each.
+    by_device = jax.lax.all_gather(x, AXES.context, axis=axis)
+    early, late = jnp.split(by_device, 2, axis + 1)
     # The last device has the first of the late stretches.
-    second_half = jnp.flip(late_by_device, axis).reshape(first_half.shape)
-    return jnp.concatenate([first_half, second_half], axis)
+    stretches = jnp.concatenate([early, jnp.flip(late, axis)], axis)
+    return stretches.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
 def ends_before(x: jax.Array, axis: int, count: int) -> jax.Array:

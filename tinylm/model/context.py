@@ -35,6 +35,7 @@ from tinylm.core.collectives import on_shards
 from tinylm.core.ring import (
     ends_before,
     gather_ring,
+    gather_row,
     parts_of_rows,
     pass_on,
     ring_place,
@@ -189,16 +190,17 @@ def context_attention(
 
 def _gathered(weighing: Weighing, queries: Queries, keys: Keys, is_balanced: bool) -> jax.Array:
     """Return o_BKGTH of this device's queries over the keys of all devices."""
+    gather = gather_row if is_balanced else gather_ring
+    # One gather of both; whole numbers are few.
+    k_BKSH, v_BKSH = gather(jnp.stack([keys.k_BKSH, keys.v_BKSH]), 3)
+    keys = keys.mapped(gather)._replace(k_BKSH=k_BKSH, v_BKSH=v_BKSH)
     if not is_balanced:
-        return attend_in_blocks(weighing, queries, keys.mapped(gather_ring))
-    early_keys, late_keys = _halves_of_keys(keys)
-    # The early stretches of all devices are the first half of the row, and an early query sees
-    # nothing beyond it.
-    first_half = early_keys.mapped(gather_ring)
-    second_half = late_keys.mapped(gather_ring)
+        return attend_in_blocks(weighing, queries, keys)
     early, late = _halves_of_queries(queries)
+    # An early query sees nothing beyond the first half of the row.
+    first_half, _ = _halves_of_keys(keys)
     o_early = attend_in_blocks(weighing, early, first_half)
-    o_late = attend_in_blocks(weighing, late, joined_keys(first_half, second_half))
+    o_late = attend_in_blocks(weighing, late, keys)
     return jnp.concatenate([o_early, o_late], axis=3)
 
 

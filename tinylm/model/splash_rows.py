@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from tinylm.core.collectives import on_shards
@@ -50,7 +51,8 @@ def splash_over_gathered(
         from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
         kernel_here = jax.tree.unflatten(tree, rest[: len(leaves)])
-        arguments: list[Any] = [q_BNTH, gather_row(k_BKTH, 2), gather_row(v_BKTH, 2)]
+        k_BKSH, v_BKSH = gather_row(jnp.stack([k_BKTH, v_BKTH]), 3)
+        arguments: list[Any] = [q_BNTH, k_BKSH, v_BKSH]
         if has_segments:
             segments_BT = rest[-1]
             segments_BS = gather_row(segments_BT, 1)

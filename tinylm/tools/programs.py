@@ -16,7 +16,8 @@ Three rules turn lines into bytes:
   when compiling (the steps of one call) counts once, so the figures are those of one step.
 - Compilers cut one collective into pieces that share a channel, some of them in a loop that the
   rest overlaps with. So each channel counts once, as its piece that runs least often. What a
-  shard_map sends is the exception: all of it shares one channel, and each counts.
+  shard_map sends is the exception: all of it shares one channel, and each counts; its gathers and
+  scatters, of which there are pieces too, by their name and shape.
 - By the ring algorithm over n members a device sends (n - 1) / n of the gathered or scattered
   array, twice that for an all-reduce (Chan et al. 2007, "Collective communication"). Of a ragged
   all-to-all, whose result has room for more than comes where loads are even, what comes then
@@ -86,6 +87,11 @@ _STRIDED_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([
 # `replica_groups=mesh['a'=4,'b'=2] {'a'}`: the devices that differ along axis a
 _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 
+# `= bf16[8,128]{1,0} all-gather(%x), ..., metadata={op_name="jit(step)/shard_map/all_gather"}`, of
+# which there are pieces too
+_GATHERED_BY_HAND = re.compile(
+    r'= \(?(?P<result>\w+\[[\d,]*\]).*op_name="(?P<name>[^"]*/(?:all_gather|reduce_scatter))'
+)
 # `metadata={op_name="jit(step)/shard_map/psum"}`, by which the operations of a shard_map are known
 _BY_HAND = ("/psum", "/ppermute", "/ragged_all_to_all")
 
@@ -190,6 +196,9 @@ def channel_of(line: str) -> tuple[str, str] | None:
     is_by_hand = any(name in line for name in _BY_HAND)
     if is_by_hand or _BETWEEN_SLICES.search(line):
         return None
+    gathered = _GATHERED_BY_HAND.search(line)
+    if gathered:
+        return (gathered["result"], gathered["name"])
     found = _CHANNEL.search(line)
     return ("channel", found.group(1)) if found else None
 
