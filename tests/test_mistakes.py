@@ -51,6 +51,23 @@ MISTAKES = {
     "wrong type": (["model.embed_dim=wide"], "--config.model.embed_dim=wide"),
     "heads": (["model.embed_dim=30", "model.num_heads=4"], "model.embed_dim=30 must be divisible"),
     "kv heads": (["model.num_kv_heads=3"], "model.num_kv_heads=3"),
+    "more experts a token than there are": (
+        ["model.num_experts=4", "model.experts_per_token=5"],
+        "model.experts_per_token=5 must be at most model.num_experts=4",
+    ),
+    "dense layers alone": (
+        ["model.num_experts=4", "model.dense_layers=3"],
+        "model.dense_layers=3 must be below model.num_layers=3",
+    ),
+    "biased experts": (["model.num_experts=4", "model.bias=true"], "set model.mlp_bias=False"),
+    "experts that are whole on each device": (
+        ["model.num_experts=4", "model.expert_parallel=true"],
+        "model.expert_parallel needs mesh.fsdp=True",
+    ),
+    "scales of a norm that is off": (
+        ["model.qk_norm=false", "model.qk_norm_scale=head"],
+        "model.qk_norm_scale=head needs model.qk_norm=True",
+    ),
     "choice": (["model.norm=batchnorm"], "must be one of layernorm, rmsnorm"),
     "warm-up": (["optimizer.warmup_steps=5000"], "optimizer.warmup_steps=5000 must be at most"),
     "accumulation": (

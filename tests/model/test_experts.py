@@ -163,6 +163,23 @@ def test_no_token_is_dropped_where_all_choose_the_same_experts():
     assert jnp.all(jnp.any(made.y_BTD != 0, axis=-1))
 
 
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_gathered_experts_are_not_kept_for_the_backward_pass(expert_parallel):
+    """Or a device would have the experts of all layers whole."""
+    sizes = {"num_experts": 8, "expert_dim": 64}
+    config, graph, params, x_BTD = experts_and_input(**sizes, expert_parallel=expert_parallel)
+
+    def run(params, x_BTD):
+        return nnx.merge(graph, params)(x_BTD).y_BTD
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=8, fsdp=True))):
+        _, backward = jax.eval_shape(lambda *args: jax.vjp(run, *args), params, x_BTD)
+    kept = {leaf.shape for leaf in jax.tree.leaves(backward)}
+    whole = config.num_experts * config.embed_dim * config.expert_dim
+    # Each device's residuals are stacked on the first axis, where those of one device are whole.
+    assert max(np.prod(shape) for shape in kept) < 8 * whole
+
+
 @pytest.fixture(scope="module")
 def single():
     """Losses, gradient norms and state on one device."""

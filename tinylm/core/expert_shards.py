@@ -93,11 +93,16 @@ def weighted_experts(
     scatters = AXES.model in jax.tree.leaves(tuple(out_spec))
     exchanges = by_exchange and _can_exchange(x_spec, matrix_specs)
 
+    # Gathered matrices are gathered again for the backward pass, or all layers' would be kept.
+    @functools.partial(jax.checkpoint, policy=_is_not_gathered)
+    def gather(x_BTD: jax.Array, choice: Choice, parts: tuple) -> jax.Array:
+        return _weighted_sum(function, x_BTD, choice, _gathered(parts, matrix_specs))
+
     def on_device(x_BTD: jax.Array, choice: Choice, parts: tuple) -> jax.Array:
         if exchanges:
             y_BTD = _exchanged_or_gathered(function, x_BTD, choice, parts)
         else:
-            y_BTD = _weighted_sum(function, x_BTD, choice, _gathered(parts, matrix_specs))
+            y_BTD = gather(x_BTD, choice, parts)
         if scatters:
             return jax.lax.psum_scatter(y_BTD, AXES.model, scatter_dimension=1, tiled=True)
         if is_partial_sum:
@@ -137,6 +142,15 @@ def _gathered(parts: Sequence[jax.Array], specs: Sequence[PartitionSpec]) -> tup
             part = jax.lax.all_gather(part, AXES.data, axis=dim, tiled=True)
         whole.append(part)
     return tuple(whole)
+
+
+def _is_not_gathered(primitive: Any, *operands: Any, **params: Any) -> bool:
+    """Say whether the backward pass finds the result of an operation stored.
+
+    JAX 0.10 to 0.12 knows gathers by this name. By another one gathered matrices would be kept.
+    """
+    del operands, params
+    return primitive.name != "all_gather"
 
 
 def _weighted_sum(
@@ -189,6 +203,9 @@ def _exchanged_or_gathered(
         y_MD = _exchange(room, num_rows, y_RD, sent_NN.T)
         return _add_up(_permuted(y_MD, place_M, order_M), choice, x_BTD)
 
+    # What the backward pass needs of one branch takes memory in the other one, too, so this one
+    # keeps nothing.
+    @jax.checkpoint
     def gather(x_BTD: jax.Array, choice: Choice, parts: tuple[jax.Array, ...]) -> jax.Array:
         by_expert = [PartitionSpec(AXES.data)] * len(parts)
         return _weighted_sum(function, x_BTD, choice, _gathered(parts, by_expert))
