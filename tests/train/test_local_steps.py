@@ -137,7 +137,10 @@ def test_workers_with_the_same_rows_train_as_one_with_any_optimizer(name):
 def test_a_sync_is_a_step_of_nesterov_with_the_mean_difference(single):
     """By hand in NumPy. A run without a sync shows where workers were before one."""
     before, after = single[1][0], single[1][4]
-    _, alone = train(MeshConfig(data=1), BATCHES[:4], **{**FOUR, "sync_every_steps": 10})
+    settings = {**FOUR, "sync_every_steps": 10, "log_every_steps": 3}
+    metrics, alone = train(MeshConfig(data=1), BATCHES[:4], **settings)
+    # Nothing is told, which replicas would have to exchange, of steps that aren't written down.
+    assert [loss > 0 for loss in of(metrics)] == [False, False, True, True]
     own = alone[4].opt_state.workers.params["embedding"]
     outer = before.params["embedding"]
     difference = outer - own.mean(0)
