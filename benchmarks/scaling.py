@@ -46,11 +46,13 @@ def traffic(arguments: argparse.Namespace) -> None:
             f"mesh.model={model}",
             f"mesh.fsdp={arguments.fsdp}",
             f"train.accumulation_steps={arguments.accumulation}",
+            f"train.sync_every_steps={arguments.sync_every}",
         ],
     )
     config = config.resolve(0)
     mesh = make_mesh(config.mesh, topology_devices(arguments.topology, 1))
-    rows = make_plan(config, mesh).collectives
+    plan = make_plan(config, mesh)
+    rows = plan.collectives
     sent = sum(row.bytes_per_step for row in rows) / 1e6
     least = sum(row.minimum_bytes for row in rows) / 1e6
     for row in rows:
@@ -59,6 +61,8 @@ def traffic(arguments: argparse.Namespace) -> None:
             f"{row.bytes_per_step / 1e6:10.1f}{row.minimum_bytes / 1e6:10.1f}"
         )
     print(f"sent {sent:.1f} MB, least {least:.1f} MB, {sent / least:.2f} times")
+    held = plan.per_device_bytes
+    print(f"a device holds {(held['params'] + held['optimizer']) / 1e6:.1f} MB of state")
 
 
 if __name__ == "__main__":
@@ -69,6 +73,7 @@ if __name__ == "__main__":
     parser.add_argument("--topology", default="v5e:4x4")
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--sync_every", type=int, default=1, help="train.sync_every_steps")
     given = parser.parse_args()
     if given.table == "state":
         state()
