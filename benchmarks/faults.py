@@ -164,7 +164,8 @@ def run_matrix(page: pathlib.Path, head: str, matrix: dict[int, tuple[str, str, 
 HEAD = (
     f"# Faults\n\nWhat `python benchmarks/faults.py` found on {os.cpu_count()} cores. A row passes "
     "when all its tests do (their number in brackets). Hosts that share nothing are in "
-    "[pod.md](pod.md)."
+    "[pod.md](pod.md); why a job doesn't go on without a process that it lost is in "
+    "[scaling.md](scaling.md#a-lost-replica)."
 )
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from tinylm.core.errors import NumericError, UserError
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.data import pipeline
 from tinylm.data.config import DataConfig
-from tinylm.tools.plan import compile_step, make_plan
+from tinylm.tools.plan import compile_step, held_bytes, make_plan
 from tinylm.tools.programs import read_collectives
+from tinylm.tools.search import search
 from tinylm.train import feed
 from tinylm.train.config import Config, OptimizerConfig, TrainConfig
 from tinylm.train.local_steps import deal_out
@@ -186,6 +187,19 @@ def test_nothing_crosses_between_replicas_but_in_a_sync_and_a_log():
     (row,) = [row for row in plan.collectives if "replica" in row.axis]
     assert row.bytes_per_step == in_a_sync / 5
     assert row.minimum_bytes == pytest.approx(gradients / 5, rel=1e-3)
+
+
+def test_a_device_holds_what_the_formula_says_and_a_search_knows_it():
+    """2 P for the outer parameters and their momentum, and with AdamW 3 P for each worker."""
+    config = make_config(MeshConfig(replica=2), sync_every_steps=5, workers=6)
+    abstract = make_blueprint(config, make_mesh(MeshConfig(replica=2, data=1))).abstract
+    held = held_bytes(abstract)
+    assert held == pytest.approx((2 + 3 * 3) * held_bytes(abstract.params), rel=1e-2)
+    rows = search(config, jax.devices()[:4], compiled=0)
+    for row in rows:
+        assert row.bytes > held / row.mesh["data"]
+        # Each worker gets as many rows as another.
+        assert row.batch_size % (6 * row.mesh["data"]) == 0
 
 
 def between_replicas(program, mesh):

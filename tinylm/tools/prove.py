@@ -135,7 +135,8 @@ def _one_step(config: Config, mesh_config: MeshConfig, batch: HostBatch) -> _Ste
         train_steps = make_train_steps(blueprint)
         state = blueprint.init(config.seed)
         placed = batch_rows.place(stack_steps([batch]))
-        state, metrics = train_steps(state, placed, 1, config.seed, config.train.last_step)
+        # Of the last step workers that train by themselves tell in any case.
+        state, metrics = train_steps(state, placed, 1, config.seed, 1)
         (loss,) = metrics["loss"].tolist()
         (grad_norm,) = metrics["grad_norm"].tolist()
         params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]

@@ -19,6 +19,7 @@ from tinylm.model.config import ModelConfig
 from tinylm.model.layers import GATED
 from tinylm.tools.plan import by_formula, held_bytes, known_chip, make_plan, roofline_secs
 from tinylm.train.config import Config
+from tinylm.train.local_steps import workers_of_replica
 from tinylm.train.state import make_blueprint
 
 # Part of the chip's memory that formulas may fill.
@@ -148,6 +149,7 @@ def _rows_by_formula(
     # Gradients take as much as the parameters.
     fixed_bytes = 2 * held["params"] + held["optimizer"]
     free_bytes = MARGIN * chip.memory_bytes - fixed_bytes
+    num_workers = workers_of_replica(config, mesh)
     rows = []
     # Where `data` splits the experts, tokens may be sent to them or the experts be gathered.
     num_experts = config.model.num_experts
@@ -162,10 +164,11 @@ def _rows_by_formula(
             trial.model, mesh_config.model, config.data.seq_len, mesh_config.context
         )
         rows_per_device = int(free_bytes // bytes_per_row)
-        if rows_per_device < 1:
+        if rows_per_device < num_workers:
             continue
-        # A power of two, as kernels like it.
-        rows_per_device = 2 ** (rows_per_device.bit_length() - 1)
+        # A power of two of each worker, as kernels like it.
+        rows_per_worker = 2 ** ((rows_per_device // num_workers).bit_length() - 1)
+        rows_per_device = rows_per_worker * num_workers
         micro_batch_rows = rows_per_device * batch_shards(mesh)
         trial.data.batch_size = micro_batch_rows * config.train.accumulation_steps
         trial.freeze()
@@ -258,6 +261,7 @@ def _compiled(config: Config, row: SearchRow, devices: Sequence[jax.Device]) -> 
     """
     mesh = make_mesh(row.mesh_config, devices)
     smallest_batch = batch_shards(mesh) * config.train.accumulation_steps
+    smallest_batch *= workers_of_replica(config, mesh)
     batch_size = row.batch_size
     while True:
         trial = config.editable_copy()

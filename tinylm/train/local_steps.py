@@ -69,7 +69,7 @@ class LocalState:
 def count_workers(config: Config, mesh: Mesh) -> int:
     """Return how many workers train by themselves, 0 where all devices train as one.
 
-    Raises UserError where the mesh or the batch doesn't suit them.
+    Raises UserError where the mesh doesn't suit them.
     """
     train = config.train
     if not train.has_workers:
@@ -81,13 +81,26 @@ def count_workers(config: Config, mesh: Mesh) -> int:
             f"train.workers={num_workers} must be divisible by mesh.replica={sizes.replica}; "
             "change one of them."
         )
+    return num_workers
+
+
+def workers_of_replica(config: Config, mesh: Mesh) -> int:
+    """Return how many workers a replica trains; 1 where all devices train as one."""
+    return max(1, count_workers(config, mesh) // mesh_sizes(mesh).replica)
+
+
+def check_rows(config: Config, mesh: Mesh) -> None:
+    """Raise UserError where the rows of a micro-batch can't be dealt out to the workers evenly."""
+    num_workers = count_workers(config, mesh)
+    if not num_workers:
+        return
+    sizes = mesh_sizes(mesh)
     if config.micro_batch_rows % (num_workers * sizes.data):
         raise UserError(
             f"data.batch_size={config.data.batch_size} must be divisible by the number of workers "
             f"({num_workers}) times the data axis ({sizes.data}) times train.accumulation_steps "
-            f"({train.accumulation_steps}); set data.batch_size or train.workers."
+            f"({config.train.accumulation_steps}); set data.batch_size or train.workers."
         )
-    return num_workers
 
 
 def _outer_optimizer(train: TrainConfig) -> optax.GradientTransformation:
@@ -115,6 +128,7 @@ def fix_workers(config: Config, mesh: Mesh, record: Config | None) -> Config:
                 "as one; start another run (--workdir) with train.init_from, or leave it out."
             )
     fixed.train.workers = count_workers(fixed, mesh)
+    check_rows(fixed, mesh)
     return fixed
 
 

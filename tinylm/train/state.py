@@ -56,6 +56,12 @@ class Blueprint:
         """The sharding of each leaf of the state."""
         return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
 
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh that the state lies on."""
+        everywhere: Any = self.abstract.step.sharding
+        return everywhere.mesh
+
     def init(self, seed: int) -> TrainState:
         """Return the state before the first step, each device making its own part."""
 
@@ -76,8 +82,7 @@ class Blueprint:
         """Return the blueprint of the same run with another number of workers."""
         config = self.config.editable_copy()
         config.train.workers = num_workers
-        everywhere: Any = self.shardings.step
-        return _make_blueprint(config, everywhere.mesh, num_workers)
+        return _make_blueprint(config, self.mesh, num_workers)
 
     def take_from(self, state: TrainState) -> TrainState:
         """Return a state of this run from one with another number of workers."""

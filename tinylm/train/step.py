@@ -19,11 +19,12 @@ import optax
 from flax import nnx, traverse_util
 
 from tinylm.core.collectives import in_each_replica, sum_over_rows
+from tinylm.core.mesh import replicated
 from tinylm.core.tpu_options import tpu_compiler_options
 from tinylm.model.experts import LOAD_METRICS, even_out, load_metrics, router_loss
 from tinylm.model.losses import next_token_loss
 from tinylm.train.bad_steps import judge
-from tinylm.train.local_steps import METRICS, make_local_step
+from tinylm.train.local_steps import METRICS, check_rows, make_local_step
 from tinylm.train.state import Blueprint, TrainState
 
 Batch = dict[str, jax.Array]
@@ -123,6 +124,7 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
 
     step = train_step
     if blueprint.num_workers:
+        check_rows(blueprint.config, blueprint.mesh)
         step = make_local_step(blueprint.config, blueprint.axes, train_step)
         names += METRICS
 
@@ -149,12 +151,11 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
 
         return jax.lax.fori_loop(0, count, one_more, (state, metrics))
 
-    everywhere: Any = blueprint.shardings.step
     return jax.jit(
         train_steps,
         donate_argnums=0,
-        out_shardings=(blueprint.shardings, everywhere),
-        compiler_options=tpu_compiler_options(everywhere.mesh),
+        out_shardings=(blueprint.shardings, replicated(blueprint.mesh)),
+        compiler_options=tpu_compiler_options(blueprint.mesh),
     )
 
 
