@@ -4,14 +4,20 @@ else.
 
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tinylm.core.errors import UserError
 from tinylm.data import open_data
 from tinylm.data.config import DataConfig
 from tinylm.data.sources import recall
 from tinylm.data.sources.recall import KEYS, recall_text
+from tinylm.data.tokenizers import CharTokenizer
+from tinylm.model.config import ModelConfig
+from tinylm.model.transformer import abstract_transformer, init_parameters
 
 
 @pytest.mark.parametrize("seq_len", [64, 100, 1024])
@@ -60,3 +66,23 @@ def test_a_text_fills_a_row_and_its_answers_alone_carry_loss(tmp_path):
     config.seq_len = 63
     with pytest.raises(UserError, match=r"recall:40 needs rows of at least 64 tokens.*here 63"):
         open_data(config, seed=0, progress=False)
+
+
+@pytest.mark.parametrize("windows", [(16, 16), (4, 0)])
+def test_a_window_cannot_know_the_answers(windows):
+    """By the logits over the answers, once the pairs are those of another text: windows that don't
+    reach them see no difference, a layer that sees all does.
+    """
+    tokenizer = CharTokenizer.of(recall_text("train", index, 128)[0] for index in range(9))
+    prompt, answers = recall_text("train", 0, 128)
+    other, _ = recall_text("train", 1, 128)
+    rows = [prompt + answers, other[:32] + prompt[32:] + answers]
+    tokens_BT = jnp.asarray(tokenizer.encode_batch(rows))
+
+    config = ModelConfig(embed_dim=32, num_layers=2, attention_window=windows, init_std=0.3)
+    config = config.resolve(tokenizer.vocab_size, 128)
+    graph, _, _ = abstract_transformer(config)
+    params = jax.jit(lambda: init_parameters(config, 0))()
+    logits_BTV = jax.jit(lambda params: nnx.merge(graph, params)(tokens_BT))(params)
+    one, another = np.asarray(logits_BTV[:, -len(answers) :])
+    assert np.array_equal(one, another) == (0 not in windows)
