@@ -243,6 +243,9 @@ class _Runner:
             consts = [self.array(const) for const in branch.consts]
             return self.evaluate(branch.jaxpr, consts, operands[1:])
 
+        if name == "while":
+            return self._run_loop(params, operands)
+
         function = None
         if name in _OF_FLOATS and all(_is_float(x) for x in operands):
             function = _OF_FLOATS[name]
@@ -267,6 +270,23 @@ class _Runner:
         if not equation.primitive.multiple_results:
             results = [results]
         return [self.array(result) for result in results]
+
+    def _run_loop(self, params: dict[str, Any], operands: list) -> list:
+        """Return what a while loop ends with, given its constants and what it begins with."""
+        condition = params["cond_jaxpr"]
+        body = params["body_jaxpr"]
+        num_condition_consts = params["cond_nconsts"]
+        num_consts = num_condition_consts + params["body_nconsts"]
+        condition_consts = operands[:num_condition_consts]
+        body_consts = operands[num_condition_consts:num_consts]
+        carried = operands[num_consts:]
+        while True:
+            consts = [self.array(const) for const in condition.consts]
+            [goes_on] = self.evaluate(condition.jaxpr, consts, [*condition_consts, *carried])
+            if not goes_on:
+                return carried
+            consts = [self.array(const) for const in body.consts]
+            carried = self.evaluate(body.jaxpr, consts, [*body_consts, *carried])
 
     def _in_numpy(
         self, function: Callable, operands: list, params: dict[str, Any], dtype: Any
