@@ -3,6 +3,7 @@ one.
 """
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -49,9 +50,20 @@ def test_operations_one_by_one_are_the_function():
     def function(x, ids):
         rows = jnp.take(x, ids, axis=0)
         total = jax.lax.fori_loop(0, 3, lambda i, sum: sum + jnp.sum(rows * i), 0.0)
+        square = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+        # Its number of trips is not known when compiling.
+        squares = jax.lax.fori_loop(
+            0, ids[1], lambda i, y: y + i * square(x.T, x), jnp.zeros((3, 3))
+        )
         grad = jax.grad(lambda x: jnp.sum(jnp.tanh(x[ids] @ x.T) ** 2))(x)
         chosen = [jax.lax.cond(total * sign > 0, jnp.min, jnp.max, x) for sign in (1, -1)]
-        return {"sum": total, "grad": grad, "one": chosen[0], "other": chosen[1]}
+        return {
+            "sum": total,
+            "squares": squares,
+            "grad": grad,
+            "one": chosen[0],
+            "other": chosen[1],
+        }
 
     x, ids = (
         np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32),
