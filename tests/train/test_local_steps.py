@@ -3,6 +3,7 @@ paper's, and nothing between replicas but those.
 """
 
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from tinylm.tools.programs import read_collectives
 from tinylm.tools.search import search
 from tinylm.train import feed
 from tinylm.train.config import Config, OptimizerConfig, TrainConfig
-from tinylm.train.local_steps import deal_out
+from tinylm.train.local_steps import deal_out, fix_workers
 from tinylm.train.start import start_run
 from tinylm.train.state import make_blueprint
 from tinylm.train.step import make_train_steps
@@ -269,30 +270,40 @@ def run(workdir, *overrides):
 
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory):
-    """A run of two workers, one a replica."""
-    folder = tmp_path_factory.mktemp("two")
-    run(folder, "mesh.replica=2")
-    return folder
+    """A run of two workers, one a replica, and the same run stopped between two syncs."""
+    whole = tmp_path_factory.mktemp("whole")
+    run(whole, "mesh.replica=2")
+    stopped = tmp_path_factory.mktemp("stopped")
+    run(stopped, "mesh.replica=2", "train.stop_step=6")
+    return whole, stopped
 
 
 def test_a_run_that_stops_between_syncs_goes_on_with_the_same_bits(two_workers, tmp_path):
-    run(tmp_path, "mesh.replica=2", "train.stop_step=6")
-    run(tmp_path, "mesh.replica=2")
-    assert state_digest(tmp_path, 12) == state_digest(two_workers, 12)
-    assert lines(tmp_path) == lines(two_workers)
+    whole, stopped = two_workers
+    again = shutil.copytree(stopped, tmp_path / "again")
+    run(again, "mesh.replica=2")
+    assert state_digest(again, 12) == state_digest(whole, 12)
+    assert lines(again) == lines(whole)
 
 
 def test_another_mesh_goes_on_with_the_same_workers_and_another_number_where_asked(
     two_workers, tmp_path
 ):
-    run(tmp_path, "mesh.replica=2", "train.stop_step=6")
-    run(tmp_path, "mesh.replica=1", "train.stop_step=8")
-    there = lines(two_workers)
-    for step, loss in lines(tmp_path).items():
+    whole, stopped = two_workers
+    again = shutil.copytree(stopped, tmp_path / "again")
+    run(again, "mesh.replica=1", "train.stop_step=8")
+    there = lines(whole)
+    for step, loss in lines(again).items():
         assert loss == pytest.approx(there[step], rel=1e-5)
-    outcome = run(tmp_path, "mesh.replica=4", "train.workers=4")
+    outcome = run(again, "mesh.replica=4", "train.workers=4")
     assert outcome.step == 12
-    assert lines(tmp_path)[9] == pytest.approx(there[9], rel=1e-4)
+    assert lines(again)[9] == pytest.approx(there[9], rel=1e-4)
+
+
+def test_the_moments_of_workers_are_not_taken_over(two_workers, tmp_path):
+    start = [f"train.init_from={two_workers[0]}", "train.init_optimizer=True"]
+    with pytest.raises(UserError, match="an optimizer for each of its workers"):
+        run(tmp_path / "none", "train.sync_every_steps=1", *start)
 
 
 def test_a_run_ends_at_a_bad_step_of_a_worker(monkeypatch, tmp_path):
@@ -324,8 +335,13 @@ def test_what_workers_cannot_do_is_said_at_the_start(overrides, message, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
-def test_a_run_that_trains_as_one_takes_no_workers(tmp_path):
-    few = ["train.sync_every_steps=1", "train.num_steps=5", "eval.every_steps=0"]
-    run(tmp_path, *few)
+def test_a_run_keeps_its_workers_and_one_that_trains_as_one_takes_none():
+    mesh = make_mesh(MeshConfig(replica=2, data=1))
+    as_one = make_config(MeshConfig(replica=2))
+    four = make_config(MeshConfig(replica=2), **FOUR)
+    unsaid = make_config(MeshConfig(replica=2), sync_every_steps=4)
+    assert fix_workers(unsaid, mesh, None).train.workers == 2
+    assert fix_workers(unsaid, mesh, four).train.workers == 4
+    assert fix_workers(as_one, mesh, as_one).train.workers == 0
     with pytest.raises(UserError, match="whose devices train as one"):
-        run(tmp_path, *few, "train.workers=2")
+        fix_workers(make_config(MeshConfig(replica=2), workers=2), mesh, as_one)

@@ -27,7 +27,7 @@ from tinylm.interop.weights import import_params
 from tinylm.model.config import ModelConfig
 from tinylm.run.checkpoint import ITEMS, Checkpoints
 from tinylm.run.folder import RunFolder
-from tinylm.train.config import Config, OptimizerConfig
+from tinylm.train.config import Config, OptimizerConfig, TrainConfig
 from tinylm.train.state import Blueprint, TrainState
 
 _MAY_DIFFER = (
@@ -222,6 +222,11 @@ def _check_optimizer(origin: Origin, optimizer: OptimizerConfig) -> None:
         raise UserError(
             f"{origin.where} is an imported model, which has no optimizer; set "
             "train.init_optimizer=False."
+        )
+    if from_dict(TrainConfig, record["config"]["train"]).has_workers:
+        raise UserError(
+            f"{origin.where} has an optimizer for each of its workers (train.sync_every_steps); "
+            "set train.init_optimizer=False."
         )
     theirs = from_dict(OptimizerConfig, record["config"]["optimizer"])
     if _parts_of_state(theirs) != _parts_of_state(optimizer):
