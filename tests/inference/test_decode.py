@@ -10,6 +10,7 @@ from flax import nnx
 from helpers import tiny_model
 
 from tinylm.core.errors import UserError
+from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.inference.decode import Decoder, _bucket
 from tinylm.inference.samplers import Sampler
 from tinylm.model.transformer import abstract_transformer, init_parameters
@@ -38,6 +39,19 @@ def test_greedy_text_is_the_argmax_of_the_full_forward(model):
             ids.append(int(forward(padded)[0, len(ids) - 1, :60].argmax()))
         wanted = ids[len(prompt) :]
         assert got == (wanted[: wanted.index(END)] if END in wanted else wanted)
+
+
+def test_a_cache_whose_slots_a_mesh_splits_gives_the_same_text(model):
+    graph, params, decoder = model
+    prompts = [[5, 9, 3], [7]]
+    wanted = decoder.write(params, prompts, max_tokens=20, sampler=GREEDY)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, context=4, model=2))):
+        on_mesh = Decoder(graph, 16, END, 60)
+        writing = on_mesh._read(params, prompts, np.zeros(2, bool), 8, GREEDY)
+        slots = writing.cache[0].keys_BKSH.sharding.shard_shape(writing.cache[0].keys_BKSH.shape)[2]
+        got = on_mesh.write(params, prompts, max_tokens=20, sampler=GREEDY)
+    assert slots == writing.cache[0].num_slots / 4
+    assert got == wanted
 
 
 def test_a_text_goes_on_past_the_context(model):

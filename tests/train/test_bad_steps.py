@@ -251,7 +251,7 @@ def test_data_that_fails_under_a_run_is_one_line_and_no_batch_is_lost_or_repeate
 
 @pytest.mark.slow
 def test_another_mesh_goes_on_with_the_same_state_batches_and_losses(tmp_path, monkeypatch):
-    """From (8, 1) to (4, 2) to (1, 8) devices, against one device."""
+    """From 8 x 1 x 1 to 2 x 2 x 2 to 1 x 1 x 8 devices, against one device."""
     read: dict = {}
 
     def batches(*arguments, **kwargs):
@@ -261,9 +261,11 @@ def test_another_mesh_goes_on_with_the_same_state_batches_and_losses(tmp_path, m
 
     monkeypatch.setattr(feed, "train_batches", batches)
     run(tmp_path / "one")
-    for stop, (data, model) in zip((4, 8, 12), ((8, 1), (4, 2), (1, 8)), strict=True):
+    shapes = ((8, 1, 1), (2, 2, 2), (1, 1, 8))
+    for stop, (data, context, model) in zip((4, 8, 12), shapes, strict=True):
         mesh = [
             f"mesh.data={data}",
+            f"mesh.context={context}",
             f"mesh.model={model}",
             "mesh.fsdp=True",
             f"train.stop_step={stop}",

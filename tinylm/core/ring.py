@@ -81,11 +81,12 @@ def gather_ring(x: jax.Array, axis: int) -> jax.Array:
 
 def gather_row(x: jax.Array, axis: int) -> jax.Array:
     """Return whole rows in their own order, from parts in the balanced order along `axis`."""
-    # The devices along `axis`, and behind it the positions of each.
-    by_device = jax.lax.all_gather(x, AXES.context, axis=axis)
+    # The devices come first, and then what each has.
+    by_device = jax.lax.all_gather(x, AXES.context)
     early, late = jnp.split(by_device, 2, axis + 1)
     # The last device has the first of the late stretches.
-    stretches = jnp.concatenate([early, jnp.flip(late, axis)], axis)
+    stretches = jnp.concatenate([early, jnp.flip(late, 0)])
+    stretches = jnp.moveaxis(stretches, 0, axis)
     return stretches.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
 
 
