@@ -39,7 +39,7 @@ def single():
     [
         (2, 1, 4, True),
         (1, 1, 8, False),
-        (2, 2, 2, False),
+        pytest.param(2, 2, 2, False, marks=pytest.mark.slow),
         pytest.param(8, 1, 1, True, marks=pytest.mark.slow),
         pytest.param(4, 1, 2, False, marks=pytest.mark.slow),
         pytest.param(1, 8, 1, False, marks=pytest.mark.slow),

@@ -29,6 +29,11 @@ from tinylm.core.mesh import AXES, sizes_in_use
 Tree = TypeVar("Tree")
 
 
+def splits_rows() -> bool:
+    """Say whether the mesh in use splits rows that are long enough by position."""
+    return sizes_in_use()[AXES.context] > 1
+
+
 def parts_of_rows(length: int) -> int:
     """Return into how many parts the mesh in use splits the positions of rows (1: not at all)."""
     size = sizes_in_use()[AXES.context]

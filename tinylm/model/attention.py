@@ -11,7 +11,7 @@ from tinylm.core.collectives import is_partly_manual
 from tinylm.core.errors import UserError
 from tinylm.core.log import say_once
 from tinylm.core.mesh import target_platform
-from tinylm.core.ring import parts_of_rows
+from tinylm.core.ring import parts_of_rows, splits_rows
 from tinylm.model.config import CUDNN_MOST_HEAD_DIM
 from tinylm.model.context import context_attention
 from tinylm.model.kernels import (
@@ -63,6 +63,8 @@ def attend(
     has_cache = visibility.query_positions_BT is not None
     needs_plain = options.dropout.active or has_two_kinds_of_heads or has_cache
     if parts_of_rows(q_BNTH.shape[2]) > 1:
+        if kernel == "cudnn":
+            say_once("rows that mesh.context splits take the plain attention kernel, not cuDNN.")
         can_splash = platform == "tpu" and kernel != "xla" and not needs_plain
         return context_attention(
             q_BNTH,
@@ -94,9 +96,11 @@ def attend(
 def can_be_unrolled(kernel: str) -> bool:
     """Say whether the layers of a scan may be unrolled here, given the `kernel` of the config.
 
-    A fused kernel runs in a shard_map of its own. Where that lies inside another one, which leaves
+    A fused kernel runs in a shard_map of its own, and so does attention over rows that the mesh
+    splits. Where that lies inside another one, which leaves
     axes of the mesh to the partitioner, it has to be in a loop: JAX lowers unrolled layers to one
     function that each of them calls, Shardy loses the outer axes in it, and XLA aborts the process
     ("IsManualSubgroup", jaxlib 0.10.2 with libtpu 0.0.42).
     """
-    return kernel == "xla" or target_platform() == "cpu" or not is_partly_manual()
+    has_own_shard_map = kernel != "xla" or splits_rows()
+    return not has_own_shard_map or target_platform() == "cpu" or not is_partly_manual()
