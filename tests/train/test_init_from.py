@@ -25,7 +25,7 @@ from tinylm.model.config import ModelConfig
 from tinylm.run.open_run import open_run
 from tinylm.tools.score import ScoreRequest, score_text
 from tinylm.train import init_from
-from tinylm.train.config import OptimizerConfig
+from tinylm.train.config import OptimizerConfig, TrainConfig
 from tinylm.train.start import start_run
 
 SMALL = [
@@ -314,7 +314,8 @@ def test_commands_that_train_nothing_know_the_model_that_would_be_trained(export
 
 def test_another_kind_of_muon_is_another_optimizer():
     muon = OptimizerConfig(name="muon")
-    origin = SimpleNamespace(where="there", record={"config": {"optimizer": to_dict(muon)}})
+    config = {"optimizer": to_dict(muon), "train": to_dict(TrainConfig())}
+    origin = SimpleNamespace(where="there", record={"config": config})
     init_from._check_optimizer(origin, muon)
     with pytest.raises(UserError, match="muon_beta2 alike"):
         init_from._check_optimizer(origin, OptimizerConfig(name="muon", muon_beta2=0.95))
