@@ -1,4 +1,5 @@
-"""Of the processes that see the same folder one leads, whatever the file system can do.
+"""Of the processes that see the same folder one leads, whatever the file system can do, and those
+that wait for each other don't flood process 0.
 
 The processes are threads here, and each sees the folder that it is given.
 """
@@ -98,3 +99,15 @@ def write_text(path, text, encoding):
     """Write a file as pathlib does, by the `open` above."""
     with path.open("w", encoding=encoding) as file:
         file.write(text)
+
+
+@pytest.mark.parametrize("count", [2, 64, 4096])
+def test_what_waiting_processes_ask_of_process_0_does_not_grow_with_their_square(
+    count, monkeypatch
+):
+    pauses = []
+    monkeypatch.setattr(agreement.jax, "process_count", lambda: count)
+    monkeypatch.setattr(agreement, "work_of_others", str)
+    monkeypatch.setattr(agreement.time, "sleep", pauses.append)
+    agreement.wait_until(lambda: len(pauses) == 3, "the others", silent_secs=60)
+    assert all(count / pause <= 100 for pause in pauses)

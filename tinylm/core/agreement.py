@@ -40,8 +40,10 @@ _LAST_SECS = 4.0
 _MOST_DIFFERENCES = 3
 # How long a file that another process has just made may be out of sight on a network disk.
 _VISIBLE_SECS = 60.0
-# How often a wait looks whether it is over.
+# How often a wait looks whether it is over, and how often all processes together do at most: for
+# each look process 0 answers with a list of all.
 _LOOK_SECS = 0.2
+_MOST_LOOKS_PER_SEC = 100
 # What the line of a process that waits for others begins with.
 WAITING = "waiting for"
 _FAILURES = "tinylm/failed/"
@@ -256,6 +258,7 @@ def wait_until(is_done: Callable[[], bool], what: str, silent_secs: float) -> No
     Raises:
       HangError: nothing has moved for that long.
     """
+    pause_secs = max(_LOOK_SECS, jax.process_count() / _MOST_LOOKS_PER_SEC)
     last_work = ""
     silent_since = time.monotonic()
 
@@ -270,7 +273,7 @@ def wait_until(is_done: Callable[[], bool], what: str, silent_secs: float) -> No
                 silent_since = time.monotonic()
             if time.monotonic() - silent_since > silent_secs:
                 raise HangError(f"waited {silent_secs:.0f} s for {what}, and nothing moved.")
-            time.sleep(_LOOK_SECS)
+            time.sleep(pause_secs)
 
 
 def wait_for_all(what: str, silent_secs: float) -> None:
