@@ -135,7 +135,7 @@ def run(tests_of_row: list[str]) -> tuple[str, float]:
 
 def run_matrix(page: pathlib.Path, head: str, matrix: dict[int, tuple[str, str, list[str]]]) -> int:
     """Run the rows whose numbers are the command's arguments, or all, and write the page with their
-    results; rows that weren't run stay as they are there.
+    results; rows that weren't run stay as they are there, and what follows the table.
 
     Args:
       page: a Markdown file with the table.
@@ -146,8 +146,11 @@ def run_matrix(page: pathlib.Path, head: str, matrix: dict[int, tuple[str, str, 
     """
     numbers = [int(word) for word in sys.argv[1:]] or list(matrix)
     rows: dict[int, str] = {}
+    after = ""
     if page.exists():
-        for line in page.read_text(encoding="utf-8").splitlines():
+        content = page.read_text(encoding="utf-8")
+        after = content.rpartition("|\n")[2]
+        for line in content.splitlines():
             if re.match(r"\| \d", line):
                 rows[int(line.split("|")[1])] = line
     for number in numbers:
@@ -157,7 +160,7 @@ def run_matrix(page: pathlib.Path, head: str, matrix: dict[int, tuple[str, str, 
         print(rows[number], flush=True)
         table = "| # | what | how | passed | seconds |\n|---|---|---|---|---|\n"
         body = "\n".join(rows[number] for number in sorted(rows))
-        page.write_text(f"{head}\n\n{table}{body}\n", encoding="utf-8")
+        page.write_text(f"{head}\n\n{table}{body}\n{after}", encoding="utf-8")
     return int(any("**no**" in rows[number] for number in numbers))
 
 
