@@ -152,6 +152,10 @@ MISTAKES = {
         ],
         "model.attention=splash needs model.local_heads=0 (here 2)",
     ),
+    "rows that the mesh doesn't divide": (
+        ["data.seq_len=132", "mesh.context=4"],
+        "data.seq_len=132 must be divisible by twice mesh.context=4",
+    ),
     "another program's name": (
         ["block_size=64"],
         "--config.block_size is not a setting; did you mean 'data.seq_len'?",

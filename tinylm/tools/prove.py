@@ -108,7 +108,8 @@ def _meshes(num_devices: int, num_rows: int, row_length: int) -> list[MeshConfig
         shapes.append(MeshConfig(data=num_devices // 4, context=2, model=2))
     found = []
     for mesh in shapes:
-        if num_rows % mesh.data or row_length % mesh.context:
+        has_stretches = mesh.context == 1 or row_length % (2 * mesh.context) == 0
+        if num_rows % mesh.data or not has_stretches:
             continue
         found.append(mesh)
         if mesh.data > 1:

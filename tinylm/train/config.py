@@ -313,6 +313,11 @@ class Config(Section):
                 f"data.seq_len={self.data.seq_len} must be divisible by "
                 f"model.loss_chunks={self.model.loss_chunks}."
             )
+        if self.mesh.context > 1 and self.data.seq_len % (2 * self.mesh.context):
+            raise UserError(
+                f"data.seq_len={self.data.seq_len} must be divisible by twice "
+                f"mesh.context={self.mesh.context}: each device has two stretches of a row."
+            )
         if self.model.context and self.model.context < self.data.seq_len:
             raise UserError(
                 f"data.seq_len={self.data.seq_len} must be at most "
