@@ -16,7 +16,7 @@ from tinylm import __main__ as script
 from tinylm import show
 from tinylm.config import Config, define_config, load_config, parse_flags, prepare_arguments
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh
+from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.core.optional import optional_module
 from tinylm.core.settings import to_dict
 from tinylm.run.folder import RunFolder
@@ -291,7 +291,17 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
     with pytest.raises(
         UserError, match=r"data.batch_size=30 must be divisible by the data axis \(8\)"
     ):
-        config.check_mesh(batch_shards(make_mesh(MeshConfig())))
+        config.check_mesh(make_mesh(MeshConfig()))
+
+
+def test_rows_that_the_mesh_does_not_divide_are_refused():
+    """Every device would have them whole, and a mesh of several be no better than one of one."""
+    config = load_config("tales", ["data.seq_len=36"])
+    mesh = make_mesh(MeshConfig(data=1, context=8))
+    with pytest.raises(
+        UserError, match=r"data.seq_len=36 must be divisible by the context axis \(8\)"
+    ):
+        config.check_mesh(mesh)
 
 
 @pytest.mark.parametrize(

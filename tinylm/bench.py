@@ -26,13 +26,13 @@ from tinylm.core.storage import check_on_disk
 
 def bench(flags: FlagValues) -> None:
     """Measure as the flags say."""
-    from tinylm.core.mesh import batch_shards, make_mesh
+    from tinylm.core.mesh import make_mesh
     from tinylm.tools.bench import measure
 
     check_on_disk("--profile", flags.profile)
     config = cli.resolved_config(flags)
     mesh = make_mesh(config.mesh)
-    config.check_mesh(batch_shards(mesh))
+    config.check_mesh(mesh)
     if flags.profile:
         try:
             os.makedirs(flags.profile, exist_ok=True)

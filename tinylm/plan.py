@@ -24,7 +24,7 @@ from tinylm.core.errors import UserError
 
 def plan(flags: FlagValues) -> None:
     """Plan as the flags say."""
-    from tinylm.core.mesh import batch_shards, make_mesh
+    from tinylm.core.mesh import make_mesh
     from tinylm.tools.plan import make_plan
     from tinylm.tools.plan_text import describe, describe_search
     from tinylm.tools.search import search
@@ -43,7 +43,7 @@ def plan(flags: FlagValues) -> None:
             print(describe_search(found))
         return
     mesh = make_mesh(config.mesh, devices)
-    config.check_mesh(batch_shards(mesh))
+    config.check_mesh(mesh)
     plan = make_plan(config, mesh)
     print(json.dumps(dataclasses.asdict(plan)) if flags.json else describe(plan))
 

@@ -196,7 +196,7 @@ def _compiled_step(
       The state before the last one, and what the last one gave: state and metrics, all on the host.
     """
     mesh = make_mesh(config.mesh)
-    config.check_mesh(batch_shards(mesh))
+    config.check_mesh(mesh)
     batch_rows = BatchRows(mesh, config.micro_batch_rows)
     with jax.set_mesh(mesh):
         blueprint = make_blueprint(config, mesh)

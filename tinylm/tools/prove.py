@@ -22,7 +22,7 @@ import numpy as np
 
 from tinylm.core.batch import BatchRows, HostBatch, stack_steps
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import AXES, MeshConfig, batch_shards, make_mesh
+from tinylm.core.mesh import AXES, MeshConfig, make_mesh
 from tinylm.data import Data, open_data
 from tinylm.data.pipeline import train_batches
 from tinylm.run.checkpoint import Checkpoints
@@ -128,7 +128,7 @@ class _Step(NamedTuple):
 def _one_step(config: Config, mesh_config: MeshConfig, batch: HostBatch) -> _Step:
     """Take the first step on a mesh."""
     mesh = make_mesh(mesh_config)
-    config.check_mesh(batch_shards(mesh))
+    config.check_mesh(mesh)
     config = dataclasses.replace(config, mesh=mesh_config)
     batch_rows = BatchRows(mesh, config.micro_batch_rows)
     with jax.set_mesh(mesh):

@@ -9,8 +9,10 @@ other.
 import dataclasses
 from typing import Any
 
+from jax.sharding import Mesh
+
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import MeshConfig
+from tinylm.core.mesh import MeshConfig, batch_shards, mesh_sizes
 from tinylm.core.settings import Section, setting
 from tinylm.data.config import DataConfig
 from tinylm.inference.config import EvalConfig, SampleConfig
@@ -364,13 +366,21 @@ class Config(Section):
                 "which have optimizers of their own; leave it out."
             )
 
-    def check_mesh(self, batch_shards: int) -> None:
-        """Raise UserError unless the mesh's `batch_shards` divide a micro-batch."""
-        if self.micro_batch_rows % batch_shards:
+    def check_mesh(self, mesh: Mesh) -> None:
+        """Raise UserError unless a mesh divides a micro-batch, and each row, evenly."""
+        num_shards = batch_shards(mesh)
+        if self.micro_batch_rows % num_shards:
             raise UserError(
                 f"data.batch_size={self.data.batch_size} must be divisible by the data axis "
-                f"({batch_shards}) times train.accumulation_steps "
+                f"({num_shards}) times train.accumulation_steps "
                 f"({self.train.accumulation_steps}); set data.batch_size or mesh.data."
+            )
+        # Each device would have whole rows, and the axis would save nothing.
+        num_parts = mesh_sizes(mesh).context
+        if self.data.seq_len % num_parts:
+            raise UserError(
+                f"data.seq_len={self.data.seq_len} must be divisible by the context axis "
+                f"({num_parts}); set data.seq_len or mesh.context."
             )
 
     def resolve(self, vocab_size: int) -> "Config":

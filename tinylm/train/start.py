@@ -30,7 +30,7 @@ from tinylm.core.agreement import (
 from tinylm.core.distributed import START_SECS, host, is_main
 from tinylm.core.errors import StorageError, UserError
 from tinylm.core.log import say
-from tinylm.core.mesh import batch_shards, make_mesh, sizes_by_name
+from tinylm.core.mesh import make_mesh, sizes_by_name
 from tinylm.core.settings import differing_settings, from_dict, to_dict
 from tinylm.core.storage import in_bucket
 from tinylm.data import Data, open_data, store_names
@@ -83,7 +83,7 @@ def _start_run(config: Config, workdir: str) -> Trainer:
     from_main(folder.check_bucket)
     config, tokenizer = take_over(config, folder)
     mesh = make_mesh(config.mesh)
-    config.check_mesh(batch_shards(mesh))
+    config.check_mesh(mesh)
     check_deterministic(config)
     check_found_run(config, folder)
     config = fix_workers(config, mesh, recorded_config(folder))
