@@ -5,7 +5,7 @@ end all keys are asked for. So each answer is one token that lies most of the ro
 question, and a model that doesn't reach that far can only guess: 1 of 16 values is right. It is the
 task of Arora et al. (2023, Zoology, section 3) with its distances as long as the row.
 
-    row      s u a F x 2 . . d B v | w 5 x r . . . . . . . t y | ? a F b C c P d B ...
+    row      s u a F x i . . d B v | w k x r . . . . . . . t m | ? a F b C c P d B ...
              first quarter: pairs    letters that mean nothing   answers, in order of the keys
 
 The keys of the answers are always the same, so the values alone have to be learned, and the text
@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from tinylm.core.errors import UserError
 from tinylm.data.sources.base import Document, Source, hash_bytes
 
-KEYS = "abcdefghijklmnop"
+KEYS = "abcdefgh"
 VALUES = "ABCDEFGHIJKLMNOP"
-FILLER = "qrstuvwxyz012345"
+FILLER = "ijklmnopqrstuvwx"
 QUESTION = "?"
 PAIRS_SHARE = 4  # the pairs lie in the first of so many parts of a row
 LEAST_SEQ_LEN = PAIRS_SHARE * len(KEYS) * 2
@@ -30,7 +30,7 @@ VALID_SHARE = 16  # so many training texts come to one for validation
 
 # A byte is one of the letters that mean nothing, each as often as the others.
 _FILLER_OF_BYTE = bytes(ord(FILLER[byte % len(FILLER)]) for byte in range(256))
-_DRAW_BYTES = 64  # where 16 pairs lie and what they are: some 300 bits in rows of 2^20 tokens
+_DRAW_BYTES = 64  # where 8 pairs lie and what they are: some 170 bits in rows of 2^20 tokens
 
 
 class RecallSource(Source):
@@ -61,7 +61,7 @@ class RecallSource(Source):
 def recall_text(split: str, index: int, seq_len: int) -> tuple[str, str]:
     """Return text number `index` of a split as a prompt and its answers.
 
-    It is the same on every machine and Python. Of 16 pairs there are more than 10^32, so that no
+    It is the same on every machine and Python. Of 8 pairs there are more than 10^14, so that no
     text of one split is likely in the other.
 
     Args:
