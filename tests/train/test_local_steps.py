@@ -96,6 +96,34 @@ def test_any_mesh_gives_the_same_run_of_as_many_workers(single, mesh):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "optimizer"),
+    [
+        (MeshConfig(replica=2, data=2, context=2, fsdp=True), "adamw"),
+        (MeshConfig(replica=2, data=2, context=2, fsdp=True), "muon"),
+        (MeshConfig(replica=2, data=1, context=2, model=2), "muon"),
+    ],
+)
+def test_workers_with_experts_and_rows_in_parts_give_the_same_run(mesh, optimizer):
+    """All axes at once: tokens are sent to experts, by devices that have a part of a row each."""
+    model = tiny_model(
+        num_layers=1,
+        dropout=0.1,
+        num_experts=4,
+        expert_dim=16,
+        expert_parallel=mesh.fsdp,
+        loss_chunks=2,
+        remat="dots",
+    )
+    settings = {"workers": 2, "sync_every_steps": 2, "optimizer": {"name": optimizer}}
+    alone, _ = train(MeshConfig(data=1), BATCHES[:3], model=model, **settings)
+    together, _ = train(mesh, BATCHES[:3], model=model, **settings)
+    np.testing.assert_allclose(of(together), of(alone), rtol=1e-5)
+    for name in ("grad_norm", "drift", "outer_grad_norm", "router/busiest"):
+        np.testing.assert_allclose(of(together, name), of(alone, name), rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_accumulation_gives_the_same_run_of_workers():
     """Each worker has the same rows in two micro-batches."""
     plain = tiny_model(num_layers=1)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tinylm.core.mesh import AXES, activation_spec, parameter_spec, sizes_in_use
+from tinylm.core.mesh import AXES, activation_spec, constrain, parameter_spec, sizes_in_use
 from tinylm.core.text import path_text
 
 R = TypeVar("R")
@@ -263,6 +263,11 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:
     """
     vocab_axis = activation_spec(table_VD, ("vocab", None))[0]
     if vocab_axis is None:
+        # XLA's partitioner aborts the process where an axis is split by hand, and it has to place a
+        # lookup in a table split by embedding (fsdp) of ids split by position ("partition_group_
+        # list", jaxlib 0.10.2). So the table is gathered first, as the output matrix is.
+        if is_partly_manual() and sizes_in_use()[AXES.context] > 1:
+            table_VD = constrain(table_VD, None, None)
         return table_VD[ids_BT]
     # The embedding stays whole, so its size doesn't matter.
     some_BT1 = jax.ShapeDtypeStruct((*ids_BT.shape, 1), sent_as)
