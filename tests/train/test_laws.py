@@ -14,8 +14,8 @@ from helpers import random_batch, tiny_model, train
 from jax.sharding import AbstractMesh, AxisType
 
 from tinylm.core.batch import BatchRows, stack_steps
-from tinylm.core.collectives import look_up
-from tinylm.core.mesh import AXES, MeshConfig, make_mesh
+from tinylm.core.collectives import look_up, sum_over_rows
+from tinylm.core.mesh import AXES, MeshConfig, constrain, make_mesh, parameter_sharding
 from tinylm.tools.plan import held_bytes
 from tinylm.train.config import Config, OptimizerConfig, TrainConfig
 from tinylm.train.state import make_blueprint
@@ -73,6 +73,27 @@ def test_a_split_vocabulary_gives_the_same_rows_and_gradient_where_the_mesh_divi
     with jax.set_mesh(make_mesh(MeshConfig(data=2, model=4))):
         meshed = jax.jit(jax.value_and_grad(loss))(table)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, meshed)
+
+
+def test_a_look_up_in_each_replica_takes_rows_in_parts_and_a_table_that_fsdp_splits():
+    """XLA's partitioner would abort the process, as said in `look_up`."""
+    rng = np.random.default_rng(0)
+    table = jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)
+    ids = jnp.asarray(rng.integers(0, 16, (1, 4, 8)))
+
+    def loss(table, ids):
+        x_BTD = constrain(look_up(table, ids[0], "float32"), "batch", "positions", None)
+        return jnp.sum(jnp.sin(x_BTD) * jnp.arange(8))
+
+    def summed(table, ids):
+        return sum_over_rows(jax.value_and_grad(loss), (table,), (ids,), fsdp=True)
+
+    plain = summed(table, ids)
+    mesh = make_mesh(MeshConfig(replica=2, data=2, context=2, fsdp=True))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(table, parameter_sharding(mesh, True, ("vocab", "embed"), (16, 8)))
+        meshed = jax.jit(summed)(placed, ids)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, meshed)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
