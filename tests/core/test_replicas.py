@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tinylm.core.errors import NumericError
-from tinylm.core.mesh import MeshConfig, make_mesh, parameter_sharding
+from tinylm.core.mesh import MeshConfig, PerAxis, make_mesh, parameter_sharding
 from tinylm.core.replicas import make_replica_check
 
 
@@ -44,7 +44,7 @@ def test_the_device_with_a_flipped_bit_is_named(sizes, minority):
     check = make_replica_check(mesh, abstract)
     check(tree)
     for bit in 0, 13, 31:
-        device = mesh.devices[0, 1, 0]
+        device = mesh.devices[PerAxis(replica=0, data=1, context=0, model=0)]
         with pytest.raises(NumericError) as caught:
             check(placed(mesh, device, bit))
         # Of two copies nobody can say which one is right.

@@ -515,8 +515,8 @@ class Changing(Proxy):
         super().__init__(*arguments)
         self.changes = {}
 
-    async def _message(self, reader, is_head=False):
-        message = await super()._message(reader, is_head)
+    async def _message(self, *arguments, **named):
+        message = await super()._message(*arguments, **named)
         for old, new in self.changes.items():
             # In a request the other way round: it may name the ETag that it wants.
             message = message.replace(old, b"\0").replace(new, old).replace(b"\0", new)

@@ -320,7 +320,7 @@ CONFIGS = {
     "rope": (
         "llama",
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-        "rope_type='llama3'",
+        "low_freq_factor=None; llama needs a number",
     ),
     "size": ("gpt2", {"n_embd": None}, "lacks n_embd"),
     "vocabulary": (
