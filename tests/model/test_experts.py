@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from helpers import random_batch, tiny_model, train
 
+from tinylm.core import expert_shards
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.model import grouped, layers
 from tinylm.model.experts import Experts, even_out, load_metrics
@@ -178,6 +179,24 @@ def test_gathered_experts_are_not_kept_for_the_backward_pass(expert_parallel):
     whole = config.num_experts * config.embed_dim * config.expert_dim
     # Each device's residuals are stacked on the first axis, where those of one device are whole.
     assert max(np.prod(shape) for shape in kept) < 8 * whole
+
+
+def test_only_a_batch_that_is_split_tells_that_tokens_stay(monkeypatch):
+    """A prompt stays in any case, and a line about it would stand in the text that is written."""
+    said = []
+    monkeypatch.setattr(expert_shards, "say_once", said.append)
+    _, graph, params, x_BTD = experts_and_input(expert_parallel=True)
+
+    def run(params, x_BTD):
+        return nnx.merge(graph, params)(x_BTD).y_BTD
+
+    # Eight devices don't divide four experts.
+    with jax.set_mesh(make_mesh(MeshConfig(data=8, fsdp=True))):
+        jax.eval_shape(run, params, x_BTD[:1])
+        assert not said
+        jax.eval_shape(run, params, jnp.concatenate([x_BTD, x_BTD]))
+    assert len(said) == 1
+    assert "does not divide model.num_experts" in said[0]
 
 
 @pytest.fixture(scope="module")

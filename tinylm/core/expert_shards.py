@@ -122,15 +122,17 @@ def _can_exchange(x_spec: PartitionSpec, matrix_specs: Sequence[PartitionSpec]) 
     """Say whether `data` splits both the tokens and the matrices by expert."""
     if sizes_in_use()[AXES.data] == 1:
         return False
+    # A batch that the mesh doesn't divide, as that of one prompt, is whole on every device.
+    rows_axes = x_spec[0] or ()
+    if AXES.data not in ((rows_axes,) if isinstance(rows_axes, str) else rows_axes):
+        return False
     if any(spec[0] != AXES.data for spec in matrix_specs):
         say_once(
             "model.expert_parallel is off: the data axis does not divide model.num_experts, so "
             "experts are gathered."
         )
         return False
-    rows_axes = x_spec[0] or ()
-    # A batch that the mesh doesn't divide, as that of one prompt, is whole on every device.
-    return AXES.data in ((rows_axes,) if isinstance(rows_axes, str) else rows_axes)
+    return True
 
 
 def _gathered(parts: Sequence[jax.Array], specs: Sequence[PartitionSpec]) -> tuple[jax.Array, ...]:
