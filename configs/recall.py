@@ -1,8 +1,8 @@
-"""Learn to recall values by their keys from the begin of rows of 1,024 tokens, loss on the answers
-alone: a task that only attention over the whole row solves.
+"""Learn to recall values by their keys from the beginning of rows of 1,024 tokens, loss on the
+answers alone: a task that only attention over the whole row solves.
 
-python -m tinylm.main --config=recall
-python -m tinylm.main --config=recall --cpu_devices=4 --config.mesh.data=1 --config.mesh.context=4
+python -m tinylm.main --config=configs/recall.py
+Split by position: --cpu_devices=4 --config.mesh.data=1 --config.mesh.context=4
 
 Two CPU cores: 100.00% of 128 texts right after 650 steps in 127 s, with mesh.context=4 simulated.
 

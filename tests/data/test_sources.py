@@ -309,11 +309,11 @@ def test_bad_strings_of_parquet_are_named_or_skipped(tmp_path, kind):
             r"data\.seq_len=99 must be at most the 18 training tokens",
         ),
         (
-            {"source": "text:{}/short.txt", "seq_len": 10**13, "packing": "packed"},
+            {"source": "text:{}/short.txt", "seq_len": 2**30, "packing": "packed"},
             "at most the 18 training tokens",
         ),
         (
-            {"source": "text:{}/short.txt", "seq_len": 10**13, "packing": "single"},
+            {"source": "text:{}/short.txt", "seq_len": 2**30, "packing": "single"},
             "at most the 18 training tokens",
         ),
         (

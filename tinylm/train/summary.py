@@ -44,6 +44,12 @@ def opening(trainer: Trainer) -> None:
         f"train   {c.train.last_step:,} steps of {c.data.tokens_per_step:,} tokens into "
         f"{trainer.folder.path}{expected_time(trainer)}"
     )
+    num_workers = trainer.blueprint.num_workers
+    if num_workers:
+        say(
+            f"workers {num_workers}, each by itself between syncs, which come every "
+            f"{c.train.sync_every_steps} steps"
+        )
 
 
 def expected_time(trainer: Trainer) -> str:
