@@ -15,14 +15,13 @@ from tinylm.core.ring import parts_of_rows, splits_rows
 from tinylm.model.config import CUDNN_MOST_HEAD_DIM
 from tinylm.model.context import context_attention
 from tinylm.model.kernels import (
+    SPLASH_BLOCK,
     AttentionOptions,
     cudnn_attention,
     plain_attention,
     splash_attention,
 )
 from tinylm.model.visibility import Visibility
-
-_SPLASH_BLOCK = 128  # tokens; a row must be a multiple of them
 
 
 def attend(
@@ -88,7 +87,7 @@ def attend(
         )
         if kernel == "cudnn" or fits_cudnn:
             return cudnn_attention(q_BNTH, k_BKSH, v_BKSH, visibility, options)
-    if platform == "tpu" and num_queries % _SPLASH_BLOCK == 0:
+    if platform == "tpu" and num_queries % SPLASH_BLOCK == 0:
         return splash_attention(q_BNTH, k_BKSH, v_BKSH, visibility, options)
     return plain_attention(q_BNTH, k_BKSH, v_BKSH, visibility, options)
 
@@ -97,10 +96,10 @@ def can_be_unrolled(kernel: str) -> bool:
     """Say whether the layers of a scan may be unrolled here, given the `kernel` of the config.
 
     A fused kernel runs in a shard_map of its own, and so does attention over rows that the mesh
-    splits. Where that lies inside another one, which leaves
-    axes of the mesh to the partitioner, it has to be in a loop: JAX lowers unrolled layers to one
-    function that each of them calls, Shardy loses the outer axes in it, and XLA aborts the process
-    ("IsManualSubgroup", jaxlib 0.10.2 with libtpu 0.0.42).
+    splits. Where that lies inside another one, which leaves axes of the mesh to the partitioner, it
+    has to be in a loop: JAX lowers unrolled layers to one function that each of them calls, Shardy
+    loses the outer axes in it, and XLA aborts the process ("IsManualSubgroup", jaxlib 0.10.2 with
+    libtpu 0.0.42).
     """
     has_own_shard_map = kernel != "xla" or splits_rows()
     return not has_own_shard_map or target_platform() == "cpu" or not is_partly_manual()

@@ -58,8 +58,13 @@ from tinylm.model.blockwise import (
     merge,
 )
 from tinylm.model.config import ModelConfig
-from tinylm.model.kernels import AttentionOptions, heads_axes, with_own_kv_heads
-from tinylm.model.splash_rows import SPLASH_BLOCK, splash_over_gathered
+from tinylm.model.kernels import (
+    SPLASH_BLOCK,
+    AttentionOptions,
+    heads_axes,
+    with_own_kv_heads,
+)
+from tinylm.model.splash_rows import splash_over_gathered
 from tinylm.model.visibility import Visibility
 
 # A window that reaches beyond every row.

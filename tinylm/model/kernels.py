@@ -11,7 +11,7 @@ sees it (H, and those of the segments).
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from tinylm.model.visibility import Visibility
 
 # Features that a packed row adds to a head. cuDNN wants multiples of 8; four are used.
 _SEGMENT_FEATURES = 8
+# Tokens: splash takes multiples of SPLASH_BLOCK, in blocks of at most _MOST_SPLASH_BLOCK.
+SPLASH_BLOCK = 128
+_MOST_SPLASH_BLOCK = 512
 # How far the logits of one text are put below those of the next: e^-128 adds nothing to 1.
 _APART = 128.0
 
@@ -248,16 +251,11 @@ def splash_attention(
             mask = splash.LocalMask(square, (visibility.window - 1, 0), 0)
         else:
             mask = splash.CausalMask(square)
-        block = math.gcd(num_queries, 512)
         kernel = splash.make_splash_mha(
             splash.MultiHeadMask([mask] * num_heads),
             head_shards=1,
             q_seq_shards=1,
-            block_sizes=splash.BlockSizes(
-                *(block, block, block),  # forward: queries, keys and values, keys computed at once
-                *(block, block, block),  # gradients of keys and values
-                *(block, block),  # gradients of queries
-            ),
+            block_sizes=splash_block_sizes(num_queries),
             attn_logits_soft_cap=options.softcap or None,
             interpret=interpret,
         )
@@ -271,6 +269,18 @@ def splash_attention(
         return o_BNTH.astype(q_BNTH.dtype)
 
     return _on_each_device(on_device, q_BNTH, k_BKSH, v_BKSH, visibility.segments_BT)
+
+
+def splash_block_sizes(length: int) -> Any:
+    """Return the sizes of splash's blocks of queries and keys, which divide a length."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    block = math.gcd(length, _MOST_SPLASH_BLOCK)
+    return splash.BlockSizes(
+        *(block, block, block),  # forward: queries, keys and values, keys computed at once
+        *(block, block, block),  # gradients of keys and values
+        *(block, block),  # gradients of queries
+    )
 
 
 def _on_each_device(

@@ -11,7 +11,6 @@ Axes: B batch, T query positions, S key positions, N query heads, K kv heads, H 
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -20,12 +19,13 @@ import numpy as np
 
 from tinylm.core.collectives import on_shards
 from tinylm.core.ring import gather_row, order_of_parts, parts_of_rows
-from tinylm.model.kernels import AttentionOptions, heads_axes, with_own_kv_heads
+from tinylm.model.kernels import (
+    AttentionOptions,
+    heads_axes,
+    splash_block_sizes,
+    with_own_kv_heads,
+)
 from tinylm.model.visibility import Visibility
-
-# Tokens; a stretch must be a multiple of them.
-SPLASH_BLOCK = 128
-_MOST_BLOCK = 512
 
 
 def splash_over_gathered(
@@ -83,18 +83,12 @@ def _make_kernel(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     stretch = length // (2 * num_parts)
-    block = math.gcd(stretch, _MOST_BLOCK)
-    block_sizes = splash.BlockSizes(
-        *(block, block, block),  # forward: queries, keys and values, keys computed at once
-        *(block, block, block),  # gradients of keys and values
-        *(block, block),  # gradients of queries
-    )
     return splash.make_splash_mha(
         # One mask for all heads.
         splash.MultiHeadMask([_row_mask(length, num_parts, window)]),
         head_shards=1,
         q_seq_shards=num_parts,
-        block_sizes=block_sizes,
+        block_sizes=splash_block_sizes(stretch),
         attn_logits_soft_cap=options.softcap or None,
         interpret=interpret,
     )
