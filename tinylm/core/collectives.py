@@ -8,18 +8,25 @@ With the letters of model/ (B rows, T positions, V vocabulary, D embedding).
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from tinylm.core.mesh import AXES, activation_spec, constrain, parameter_spec, sizes_in_use
+from tinylm.core.mesh import (
+    AXES,
+    Axes,
+    activation_spec,
+    axes_that_split,
+    constrain,
+    parameter_spec,
+    sizes_in_use,
+)
 from tinylm.core.text import path_text
 
 R = TypeVar("R")
-Axes = Sequence[str | None]  # the logical axis of each dimension of an array
 
 # How replicas hold an array: whole, by workers along its first axis, or by rows along its second.
 EVERYWHERE = PartitionSpec()
@@ -42,14 +49,6 @@ def _axes_by_hand(split_axes: tuple[str, ...]) -> set[str]:
     """
     sizes = sizes_in_use()
     return {axis for axis in axes_of_partitioner() if axis in split_axes or sizes[axis] == 1}
-
-
-def _axes_of(spec: PartitionSpec) -> tuple[str, ...]:
-    """Return the axes of the mesh that split some dimension."""
-    axes: list[str] = []
-    for entry in spec:
-        axes += [entry] if isinstance(entry, str) else list(entry or ())
-    return tuple(axes)
 
 
 def is_partly_manual() -> bool:
@@ -114,7 +113,7 @@ def sum_with_whole(
     """
     some_rows = jax.tree.leaves(by_rows)[0]
     rows_spec = activation_spec(some_rows, (None, "batch", "positions"))
-    split_axes = _axes_of(rows_spec)
+    split_axes = axes_that_split(rows_spec)
     # Where an axis doesn't divide the rows, each device has all of them.
     if AXES.data not in split_axes and AXES.context not in split_axes:
         return function(matrix, *by_rows)
@@ -153,15 +152,13 @@ def sum_with_whole(
     on_mesh = shard_map(
         sum_on_device,
         in_specs=(part_spec, rows_spec),
-        out_specs=PartitionSpec(),
+        out_specs=EVERYWHERE,
         axis_names=_axes_by_hand(split_axes),
     )
     return on_mesh(matrix, by_rows)
 
 
-def on_shards(
-    function: Callable[..., jax.Array], *parts: tuple[jax.Array, Sequence[str | None]]
-) -> jax.Array:
+def on_shards(function: Callable[..., jax.Array], *parts: tuple[jax.Array, Axes]) -> jax.Array:
     """Call `function` on each device's own part of the arrays.
 
     Args:
@@ -272,8 +269,7 @@ def look_up(table_VD: jax.Array, ids_BT: jax.Array, sent_as: Any) -> jax.Array:
     # The embedding stays whole, so its size doesn't matter.
     some_BT1 = jax.ShapeDtypeStruct((*ids_BT.shape, 1), sent_as)
     out_spec = activation_spec(some_BT1, ("batch", "seq", None))
-    seq_axes = out_spec[1] or ()
-    splits_seq = vocab_axis in ((seq_axes,) if isinstance(seq_axes, str) else seq_axes)
+    splits_seq = vocab_axis in axes_that_split(out_spec[1:2])
 
     def look_up_here(table_VD: jax.Array, ids_BT: jax.Array) -> jax.Array:
         # Each device has V rows of the table, from this one on.

@@ -34,14 +34,16 @@ from tinylm.core.collectives import axes_of_partitioner, shard_map
 from tinylm.core.log import say_once
 from tinylm.core.mesh import (
     AXES,
+    Axes,
     activation_spec,
+    axes_that_split,
     parameter_spec,
     sizes_in_use,
     target_platform,
 )
 
 # A matrix, and the logical axes of its dimensions; the first one is `experts`.
-Named = tuple[jax.Array, Sequence[str | None]]
+Named = tuple[jax.Array, Axes]
 # `function(x_TD, group_M, *matrices)` returns y_MD: row m of token m // C times the matrices of its
 # group; 0 where the group's number is that of no matrix.
 RowsFunction = Callable[..., jax.Array]
@@ -90,7 +92,7 @@ def weighted_experts(
     if is_partial_sum:
         # Between two products the positions are split by `model` too, where it divides them.
         out_spec = activation_spec(x_BTD, ("batch", "seq", None))
-    scatters = AXES.model in jax.tree.leaves(tuple(out_spec))
+    scatters = AXES.model in axes_that_split(out_spec)
     exchanges = by_exchange and _can_exchange(x_spec, matrix_specs)
 
     # Gathered matrices are gathered again for the backward pass, or all layers' would be kept.
@@ -123,8 +125,7 @@ def _can_exchange(x_spec: PartitionSpec, matrix_specs: Sequence[PartitionSpec]) 
     if sizes_in_use()[AXES.data] == 1:
         return False
     # A batch that the mesh doesn't divide, as that of one prompt, is whole on every device.
-    rows_axes = x_spec[0] or ()
-    if AXES.data not in ((rows_axes,) if isinstance(rows_axes, str) else rows_axes):
+    if AXES.data not in axes_that_split(x_spec[:1]):
         return False
     if any(spec[0] != AXES.data for spec in matrix_specs):
         say_once(
@@ -253,11 +254,11 @@ def _exchange(num_rows: int, room: int, x_MD: jax.Array, sent_NN: jax.Array) -> 
       x_MD: the rows to send.
       sent_NN: how many rows each device (first axis) sends to each (second axis).
     """
+    if target_platform() == "cpu":
+        return _exchange_on_cpu(room, x_MD, sent_NN)
     me = jax.lax.axis_index(AXES.data)
     sent_N = sent_NN[me]
     received_N = sent_NN[:, me]
-    if target_platform() == "cpu":
-        return _exchange_on_cpu(room, x_MD, sent_NN)
     begins_N = jnp.cumulative_sum(sent_N) - sent_N
     # Where a device's rows begin in the buffer of each other device.
     before_NN = jnp.cumulative_sum(sent_NN, axis=0) - sent_NN

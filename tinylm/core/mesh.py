@@ -37,6 +37,7 @@ from tinylm.core.errors import UserError
 from tinylm.core.settings import Section, setting
 
 T = TypeVar("T")
+Axes = Sequence[str | None]  # the logical axis of each dimension of an array
 
 
 class PerAxis(NamedTuple, Generic[T]):
@@ -256,15 +257,13 @@ def parameter_rules(fsdp: bool) -> dict[str, tuple[str, ...]]:
 
 
 def parameter_sharding(
-    mesh: Mesh | AbstractMesh, fsdp: bool, axes: Sequence[str | None], shape: Sequence[int]
+    mesh: Mesh | AbstractMesh, fsdp: bool, axes: Axes, shape: Sequence[int]
 ) -> NamedSharding:
     """Return where a parameter with logical `axes` and `shape` lives on the mesh."""
     return NamedSharding(mesh, _assign(parameter_rules(fsdp), mesh.shape, axes, shape))
 
 
-def activation_sharding(
-    mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]
-) -> NamedSharding:
+def activation_sharding(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
     """Return where an activation (or a batch) with logical `axes` and `shape` lives on the mesh."""
     return NamedSharding(mesh, _assign(ACTIVATION_RULES, mesh.shape, axes, shape))
 
@@ -277,7 +276,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def _assign(
     rules: Mapping[str, Sequence[str]],
     sizes: Mapping[str, int],
-    axes: Sequence[str | None],
+    axes: Axes,
     shape: Sequence[int],
 ) -> PartitionSpec:
     """Give each mesh axis to the first logical axis that it may split and divides.
@@ -314,15 +313,23 @@ def _assign(
     return PartitionSpec(*entries)
 
 
+def axes_that_split(spec: PartitionSpec | tuple) -> tuple[str, ...]:
+    """Return the axes of the mesh that split some dimension of a PartitionSpec, or of a part of
+    one.
+    """
+    axes: list[str] = []
+    for entry in spec:
+        axes += [entry] if isinstance(entry, str) else list(entry or ())
+    return tuple(axes)
+
+
 def sizes_in_use() -> dict[str, int]:
     """Return the sizes of the axes of the mesh in use; 1 for those that are split by hand here."""
     mesh = jax.sharding.get_abstract_mesh()
     return {name: mesh.shape[name] if name in mesh.auto_axes else 1 for name in AXES}
 
 
-def activation_spec(
-    x: jax.Array | jax.ShapeDtypeStruct, axes: Sequence[str | None]
-) -> PartitionSpec:
+def activation_spec(x: jax.Array | jax.ShapeDtypeStruct, axes: Axes) -> PartitionSpec:
     """Return how an activation with logical `axes` is split over the mesh in use.
 
     Where some mesh axes are split by hand (`collectives.sum_over_rows`), `x` is one device's part
@@ -331,7 +338,7 @@ def activation_spec(
     return _assign(ACTIVATION_RULES, sizes_in_use(), axes, x.shape)
 
 
-def parameter_spec(x: jax.Array, axes: Sequence[str | None]) -> PartitionSpec:
+def parameter_spec(x: jax.Array, axes: Axes) -> PartitionSpec:
     """Return how mesh.fsdp splits a parameter with logical `axes` over the mesh in use."""
     return _assign(PARAMETER_RULES, sizes_in_use(), axes, x.shape)
 

@@ -14,10 +14,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from tinylm.core.mesh import parameter_rules, parameter_sharding, replicated
+from tinylm.core.mesh import Axes, parameter_rules, parameter_sharding, replicated
 from tinylm.core.text import path_text
-
-Axes = Sequence[str | None]  # the logical axis of each dimension
 
 
 def place_parameters(

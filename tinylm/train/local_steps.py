@@ -39,8 +39,8 @@ from tinylm.core.collectives import (
     sum_parameters_over_replicas,
 )
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import mesh_sizes, replicated
-from tinylm.core.placement import Axes, place_parameters
+from tinylm.core.mesh import Axes, mesh_sizes, replicated
+from tinylm.core.placement import place_parameters
 from tinylm.train.config import Config, TrainConfig
 
 # A TrainState of the run, or of one worker. `state` puts a LocalState into the former, so it can't
