@@ -6,9 +6,10 @@ Split by position: --cpu_devices=4 --config.mesh.data=1 --config.mesh.context=4
 
 Two CPU cores: 100.00% of 128 texts right after 650 steps in 127 s, with mesh.context=4 simulated.
 
-Position plays no part, so there is no position embedding; the convolution of two taps lets a value
-carry its key, so that one layer of attention finds it. Queries and keys are normalized, and the
-scale is so high that one of 1,024 keys can have all of the weight.
+The answers don't depend on positions, so there is no position embedding. A convolution of two taps
+adds each key to the value behind it, so that one layer of attention finds the value by its key.
+Queries and keys are normalized, and the scale is so high that one of 1,024 keys can have all of the
+weight.
 """
 
 from tinylm.config import (

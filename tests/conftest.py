@@ -34,7 +34,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 # Processes inherit which signals are ignored. Started by nohup, or by a shell in the background,
-# the tests that interrupt a run would wait for it in vain.
+# the tests that interrupt a run would wait for its end until their limit.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:

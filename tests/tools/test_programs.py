@@ -113,7 +113,7 @@ ENTRY %main (x: bf16[10]) -> bf16[80] {
 
 
 def test_of_an_exchange_of_rows_those_count_that_are_sent_where_loads_are_even(mesh):
-    """Not the room for more, nor the branch that a program takes where there is no room."""
+    """The unused room for more rows doesn't count, nor does the branch for rows that don't fit."""
     (one,) = read_collectives(EXCHANGE, mesh)
     assert (one.kind, one.axis) == ("all-to-all", "data")
     assert one.bytes_per_step == 2 * 40 * 2 * 3 / 4

@@ -302,7 +302,7 @@ QWEN3 = dataclasses.replace(
     architecture="Qwen3ForCausalLM",
     rows=(*LLAMA.rows, *_QK_NORMS),
     read_config=configs.read_qwen3,
-    write_config=configs.write_qwen3,
+    write_config=configs.write_qwen2,
 )
 
 # Mistral with experts in the place of the mlp.

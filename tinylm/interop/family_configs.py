@@ -706,11 +706,6 @@ def read_qwen3(config: JsonObject) -> ModelConfig:
     return dataclasses.replace(model, qkv_bias=False, qk_norm=True, qk_norm_scale="head")
 
 
-def write_qwen3(model: ModelConfig) -> JsonObject:
-    """Return what a Qwen3 config.json says of a model."""
-    return write_qwen2(model)
-
-
 # Llama with experts: Mixtral, Qwen3-MoE and OLMoE. Each has a name of its own for the width of an
 # expert; Qwen3-MoE alone has one for layers without experts, too, which is read but not followed.
 

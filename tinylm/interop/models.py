@@ -32,7 +32,7 @@ from tinylm.interop.hf_model import open_hf, read_model
 from tinylm.interop.llama2c import open_llama2c
 from tinylm.interop.tensor_files import write_file
 from tinylm.interop.tokenizer_files import find_tokenizer, write_tokenizer
-from tinylm.model.config import EXPERT_SETTINGS, ModelConfig
+from tinylm.model.config import EXPERT_SETTINGS, TRAINING_SETTINGS, ModelConfig
 from tinylm.model.transformer import abstract_transformer
 from tinylm.run.checkpoint import CheckpointConfig, Checkpoints
 from tinylm.run.folder import RunFolder
@@ -218,8 +218,7 @@ def _misfits(family: Family, model: ModelConfig) -> list[str]:
     config = {**family.write_config(model), "model_type": family.model_type}
     there = family.read_config(config).resolve(model.vocab_size, model.context)
     # Logits don't depend on these, or not in this model.
-    irrelevant = {"dropout", "init_std", "compute_dtype", "z_loss"}
-    irrelevant |= {"router_balance_loss", "router_z_loss"}
+    irrelevant = set(TRAINING_SETTINGS)
     if not model.num_experts:
         irrelevant |= set(EXPERT_SETTINGS)
     elif not model.dense_layers:

@@ -11,7 +11,7 @@ size.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,6 @@ from tinylm.model.random_bits import bits_at
 
 # The most logits that a device makes at once: 64 MiB in float32.
 _MOST_LOGITS = 2**24
-
-Tree = TypeVar("Tree")
 
 
 class Weighing(NamedTuple):

@@ -15,8 +15,8 @@ from tinylm.core.settings import Section, setting
 VOCAB_MULTIPLE = 128
 # The widest head that cuDNN's flash attention takes on every GPU that has it.
 CUDNN_MOST_HEAD_DIM = 128
-# The scalings of rotary positions that a setting is for.
-_SCALINGS_WITH = {
+# The settings of how rotary positions stretch, each with the scalings that it is for.
+SCALINGS_WITH = {
     "rotary_factor": ("linear", "llama3", "yarn"),
     "rotary_original_context": ("llama3", "yarn"),
     "rotary_slow_turns": ("llama3", "yarn"),
@@ -24,6 +24,15 @@ _SCALINGS_WITH = {
     "rotary_attention_factor": ("yarn",),
 }
 
+# What decides how a model is trained, and not what its weights mean.
+TRAINING_SETTINGS = (
+    "dropout",
+    "init_std",
+    "compute_dtype",
+    "z_loss",
+    "router_balance_loss",
+    "router_z_loss",
+)
 # What means nothing without model.num_experts.
 EXPERT_SETTINGS = (
     "experts_per_token",
@@ -376,6 +385,11 @@ class ModelConfig(Section, name="model"):
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
+    def num_expert_layers(self) -> int:
+        """The layers that have experts."""
+        return self.num_layers - self.dense_layers if self.num_experts else 0
+
+    @property
     def output_std(self) -> float:
         """The std of initial maps that write to the residual stream (Radford et al. 2019, 2.3)."""
         return self.init_std / (2 * self.num_layers) ** 0.5
@@ -487,7 +501,7 @@ class ModelConfig(Section, name="model"):
                 f"model.rotary_scaling={scaling} needs model.position=rotary (here "
                 f"{self.position})."
             )
-        for name, kinds in _SCALINGS_WITH.items():
+        for name, kinds in SCALINGS_WITH.items():
             value = getattr(self, name)
             if scaling not in kinds and value != getattr(ModelConfig, name):
                 raise UserError(

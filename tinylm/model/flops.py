@@ -39,13 +39,16 @@ def _mean_mlp_features(config: ModelConfig) -> float:
     """
     c = config
     maps = 3 if c.mlp in GATED else 2
-    if not c.num_experts:
-        return maps * c.mlp_dim
-    experts = c.experts_per_token + c.shared_experts
-    expert_layers = c.num_layers - c.dense_layers
-    in_expert_layers = maps * experts * c.expert_dim + c.num_experts
-    in_dense_layers = maps * c.mlp_dim
-    total = expert_layers * in_expert_layers + c.dense_layers * in_dense_layers
+    router_features = c.num_expert_layers * c.num_experts / c.num_layers
+    return maps * mean_hidden_features(c) + router_features
+
+
+def mean_hidden_features(config: ModelConfig) -> float:
+    """Return how many hidden features the mlps of a token have, averaged over the layers."""
+    c = config
+    of_experts = (c.experts_per_token + c.shared_experts) * c.expert_dim
+    dense_layers = c.num_layers - c.num_expert_layers
+    total = c.num_expert_layers * of_experts + dense_layers * c.mlp_dim
     return total / c.num_layers
 
 

@@ -34,7 +34,7 @@ from jax.experimental.pallas.ops.tpu import megablox
 
 from tinylm.core.mesh import target_platform
 
-# Rows of a block on CPU, at most: more of them are no faster, and leave more slots empty.
+# The most rows of a block on CPU. Larger blocks are no faster, and leave more slots empty.
 _MOST_BLOCK_ROWS = 32
 # On TPU, rows come in whole tiles of the kernel: the large ones where there are many.
 _TILE_ROWS = 128

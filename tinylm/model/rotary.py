@@ -73,7 +73,10 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
         return frequency_R
     if c.rotary_scaling == "linear":
         return frequency_R / c.rotary_factor
-    kept_R = _kept_by_turns(c, frequency_R) if c.rotary_scaling == "llama3" else _kept_by_pair(c)
+    if c.rotary_scaling == "llama3":
+        kept_R = _kept_by_turns(c, frequency_R)
+    else:
+        kept_R = _kept_by_pair(c, num_pairs)
     return kept_R * frequency_R + (1 - kept_R) * frequency_R / c.rotary_factor
 
 
@@ -85,24 +88,23 @@ def _kept_by_turns(config: ModelConfig, frequency_R: np.ndarray) -> np.ndarray:
     return np.clip(share_R, 0, 1)
 
 
-def _kept_by_pair(config: ModelConfig) -> np.ndarray:
+def _kept_by_pair(config: ModelConfig, num_pairs: int) -> np.ndarray:
     """Return how far each pair keeps its frequency, from 0 to 1, linearly in its number.
 
     The blend begins and ends at whole pairs, as in YaRN's own code.
     """
     c = config
-    rotating = int(c.head_dim * c.rotary_fraction)
 
     def pair_with(turns: float) -> float:
         """Return the number of the pair that makes so many turns in the original context."""
         wavelength = c.rotary_original_context / turns
-        return rotating * math.log(wavelength / (2 * math.pi)) / (2 * math.log(c.rotary_base))
+        return num_pairs * math.log(wavelength / (2 * math.pi)) / math.log(c.rotary_base)
 
     first = max(math.floor(pair_with(c.rotary_fast_turns)), 0)
-    last = min(math.ceil(pair_with(c.rotary_slow_turns)), rotating - 1)
+    last = min(math.ceil(pair_with(c.rotary_slow_turns)), 2 * num_pairs - 1)
     # Where both are the same pair, the ones before it are fast and the others slow.
     width = last - first or 0.001
-    share_R = (np.arange(rotating // 2) - first) / width
+    share_R = (np.arange(num_pairs) - first) / width
     return 1 - np.clip(share_R, 0, 1)
 
 

@@ -252,17 +252,10 @@ class Transformer(nnx.Module):
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         row_keys_B: jax.Array | None = None,
-        order_T: jax.Array | None = None,
     ) -> jax.Array:
-        """Return what the output matrix reads, x_BTD; the arguments are those of
-        `features_and_routing`.
-        """
+        """Return what the output matrix reads, x_BTD; the arguments are those of `__call__`."""
         x_BTD, _ = self.features_and_routing(
-            tokens_BT,
-            segments_BT=segments_BT,
-            positions_BT=positions_BT,
-            row_keys_B=row_keys_B,
-            order_T=order_T,
+            tokens_BT, segments_BT=segments_BT, positions_BT=positions_BT, row_keys_B=row_keys_B
         )
         return x_BTD
 

@@ -16,6 +16,7 @@ import jax
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh, sizes_by_name
 from tinylm.model.config import ModelConfig
+from tinylm.model.flops import mean_hidden_features
 from tinylm.model.layers import GATED
 from tinylm.tools.plan import by_formula, held_bytes, known_chip, make_plan, roofline_secs
 from tinylm.train.config import Config
@@ -207,7 +208,7 @@ def activation_bytes(
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     inner_maps = 2 if model.mlp in GATED else 1
     # What the maps make: queries, keys, values, the two outputs, the inner features of the mlp.
-    hidden = _mean_hidden_features(model)
+    hidden = mean_hidden_features(model)
     product_numbers = qkv + 2 * embed + inner_maps * hidden
     # What lies between the maps: norms and residuals, the activation, the rotated heads.
     between_numbers = 4 * embed + hidden + qkv
@@ -242,16 +243,6 @@ def activation_bytes(
     vocab_bytes = 2 * 4 * model.padded_vocab / model.loss_chunks
     per_token = model.num_layers * kept_bytes + recomputed_bytes + vocab_bytes
     return seq_len * per_token / (tensor_ways * context_ways)
-
-
-def _mean_hidden_features(model: ModelConfig) -> float:
-    """Return how many hidden features the mlps of a token have, averaged over the layers."""
-    if not model.num_experts:
-        return model.mlp_dim
-    in_expert_layers = (model.experts_per_token + model.shared_experts) * model.expert_dim
-    expert_layers = model.num_layers - model.dense_layers
-    total = expert_layers * in_expert_layers + model.dense_layers * model.mlp_dim
-    return total / model.num_layers
 
 
 def _compiled(config: Config, row: SearchRow, devices: Sequence[jax.Device]) -> SearchRow:

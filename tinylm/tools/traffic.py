@@ -94,8 +94,8 @@ def least_collectives(
             exchanges = 6 if recomputes else 4
             rows = tokens_per_device * model.experts_per_token
             row_bytes = model.embed_dim * item_bytes
-            layers = model.num_layers - model.dense_layers
-            sent_bytes = exchanges * layers * rows * row_bytes * _ring(sizes.data)
+            layer_bytes = rows * row_bytes * _ring(sizes.data)
+            sent_bytes = exchanges * model.num_expert_layers * layer_bytes
             found.append(Collective("all-to-all", AXES.data, sent_bytes))
     elif sizes.data > 1:
         sent_bytes = 2 * parameter_bytes * _ring(sizes.data)
@@ -172,8 +172,8 @@ def share_of_step(axis: str, steps_per_sync: int) -> float:
 def _expert_numbers(model: ModelConfig) -> int:
     """Return how many numbers the matrices of all experts hold."""
     maps = 3 if model.mlp in GATED else 2
-    layers = model.num_layers - model.dense_layers
-    return layers * maps * model.num_experts * model.embed_dim * model.expert_dim
+    numbers_of_layer = maps * model.num_experts * model.embed_dim * model.expert_dim
+    return model.num_expert_layers * numbers_of_layer
 
 
 def _ring(num_members: int) -> float:

@@ -24,30 +24,14 @@ from tinylm.data.tokenizers import Tokenizer, load_tokenizer
 from tinylm.interop.hf_model import HfModel, open_hf
 from tinylm.interop.tokenizer_files import data_tokenizer
 from tinylm.interop.weights import import_params
-from tinylm.model.config import ModelConfig
+from tinylm.model.config import SCALINGS_WITH, TRAINING_SETTINGS, ModelConfig
 from tinylm.run.checkpoint import ITEMS, Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config, OptimizerConfig, TrainConfig
 from tinylm.train.state import Blueprint, TrainState
 
-_MAY_DIFFER = (
-    "dropout",
-    "init_std",
-    "compute_dtype",
-    "z_loss",
-    "router_balance_loss",
-    "router_z_loss",
-)
 # Of rotary positions: how they stretch over longer texts than those of the origin.
-_STRETCH = (
-    "context",
-    "rotary_scaling",
-    "rotary_factor",
-    "rotary_original_context",
-    "rotary_slow_turns",
-    "rotary_fast_turns",
-    "rotary_attention_factor",
-)
+_STRETCH = ("context", "rotary_scaling", *SCALINGS_WITH)
 _HF = "hf:"
 
 
@@ -167,7 +151,7 @@ def _take_tokenizer(data: DataConfig, origin: Origin) -> None:
 
 def _free_settings(model: ModelConfig) -> tuple[str, ...]:
     """Return the settings of a model that don't decide what its weights mean."""
-    return _MAY_DIFFER if model.position == "learned" else _MAY_DIFFER + _STRETCH
+    return TRAINING_SETTINGS if model.position == "learned" else TRAINING_SETTINGS + _STRETCH
 
 
 def check_origin(config: Config, tokenizer: Tokenizer) -> None:

@@ -224,8 +224,7 @@ def accumulate(
         no_grads = jax.tree.map(jnp.zeros_like, params)
         no_load_LX = None
         if has_experts:
-            expert_layers = model_config.num_layers - model_config.dense_layers
-            no_load_LX = jnp.zeros((expert_layers, model_config.num_experts))
+            no_load_LX = jnp.zeros((model_config.num_expert_layers, model_config.num_experts))
         zeros = (no_grads, jnp.zeros(()), jnp.zeros(()), no_load_LX)
         total, _ = jax.lax.scan(add, zeros, (micro_batches, rows))
         return total

@@ -1,7 +1,7 @@
 """The source `recall`: associative recall over the length of a row, which a window can't solve.
 
-Pairs of a key and a value stand near the begin of a row, among letters that mean nothing; at the
-end all keys are asked for. So each answer is one token that lies most of the row away from the
+Pairs of a key and a value stand near the beginning of a row, among letters that mean nothing; at
+the end all keys are asked for. So each answer is one token that lies most of the row away from the
 question, and a model that doesn't reach that far can only guess: 1 of 16 values is right. It is the
 task of Arora et al. (2023, Zoology, section 3) with its distances as long as the row.
 
@@ -79,14 +79,14 @@ def recall_text(split: str, index: int, seq_len: int) -> tuple[str, str]:
     part_chars = seq_len // PAIRS_SHARE // len(KEYS)
     keys_left = list(KEYS)
     pairs: list[str] = []
-    begin: list[str] = []
+    quarter: list[str] = []
     for part in range(len(KEYS)):
         number, key = divmod(number, len(keys_left))
         number, value = divmod(number, len(VALUES))
         number, place = divmod(number, part_chars - 1)
         pairs.append(keys_left.pop(key) + VALUES[value])
         letters = filler[part * part_chars : (part + 1) * part_chars]
-        begin.append(letters[:place] + pairs[-1] + letters[place + 2 :])
+        quarter.append(letters[:place] + pairs[-1] + letters[place + 2 :])
 
     rest = filler[part_chars * len(KEYS) :]
-    return "".join([*begin, rest, QUESTION]), "".join(sorted(pairs))
+    return "".join([*quarter, rest, QUESTION]), "".join(sorted(pairs))
