@@ -363,7 +363,10 @@ class Pod:
         names = [f"{self.network}.{host + 2} host{host}" for host in range(num_hosts)]
         self.hosts_file = folder / "hosts"
         self.hosts_file.write_text("127.0.0.1 localhost\n" + "\n".join(names) + "\n")
-        _call("ip", "link", "add", self.bridge, "type", "bridge")
+        # Without an address of its own a bridge takes the lowest of its hosts', which changes when
+        # one of them boots; then none of them reaches the store for a minute or two.
+        wire = "02:00:00:00:4f:01"
+        _call("ip", "link", "add", self.bridge, "address", wire, "type", "bridge")
         _call("ip", "addr", "add", f"{self.network}.1/24", "dev", self.bridge)
         _call("ip", "link", "set", self.bridge, "up")
         self._server, store_port = serve_bucket(self.store, folder / "store.log")
