@@ -154,7 +154,7 @@ MISTAKES = {
     ),
     "rows that the mesh doesn't divide": (
         ["data.seq_len=132", "mesh.context=4"],
-        "data.seq_len=132 must be divisible by twice mesh.context=4",
+        "data.seq_len=132 must be divisible by twice mesh.context (4)",
     ),
     "another program's name": (
         ["block_size=64"],
@@ -294,13 +294,13 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
         config.check_mesh(make_mesh(MeshConfig()))
 
 
-def test_rows_that_the_mesh_does_not_divide_are_refused():
-    """Every device would have them whole, and a mesh of several be no better than one of one."""
-    config = load_config("tales", ["data.seq_len=36"])
-    mesh = make_mesh(MeshConfig(data=1, context=8))
-    with pytest.raises(
-        UserError, match=r"data.seq_len=36 must be divisible by the context axis \(8\)"
-    ):
+@pytest.mark.parametrize(("length", "parts"), [(36, 8), (24, 8), (64, 3)])
+def test_rows_that_the_mesh_does_not_divide_are_refused(length, parts):
+    """Devices would have whole rows, or the last one most of the work. -1 is no number yet."""
+    config = load_config("tales", [f"data.seq_len={length}", "mesh.context=-1", "mesh.data=1"])
+    wanted = rf"data.seq_len={length} must be divisible by twice mesh.context \({parts}\)"
+    mesh = make_mesh(config.mesh, jax.devices()[:parts])
+    with pytest.raises(UserError, match=wanted):
         config.check_mesh(mesh)
 
 

@@ -40,6 +40,11 @@ def parts_of_rows(length: int) -> int:
     return size if length % size == 0 else 1
 
 
+def has_stretches(length: int, num_parts: int) -> bool:
+    """Say whether each of so many devices gets two stretches of a row, or the whole row."""
+    return num_parts == 1 or length % (2 * num_parts) == 0
+
+
 def balanced_order(length: int, reach: int = 0) -> np.ndarray | None:
     """Return the position of each column of a row's arrays, as the picture above has them.
 
@@ -47,7 +52,9 @@ def balanced_order(length: int, reach: int = 0) -> np.ndarray | None:
     device, or into stretches shorter than `reach`, how far some layer looks back.
     """
     num_parts = parts_of_rows(length)
-    if num_parts == 1 or length % (2 * num_parts) or length // (2 * num_parts) < reach:
+    if num_parts == 1 or not has_stretches(length, num_parts):
+        return None
+    if length // (2 * num_parts) < reach:
         return None
     return order_of_parts(length, num_parts)
 

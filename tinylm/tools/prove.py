@@ -23,6 +23,7 @@ import numpy as np
 from tinylm.core.batch import BatchRows, HostBatch, stack_steps
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import AXES, MeshConfig, make_mesh
+from tinylm.core.ring import has_stretches
 from tinylm.data import Data, open_data
 from tinylm.data.pipeline import train_batches
 from tinylm.run.checkpoint import Checkpoints
@@ -108,8 +109,7 @@ def _meshes(num_devices: int, num_rows: int, row_length: int) -> list[MeshConfig
         shapes.append(MeshConfig(data=num_devices // 4, context=2, model=2))
     found = []
     for mesh in shapes:
-        has_stretches = mesh.context == 1 or row_length % (2 * mesh.context) == 0
-        if num_rows % mesh.data or not has_stretches:
+        if num_rows % mesh.data or not has_stretches(row_length, mesh.context):
             continue
         found.append(mesh)
         if mesh.data > 1:

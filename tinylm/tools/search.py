@@ -15,6 +15,7 @@ import jax
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh, sizes_by_name
+from tinylm.core.ring import has_stretches
 from tinylm.model.config import ModelConfig
 from tinylm.model.flops import mean_hidden_features
 from tinylm.model.layers import GATED
@@ -124,7 +125,7 @@ def _mesh_configs(config: Config, num_devices: int) -> list[MeshConfig]:
         if per_slice % model or num_heads % model:
             continue
         for context in range(1, most_parts + 1):
-            if per_slice // model % context or (context > 1 and seq_len % (2 * context)):
+            if per_slice // model % context or not has_stretches(seq_len, context):
                 continue
             data = per_slice // model // context
             mesh = dataclasses.replace(whole_row, data=data, context=context, model=model)

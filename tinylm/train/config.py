@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, mesh_sizes
+from tinylm.core.ring import has_stretches
 from tinylm.core.settings import Section, setting
 from tinylm.data.config import DataConfig
 from tinylm.inference.config import EvalConfig, SampleConfig
@@ -315,11 +316,8 @@ class Config(Section):
                 f"data.seq_len={self.data.seq_len} must be divisible by "
                 f"model.loss_chunks={self.model.loss_chunks}."
             )
-        if self.mesh.context > 1 and self.data.seq_len % (2 * self.mesh.context):
-            raise UserError(
-                f"data.seq_len={self.data.seq_len} must be divisible by twice "
-                f"mesh.context={self.mesh.context}: each device has two stretches of a row."
-            )
+        if self.mesh.context > 1:
+            self.check_stretches(self.mesh.context)
         if self.model.context and self.model.context < self.data.seq_len:
             raise UserError(
                 f"data.seq_len={self.data.seq_len} must be at most "
@@ -368,19 +366,27 @@ class Config(Section):
 
     def check_mesh(self, mesh: Mesh) -> None:
         """Raise UserError unless a mesh divides a micro-batch, and each row, evenly."""
-        num_shards = batch_shards(mesh)
-        if self.micro_batch_rows % num_shards:
+        if self.micro_batch_rows % batch_shards(mesh):
+            sizes = mesh_sizes(mesh)
+            replicas = f"the replicas ({sizes.replica}) times " if sizes.replica > 1 else ""
             raise UserError(
-                f"data.batch_size={self.data.batch_size} must be divisible by the data axis "
-                f"({num_shards}) times train.accumulation_steps "
+                f"data.batch_size={self.data.batch_size} must be divisible by {replicas}the data "
+                f"axis ({sizes.data}) times train.accumulation_steps "
                 f"({self.train.accumulation_steps}); set data.batch_size or mesh.data."
             )
-        # Each device would have whole rows, and the axis would save nothing.
-        num_parts = mesh_sizes(mesh).context
-        if self.data.seq_len % num_parts:
+        self.check_stretches(mesh_sizes(mesh).context)
+
+    def check_stretches(self, num_parts: int) -> None:
+        """Raise UserError unless a mesh can split rows into `num_parts` parts of equal work.
+
+        The losses would be right. But where it doesn't divide rows at all, each device would have
+        whole ones, and where it divides them without dividing their halves, the last device would
+        have nearly twice the work of the mean.
+        """
+        if not has_stretches(self.data.seq_len, num_parts):
             raise UserError(
-                f"data.seq_len={self.data.seq_len} must be divisible by the context axis "
-                f"({num_parts}); set data.seq_len or mesh.context."
+                f"data.seq_len={self.data.seq_len} must be divisible by twice mesh.context "
+                f"({num_parts}), as each device has two stretches of a row; change one of them."
             )
 
     def resolve(self, vocab_size: int) -> "Config":
