@@ -6,12 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.extend.random import threefry2x32_p
 
 from tinylm.core.mesh import MeshConfig, activation_sharding, make_mesh
-from tinylm.core.ring import balanced_order
+from tinylm.core.ring import balanced_order, order_of_parts
 from tinylm.model.attention import attend
-from tinylm.model.kernels import AttentionOptions, heads_axes, plain_attention
+from tinylm.model.kernels import (
+    AttentionOptions,
+    heads_axes,
+    plain_attention,
+    splash_block_sizes,
+    splash_mask,
+)
 from tinylm.model.layers import Dropout
 from tinylm.model.random_bits import bits_at
 from tinylm.model.splash_rows import splash_over_gathered
@@ -128,6 +135,25 @@ def test_splash_over_gathered_keys_gives_the_same_attention_and_gradients():
         )()
     for ours, theirs in zip(split, whole, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("num_parts", "window"), [(1, 0), (1, 300), (4, 0), (4, 300)])
+def test_splash_skips_the_blocks_that_it_would_with_its_own_masks(num_parts, window):
+    """It looks at every number of them, and at the ends of a block alone of ours."""
+    length = 2048
+    square = (length, length)
+    own = splash.LocalMask(square, (window - 1, 0), 0) if window else splash.CausalMask(square)
+    own.q_sequence = order_of_parts(length, num_parts)
+    kernels = [
+        splash.make_splash_mha(
+            mask,
+            head_shards=1,
+            q_seq_shards=num_parts,
+            block_sizes=splash_block_sizes(128),
+        )
+        for mask in (splash.MultiHeadMask([own]), splash_mask(length, num_parts, window))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, kernels))
 
 
 def test_a_window_needs_neighbours_alone():

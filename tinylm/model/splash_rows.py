@@ -10,7 +10,6 @@ Which blocks each device skips is worked out once, when compiling, and split ove
 Axes: B batch, T query positions, S key positions, N query heads, K kv heads, H head size.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -18,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinylm.core.collectives import on_shards
-from tinylm.core.ring import gather_row, order_of_parts, parts_of_rows
+from tinylm.core.ring import gather_row, parts_of_rows
 from tinylm.model.kernels import (
     AttentionOptions,
     heads_axes,
     splash_block_sizes,
+    splash_mask,
     with_own_kv_heads,
 )
 from tinylm.model.visibility import Visibility
@@ -84,43 +84,10 @@ def _make_kernel(
 
     stretch = length // (2 * num_parts)
     return splash.make_splash_mha(
-        # One mask for all heads.
-        splash.MultiHeadMask([_row_mask(length, num_parts, window)]),
+        splash_mask(length, num_parts, window),
         head_shards=1,
         q_seq_shards=num_parts,
         block_sizes=splash_block_sizes(stretch),
         attn_logits_soft_cap=options.softcap or None,
         interpret=interpret,
     )
-
-
-@functools.cache
-def _row_mask(length: int, num_parts: int, window: int) -> Any:
-    """Return splash's mask of all queries of a row, in the balanced order, over its positions."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    class RowMask(splash.LocalMask):
-        """A local mask that says without comparing that a block of keys is out of reach.
-
-        Splash looks at every block when it compiles: T^2 numbers.
-        """
-
-        def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-            """Return the mask of a block; its queries lie in one stretch, so they are in order."""
-            queries, keys = index
-            positions = self.q_sequence[queries]
-            shape = (len(positions), keys.stop - keys.start)
-            is_later = keys.start > positions[-1]
-            is_out_of_reach = keys.stop <= positions[0] - reach
-            if is_later or is_out_of_reach:
-                return np.broadcast_to(False, shape)
-            is_earlier = keys.stop - 1 <= positions[0]
-            is_within_reach = keys.start >= positions[-1] - reach
-            if is_earlier and is_within_reach:
-                return np.broadcast_to(True, shape)
-            return super().__getitem__(index)
-
-    reach = window - 1 if window else length
-    mask = RowMask((length, length), (reach, 0), 0)
-    mask.q_sequence = order_of_parts(length, num_parts)
-    return mask
