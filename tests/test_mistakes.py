@@ -64,6 +64,22 @@ MISTAKES = {
         ["model.num_experts=4", "model.expert_parallel=true"],
         "model.expert_parallel needs mesh.fsdp=True",
     ),
+    "width of experts that are not there": (
+        ["model.expert_dim=64"],
+        "model.expert_dim=64 is for models with experts; set model.num_experts",
+    ),
+    "tokens sent to experts that are not there": (
+        ["mesh.fsdp=true", "model.expert_parallel=true"],
+        "model.expert_parallel=True is for models with experts; set model.num_experts",
+    ),
+    "syncs of workers that are not there": (
+        ["train.outer_momentum=0.5"],
+        "train.outer_momentum=0.5 is for workers that train by themselves; set train.sync_every",
+    ),
+    "decay of a schedule that has none": (
+        ["optimizer.decay_fraction=0.5"],
+        "optimizer.decay_fraction=0.5 is for optimizer.schedule=wsd (here linear)",
+    ),
     "scales of a norm that is off": (
         ["model.qk_norm=false", "model.qk_norm_scale=head"],
         "model.qk_norm_scale=head needs model.qk_norm=True",
@@ -177,8 +193,25 @@ def test_a_mistake_in_the_config_is_one_line(name):
     "name", [path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__"]
 )
 def test_every_config_that_ships_is_sound_and_opens_with_its_command(name):
-    load_config(name)
+    assert not load_config(name).unused()
     assert f"--config=configs/{name}.py" in (ROOT / "configs" / f"{name}.py").read_text()
+
+
+def test_what_an_override_turns_off_may_keep_its_settings_and_is_told():
+    turned_off = ["optimizer.name=adamw", "model.local_heads=2", "model.position=learned"]
+    turned_off += ["model.rotary_base=500.0", "optimizer.schedule=constant"]
+    assert load_config("tales", turned_off).unused() == [
+        "optimizer.adam_learning_rate=0.005 is for optimizer.name=muon",
+        "optimizer.min_ratio=0.0 is for schedules that decay",
+        "model.rotary_base=500.0 is for model.position=rotary",
+        "model.local_heads=2 is for a model.attention_window",
+    ]
+
+
+def test_a_default_may_be_given_where_it_changes_nothing():
+    given = ["model.num_experts=0", "model.experts_per_token=2", "model.expert_parallel=false"]
+    given += ["train.outer_momentum=0.9", "optimizer.decay_fraction=0.2"]
+    assert load_config("tales", given) == load_config("tales")
 
 
 @pytest.mark.parametrize("name", ["tinystories", "llama"])

@@ -270,6 +270,7 @@ def test_fine_tuning_starts_from_a_folder_of_hugging_face(exported, tmp_path):
         ),
         (["data.tokenizer=char"], r"takes the tokenizer from.*leave out data.tokenizer=char"),
         (["data.vocab_top_k=100"], r"leave out data.vocab_top_k=100"),
+        (["model.router_z_loss=0.001"], r"model.router_z_loss=0.001 is for models with experts"),
     ],
 )
 def test_what_fine_tuning_cannot_take_over_is_one_line(first, tmp_path, overrides, wanted):

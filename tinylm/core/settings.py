@@ -223,6 +223,26 @@ class Section:
                 hint = nearest(value, bounds.choices)
             raise UserError(f"{key}={value!r} must be {bounds}{hint or '.'}")
 
+    def changed(self, names: Sequence[str]) -> list[str]:
+        """Return "section.name=value" of those of some settings that are not at their defaults."""
+        found = []
+        for name in names:
+            value = getattr(self, name)
+            if value != _fields(type(self))[name].default:
+                found.append(f"{_key(type(self), name)}={value}")
+        return found
+
+    def refuse(self, names: Sequence[str], why: str) -> None:
+        """Raise UserError where one of some settings is not at its default, and what it is for is
+        off: it would change nothing.
+
+        Args:
+          names: of the settings.
+          why: goes on after the setting and its value: what it is for, and the remedy.
+        """
+        for one in self.changed(names):
+            raise UserError(f"{one} {why}")
+
 
 def settings_of(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """Yield (dotted key, field, value) for every setting of a section and of the sections inside

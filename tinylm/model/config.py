@@ -502,11 +502,11 @@ class ModelConfig(Section, name="model"):
                 f"{self.position})."
             )
         for name, kinds in SCALINGS_WITH.items():
-            value = getattr(self, name)
-            if scaling not in kinds and value != getattr(ModelConfig, name):
-                raise UserError(
-                    f"model.{name}={value} is for model.rotary_scaling={' or '.join(kinds)} (here "
-                    f"{scaling}); leave it out, or change the scaling."
+            if scaling not in kinds:
+                self.refuse(
+                    [name],
+                    f"is for model.rotary_scaling={' or '.join(kinds)} (here {scaling}); leave it "
+                    "out, or change the scaling.",
                 )
         if scaling == "yarn" and self.rotary_base <= 1:
             raise UserError(

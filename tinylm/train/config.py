@@ -17,7 +17,7 @@ from tinylm.core.ring import has_stretches
 from tinylm.core.settings import Section, setting
 from tinylm.data.config import DataConfig
 from tinylm.inference.config import EvalConfig, SampleConfig
-from tinylm.model.config import ModelConfig
+from tinylm.model.config import EXPERT_SETTINGS, ModelConfig
 from tinylm.run.checkpoint import CheckpointConfig
 from tinylm.train.bad_steps import POLICIES
 
@@ -298,8 +298,23 @@ class Config(Section):
                 f"schedule's length (train.num_steps={self.train.num_steps}); make one shorter or "
                 "the other longer."
             )
+        # Where the model is taken over, what it has is known only then.
+        if not self.train.init_model:
+            self.check_experts()
         if self.train.has_workers:
             self.check_workers()
+        else:
+            self.train.refuse(
+                ("outer_learning_rate", "outer_momentum"),
+                "is for workers that train by themselves; set train.sync_every_steps or "
+                "train.workers, or leave it out.",
+            )
+        if self.optimizer.schedule != "wsd":
+            self.optimizer.refuse(
+                ("decay_fraction",),
+                f"is for optimizer.schedule=wsd (here {self.optimizer.schedule}); leave it out, or "
+                "change the schedule.",
+            )
         if self.model.expert_parallel and not self.mesh.fsdp:
             raise UserError(
                 "model.expert_parallel needs mesh.fsdp=True, which splits the experts over devices."
@@ -337,6 +352,36 @@ class Config(Section):
                 "model.attention=splash needs a data.seq_len that 128 divides (here "
                 f"{self.data.seq_len}); or set model.attention=auto."
             )
+
+    def check_experts(self) -> None:
+        """Raise UserError for settings of experts in a model that has none."""
+        if not self.model.num_experts:
+            self.model.refuse(
+                (*EXPERT_SETTINGS, "expert_parallel"),
+                "is for models with experts; set model.num_experts, or leave it out.",
+            )
+
+    def unused(self) -> list[str]:
+        """Return a line for each setting that changes nothing here and is not at its default.
+
+        They are not mistakes: configs that ship have them, and users turn off what they are for.
+        """
+        model = self.model
+        optimizer = self.optimizer
+        lines = []
+        if optimizer.name != "muon":
+            for one in optimizer.changed(("adam_learning_rate", "muon_momentum", "muon_beta2")):
+                lines.append(f"{one} is for optimizer.name=muon")
+        if optimizer.schedule == "constant":
+            for one in optimizer.changed(("min_ratio",)):
+                lines.append(f"{one} is for schedules that decay")
+        if model.position != "rotary":
+            for one in model.changed(("rotary_base", "rotary_fraction")):
+                lines.append(f"{one} is for model.position=rotary")
+        if not any(model.attention_window):
+            for one in model.changed(("local_heads",)):
+                lines.append(f"{one} is for a model.attention_window")
+        return lines
 
     def check_workers(self) -> None:
         """Raise UserError for what workers that train by themselves can't do."""

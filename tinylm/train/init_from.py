@@ -111,6 +111,7 @@ def take_over(config: Config, own: RunFolder | None = None) -> tuple[Config, Tok
         )
         filled.data.seq_len = filled.model.context
     filled.check()
+    filled.check_experts()
     return filled, origin.tokenizer
 
 

@@ -87,6 +87,8 @@ def _start_run(config: Config, workdir: str) -> Trainer:
     check_deterministic(config)
     check_found_run(config, folder)
     config = fix_workers(config, mesh, recorded_config(folder))
+    for line in config.unused():
+        say(f"{line}: it changes nothing here")
 
     data = open_shared_data(config, tokenizer)
     config = config.resolve(data.vocab_size)
