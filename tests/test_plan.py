@@ -201,11 +201,23 @@ def test_tokens_sent_to_experts_on_a_topology_are_what_the_formula_says():
 @needs_libtpu
 @pytest.mark.parametrize("fsdp", ["false", "true"])
 def test_one_all_reduce_crosses_slices(fsdp):
+    """Each device of a slice sends a part of the gradients, once a step, whatever the micro-batches,
+    and whether or not it holds all of them. Sizes are whole tiles, or what is sent would be padded.
+    """
     found = plan(
-        "--topology=v5e:2x2", "--slices=2", "--config.mesh.replica=2", f"--config.mesh.fsdp={fsdp}"
+        "--topology=v5e:2x2",
+        "--slices=2",
+        "--config.mesh.replica=2",
+        f"--config.mesh.fsdp={fsdp}",
+        "--config.train.accumulation_steps=2",
+        "--config.model.embed_dim=256",
+        "--config.model.num_heads=2",
     )
-    across = [row for row in found["collectives"] if "replica" in row["axis"]]
-    assert {row["kind"] for row in across} == {"all-reduce"}
+    assert found["traffic_from"] == "compiled program"
+    (across,) = [row for row in found["collectives"] if "replica" in row["axis"]]
+    assert (across["kind"], across["axis"]) == ("all-reduce", "replica")
+    part_bytes = found["per_device_bytes"]["params"] / (1 if fsdp == "true" else 4)
+    assert across["bytes_per_step"] == pytest.approx(part_bytes, rel=0.01)
     assert found["mesh"] == {"replica": 2, "data": 4, "context": 1, "model": 1}
 
 

@@ -75,12 +75,64 @@ def test_pieces_of_one_channel_count_once(mesh):
     assert one.bytes_per_step == 200 * 1 / 2
 
 
-def test_sums_by_hand_share_a_channel_and_each_counts(mesh):
-    what = 'channel_id=1, replica_groups=[4,2]<=[8], metadata={op_name="a/psum"}'
-    lines = [f"  %p.{i} = f32[100]{{0}} all-reduce(%x.{i}), {what}" for i in (1, 2)]
-    text = "\n".join(["ENTRY %main (x: f32[2]) -> f32[8] {", *lines, "}"])
+def test_what_a_shard_map_sends_shares_a_channel_and_each_counts(mesh):
+    """Gathers of equal matrices, in a loop that holds the body twice."""
+
+    def layer(x, up, down):
+        for matrix in (up, down):
+            x = jnp.sin(x @ jax.lax.all_gather(matrix, "data", tiled=True))
+        return x
+
+    parts = jax.sharding.PartitionSpec("data")
+    on_mesh = jax.shard_map(layer, mesh=mesh, in_specs=parts, out_specs=parts, check_vma=False)
+
+    def layers(x, up, down):
+        return jax.lax.scan(lambda x, both: (on_mesh(x, *both), None), x, (up, down), unroll=2)[0]
+
+    x = jnp.zeros((8, 16))
+    matrices = jnp.zeros((4, 16, 16))
+    (one,) = read_collectives(
+        jax.jit(layers).lower(x, matrices, matrices).compile().as_text(), mesh
+    )
+    assert (one.kind, one.axis) == ("all-gather", "data")
+    assert one.bytes_per_step == 4 * 2 * 16 * 16 * 4 * 3 / 4
+
+
+def test_gathers_by_hand_that_a_compiler_cuts_into_fusions_count_once_each(mesh):
+    """As TPUs' compiler writes two of the same shape and name: each has a channel of its own."""
+    line = (
+        "  %g = bf16[100]{{0}} all-gather(%p), channel_id={}, replica_groups=[4,2]<=[8], "
+        'metadata={{op_name="step/shard_map/all_gather"}}'
+    )
+    parts, calls = [], []
+    for channel in (2, 3):
+        for piece in ("starts", "moves", "waits"):
+            name = f"{piece}.{channel}"
+            parts += [f"%{name} (p: bf16[50]) -> bf16[100] {{", line.format(channel), "}"]
+            calls.append(f"  %f.{name} = bf16[100]{{0}} fusion(%x), kind=kCustom, calls=%{name}")
+    text = "\n".join([*parts, "ENTRY %main (x: bf16[50]) -> bf16[100] {", *calls, "}"])
     (one,) = read_collectives(text, mesh)
-    assert one.bytes_per_step == 2 * (2 * 400 * 1 / 2)
+    assert one.bytes_per_step == 2 * 200 * 1 / 2
+
+
+def test_sums_by_hand_over_slices_count_though_their_parts_lose_their_names():
+    """The compiler scatters and gathers within a slice, and says no more whose part a line is."""
+    mesh = make_mesh(MeshConfig(replica=2, data=4))
+    what = "channel_id=1, replica_groups={{0,1,2,3}}"
+    lines = []
+    for number in (1, 2):
+        lines += [
+            f"  %s.{number} = f32[25]{{0}} reduce-scatter(%x.{number}), {what}, dimensions={{0}}",
+            f"  %g.{number} = f32[100]{{0}} all-gather(%y.{number}), {what}, dimensions={{0}}",
+        ]
+    lines.append(f"  %a = (f32[10]{{0}}, f32[]) all-reduce(%b, %c), {what}, to_apply=%add")
+    text = "\n".join(["ENTRY %main (x: f32[2]) -> f32[8] {", *lines, "}"])
+    sent = {one.kind: one.bytes_per_step for one in read_collectives(text, mesh)}
+    assert sent == {
+        "reduce-scatter": 2 * 400 * 3 / 4,
+        "all-gather": 2 * 400 * 3 / 4,
+        "all-reduce": 2 * 44 * 3 / 4,
+    }
 
 
 def test_what_slices_send_each_other_is_an_all_reduce_along_the_replicas():
@@ -165,13 +217,14 @@ def test_a_windowed_product_sends_in_each_trip_of_a_counter_that_grows_by_two(me
 
 
 def test_an_all_reduce_in_a_fusion_that_keeps_a_slice_is_a_reduce_scatter(mesh):
-    text = """%all-reduce-scatter.1 (input: bf16[40]) -> bf16[10] {
-  %sum = bf16[40]{0} all-reduce(%input), channel_id=3, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
-  ROOT %slice = bf16[10]{0} dynamic-slice(%sum, %place), dynamic_slice_sizes={10}
-}
-
-ENTRY %main (x: bf16[40]) -> bf16[10] {
-  ROOT %fusion = bf16[10]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
-}"""
+    """Two of them count twice where both are by hand, which gives them the same channel."""
+    fusion = """%all-reduce-scatter.{0} (input: bf16[40]) -> bf16[10] {{
+  %sum = bf16[40]{{0}} all-reduce(%input), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
+  ROOT %slice = bf16[10]{{0}} dynamic-slice(%sum, %place), dynamic_slice_sizes={{10}}
+}}
+"""
+    call = "  %f.{0} = bf16[10]{{0}} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.{0}\n"
+    text = fusion.format(1) + fusion.format(2) + "ENTRY %main (x: bf16[40]) -> bf16[10] {\n"
+    text += call.format(1) + call.format(2) + "}"
     (one,) = read_collectives(text, mesh)
-    assert (one.kind, one.axis, one.bytes_per_step) == ("reduce-scatter", "data", 80 * 3 / 4)
+    assert (one.kind, one.axis, one.bytes_per_step) == ("reduce-scatter", "data", 2 * 80 * 3 / 4)

@@ -36,6 +36,7 @@ from tinylm.tools.programs import (
     Collective,
     channel_of,
     count_trips,
+    fusions_in,
     loop_trips,
     read_collective,
     split_into_computations,
@@ -106,8 +107,9 @@ class _Schedule:
         self.trips = count_trips(self.computations)
         self.mesh = mesh
         self.chip = chip
-        # Fusions, whose collectives count where they are called.
-        self.fusions = set(re.findall(r"\bcalls=%([\w.-]+)", text))
+        # What operations call, whose collectives count there.
+        self.called = set(re.findall(r"\bcalls=%([\w.-]+)", text))
+        self.fusions = fusions_in(self.computations)
         self.flights: dict[str, list[_Flight]] = {}  # of each computation that was walked
         self.work: dict[str, _Work] = {}
         self.sizes: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -207,8 +209,9 @@ class _Schedule:
                 continue
             is_asynchronous = role == "started" or operation["code"].endswith("-start")
             mark = self._mark(operation, line)
+            channel = channel_of(line, name in self.fusions) or (computation, mark)
             secs = what.bytes_per_step / link_rate(self.mesh, self.chip, what.axis)
-            flight = _Flight(channel_of(line) or (computation, mark), what, secs, secs)
+            flight = _Flight(channel, what, secs, secs)
             yield mark if is_asynchronous else None, flight
 
     def _waited_for_by(self, operation: re.Match, computation: str) -> Iterator[str]:
@@ -223,7 +226,7 @@ class _Schedule:
 
     def _collective_lines(self, operation: re.Match, computation: str) -> Iterator[tuple[str, str]]:
         """Yield the lines that hold an operation's collectives, and their computation."""
-        if operation["code"].removesuffix("-start") in KINDS and computation not in self.fusions:
+        if operation["code"].removesuffix("-start") in KINDS and computation not in self.called:
             yield operation.string, computation
         called = _CALLS.search(operation["rest"])
         # `%c = (...) call-start(%x), async_execution_thread="sparsecore", to_apply=%gathers`: TPU7x
@@ -265,7 +268,7 @@ class _Schedule:
         that starts it.
         """
         if operation["code"] == "fusion":
-            return str(channel_of(line))
+            return str(channel_of(line, is_in_fusion=True))
         return operation["name"]
 
     def _sizes_in(self, computation: str) -> dict[str, tuple[int, ...]]:

@@ -16,8 +16,8 @@ Three rules turn lines into bytes:
   when compiling (the steps of one call) counts once, so the figures are those of one step.
 - Compilers cut one collective into pieces that share a channel, some of them in a loop that the
   rest overlaps with. So each channel counts once, as its piece that runs least often. What a
-  shard_map sends is the exception: all of it shares one channel, and each counts; its gathers and
-  scatters, of which there are pieces too, by their name and shape.
+  shard_map sends is the exception: JAX gives all of it the same channel, and each counts. TPUs'
+  compiler gives it a channel of its own where it cuts it into fusions.
 - By the ring algorithm over n members a device sends (n - 1) / n of the gathered or scattered
   array, twice that for an all-reduce (Chan et al. 2007, "Collective communication"). Of a ragged
   all-to-all, whose result has room for more than comes where loads are even, what comes then
@@ -87,13 +87,12 @@ _STRIDED_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([
 # `replica_groups=mesh['a'=4,'b'=2] {'a'}`: the devices that differ along axis a
 _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 
-# `= bf16[8,128]{1,0} all-gather(%x), ..., metadata={op_name="jit(step)/shard_map/all_gather"}`, of
-# which there are pieces too
-_GATHERED_BY_HAND = re.compile(
-    r'= \(?(?P<result>\w+\[[\d,]*\]).*op_name="(?P<name>[^"]*/(?:all_gather|reduce_scatter))'
-)
-# `metadata={op_name="jit(step)/shard_map/psum"}`, by which the operations of a shard_map are known
-_BY_HAND = ("/psum", "/ppermute", "/ragged_all_to_all")
+# `%f = (f32[8]{0}, ...) fusion(%x), kind=kCustom, calls=%async_collective_fusion.1`
+_FUSED = re.compile(r" fusion\(.*\bcalls=%([\w.-]+)")
+# The channel of all that shard_maps send. Compilers may drop their names, and combine several.
+_CHANNEL_BY_HAND = "1"
+# How the computation of a fusion is called that is an all-reduce and keeps a slice.
+_REDUCE_SCATTER = "all-reduce-scatter"
 
 # Types whose name doesn't end in their width in bits, or not in the width that they take.
 _ITEM_BITS = {"pred": 8, "bf16": 16, "s4": 4, "u4": 4}
@@ -128,7 +127,8 @@ def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
     """
     computations = split_into_computations(text)
     trips_of = count_trips(computations)
-    by_channel: dict[tuple, Collective] = {}
+    fusions = fusions_in(computations)
+    by_channel: dict[object, Collective] = {}
     for name, lines in computations.items():
         # The entry never gets to some.
         if not trips_of[name]:
@@ -137,7 +137,7 @@ def read_collectives(text: str, mesh: Mesh) -> list[Collective]:
             found = read_collective(line, name, trips_of[name], mesh)
             if found is None:
                 continue
-            channel = channel_of(line) or (name, number)
+            channel = channel_of(line, name in fusions) or (name, number)
             known = by_channel.get(channel)
             if known is None or found.bytes_per_step < known.bytes_per_step:
                 by_channel[channel] = found
@@ -186,21 +186,34 @@ def read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Coll
     if found["ragged"] and real_rows:
         real, rows = map(int, real_rows.groups())
         sent *= real / rows
-    if computation.startswith("all-reduce-scatter"):
+    if computation.startswith(_REDUCE_SCATTER):
         return Collective("reduce-scatter", axis, sent / 2)
     return Collective(found["kind"], axis, sent)
 
 
-def channel_of(line: str) -> tuple[str, str] | None:
-    """Return what pieces of one collective have in common; None where the line stands alone."""
-    is_by_hand = any(name in line for name in _BY_HAND)
-    if is_by_hand or _BETWEEN_SLICES.search(line):
-        return None
-    gathered = _GATHERED_BY_HAND.search(line)
-    if gathered:
-        return (gathered["result"], gathered["name"])
+def fusions_in(computations: Computations) -> set[str]:
+    """Return the names of the fusions that may each hold a piece of a collective."""
+    names: set[str] = set()
+    for lines in computations.values():
+        for line in lines:
+            names.update(_FUSED.findall(line))
+    return {name for name in names if not name.startswith(_REDUCE_SCATTER)}
+
+
+def channel_of(line: str, is_in_fusion: bool) -> str | None:
+    """Return what pieces of one collective have in common; None where the line stands alone.
+
+    Args:
+      line: of the collective.
+      is_in_fusion: whether it is in one of `fusions_in`.
+    """
     found = _CHANNEL.search(line)
-    return ("channel", found.group(1)) if found else None
+    if found is None or _BETWEEN_SLICES.search(line):
+        return None
+    channel = found.group(1)
+    if channel == _CHANNEL_BY_HAND and not is_in_fusion:
+        return None
+    return channel
 
 
 def count_trips(computations: Computations) -> dict[str, int]:
