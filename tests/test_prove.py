@@ -37,11 +37,37 @@ def test_losses_that_are_not_numbers_prove_nothing(monkeypatch):
 def test_gradient_norms_that_differ_are_told(monkeypatch):
     # As where a sum over eight devices is taken for a mean: the loss is right, the gradient
     # eight-fold.
-    def one_step(config, mesh, batch):
-        return 1.0, 8.0 if mesh.fsdp else 1.0, [np.zeros(1)]
+    def one_step(config, case, batch):
+        return 1.0, 8.0 if case.mesh.fsdp else 1.0, [np.zeros(1)]
 
     monkeypatch.setattr(proofs, "_one_step", one_step)
     assert not proofs.prove_mesh(load_config("tales", overrides())).holds
+
+
+def test_a_proof_covers_every_axis_and_both_ways_to_the_experts(monkeypatch):
+    """Of the shapes of eight devices, those that divide 8 rows of 32 tokens."""
+    monkeypatch.setattr(proofs, "_one_step", lambda *_: (1.0, 1.0, [np.zeros(1)]))
+    with_experts = load_config("tales", [*overrides(), "model.num_experts=4"])
+    names = [row[0] for row in proofs.prove_mesh(with_experts).rows[1:]]
+    assert {
+        "data 8",
+        "data 8, fsdp",
+        "model 8",
+        "context 8",
+        "replica 8",
+        "data 4 x model 2, fsdp, tokens sent to experts",
+        "replica 2 x data 4, fsdp, tokens sent to experts",
+        "data 2 x context 4, fsdp, tokens sent to experts",
+        "data 2 x context 2 x model 2",
+        "data 2 x context 2 x model 2, fsdp, tokens sent to experts",
+    } <= set(names)
+    assert "data 8, fsdp, tokens sent to experts" not in names, "8 does not divide 4 experts"
+    dense = [row[0] for row in proofs.prove_mesh(load_config("tales", overrides())).rows[1:]]
+    assert dense == [name for name in names if "experts" not in name]
+    # Two workers are two on every mesh, so no more than two replicas have any.
+    slow = load_config("tales", [*overrides(), "mesh.replica=2", "train.sync_every_steps=4"])
+    replicas = {row[0][:9] for row in proofs.prove_mesh(slow).rows if row[0][:7] == "replica"}
+    assert replicas == {"replica 2"}
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
 from tinylm.train.init_from import take_over
+from tinylm.train.local_steps import fix_workers
 from tinylm.train.state import make_blueprint
 from tinylm.train.step import make_train_steps
 
@@ -60,19 +61,21 @@ class Proof:
 def prove_mesh(config: Config) -> Proof:
     """Take one step on one device and on each mesh shape of all devices here."""
     data = open_data(config.data, seed=config.seed, tokenizer=take_over(config)[1])
+    # Workers that train by themselves are as many on every mesh.
+    config = fix_workers(config, make_mesh(config.mesh), None)
     config = config.resolve(data.vocab_size)
     every_row = np.arange(config.micro_batch_rows)
     _, batch = next(_batches(config, data, every_row))
     loss_limit = MESH_LIMIT[config.model.compute_dtype]
     norm_limit = NORM_LIMIT[config.model.compute_dtype]
 
-    one_loss, one_norm, one_params = _one_step(config, MeshConfig(data=1), batch)
+    one_loss, one_norm, one_params = _one_step(config, _Case(MeshConfig(data=1)), batch)
     rows: list[tuple[str, ...]] = [
         ("mesh", "loss", "loss apart", "gradient norm apart", "parameters apart")
     ]
     holds = True
-    for mesh in _meshes(jax.device_count(), config.micro_batch_rows, config.data.seq_len):
-        loss, norm, params = _one_step(config, mesh, batch)
+    for case in _cases(config, jax.device_count()):
+        loss, norm, params = _one_step(config, case, batch)
         loss_apart = abs(loss / one_loss - 1)
         norm_apart = abs(norm / one_norm - 1)
         params_apart = 0.0
@@ -80,11 +83,8 @@ def prove_mesh(config: Config) -> Proof:
             params_apart = max(params_apart, float(np.max(np.abs(ours - theirs))))
         # Written so that a difference that is NaN is not within the limit.
         holds = holds and loss_apart <= loss_limit and norm_apart <= norm_limit
-        name = f"data {mesh.data} x context {mesh.context} x model {mesh.model}"
-        if mesh.fsdp:
-            name += ", fsdp"
         apart = (loss_apart, norm_apart, params_apart)
-        rows.append((name, f"{loss:.7f}", *(f"{difference:.1e}" for difference in apart)))
+        rows.append((str(case), f"{loss:.7f}", *(f"{difference:.1e}" for difference in apart)))
     claim = (
         f"a step has the same loss on every mesh as on one device, within {loss_limit:g}, and the "
         f"same gradient norm, within {norm_limit:g}"
@@ -92,10 +92,29 @@ def prove_mesh(config: Config) -> Proof:
     return Proof(claim, holds, rows)
 
 
-def _meshes(num_devices: int, num_rows: int, row_length: int) -> list[MeshConfig]:
-    """Return shapes of all devices that divide rows and their positions, plain and with fsdp.
+class _Case(NamedTuple):
+    """A mesh, and whether tokens are sent there to the devices that have their experts."""
 
-    They are those of data and model, of data and context, and one of all three.
+    mesh: MeshConfig
+    expert_parallel: bool = False
+
+    def __str__(self) -> str:
+        """Return the axes of more than one device, as "data 4 x model 2, fsdp"."""
+        sizes = {axis: getattr(self.mesh, axis) for axis in AXES}
+        name = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+        if self.mesh.fsdp:
+            name += ", fsdp"
+        if self.expert_parallel:
+            name += ", tokens sent to experts"
+        return name or "one device"
+
+
+def _cases(config: Config, num_devices: int) -> list[_Case]:
+    """Return shapes of all devices that divide rows and their positions, plain and with fsdp; with
+    fsdp both ways in which tokens and experts meet.
+
+    They are those of data with model, with context and with replica, and one of data, context and
+    model.
     """
     shapes = []
     for size in range(1, num_devices + 1):
@@ -105,16 +124,26 @@ def _meshes(num_devices: int, num_rows: int, row_length: int) -> list[MeshConfig
         shapes.append(MeshConfig(data=data, model=size))
         if size > 1:
             shapes.append(MeshConfig(data=data, context=size))
+            shapes.append(MeshConfig(replica=size, data=data))
     if num_devices % 8 == 0:
         shapes.append(MeshConfig(data=num_devices // 4, context=2, model=2))
-    found = []
+
+    num_workers = config.train.workers
+    cases = []
     for mesh in shapes:
-        if num_rows % mesh.data or not has_stretches(row_length, mesh.context):
+        row_parts = mesh.data * max(mesh.replica, num_workers)
+        if config.micro_batch_rows % row_parts or num_workers % mesh.replica:
             continue
-        found.append(mesh)
-        if mesh.data > 1:
-            found.append(dataclasses.replace(mesh, fsdp=True))
-    return found
+        if not has_stretches(config.data.seq_len, mesh.context):
+            continue
+        cases.append(_Case(mesh))
+        if mesh.data == 1:
+            continue
+        with_fsdp = dataclasses.replace(mesh, fsdp=True)
+        cases.append(_Case(with_fsdp))
+        if config.model.num_experts and config.model.num_experts % mesh.data == 0:
+            cases.append(_Case(with_fsdp, expert_parallel=True))
+    return cases
 
 
 class _Step(NamedTuple):
@@ -125,11 +154,12 @@ class _Step(NamedTuple):
     params: list[np.ndarray]  # after the update
 
 
-def _one_step(config: Config, mesh_config: MeshConfig, batch: HostBatch) -> _Step:
+def _one_step(config: Config, case: _Case, batch: HostBatch) -> _Step:
     """Take the first step on a mesh."""
-    mesh = make_mesh(mesh_config)
+    mesh = make_mesh(case.mesh)
     config.check_mesh(mesh)
-    config = dataclasses.replace(config, mesh=mesh_config)
+    model = dataclasses.replace(config.model, expert_parallel=case.expert_parallel)
+    config = dataclasses.replace(config, mesh=case.mesh, model=model)
     batch_rows = BatchRows(mesh, config.micro_batch_rows)
     with jax.set_mesh(mesh):
         blueprint = make_blueprint(config, mesh)
