@@ -36,6 +36,9 @@ SETTINGS = {
     "conv_taps": 3,
     "loss_chunks": 2,
     "z_loss": 1e-3,
+    "rotary_scaling": "yarn",
+    "rotary_factor": 4.0,
+    "rotary_original_context": LENGTH,
 }
 # A window of neighbours alone, one of several devices, and none.
 MODEL = tiny_model(num_layers=3, attention_window=(4, 0, 20), **SETTINGS)
