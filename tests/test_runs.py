@@ -241,6 +241,23 @@ def test_evaluate_gives_the_loss_that_training_logged(whole):
     assert result["tokens"] == 4 * 8 * 32
 
 
+@pytest.mark.parametrize(("trained_on", "parts"), [(4, 4), (-1, 8), (3, 1)])
+def test_rows_are_split_as_in_training_where_the_devices_allow(whole, tmp_path, trained_on, parts):
+    import tinylm
+
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    record = json.loads((run / "config.json").read_text())
+    record["config"]["mesh"]["context"] = trained_on
+    (run / "config.json").write_text(json.dumps(record))
+    assert tinylm.open_run(str(run)).mesh.shape["context"] == parts
+    if parts == 4:
+        done = call_command("tinylm.evaluate", f"--workdir={run}", "--max_batches=4", "--json")
+        assert done.returncode == 0, done.stderr
+        loss = lines(whole[0], "valid")[40]
+        assert json.loads(done.stdout)["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_evaluate_scores_any_text(whole, tmp_path):
     """The loss by hand: one row of bytes and the end of the text."""
     import tinylm

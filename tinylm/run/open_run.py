@@ -68,7 +68,7 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     Args:
       workdir: its folder, on a disk or in a bucket.
       step: best (by validation loss), latest or a number.
-      mesh_config: of the mesh; by default parameters are split over all devices.
+      mesh_config: of the mesh; by default that of `mesh_here`.
 
     Raises:
       UserError: where there is no run, no such checkpoint, or the mesh doesn't fit.
@@ -83,7 +83,7 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
     checkpoints = Checkpoints(folder.checkpoints)
     found_step = checkpoints.find(str(step), ["params"])
 
-    mesh_config = mesh_config or MeshConfig(fsdp=True)
+    mesh_config = mesh_config or mesh_here(from_dict(MeshConfig, config.get("mesh", {})))
     mesh = make_mesh(mesh_config)
     graph, shapes, axes = abstract_transformer(model_config)
     abstract = place_parameters(shapes, axes, mesh, mesh_config.fsdp)
@@ -103,3 +103,16 @@ def open_run(workdir: str, step: str = "best", mesh_config: MeshConfig | None = 
         start_id=record.get("start_id", tokenizer.eot_id),
         end_ids=tuple(record.get("end_ids", ())),
     )
+
+
+def mesh_here(trained_on: MeshConfig) -> MeshConfig:
+    """Return the mesh of all devices here on which a run is read.
+
+    Parameters are split over them. So are rows, over as many as in training, where that divides the
+    number of devices: rows that one device couldn't train on it may not be able to read either.
+    """
+    num_devices = jax.device_count()
+    num_parts = num_devices if trained_on.context == -1 else trained_on.context
+    if num_devices % num_parts:
+        num_parts = 1
+    return MeshConfig(context=num_parts, fsdp=True)
