@@ -15,8 +15,8 @@ from tinylm.core.ring import parts_of_rows, splits_rows
 from tinylm.model.config import CUDNN_MOST_HEAD_DIM
 from tinylm.model.context import context_attention
 from tinylm.model.kernels import (
-    SPLASH_BLOCK,
     AttentionOptions,
+    KernelChoice,
     cudnn_attention,
     plain_attention,
     splash_attention,
@@ -57,24 +57,19 @@ def attend(
     if options.dropout.active and kernel in ("cudnn", "splash"):
         say_once("attention dropout takes the plain attention kernel: fused ones have none.")
 
-    # What only the plain kernel can do: dropout, two kinds of heads, a cache.
-    has_two_kinds_of_heads = visibility.window > 0 and visibility.local_heads > 0
-    has_cache = visibility.query_positions_BT is not None
-    needs_plain = options.dropout.active or has_two_kinds_of_heads or has_cache
+    choice = KernelChoice(
+        platform=platform,
+        kernel=kernel,
+        has_dropout=options.dropout.active,
+        window=visibility.window,
+        local_heads=visibility.local_heads,
+        has_cache=visibility.query_positions_BT is not None,
+    )
     if parts_of_rows(q_BNTH.shape[2]) > 1:
-        if kernel == "cudnn":
-            say_once("rows that mesh.context splits take the plain attention kernel, not cuDNN.")
-        can_splash = platform == "tpu" and kernel != "xla" and not needs_plain
         return context_attention(
-            q_BNTH,
-            k_BKSH,
-            v_BKSH,
-            visibility,
-            options,
-            wanted=context_form,
-            can_splash=can_splash,
+            q_BNTH, k_BKSH, v_BKSH, visibility, options, wanted=context_form, choice=choice
         )
-    if kernel == "xla" or needs_plain:
+    if kernel == "xla" or choice.needs_plain:
         return plain_attention(q_BNTH, k_BKSH, v_BKSH, visibility, options)
 
     num_queries, head_dim = q_BNTH.shape[2:]
@@ -87,7 +82,7 @@ def attend(
         )
         if kernel == "cudnn" or fits_cudnn:
             return cudnn_attention(q_BNTH, k_BKSH, v_BKSH, visibility, options)
-    if platform == "tpu" and num_queries % SPLASH_BLOCK == 0:
+    if choice.takes_splash(num_queries):
         return splash_attention(q_BNTH, k_BKSH, v_BKSH, visibility, options)
     return plain_attention(q_BNTH, k_BKSH, v_BKSH, visibility, options)
 

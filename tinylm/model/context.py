@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinylm.core.collectives import on_shards
+from tinylm.core.log import say_once
 from tinylm.core.ring import (
     ends_before,
     gather_ring,
@@ -59,8 +60,8 @@ from tinylm.model.blockwise import (
 )
 from tinylm.model.config import ModelConfig
 from tinylm.model.kernels import (
-    SPLASH_BLOCK,
     AttentionOptions,
+    KernelChoice,
     heads_axes,
     with_own_kv_heads,
 )
@@ -71,33 +72,33 @@ from tinylm.model.visibility import Visibility
 _NO_WINDOW = np.iinfo(np.int32).max
 
 
-def choose_form(wanted: str, *, stretch: int, near_window: int, takes_splash: bool) -> str:
-    """Return how a layer attends over rows that the mesh splits: ring, gather or neighbours.
+def choose_form(wanted: str, stretch: int, choice: KernelChoice) -> str:
+    """Return how a layer attends over rows in the balanced order: ring, gather, splash (of what is
+    gathered) or neighbours.
 
     Args:
       wanted: model.context_attention; auto takes the one with the least time, as said above.
       stretch: positions of a stretch, of which a device has two.
-      near_window: the window of the layer, where all heads have it (0: none).
-      takes_splash: whether gathered keys and values would go through splash.
+      choice: what else decides.
     """
-    if near_window and near_window - 1 <= stretch:
+    is_near = 0 < choice.window <= stretch + 1
+    if is_near and not choice.two_kinds_of_heads:
         return "neighbours"
-    if wanted != "auto":
-        return wanted
-    return "gather" if takes_splash else "ring"
+    if wanted != "ring" and choice.takes_splash(stretch):
+        return "splash"
+    return "ring" if wanted == "auto" else wanted
 
 
-def planned_form(model: ModelConfig, window: int, stretch: float, platform: str) -> str:
+def planned_form(model: ModelConfig, window: int, stretch: int, platform: str) -> str:
     """Return the form that a layer of a model takes in training, on a platform."""
-    two_kinds_of_heads = window > 0 and model.local_heads > 0
-    can_splash = platform == "tpu" and model.attention != "xla"
-    needs_plain = model.dropout > 0 or two_kinds_of_heads
-    return choose_form(
-        model.context_attention,
-        stretch=int(stretch),
-        near_window=0 if two_kinds_of_heads else window,
-        takes_splash=can_splash and not needs_plain and stretch % SPLASH_BLOCK == 0,
+    choice = KernelChoice(
+        platform=platform,
+        kernel=model.attention,
+        has_dropout=model.dropout > 0,
+        window=window,
+        local_heads=model.local_heads,
     )
+    return choose_form(model.context_attention, stretch, choice)
 
 
 def context_attention(
@@ -108,7 +109,7 @@ def context_attention(
     options: AttentionOptions,
     *,
     wanted: str,
-    can_splash: bool,
+    choice: KernelChoice,
 ) -> jax.Array:
     """Attend where the mesh splits positions; otherwise as `attention.attend`.
 
@@ -117,22 +118,21 @@ def context_attention(
       visibility: which keys a query sees.
       options: scale, soft cap and dropout of the weights.
       wanted: model.context_attention. Rows that are not in the balanced order are gathered.
-      can_splash: whether splash may be taken, and knows all that is asked for.
+      choice: what else decides the form.
     """
     num_heads, length = q_BNTH.shape[1:3]
-    stretch = length // (2 * parts_of_rows(length))
     window = visibility.window
     order_T = visibility.order_T
-    takes_splash = can_splash and stretch % SPLASH_BLOCK == 0 and order_T is not None
-    form = choose_form(
-        wanted,
-        stretch=stretch,
-        near_window=0 if visibility.local_heads else window,
-        takes_splash=takes_splash,
-    )
     if order_T is None:
         form = "gather"
-    if form == "gather" and takes_splash:
+    else:
+        form = choose_form(wanted, length // (2 * parts_of_rows(length)), choice)
+    if choice.kernel in ("cudnn", "splash") and form != "splash":
+        say_once(
+            f"model.attention={choice.kernel} is off: rows that mesh.context splits attend by "
+            f"{form} here, in XLA's own operations."
+        )
+    if form == "splash":
         return splash_over_gathered(q_BNTH, k_BKSH, v_BKSH, visibility, options)
 
     # What masks need to know of queries and keys, by the names in `Queries`.

@@ -44,6 +44,33 @@ class AttentionOptions:
     dropout: Dropout = NO_DROPOUT  # of the weights
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelChoice:
+    """What decides which kernel computes a layer's attention, and what follows from it."""
+
+    platform: str  # cpu, gpu or tpu
+    kernel: str  # model.attention
+    has_dropout: bool  # of the weights
+    window: int  # how many keys a query sees (0: all)
+    local_heads: int  # how many heads have that window (0: all)
+    has_cache: bool = False  # of keys and values, at positions that only the program knows
+
+    @property
+    def two_kinds_of_heads(self) -> bool:
+        """Whether some heads have a window and others none."""
+        return self.window > 0 and self.local_heads > 0
+
+    @property
+    def needs_plain(self) -> bool:
+        """Whether no fused kernel can do it."""
+        return self.has_dropout or self.two_kinds_of_heads or self.has_cache
+
+    def takes_splash(self, length: int) -> bool:
+        """Say whether splash computes it, in blocks that divide so many positions."""
+        may_splash = self.platform == "tpu" and self.kernel != "xla" and not self.needs_plain
+        return may_splash and length % SPLASH_BLOCK == 0
+
+
 def plain_attention(
     q_BNTH: jax.Array,
     k_BKSH: jax.Array,

@@ -130,7 +130,7 @@ def _between_positions(model: ModelConfig, mesh: Mesh, work: Work) -> list[Colle
     sizes = mesh_sizes(mesh)
     item_bytes = _ITEM_BYTES[model.compute_dtype]
     # Each device has two stretches of a row.
-    stretch = work.row_length / (2 * sizes.context)
+    stretch = work.row_length // (2 * sizes.context)
     tokens_per_device = work.tokens_per_step * sizes.model / mesh.size
     # Where the mesh doesn't divide the kv heads, each query head has a copy of its own.
     divides = model.num_kv_heads % sizes.model == 0
