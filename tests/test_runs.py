@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from helpers import (
@@ -23,8 +24,10 @@ from helpers import (
     state_digest,
 )
 
+from tinylm.config import load_config
 from tinylm.inference.text import numbered
 from tinylm.run.folder import RunFolder
+from tinylm.train.start import start_run
 from tinylm.view.history import gather
 from tinylm.view.plot import figure_of_curves
 
@@ -132,6 +135,75 @@ def test_stop_and_go_on_on_another_mesh(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     ours, theirs = lines(tmp_path / "run"), lines(whole[0])
     assert sorted(ours) == list(range(1, 23))
+    for step, loss in ours.items():
+        assert loss == pytest.approx(theirs[step], rel=1e-5)
+
+
+EXPERTS = [
+    *(flag.removeprefix("--config.") for flag in SMALL[1:]),
+    "model.num_layers=3",
+    "model.num_experts=8",
+    "model.expert_dim=16",
+    "model.shared_experts=1",
+    "model.dense_layers=1",
+    "model.router_bias_rate=0.01",
+    "eval.every_steps=0",
+    "sample.max_tokens=0",
+    "writers.plot=False",
+]
+SENT = ["mesh.data=4", "mesh.model=2", "mesh.fsdp=True", "model.expert_parallel=True"]
+
+
+def trainer_of_experts(workdir, *overrides):
+    return start_run(load_config("tales", [*EXPERTS, *overrides]), str(workdir))
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """A run whose tokens are sent to its experts, the same run stopped at step 6, and its state."""
+    whole = tmp_path_factory.mktemp("whole")
+    trainer_of_experts(whole, *SENT, "train.stop_step=16").run()
+    stopped = tmp_path_factory.mktemp("stopped")
+    trainer_of_experts(stopped, *SENT, "train.stop_step=6").run()
+    again = shutil.copytree(stopped, tmp_path_factory.mktemp("again") / "run")
+    trainer = trainer_of_experts(again, *SENT, "train.stop_step=16")
+    state = jax.device_get(trainer.restore_or_init())
+    trainer.run()
+    return whole, stopped, again, state
+
+
+@pytest.mark.slow
+def test_a_run_with_experts_goes_on_bit_for_bit(experts):
+    whole, _, again, _ = experts
+    assert lines(again) == lines(whole)
+    assert state_digest(again, 16) == state_digest(whole, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        ["mesh.data=1"],
+        ["mesh.data=8"],
+        ["mesh.data=8", "mesh.fsdp=True"],
+        ["mesh.data=1", "mesh.model=8"],
+        ["mesh.data=2", "mesh.context=2", "mesh.model=2", "mesh.fsdp=True"],
+        ["mesh.replica=2", "mesh.data=4", "mesh.fsdp=True", "model.expert_parallel=True"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_with_experts_goes_on_on_another_mesh(experts, tmp_path, mesh):
+    """From the same state to the last bit, the routers' biases too, and with the same losses."""
+    whole, stopped, _, state = experts
+    trainer = trainer_of_experts(
+        shutil.copytree(stopped, tmp_path / "run"), *mesh, "train.stop_step=16"
+    )
+    restored = jax.device_get(trainer.restore_or_init())
+    assert np.any(state.params["blocks"]["mlp"]["router"]["bias"])
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    trainer.run()
+    ours, theirs = lines(tmp_path / "run"), lines(whole)
+    assert sorted(ours) == list(range(1, 17))
     for step, loss in ours.items():
         assert loss == pytest.approx(theirs[step], rel=1e-5)
 
