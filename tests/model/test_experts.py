@@ -15,6 +15,7 @@ from tinylm.model import grouped, layers
 from tinylm.model.experts import Experts, even_out, load_metrics
 from tinylm.model.flops import count_active_parameters, count_parameters, forward_flops_per_token
 from tinylm.model.grouped import from_slots, grouped_matmul, lay_out, to_slots
+from tinylm.tools.programs import read_collectives
 
 SMALL = {"num_experts": 4, "expert_dim": 16, "mlp": "swiglu"}
 BALANCED = {
@@ -122,6 +123,23 @@ def test_tokens_that_are_sent_to_experts_come_back_as_if_they_had_stayed(bias):
         text = jax.jit(ours).lower(params, x_BTD).as_text()
     assert "stablehlo.case" in text, "tokens are sent where there is room"
     assert_close(found, expected)
+
+
+def test_an_exchange_counts_by_the_rows_that_it_sends():
+    """There and back, though on CPU all rows are gathered, and in another branch the experts."""
+    _, graph, params, x_BTD = experts_and_input(num_experts=8, expert_parallel=True)
+
+    def run(params, x_BTD):
+        return nnx.merge(graph, params)(x_BTD).y_BTD
+
+    mesh = make_mesh(MeshConfig(data=4, fsdp=True))
+    with jax.set_mesh(mesh):
+        text = jax.jit(run).lower(params, x_BTD).compile().as_text()
+    sent = {one.kind: one.bytes_per_step for one in read_collectives(text, mesh)}
+    rows = 16 * 2  # of a device's tokens, two experts each
+    assert sent["all-to-all"] == 2 * rows * 32 * 4 * 3 / 4
+    matrix_bytes = 8 * 32 * 16 * 4
+    assert sent["all-gather"] < matrix_bytes * 3 / 4
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

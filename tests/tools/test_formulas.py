@@ -160,7 +160,7 @@ def test_activations_and_traffic_of_the_tensor_axis(case):
     assert lowest < measured.activations < highest
     # Attention and mlp of one input could share their collectives, and here they don't.
     shares = 2 if case == "parallel" else 1
-    assert 0.95 < measured.traffic / shares < 1.4
+    assert 0.95 < measured.traffic / shares < 1.42
 
 
 @pytest.mark.parametrize("case", marked(("default", "vocabulary", "wide and deep", "full")))

@@ -99,20 +99,22 @@ def test_what_a_shard_map_sends_shares_a_channel_and_each_counts(mesh):
 
 
 def test_gathers_by_hand_that_a_compiler_cuts_into_fusions_count_once_each(mesh):
-    """As TPUs' compiler writes two of the same shape and name: each has a channel of its own."""
+    """As TPUs' compiler writes those of one shape and name: some get a channel of their own, others
+    a chain alone.
+    """
     line = (
         "  %g = bf16[100]{{0}} all-gather(%p), channel_id={}, replica_groups=[4,2]<=[8], "
-        'metadata={{op_name="step/shard_map/all_gather"}}'
+        'frontend_attributes={{chain_id="{}"}}, metadata={{op_name="step/shard_map/all_gather"}}'
     )
     parts, calls = [], []
-    for channel in (2, 3):
+    for channel, chain in ((2, 0), (1, 1), (1, 2)):
         for piece in ("starts", "moves", "waits"):
-            name = f"{piece}.{channel}"
-            parts += [f"%{name} (p: bf16[50]) -> bf16[100] {{", line.format(channel), "}"]
+            name = f"{piece}.{chain}"
+            parts += [f"%{name} (p: bf16[50]) -> bf16[100] {{", line.format(channel, chain), "}"]
             calls.append(f"  %f.{name} = bf16[100]{{0}} fusion(%x), kind=kCustom, calls=%{name}")
     text = "\n".join([*parts, "ENTRY %main (x: bf16[50]) -> bf16[100] {", *calls, "}"])
     (one,) = read_collectives(text, mesh)
-    assert one.bytes_per_step == 2 * 200 * 1 / 2
+    assert one.bytes_per_step == 3 * 200 * 1 / 2
 
 
 def test_sums_by_hand_over_slices_count_though_their_parts_lose_their_names():

@@ -50,7 +50,8 @@ RowsFunction = Callable[..., jax.Array]
 
 # The rows that a device has room for, in those that it sends.
 _ROOM = 1.5
-# Marks an exchange in a program's text: how many rows of its result are sent where loads are even.
+# Marks an exchange in a program's text: of how many rows of its result a device sends as many where
+# loads are even.
 REAL_ROWS = "real_rows_{}_of_{}"
 
 
@@ -254,8 +255,9 @@ def _exchange(num_rows: int, room: int, x_MD: jax.Array, sent_NN: jax.Array) -> 
       x_MD: the rows to send.
       sent_NN: how many rows each device (first axis) sends to each (second axis).
     """
+    real_rows = min(num_rows, room)
     if target_platform() == "cpu":
-        return _exchange_on_cpu(room, x_MD, sent_NN)
+        return _exchange_on_cpu(real_rows, room, x_MD, sent_NN)
     me = jax.lax.axis_index(AXES.data)
     sent_N = sent_NN[me]
     received_N = sent_NN[:, me]
@@ -263,16 +265,17 @@ def _exchange(num_rows: int, room: int, x_MD: jax.Array, sent_NN: jax.Array) -> 
     # Where a device's rows begin in the buffer of each other device.
     before_NN = jnp.cumulative_sum(sent_NN, axis=0) - sent_NN
     nothing_RD = jnp.zeros((room, x_MD.shape[-1]), x_MD.dtype)
-    with jax.named_scope(REAL_ROWS.format(min(num_rows, room), room)):
+    with jax.named_scope(REAL_ROWS.format(real_rows, room)):
         return jax.lax.ragged_all_to_all(
             x_MD, nothing_RD, begins_N, sent_N, before_NN[me], received_N, axis_name=AXES.data
         )
 
 
-def _exchange_on_cpu(room: int, x_MD: jax.Array, sent_NN: jax.Array) -> jax.Array:
+def _exchange_on_cpu(real_rows: int, room: int, x_MD: jax.Array, sent_NN: jax.Array) -> jax.Array:
     """Return what `_exchange` does, where XLA has no ragged all-to-all: all rows are gathered."""
     me = jax.lax.axis_index(AXES.data)
-    x_NMD = jax.lax.all_gather(x_MD, AXES.data)
+    with jax.named_scope(REAL_ROWS.format(real_rows, len(sent_NN) * len(x_MD))):
+        x_NMD = jax.lax.all_gather(x_MD, AXES.data)
     ends_N = jnp.cumulative_sum(sent_NN[:, me])
     begins_NN = jnp.cumulative_sum(sent_NN, axis=1) - sent_NN
     place_R = jnp.arange(room)

@@ -74,6 +74,11 @@ def _traffic_lines(plan: Plan) -> list[str]:
         rows.append((f"  {one.kind}", one.axis, sent, needed, _share(one.hidden_share)))
     lines = [columns(row, _TRAFFIC) for row in rows]
     lines.append(f"  bytes that a device sends, from the {plan.traffic_from}")
+    sends_rows = any(one.kind == "all-to-all" and one.minimum_bytes for one in plan.collectives)
+    if plan.device == "cpu" and sends_rows:
+        lines.append(
+            "  of tokens sent to experts: by an all-to-all, for which CPUs gather all rows"
+        )
     if plan.hidden_share is not None:
         lines.append(f"  products hide {plan.hidden_share:.0%} of the time that this takes")
     return lines

@@ -16,12 +16,13 @@ Three rules turn lines into bytes:
   when compiling (the steps of one call) counts once, so the figures are those of one step.
 - Compilers cut one collective into pieces that share a channel, some of them in a loop that the
   rest overlaps with. So each channel counts once, as its piece that runs least often. What a
-  shard_map sends is the exception: JAX gives all of it the same channel, and each counts. TPUs'
-  compiler gives it a channel of its own where it cuts it into fusions.
+  shard_map sends is the exception: JAX gives all of it the same channel, and each counts, the
+  pieces of a chain of fusions once.
 - By the ring algorithm over n members a device sends (n - 1) / n of the gathered or scattered
-  array, twice that for an all-reduce (Chan et al. 2007, "Collective communication"). Of a ragged
-  all-to-all, whose result has room for more than comes where loads are even, what comes then
-  counts, and what a program does instead where loads are too uneven doesn't count. The TPU's
+  array, twice that for an all-reduce (Chan et al. 2007, "Collective communication"). Of an exchange
+  of rows, whose result has room for more than comes where loads are even, what comes then counts,
+  and what a program does instead where loads are too uneven doesn't count. It is a ragged
+  all-to-all; on CPU a gather stands in for it, and counts as if it were one. The TPU's
   compiler writes a reduce-scatter as a fusion called `all-reduce-scatter`, of an all-reduce and a
   slice, which sends what a reduce-scatter sends. What goes from slice to slice is sent to the
   hosts, which add it up: it counts as an all-reduce along the replicas.
@@ -45,7 +46,7 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 # `%g = f32[32]{0} all-gather(%p), ...`, or in two halves: `... all-gather-start(%p), ...`
 _COLLECTIVE = re.compile(
-    rf"= (?P<shapes>.*?) (?P<ragged>ragged-)?(?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\("
+    rf"= (?P<shapes>.*?) (?:ragged-)?(?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\("
 )
 # `op_name=".../real_rows_16384_of_24576/ragged_all_to_all"`
 _REAL_ROWS = re.compile(REAL_ROWS.format(r"(\d+)", r"(\d+)"))
@@ -91,6 +92,8 @@ _NAMED_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 _FUSED = re.compile(r" fusion\(.*\bcalls=%([\w.-]+)")
 # The channel of all that shard_maps send. Compilers may drop their names, and combine several.
 _CHANNEL_BY_HAND = "1"
+# `frontend_attributes={chain_id="5"}`, which the pieces of one collective in fusions share
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 # How the computation of a fusion is called that is an all-reduce and keeps a slice.
 _REDUCE_SCATTER = "all-reduce-scatter"
 
@@ -182,10 +185,10 @@ def read_collective(line: str, computation: str, trips: int, mesh: Mesh) -> Coll
         return None
     axis = "+".join(axes_spanned(mesh, group))
     sent = _sent_bytes(found, len(group)) * trips
-    real_rows = _REAL_ROWS.search(line)
-    if found["ragged"] and real_rows:
-        real, rows = map(int, real_rows.groups())
-        sent *= real / rows
+    exchange = _REAL_ROWS.search(line)
+    if exchange:
+        real, rows = map(int, exchange.groups())
+        return Collective("all-to-all", axis, sent * real / rows)
     if computation.startswith(_REDUCE_SCATTER):
         return Collective("reduce-scatter", axis, sent / 2)
     return Collective(found["kind"], axis, sent)
@@ -200,8 +203,10 @@ def fusions_in(computations: Computations) -> set[str]:
     return {name for name in names if not name.startswith(_REDUCE_SCATTER)}
 
 
-def channel_of(line: str, is_in_fusion: bool) -> str | None:
-    """Return what pieces of one collective have in common; None where the line stands alone.
+def channel_of(line: str, is_in_fusion: bool) -> tuple[str, str] | None:
+    """Return what pieces of one collective have in common, None where the line stands alone.
+
+    It is their channel, and their chain where there is one.
 
     Args:
       line: of the collective.
@@ -211,9 +216,10 @@ def channel_of(line: str, is_in_fusion: bool) -> str | None:
     if found is None or _BETWEEN_SLICES.search(line):
         return None
     channel = found.group(1)
-    if channel == _CHANNEL_BY_HAND and not is_in_fusion:
-        return None
-    return channel
+    if not is_in_fusion:
+        return None if channel == _CHANNEL_BY_HAND else (channel, "")
+    chain = _CHAIN.search(line)
+    return (channel, chain.group(1) if chain else "")
 
 
 def count_trips(computations: Computations) -> dict[str, int]:
@@ -252,9 +258,9 @@ def _branches_taken(callees: list[str], computations: Computations) -> list[str]
 
 
 def _exchanges_rows(name: str, computations: Computations) -> bool:
-    """Say whether a computation, or one that it runs, has a ragged all-to-all."""
+    """Say whether a computation, or one that it runs, sends rows to their experts."""
     for line in computations.get(name, []):
-        if " ragged-all-to-all" in line:
+        if _COLLECTIVE.search(line) and _REAL_ROWS.search(line):
             return True
         if any(_exchanges_rows(callee, computations) for callee in _callees(line)):
             return True
