@@ -98,6 +98,9 @@ def test_a_program_that_cannot_be_printed_has_the_traffic_of_the_formula(monkeyp
     assert plan.collectives[0].bytes_per_step == plan.collectives[0].minimum_bytes > 0
     assert plan.per_device_bytes["activations"] > 0
     assert "from the formula" in describe(plan)
+    assert "to experts" not in describe(plan)
+    exchange = dataclasses.replace(plan.collectives[0], kind="all-to-all")
+    assert "CPUs gather all for it" in describe(dataclasses.replace(plan, collectives=[exchange]))
 
 
 def test_a_search_ranks_what_fits_and_its_formula_is_near_the_compiler():

@@ -77,7 +77,7 @@ def _traffic_lines(plan: Plan) -> list[str]:
     sends_rows = any(one.kind == "all-to-all" and one.minimum_bytes for one in plan.collectives)
     if plan.device == "cpu" and sends_rows:
         lines.append(
-            "  of tokens sent to experts: by an all-to-all, for which CPUs gather all rows"
+            "  to experts and back: the rows that an all-to-all sends; CPUs gather all for it"
         )
     if plan.hidden_share is not None:
         lines.append(f"  products hide {plan.hidden_share:.0%} of the time that this takes")
