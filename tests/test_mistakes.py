@@ -200,11 +200,13 @@ def test_every_config_that_ships_is_sound_and_opens_with_its_command(name):
 def test_what_an_override_turns_off_may_keep_its_settings_and_is_told():
     turned_off = ["optimizer.name=adamw", "model.local_heads=2", "model.position=learned"]
     turned_off += ["model.rotary_base=500.0", "optimizer.schedule=constant"]
+    turned_off += ["eval.answer_pattern=(.+)"]
     assert load_config("tales", turned_off).unused() == [
         "optimizer.adam_learning_rate=0.005 is for optimizer.name=muon",
         "optimizer.min_ratio=0.0 is for schedules that decay",
         "model.rotary_base=500.0 is for model.position=rotary",
         "model.local_heads=2 is for a model.attention_window",
+        "eval.answer_pattern=(.+) is for eval.exact_match",
     ]
 
 

@@ -381,6 +381,9 @@ class Config(Section):
         if not any(model.attention_window):
             for one in model.changed(("local_heads",)):
                 lines.append(f"{one} is for a model.attention_window")
+        if not self.eval.exact_match:
+            for one in self.eval.changed(("answer_pattern",)):
+                lines.append(f"{one} is for eval.exact_match")
         return lines
 
     def check_workers(self) -> None:
