@@ -209,7 +209,7 @@ class _Schedule:
                 continue
             is_asynchronous = role == "started" or operation["code"].endswith("-start")
             mark = self._mark(operation, line)
-            channel = channel_of(line, name in self.fusions) or (computation, mark)
+            channel = channel_of(line, name in self.fusions) or (computation, operation["name"])
             secs = what.bytes_per_step / link_rate(self.mesh, self.chip, what.axis)
             flight = _Flight(channel, what, secs, secs)
             yield mark if is_asynchronous else None, flight
