@@ -187,17 +187,12 @@ def test_a_bar_goes_on_without_its_terminal(monkeypatch):
 def test_a_launcher_is_told_of_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYLM_FIRST_STEP_FILE", str(tmp_path / "first_step"))
     trainer = begin(tmp_path / "run")
-    make_train_steps, seen = loop.make_train_steps, []
+    seen = []
 
-    class Compiles:
-        def __init__(self, blueprint):
-            self.program = make_train_steps(blueprint)
+    def seen_when_compiled(*_):
+        seen.append((tmp_path / "first_step").exists())
 
-        def lower(self, *arguments):
-            seen.append((tmp_path / "first_step").exists())
-            return self.program.lower(*arguments)
-
-    monkeypatch.setattr(loop, "make_train_steps", Compiles)
+    monkeypatch.setattr(loop, "barrier", seen_when_compiled)
     trainer.run(StopRequest())
     assert seen == [False]
     assert (tmp_path / "first_step").exists()

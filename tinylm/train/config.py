@@ -289,6 +289,27 @@ class Config(Section):
         """Rows of one micro-batch, over all devices."""
         return self.data.batch_size // self.train.accumulation_steps
 
+    @property
+    def settling_cadences(self) -> tuple[int, ...]:
+        """Every how many steps (0: never) something is due before which all steps are settled."""
+        return (
+            self.eval.every_steps,
+            self.sample.every_steps,
+            self.checkpoint.every_steps,
+            self.train.replicas_every_steps,
+        )
+
+    @property
+    def dispatch_ends(self) -> tuple[int, ...]:
+        """Every how many steps something is due for which a dispatch must end."""
+        cadences = (*self.settling_cadences, self.train.log_every_steps, self.train.last_step)
+        return tuple(every for every in cadences if every > 0)
+
+    @property
+    def dispatch_steps(self) -> int:
+        """The most steps of one dispatch."""
+        return min(self.train.steps_per_dispatch, *self.dispatch_ends)
+
     def check(self) -> None:
         """Raise UserError for any mistake that needs neither data nor devices to be seen."""
         super().check()

@@ -16,6 +16,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ from tinylm.train.init_from import initial_state
 from tinylm.train.local_steps import count_passed_over, saved_workers
 from tinylm.train.progress import Progress
 from tinylm.train.state import Blueprint, TrainState
-from tinylm.train.step import make_train_steps
+from tinylm.train.step import compile_ahead
 from tinylm.train.trackers import Trackers
 from tinylm.view.plot import draw_loss
 
@@ -83,6 +84,8 @@ class Trainer:
         self.clock = Clock(folder)
         self.flops_per_token = train_flops_per_token(config.model, config.data.seq_len)
         self.peak_flops = peak_flops(list(mesh.devices.flat))
+        # Of the steps, being compiled on a thread.
+        self.program: Future[jax.stages.Compiled] | None = None
         # Of the workdir; let go when the run ends.
         self.lock = contextlib.ExitStack()
 
@@ -115,6 +118,9 @@ class Trainer:
         watchdog = Watchdog(self.config.train.hang_secs)
         with self.lock, contextlib.closing(watchdog):
             try:
+                # A run that has taken all its steps needs no program.
+                if max(self.checkpoints.steps(), default=0) < self.config.train.last_step:
+                    self.program = compile_ahead(self.blueprint)
                 state = self.restore_or_init()
                 return _Loop(self, state, stop or StopRequest(), watchdog).run(state)
             except Exception as error:
@@ -153,25 +159,8 @@ class _Loop:
         self.watchdog = watchdog
         self.hosts = Hosts(watchdog)
 
-        # Every so many steps something is due for which a dispatch must end, and all be settled.
-        self.cadences = [
-            config.eval.every_steps,
-            config.sample.every_steps,
-            config.checkpoint.every_steps,
-            config.train.replicas_every_steps,
-        ]
-        self.dispatch_ends = [
-            every
-            for every in (
-                *self.cadences,
-                config.train.log_every_steps,
-                config.train.last_step,
-            )
-            if every > 0
-        ]
-        most_steps = min(config.train.steps_per_dispatch, *self.dispatch_ends)
-        self.feed = Feed(config, trainer.data.train, trainer.mesh, most_steps)
-        self.train_steps: Any = make_train_steps(trainer.blueprint)
+        self.feed = Feed(config, trainer.data.train, trainer.mesh, config.dispatch_steps)
+        self.train_steps: Any = None  # the program, from the first dispatch on
         self.compare_replicas = make_replica_check(trainer.mesh, trainer.blueprint.abstract.params)
 
         # The state's guard in numbers of the host, brought up to date as steps settle.
@@ -232,7 +221,8 @@ class _Loop:
             except Preempted:
                 break
             state = self.dispatch(state, batches, count)
-            if self.step == config.train.last_step or any(map(self.is_due, self.cadences)):
+            cadences = config.settling_cadences
+            if self.step == config.train.last_step or any(map(self.is_due, cadences)):
                 self.settle()
                 self.at_work_since = time.monotonic()
             if self.bad_batch is not None:
@@ -264,7 +254,7 @@ class _Loop:
 
     def steps_of_next_dispatch(self) -> int:
         """Return how many steps to send: up to the next at which something is due."""
-        next_ends = [(self.step // every + 1) * every for every in self.dispatch_ends]
+        next_ends = [(self.step // every + 1) * every for every in self.config.dispatch_ends]
         return min(self.config.train.steps_per_dispatch, min(next_ends) - self.step)
 
     # Load, step, settle.
@@ -284,7 +274,7 @@ class _Loop:
         self.input_wait_secs = 0.0
         is_first = self.stop.nothing_to_save
         if is_first:
-            self.compile(state, batches)
+            self.await_program()
         last_step = self.config.train.last_step
         state, metrics = self.train_steps(state, batches, count, self.config.seed, last_step)
         if is_first:
@@ -297,12 +287,13 @@ class _Loop:
         self.at_work_since = time.monotonic()
         return state
 
-    def compile(self, state: TrainState, batches: dict[str, jax.Array]) -> None:
-        """Compile the step, and wait for the other processes: from here on none may be late."""
+    def await_program(self) -> None:
+        """Wait until the step is compiled, here and in the other processes: from here on none may
+        be late.
+        """
         with self.clock.phase("compile"):
-            last_step = self.config.train.last_step
-            lowered = self.train_steps.lower(state, batches, 1, self.config.seed, last_step)
-            self.train_steps = lowered.compile()
+            program = self.trainer.program or compile_ahead(self.trainer.blueprint)
+            self.train_steps = program.result()
             barrier("compiled", _COMPILE_BARRIER_SECS)
 
     def settle(self) -> None:

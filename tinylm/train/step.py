@@ -11,6 +11,7 @@ Axes: K steps of a call, A micro-batches, B rows, T tokens.
 
 import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, traverse_util
 
+from tinylm.core.batch import abstract_batch
 from tinylm.core.collectives import in_each_replica, sum_over_rows
 from tinylm.core.mesh import replicated
 from tinylm.core.tpu_options import tpu_compiler_options
@@ -157,6 +159,42 @@ def make_train_steps(blueprint: Blueprint) -> Callable:
         out_shardings=(blueprint.shardings, replicated(blueprint.mesh)),
         compiler_options=tpu_compiler_options(blueprint.mesh),
     )
+
+
+def compile_ahead(blueprint: Blueprint) -> Future[jax.stages.Compiled]:
+    """Begin to compile the program of a run's dispatches on a thread, and return it as a future.
+
+    Shapes and shardings are known before the first array exists, and XLA lets go of Python's lock
+    while it compiles. So meanwhile the state is drawn or restored, and the first batches are read:
+
+        this thread    draw or restore the state | import Grain, read batches | wait
+        the other      trace | compile ------------------------------------------->
+
+    What compiling raises is raised by the future's `result`.
+    """
+    config = blueprint.config
+    train_steps: Any = make_train_steps(blueprint)
+    shape = (
+        config.dispatch_steps,
+        config.train.accumulation_steps,
+        config.micro_batch_rows,
+        config.data.seq_len,
+    )
+    batches = abstract_batch(blueprint.mesh, shape, packed=config.data.packing == "packed")
+
+    def compile_program() -> jax.stages.Compiled:
+        # What `jax.set_mesh` sets holds for one thread alone.
+        with jax.set_mesh(blueprint.mesh):
+            lowered = train_steps.lower(
+                blueprint.abstract, batches, 1, config.seed, config.train.last_step
+            )
+            return lowered.compile()
+
+    executor = ThreadPoolExecutor(max_workers=1)
+    compiling = executor.submit(compile_program)
+    # Python waits for the thread before it ends.
+    executor.shutdown(wait=False)
+    return compiling
 
 
 def number_rows(batch: Batch) -> jax.Array:
