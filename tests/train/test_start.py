@@ -74,6 +74,25 @@ def test_an_evaluation_reads_as_many_rows_whatever_the_micro_batches(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_the_step_is_compiled_while_the_state_is_drawn(tmp_path, monkeypatch):
+    trainer = begin(tmp_path)
+    restore_or_init = trainer.restore_or_init
+    compiled_before = []
+
+    def after_the_program():
+        compiled_before.append(trainer.program.result(timeout=60))
+        return restore_or_init()
+
+    monkeypatch.setattr(trainer, "restore_or_init", after_the_program)
+    assert trainer.run().step == 2
+    assert compiled_before
+
+    # A run that has taken its steps has nothing to compile.
+    again = begin(tmp_path)
+    again.run()
+    assert again.program is None
+
+
 def test_the_same_text_in_another_place_goes_on_and_another_text_does_not(tmp_path):
     """As after cp, scp, git checkout or on a fresh host: what counts is the content."""
     (tmp_path / "a.txt").write_text("<|endoftext|>".join(f"{i} and {i * i}" for i in range(200)))
