@@ -18,6 +18,7 @@ whole.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -131,32 +132,8 @@ class Checkpoints:
 
     def __init__(self, folder: epath.Path, config: CheckpointConfig | None = None):
         """Open the folder for reading, or with a config for writing too."""
-        # Orbax is slow to import, and most commands open no checkpoint.
-        import orbax.checkpoint as ocp
-
-        self._ocp = ocp
         self._folder = folder
         self._config = config
-        # Floats hardly get smaller, and compressing takes a copy of them and nearly all the time of
-        # a save.
-        handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
-        # A thread that waits for a folder which a full disk refused would hold up the exit; but
-        # where there are several processes, one alone makes folders, and must not fail between two
-        # barriers.
-        waiting = ocp.options.AsyncOptions(
-            timeout_secs=_COMMIT_SECS, create_directories_asynchronously=jax.process_count() > 1
-        )
-        # Of the buckets, Orbax itself knows gs:// alone.
-        commit = None
-        if os.fspath(folder).startswith("s3://"):
-            orbax_s3.enable()
-            commit = ocp.path.atomicity.CommitFileTemporaryPath
-        options = ocp.CompositeOptions(temporary_path_class=commit)
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(composite_options=options, **handlers),
-            async_options=waiting,
-            temporary_path_class=commit,
-        )
         # The thread that seals a step, and the save that it is at work on.
         self._sealer = ThreadPoolExecutor(1)
         self._sealing: Future[None] | None = None
@@ -164,6 +141,43 @@ class Checkpoints:
         self._damaged: set[int] = set()
         # How the last save failed; "" where it didn't.
         self._failure = ""
+        # Of the buckets, Orbax itself knows gs:// alone.
+        self._in_s3 = os.fspath(folder).startswith("s3://")
+        if self._in_s3:
+            orbax_s3.enable()
+
+    # Orbax is slow to import. Most commands open no checkpoint, and a run has time for it while its
+    # step compiles.
+    @functools.cached_property
+    def _ocp(self) -> Any:
+        import orbax.checkpoint
+
+        return orbax.checkpoint
+
+    @functools.cached_property
+    def _orbax(self) -> Any:
+        # Floats hardly get smaller, and compressing takes a copy of them and nearly all the time of
+        # a save.
+        handlers = {
+            name: self._ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS
+        }
+        # A thread that waits for a folder which a full disk refused would hold up the exit; but
+        # where there are several processes, one alone makes folders, and must not fail between two
+        # barriers.
+        waiting = self._ocp.options.AsyncOptions(
+            timeout_secs=_COMMIT_SECS, create_directories_asynchronously=jax.process_count() > 1
+        )
+        commit = self._ocp.path.atomicity.CommitFileTemporaryPath if self._in_s3 else None
+        options = self._ocp.CompositeOptions(temporary_path_class=commit)
+        return self._ocp.AsyncCheckpointer(
+            self._ocp.CompositeCheckpointHandler(composite_options=options, **handlers),
+            async_options=waiting,
+            temporary_path_class=commit,
+        )
+
+    def get_ready(self) -> None:
+        """Import Orbax now instead of at the first save."""
+        assert self._orbax is not None
 
     def steps(self) -> list[int]:
         """Return the finished steps in order, without those that were found damaged."""

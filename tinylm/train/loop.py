@@ -292,6 +292,7 @@ class _Loop:
         be late.
         """
         with self.clock.phase("compile"):
+            self.checkpoints.get_ready()
             program = self.trainer.program or compile_ahead(self.trainer.blueprint)
             self.train_steps = program.result()
             barrier("compiled", _COMPILE_BARRIER_SECS)
