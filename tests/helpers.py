@@ -77,6 +77,25 @@ def random_batch(seed: int, rows: int = 8, length: int = 16, micro: int = 1) -> 
     return batch_of_ids(ids, weights)
 
 
+def packed_batch(seed: int, rows: int, length: int) -> HostBatch:
+    """Return a host batch [1, rows, length] of rows that hold documents of any length."""
+    rng = np.random.default_rng(seed)
+    shape = (1, rows, length)
+    begins = rng.random(shape) < 0.06
+    begins[..., 0] = True
+    segments = np.cumsum(begins, axis=-1).astype(np.int32)
+    places = np.broadcast_to(np.arange(length), shape)
+    positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=-1)
+    ids = rng.integers(0, 65, (1, rows, length + 1)).astype(np.int32)
+    return {
+        "tokens": ids[..., :-1],
+        "targets": ids[..., 1:],
+        "weights": (rng.random(shape) < 0.8).astype(np.float32),
+        "segments": segments,
+        "positions": positions.astype(np.int32),
+    }
+
+
 def train(
     mesh_config: MeshConfig,
     model: ModelConfig,

@@ -267,6 +267,41 @@ def test_fault_3_one_of_two_processes_killed(job, pair, tmp_path):
     assert state_digest(tmp_path, 40) == state_digest(pair, 40)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "killed", "left"),
+    [
+        pytest.param(2, 0, 1, id="one of two"),
+        pytest.param(4, 2, 2, id="one of four"),
+    ],
+)
+def test_fault_3_a_replica_of_workers_is_lost_and_fewer_go_on(
+    job, start, tmp_path, processes, killed, left
+):
+    """A worker on each process, one of which is killed between two syncs: on the processes that are
+    left each replica trains two workers, and all losses are those of a run that lost nothing.
+    """
+    workers = [
+        "--config.train.stop_step=30",
+        "--config.train.sync_every_steps=8",
+        f"--config.train.workers={processes}",
+    ]
+    alone = tmp_path / "alone"
+    ends(start(alone, *LONG, *workers))
+    workdir = tmp_path / "run"
+    process = job(workdir, *workers, f"--config.mesh.replica={processes}", processes=processes)
+    until(lambda: finished(workdir, 10), process)
+    os.kill(pid_of(f"--workdir={workdir}", f"--process_id={killed}"), signal.SIGKILL)
+    assert "peer lost" in ends(process, 6)
+    said = ends(job(workdir, *workers, f"--config.mesh.replica={left}", processes=left))
+    saved = int(re.search(r"resuming from step (\d+)", said).group(1))
+    assert 10 <= saved < 30 and saved % 8
+    ours, theirs = lines(workdir), lines(alone)
+    assert sorted(ours) == list(range(1, 31))
+    for step, loss in ours.items():
+        assert loss == pytest.approx(theirs[step], rel=1e-5)
+
+
 def pid_of(*arguments):
     """Return a process of the training command that has these arguments, 0 where there is none."""
     for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):

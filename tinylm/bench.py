@@ -82,7 +82,8 @@ def define_flags(flags: FlagValues) -> None:
     absl_flags.DEFINE_integer(
         "dispatches",
         20,
-        "calls of the step to time, each of train.steps_per_dispatch",
+        "calls of the step to time, each of train.steps_per_dispatch (with workers at least those "
+        "from one sync to the next)",
         lower_bound=2,
         flag_values=flags,
     )

@@ -9,9 +9,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import traverse_util
 from helpers import ROOT, random_batch, tiny_model
@@ -21,7 +23,7 @@ from tinylm.config import load_config
 from tinylm.core.mesh import make_mesh
 from tinylm.model.flops import count_parameters, train_flops_per_token
 from tinylm.model.transformer import abstract_transformer
-from tinylm.tools.bench import Workload, measure
+from tinylm.tools.bench import Workload, measure, time_steps
 from tinylm.tools.plan import compile_step
 from tinylm.tools.profile import kind_of, secs_by_kind
 from tinylm.train.step import accumulate, number_rows
@@ -78,6 +80,32 @@ def test_the_figures_of_a_benchmark_agree_with_each_other(measured):
     assert list(traces.rglob("*.xplane.pb"))
     assert "MFU" in text_of(found)
     assert "chips.py" in text_of({**found, "mfu": None})
+
+
+@pytest.mark.parametrize(("every", "count", "dispatches"), [(1, 2, 3), (5, 1, 4), (10, 4, 7)])
+def test_a_step_takes_its_part_of_the_sync_of_workers(every, count, dispatches, monkeypatch):
+    """By a clock that shows a second for each step, and twelve more for a sync."""
+    clock = [0.0]
+
+    class Work:
+        config = tiny_config(f"train.sync_every_steps={every}")
+        steps = 0
+
+        def place(self):
+            return {}
+
+        def run(self, state, placed):
+            for _ in range(count):
+                self.steps += 1
+                clock[0] += 1 if self.steps % every else 13
+            return state, {}
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    work = Work()
+    work.count = count
+    timings, _ = time_steps(work, None, dispatches)
+    np.testing.assert_allclose(timings.step, 1 + 12 / every)
+    np.testing.assert_allclose(timings.host, timings.step)
 
 
 def test_the_first_start_compiles_and_the_second_takes_its_programs(measured):

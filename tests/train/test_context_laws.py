@@ -2,33 +2,11 @@
 
 import numpy as np
 import pytest
-from helpers import tiny_model, train
+from helpers import packed_batch, tiny_model, train
 
 from tinylm.core.mesh import MeshConfig
 
-LENGTH = 64
-
-
-def packed_batch(seed: int):
-    """Return a host batch [1, 4, LENGTH] of rows that hold documents of any length."""
-    rng = np.random.default_rng(seed)
-    shape = (1, 4, LENGTH)
-    begins = rng.random(shape) < 0.06
-    begins[..., 0] = True
-    segments = np.cumsum(begins, axis=-1).astype(np.int32)
-    places = np.broadcast_to(np.arange(LENGTH), shape)
-    positions = places - np.maximum.accumulate(np.where(begins, places, 0), axis=-1)
-    ids = rng.integers(0, 65, (1, 4, LENGTH + 1)).astype(np.int32)
-    return {
-        "tokens": ids[..., :-1],
-        "targets": ids[..., 1:],
-        "weights": (rng.random(shape) < 0.8).astype(np.float32),
-        "segments": segments,
-        "positions": positions.astype(np.int32),
-    }
-
-
-BATCHES = [packed_batch(seed) for seed in range(20)]
+BATCHES = [packed_batch(seed, rows=4, length=64) for seed in range(20)]
 SETTINGS = {
     "num_kv_heads": 2,
     "attention_softcap": 5.0,

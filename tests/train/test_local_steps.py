@@ -8,7 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from helpers import SMALL, lines, random_batch, state_digest, tiny_model
+from helpers import SMALL, lines, packed_batch, random_batch, state_digest, tiny_model
 
 from tinylm.config import load_config
 from tinylm.core.batch import BatchRows, stack_steps
@@ -25,6 +25,8 @@ from tinylm.train.local_steps import deal_out, fix_workers
 from tinylm.train.start import start_run
 from tinylm.train.state import make_blueprint
 from tinylm.train.step import make_train_steps
+from tinylm.view.history import gather
+from tinylm.view.plot import PANELS
 
 BATCHES = [random_batch(seed) for seed in range(8)]
 MODEL = tiny_model(dropout=0.1, num_layers=1)
@@ -105,7 +107,9 @@ def test_any_mesh_gives_the_same_run_of_as_many_workers(single, mesh):
     ],
 )
 def test_workers_with_experts_and_rows_in_parts_give_the_same_run(mesh, optimizer):
-    """All axes at once: tokens are sent to experts, by devices that have a part of a row each."""
+    """All axes at once: tokens are sent to experts, by devices that have a part of a row each, in
+    which one document follows the other.
+    """
     model = tiny_model(
         num_layers=1,
         dropout=0.1,
@@ -116,8 +120,9 @@ def test_workers_with_experts_and_rows_in_parts_give_the_same_run(mesh, optimize
         remat="dots",
     )
     settings = {"workers": 2, "sync_every_steps": 2, "optimizer": {"name": optimizer}}
-    alone, _ = train(MeshConfig(data=1), BATCHES[:3], model=model, **settings)
-    together, _ = train(mesh, BATCHES[:3], model=model, **settings)
+    batches = [packed_batch(seed, rows=8, length=16) for seed in range(3)]
+    alone, _ = train(MeshConfig(data=1), batches, model=model, **settings)
+    together, _ = train(mesh, batches, model=model, **settings)
     np.testing.assert_allclose(of(together), of(alone), rtol=1e-5)
     for name in ("grad_norm", "drift", "outer_grad_norm", "router/busiest"):
         np.testing.assert_allclose(of(together, name), of(alone, name), rtol=1e-4)
@@ -326,6 +331,42 @@ def test_another_mesh_goes_on_with_the_same_workers_and_another_number_where_ask
     outcome = run(again, "mesh.replica=4", "train.workers=4")
     assert outcome.step == 12
     assert lines(again)[9] == pytest.approx(there[9], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "split",
+    [
+        ["mesh.replica=2", "mesh.data=2", "mesh.fsdp=True"],
+        ["mesh.replica=2", "mesh.model=2"],
+    ],
+    ids=["fsdp", "model"],
+)
+def test_parameters_are_split_and_made_whole_again_between_syncs(two_workers, tmp_path, split):
+    """There and back between two syncs; and with another number of workers, back at a sync."""
+    whole, stopped = two_workers
+    again = shutil.copytree(stopped, tmp_path / "again")
+    run(again, *split, "train.stop_step=10")
+    run(again, "mesh.replica=1")
+    alone = shutil.copytree(stopped, tmp_path / "alone")
+    changed = shutil.copytree(stopped, tmp_path / "changed")
+    for folder, mesh in (alone, ["mesh.replica=1"]), (changed, split):
+        run(folder, *mesh, "train.workers=4", "train.stop_step=8")
+        run(folder, "mesh.replica=1", "train.workers=2")
+    for ours, theirs in (again, whole), (changed, alone):
+        found = lines(ours)
+        assert sorted(found) == list(range(1, 13))
+        for step, loss in found.items():
+            assert loss == pytest.approx(lines(theirs)[step], rel=1e-5)
+
+
+def test_a_report_shows_how_far_workers_drift(two_workers):
+    curves = gather(str(two_workers[0])).train
+    for name in "drift", "outer_grad_norm":
+        assert name in PANELS
+        before_a_sync, *after = curves[name][3 - 1 :]
+        assert before_a_sync == 0
+        assert min(after) > 0
 
 
 def test_the_moments_of_workers_are_not_taken_over(two_workers, tmp_path):

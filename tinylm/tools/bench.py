@@ -7,6 +7,7 @@ training.
 """
 
 import contextlib
+import math
 import tempfile
 import time
 from typing import Any, NamedTuple
@@ -90,8 +91,8 @@ class _Started(NamedTuple):
     warm_secs: float  # the same with a filled one
 
 
-class _Timings(NamedTuple):
-    """Seconds a step, of each dispatch."""
+class Timings(NamedTuple):
+    """Seconds a step, of each dispatch; or of all those from one sync to the next."""
 
     step: np.ndarray
     wait: np.ndarray  # of it, for input
@@ -111,7 +112,7 @@ def measure(config: Config, mesh: Mesh, dispatches: int = 20, profile: str = "")
     before_secs = time.process_time()
     work, state, cold_secs, warm_secs = _starts(config, mesh)
     with contextlib.closing(work.batches), tempfile.TemporaryDirectory() as scratch:
-        timings, state = _steady(work, state, dispatches)
+        timings, state = time_steps(work, state, dispatches)
         folder = profile or scratch
         placed = work.place()
         with jax.profiler.trace(folder):
@@ -168,7 +169,7 @@ def _starts(config: Config, mesh: Mesh) -> _Started:
     return _Started(work, state, cold_secs, warm_secs)
 
 
-def _steady(work: Workload, state: TrainState, dispatches: int) -> tuple[_Timings, TrainState]:
+def time_steps(work: Workload, state: TrainState, dispatches: int) -> tuple[Timings, TrainState]:
     """Time dispatches; return also the state after them.
 
     A dispatch is waited for when the next one is under way, as in the trainer's loop:
@@ -176,10 +177,16 @@ def _steady(work: Workload, state: TrainState, dispatches: int) -> tuple[_Timing
         begun       fed         sent               done, and begun again
           |- place --|-- run ----|-- wait for the --|
                                      last dispatch
+
+    Where workers train by themselves, one dispatch in several has a sync. So dispatches are timed
+    together, as many as always hold the same number of syncs, and more of them where need be.
     """
+    sync_every_steps = work.config.train.sync_every_steps
+    together = math.lcm(work.count, sync_every_steps) // work.count
+    num_timings = math.ceil(dispatches / together)
     marks = []
     state, pending = work.run(state, work.place())
-    for _ in range(dispatches + 1):
+    for _ in range(num_timings * together + 1):
         begun = time.perf_counter()
         placed = work.place()
         fed = time.perf_counter()
@@ -189,6 +196,7 @@ def _steady(work: Workload, state: TrainState, dispatches: int) -> tuple[_Timing
         marks.append((begun, fed, sent, time.perf_counter()))
         pending = metrics
     # The first is left out, since it waited for a dispatch that was sent before the timing began.
-    begun_D, fed_D, sent_D, done_D = np.array(marks[1:]).T / work.count
-    timings = _Timings(step=done_D - begun_D, wait=fed_D - begun_D, host=sent_D - begun_D)
+    secs = np.array(marks[1:]) / work.count
+    begun_D, fed_D, sent_D, done_D = secs.reshape(num_timings, together, -1).mean(axis=1).T
+    timings = Timings(step=done_D - begun_D, wait=fed_D - begun_D, host=sent_D - begun_D)
     return timings, jax.block_until_ready(state)

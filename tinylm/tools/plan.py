@@ -58,6 +58,8 @@ class Plan:
     Attributes:
       device: the kind of the mesh's devices.
       mesh: the size of each axis by its name.
+      workers: that train by themselves; 0 where all devices train as one.
+      sync_every_steps: after how many steps these are averaged. Each step has its part of a sync.
       per_device_bytes: what a device holds at the height of a step, by kind, and in `total`.
       chip_bytes: the memory that a device has.
       fits: whether it holds the total.
@@ -76,6 +78,8 @@ class Plan:
 
     device: str
     mesh: dict[str, int]
+    workers: int
+    sync_every_steps: int
     per_device_bytes: dict[str, int]
     chip_bytes: int
     fits: bool
@@ -134,6 +138,8 @@ def make_plan(config: Config, mesh: Mesh) -> Plan:
     return Plan(
         device=mesh.devices.flat[0].device_kind,
         mesh=sizes_by_name(mesh),
+        workers=blueprint.num_workers,
+        sync_every_steps=steps_per_sync,
         per_device_bytes=memory,
         chip_bytes=int(chip.memory_bytes),
         fits=not refused_bytes and memory["total"] <= chip.memory_bytes,

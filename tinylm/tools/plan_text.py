@@ -28,7 +28,13 @@ _ADVICE = {
 
 def describe(plan: Plan) -> str:
     """Return a plan as lines to print."""
-    parts = [[f"{plan.device}, mesh {mesh_text(plan.mesh)}"], _memory_lines(plan)]
+    head = [f"{plan.device}, mesh {mesh_text(plan.mesh)}"]
+    if plan.workers:
+        head.append(
+            f"workers {plan.workers}, with a sync every {plan.sync_every_steps} steps, of which a "
+            "step has its part here"
+        )
+    parts = [head, _memory_lines(plan)]
     if plan.collectives:
         parts.append(_traffic_lines(plan))
     parts.append(_time_lines(plan))
@@ -38,8 +44,10 @@ def describe(plan: Plan) -> str:
 def _memory_lines(plan: Plan) -> list[str]:
     rows = [("memory of a device", "bytes")]
     for kind, count in plan.per_device_bytes.items():
+        # What the workers have counts as the state of the optimizer.
+        name = "optimizer and workers" if plan.workers and kind == "optimizer" else kind
         if count:
-            rows.append((f"  {kind}", bytes_text(count)))
+            rows.append((f"  {name}", bytes_text(count)))
     rows.append(("  the chip has", bytes_text(plan.chip_bytes)))
     lines = [columns(row, _MEMORY) for row in rows]
     lines.append(f"  {_verdict(plan)}")

@@ -25,6 +25,8 @@ PANELS = {
     "tokens_per_sec": "Tokens per second",
     "mfu": "Model FLOPs utilization",
     "exact_match": "Exact match",
+    "drift": "Drift of the workers up to the last sync",
+    "outer_grad_norm": "Drift of their mean (the outer gradient)",
 }
 
 
