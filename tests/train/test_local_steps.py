@@ -19,7 +19,7 @@ from tinylm.data.config import DataConfig
 from tinylm.tools.plan import compile_step, held_bytes, make_plan
 from tinylm.tools.programs import read_collectives
 from tinylm.tools.search import search
-from tinylm.train import feed
+from tinylm.train import feed, summary
 from tinylm.train.config import Config, OptimizerConfig, TrainConfig
 from tinylm.train.local_steps import deal_out, fix_workers
 from tinylm.train.start import start_run
@@ -402,6 +402,28 @@ def test_what_workers_cannot_do_is_said_at_the_start(overrides, message, tmp_pat
     with pytest.raises(UserError, match=message):
         run(tmp_path / "none", *overrides)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_workers", "warning"),
+    [
+        (FOUR, 4, ""),
+        ({}, 0, ""),
+        (FOUR, 1, "one worker has no other to be averaged with"),
+        ({**FOUR, "sync_every_steps": 5}, 4, "(eval.every_steps=8) come between syncs"),
+        ({"outer_momentum": 0.5}, 0, "train.outer_momentum does nothing without workers"),
+    ],
+)
+def test_settings_of_workers_that_are_seldom_meant_are_warned_of(
+    settings, num_workers, warning, monkeypatch
+):
+    config = make_config(MeshConfig(), **settings)
+    config.eval.every_steps = 8
+    said = []
+    monkeypatch.setattr(summary, "say", said.append)
+    summary.say_odd_syncs(config, num_workers)
+    assert len(said) == bool(warning)
+    assert warning in "".join(said)
 
 
 def test_a_run_keeps_its_workers_and_one_that_trains_as_one_takes_none():

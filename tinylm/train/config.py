@@ -413,8 +413,8 @@ class Config(Section):
         if train.num_steps % train.sync_every_steps:
             raise UserError(
                 f"train.num_steps={train.num_steps} must be divisible by "
-                f"train.sync_every_steps={train.sync_every_steps}: what workers learn after the "
-                "last sync would be lost."
+                f"train.sync_every_steps={train.sync_every_steps}, or what workers learn after the "
+                "last sync would be lost; change one of them."
             )
         if self.eval.patience and self.eval.every_steps % train.sync_every_steps:
             raise UserError(

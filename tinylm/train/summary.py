@@ -10,6 +10,7 @@ from tinylm.core.mesh import batch_shards, sizes_by_name
 from tinylm.core.text import mesh_text
 from tinylm.inference.text import numbered
 from tinylm.model.flops import count_active_parameters, count_parameters
+from tinylm.train.config import Config, TrainConfig
 from tinylm.train.loop import Outcome, Trainer
 
 # The part of a chip's peak that training usually reaches.
@@ -50,6 +51,28 @@ def opening(trainer: Trainer) -> None:
             f"workers {num_workers}, each by itself between syncs, which come every "
             f"{c.train.sync_every_steps} steps"
         )
+    say_odd_syncs(c, num_workers)
+
+
+def say_odd_syncs(config: Config, num_workers: int) -> None:
+    """Warn of settings of workers that work, but seldom as they were meant."""
+    train = config.train
+    if num_workers == 1:
+        say("warning: one worker has no other to be averaged with; set train.workers.")
+    if num_workers and config.eval.every_steps % train.sync_every_steps:
+        say(
+            f"warning: some evaluations (eval.every_steps={config.eval.every_steps}) come between "
+            f"syncs (train.sync_every_steps={train.sync_every_steps}); they see the parameters of "
+            "the last one."
+        )
+    if not num_workers:
+        defaults = TrainConfig()
+        for name in "outer_learning_rate", "outer_momentum":
+            if getattr(train, name) != getattr(defaults, name):
+                say(
+                    f"warning: train.{name} does nothing without workers; set "
+                    "train.sync_every_steps or train.workers."
+                )
 
 
 def expected_time(trainer: Trainer) -> str:
