@@ -6,7 +6,8 @@ from helpers import packed_batch, tiny_model, train
 
 from tinylm.core.mesh import MeshConfig
 
-BATCHES = [packed_batch(seed, rows=4, length=64) for seed in range(20)]
+LENGTH = 64
+BATCHES = [packed_batch(seed, rows=4, length=LENGTH) for seed in range(20)]
 SETTINGS = {
     "num_kv_heads": 2,
     "attention_softcap": 5.0,
