@@ -12,7 +12,7 @@ from helpers import random_batch, tiny_model, train
 from tinylm.core import expert_shards
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.model import grouped, layers
-from tinylm.model.experts import Experts, even_out, load_metrics
+from tinylm.model.experts import Experts, even_out, load_metrics, totals
 from tinylm.model.flops import count_active_parameters, count_parameters, forward_flops_per_token
 from tinylm.model.grouped import from_slots, grouped_matmul, lay_out, to_slots
 from tinylm.tools.programs import read_collectives
@@ -102,6 +102,34 @@ def test_experts_equal_a_loop_over_all_of_them(changes, mesh):
     with jax.set_mesh(make_mesh(mesh)):
         found = value_and_grads(ours, params, x_BTD)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("level", [-100.0, 100.0])
+def test_weights_and_gradients_are_finite_where_scores_are_0_or_1(router, level):
+    """A bias picks two experts whose scores are nothing beside that of a third."""
+    config, graph, params, x_BTD = experts_and_input(router=router, router_bias_rate=0.001)
+    x_BTD = jnp.zeros_like(x_BTD).at[..., 0].set(1.0)
+    kernel = params["router"]["kernel"]
+    logits_X = jnp.asarray([level + 100, level, level + 1, level])
+    params["router"]["kernel"] = jnp.zeros_like(kernel).at[0].set(logits_X)
+    params["router"]["bias"] = jnp.asarray([-5.0, 0.0, 0.1, -5.0])
+
+    def sums_of(kernel_DX):
+        router = nnx.merge(graph, params).router
+        router.kernel[...] = kernel_DX
+        choice, sums = router(x_BTD, jnp.ones(x_BTD.shape[:2]))
+        balance = totals(jax.tree.map(lambda x: x[None], sums), config).balance
+        return jnp.sum(choice.weights_BTC[..., 0]) + balance, choice
+
+    gradient_DX, choice = jax.grad(sums_of, has_aux=True)(params["router"]["kernel"])
+    assert set(np.unique(choice.experts_BTC)) == {1, 2}
+    # Where sigmoids are 1, both count the same; elsewhere one logit more is e times the weight.
+    larger = 0.5 if (router, level) == ("sigmoid", 100.0) else 1 / (1 + np.exp(-1))
+    np.testing.assert_allclose(choice.weights_BTC[..., 0], larger, rtol=1e-6)
+    assert np.isfinite(gradient_DX).all()
+    if larger != 0.5:
+        assert np.abs(gradient_DX).max() > 0
 
 
 @pytest.mark.parametrize("bias", [0.0, 9.0], ids=["room for all", "all at one device"])

@@ -91,10 +91,14 @@ class Router(nnx.Module):
             precision=jax.lax.Precision.HIGHEST,
         )
         logits_BTX = constrain(logits_BTX, "batch", "positions", None)
+        # Scores may be too small for a division by their sum, and more so for its gradient, so
+        # whatever adds up to 1 is made of their logarithms, up to a constant of each token.
         if c.router == "softmax":
             scores_BTX = softmax(logits_BTX)
+            log_scores_BTX = logits_BTX
         else:
             scores_BTX = jax.nn.sigmoid(logits_BTX)
+            log_scores_BTX = jax.nn.log_sigmoid(logits_BTX)
         order_BTX = scores_BTX if self.bias is None else scores_BTX + self.bias[...]
         _, experts_BTC = jax.lax.top_k(jax.lax.stop_gradient(order_BTX), c.experts_per_token)
         # The backward pass must not choose again: scores that are computed again may differ in
@@ -103,16 +107,15 @@ class Router(nnx.Module):
 
         # Scores are picked by comparison, not by index, so their gradient needs no scatter.
         is_chosen_BTCX = experts_BTC[..., None] == jnp.arange(c.num_experts)
-        weights_BTC = jnp.sum(jnp.where(is_chosen_BTCX, scores_BTX[:, :, None], 0.0), axis=-1)
+        weighed_BTX = log_scores_BTX if c.router_normalize else scores_BTX
+        weights_BTC = jnp.sum(jnp.where(is_chosen_BTCX, weighed_BTX[:, :, None], 0.0), axis=-1)
         if c.router_normalize:
-            weights_BTC = weights_BTC / jnp.sum(weights_BTC, axis=-1, keepdims=True)
+            weights_BTC = softmax(weights_BTC)
         choice = Choice(experts_BTC, weights_BTC)
         if counted_BT is None:
             return Routing(choice, None)
 
-        shares_BTX = scores_BTX
-        if c.router == "sigmoid":
-            shares_BTX = scores_BTX / jnp.sum(scores_BTX, axis=-1, keepdims=True)
+        shares_BTX = softmax(log_scores_BTX)
         counted_BT1 = counted_BT[..., None]
         squared_log_z_BT = jnp.square(jax.nn.logsumexp(logits_BTX, axis=-1))
         sums = RouterSums(
