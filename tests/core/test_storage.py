@@ -73,6 +73,18 @@ def test_a_request_that_came_too_slowly_is_not_a_refusal():
         (OSError("ABORTED: Service Unavailable [http_response_code='503']"), "HTTP status 503"),
         (TimeoutError(), "it doesn't answer"),
         (OSError(5, "Input/output error"), "Input/output error"),
+        (
+            ValueError(
+                f'OUT_OF_RANGE: Error writing "a" in OCDBT database at local file "{"f" * 200}": '
+                f'Failed writing: "{"f" * 200}": Failed to write 54248 bytes to file 24: File too '
+                "large [os_error_code='27']"
+            ),
+            "File too large",
+        ),
+        (
+            TimeoutError("Timed out while waiting for async_write_complete barrier."),
+            "another process was not done in time",
+        ),
     ],
 )
 def test_a_status_is_told_in_words(error, wanted):

@@ -245,11 +245,16 @@ def explained(path: os.PathLike | str, setting: str, error: Exception) -> UserEr
 def in_words(error: Exception) -> str:
     """Return what an error says, in one line.
 
-    Some of gcsfs hold nothing but the HTTP status, and those of tensorstore hold it among much
-    else.
+    Some of gcsfs hold nothing but the HTTP status. Those of tensorstore name a file several times
+    before they say what the system or the HTTP status was.
     """
     if isinstance(error, TimeoutError):
-        return "it doesn't answer"
+        # Orbax waits at barriers until all processes have written their parts.
+        is_for_others = "barrier" in str(error)
+        return "another process was not done in time" if is_for_others else "it doesn't answer"
+    of_system = re.search(r": ([^:]+) \[os_error_code", str(error))
+    if of_system:
+        return of_system[1]
     text = one_line(error).strip(" ,")
     answered = re.search(r"http_response_code='(\d+)'", str(error))
     status = answered[1] if answered else text

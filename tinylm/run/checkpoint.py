@@ -428,12 +428,9 @@ class Checkpoints:
 
     def _fail(self, error: Exception) -> None:
         """Note how a save failed, and say it."""
-        reason = getattr(error, "strerror", None)
-        if not reason:
-            # TensorStore names its file at length, and says last what the system said.
-            first_line = in_words(error)
-            reason = first_line.rpartition(": ")[2].partition(" [")[0]
-        self._failure = f"a checkpoint could not be written to {os.fspath(self._folder)}: {reason}"
+        self._failure = (
+            f"a checkpoint could not be written to {os.fspath(self._folder)}: {in_words(error)}"
+        )
         say(f"warning: {speaker()}{self._failure}; the next save tries again", from_all=True)
 
     def finish(self, secs: float) -> None:
