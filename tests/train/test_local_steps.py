@@ -276,9 +276,9 @@ def test_another_number_of_workers_goes_on_from_the_mean(single):
     np.testing.assert_array_equal(
         jax.tree.leaves(new.outer_state)[0], jax.tree.leaves(old.opt_state.outer_state)[0]
     )
-    # At a sync the parameters are the same to the last bit.
-    at_sync = deal_out(single[1][4].opt_state, 3).workers.params["embedding"]
-    np.testing.assert_array_equal(at_sync[2], single[1][4].params["embedding"])
+    # At a sync the parameters are the same to the last bit, also where three are averaged.
+    at_sync = deal_out(deal_out(single[1][4].opt_state, 3), 2).workers.params["embedding"]
+    np.testing.assert_array_equal(at_sync[1], single[1][4].params["embedding"])
 
 
 FLAGS = [flag.removeprefix("--config.") for flag in SMALL[1:]]
@@ -383,8 +383,16 @@ def test_a_run_ends_at_a_bad_step_of_a_worker(monkeypatch, tmp_path):
             yield index, batch
 
     monkeypatch.setattr(feed, "train_batches", batches)
-    with pytest.raises(NumericError, match="passed over 1 bad steps up to step 4"):
-        run(tmp_path, "train.workers=2", "train.log_every_steps=10")
+    start = ["train.workers=2", "train.log_every_steps=10", "checkpoint.every_steps=3"]
+    with pytest.raises(NumericError, match=r"passed over 1 bad steps up to step 4.* to skip, or"):
+        run(tmp_path, *start)
+    # The checkpoint of step 3 has the bad step in it, and nobody was told of it.
+    again = shutil.copytree(tmp_path, tmp_path.with_name("again"))
+    for start_again in start, [*start, "train.workers=4"]:
+        with pytest.raises(NumericError, match="passed over 1 bad steps up to step 4"):
+            run(again, *start_again)
+    assert run(again, *start, "train.on_bad_step=skip", "train.stop_step=8").step == 8
+    assert run(again, *start).step == 12
 
 
 @pytest.mark.parametrize(

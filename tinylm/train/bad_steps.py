@@ -143,7 +143,7 @@ def verdict(policy: str, limit: int, in_row: int, bad: dict[str, Any]) -> str:
         f"step {bad['step'] + 1} is bad: batch {bad['batch']} has loss {bad['loss']:.4g} and "
         f"gradient norm {bad['grad_norm']:.4g}; parameters are untouched"
     )
-    return _judged(line, policy, limit, in_row)
+    return _judged(line, policy, limit, in_row, "skip or rollback")
 
 
 def verdict_on_workers(policy: str, limit: int, in_row: int, step: int, count: int) -> str:
@@ -161,14 +161,17 @@ def verdict_on_workers(policy: str, limit: int, in_row: int, step: int, count: i
         f"workers have passed over {count} bad steps up to step {step}: their loss or gradient is "
         "not finite, or the loss is a spike; parameters are untouched by them"
     )
-    return _judged(line, policy, limit, in_row)
+    return _judged(line, policy, limit, in_row, "skip")
 
 
-def _judged(line: str, policy: str, limit: int, in_row: int) -> str:
-    """Return a line about a bad step, or raise it, as `verdict` says."""
+def _judged(line: str, policy: str, limit: int, in_row: int, others: str) -> str:
+    """Return a line about a bad step, or raise it, as `verdict` says.
+
+    `others` are the policies that may be set in place of halt.
+    """
     if policy == "halt":
         raise NumericError(
-            f"{line}. Set train.on_bad_step to skip or rollback, or lower optimizer.learning_rate."
+            f"{line}. Set train.on_bad_step to {others}, or lower optimizer.learning_rate."
         )
     if in_row >= limit:
         raise NumericError(

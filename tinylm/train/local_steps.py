@@ -39,7 +39,7 @@ from tinylm.core.collectives import (
     sum_parameters_over_replicas,
 )
 from tinylm.core.errors import UserError
-from tinylm.core.mesh import Axes, mesh_sizes, replicated
+from tinylm.core.mesh import Axes, mesh_sizes
 from tinylm.core.placement import place_parameters
 from tinylm.train.config import Config, TrainConfig
 
@@ -64,6 +64,9 @@ class LocalState:
     outer_state: Any  # of the outer optimizer
     drift: jax.Array
     outer_grad_norm: jax.Array
+    # How many of the steps that workers have passed over the host was told of. It is kept so that a
+    # run that was killed before it heard of one hears of it when it goes on.
+    told_passed_over: jax.Array
 
 
 def count_workers(config: Config, mesh: Mesh) -> int:
@@ -139,6 +142,7 @@ def new_local_state(alone: S, num_workers: int, train: TrainConfig) -> LocalStat
         outer_state=_outer_optimizer(train).init(alone.params),
         drift=jnp.zeros(()),
         outer_grad_norm=jnp.zeros(()),
+        told_passed_over=jnp.zeros((), jnp.int32),
     )
 
 
@@ -162,11 +166,14 @@ def deal_out(local: LocalState, num_workers: int) -> LocalState:
 
     def mean(x: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.floating):
-            return jnp.mean(x, axis=0)
+            # The sum of three equal numbers may be rounded, and so their mean.
+            return jnp.where(jnp.all(x == x[0], axis=0), x[0], jnp.mean(x, axis=0))
         return jnp.max(x, axis=0)
 
-    mean_worker = jax.tree.map(mean, local.workers)
-    return dataclasses.replace(local, workers=_copies(mean_worker, num_workers))
+    workers = _copies(jax.tree.map(mean, local.workers), num_workers)
+    untold = jnp.sum(local.workers.guard.skipped) - local.told_passed_over
+    told_passed_over = jnp.sum(workers.guard.skipped) - untold
+    return dataclasses.replace(local, workers=workers, told_passed_over=told_passed_over)
 
 
 def saved_workers(shapes: dict[str, Any]) -> int:
@@ -174,13 +181,9 @@ def saved_workers(shapes: dict[str, Any]) -> int:
     return shapes["opt_state"]["workers"]["step"][0]
 
 
-def count_passed_over(opt_state: Any) -> int:
-    """Return how many steps workers have passed over; 0 where none train by themselves."""
-    if not isinstance(opt_state, LocalState):
-        return 0
-    skipped = opt_state.workers.guard.skipped
-    everywhere = replicated(skipped.sharding.mesh)
-    return int(jax.jit(jnp.sum, out_shardings=everywhere)(skipped))
+def count_told_passed_over(opt_state: Any) -> int:
+    """Return how many of the steps that workers have passed over were told; 0 without workers."""
+    return int(opt_state.told_passed_over) if isinstance(opt_state, LocalState) else 0
 
 
 def make_local_step(config: Config, axes: Mapping[str, Axes], step_alone: Callable) -> Callable:
@@ -231,10 +234,14 @@ def make_local_step(config: Config, axes: Mapping[str, Axes], step_alone: Callab
         # What is told crosses between replicas, so it is only where somebody listens.
         is_due = step % max(train.log_every_steps, 1) == 0
         is_last = step == last_step
-        told = jax.lax.cond(
-            is_sync | is_due | is_last, _told, _nothing_told, metrics, new_state.opt_state
+        is_told = is_sync | is_due | is_last
+        local = new_state.opt_state
+        told = jax.lax.cond(is_told, _told, _nothing_told, metrics, local)
+        told_passed_over = jnp.where(
+            is_told, told["passed_over"].astype(jnp.int32), local.told_passed_over
         )
-        return new_state, told
+        local = dataclasses.replace(local, told_passed_over=told_passed_over)
+        return dataclasses.replace(new_state, opt_state=local), told
 
     return local_step
 
@@ -265,9 +272,10 @@ def _sync(state: S, config: Config, axes: Mapping[str, Axes]) -> S:
     outer = (state.params, local.outer_state)
     (params, outer_state, drift, grad_norm), of_workers = sync(outer, local.workers.params)
     workers = dataclasses.replace(local.workers, params=of_workers)
-    return dataclasses.replace(
-        state, params=params, opt_state=LocalState(workers, outer_state, drift, grad_norm)
+    local = dataclasses.replace(
+        local, workers=workers, outer_state=outer_state, drift=drift, outer_grad_norm=grad_norm
     )
+    return dataclasses.replace(state, params=params, opt_state=local)
 
 
 def _told(metrics: Metrics, local: LocalState) -> Metrics:

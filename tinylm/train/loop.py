@@ -41,7 +41,7 @@ from tinylm.train.evaluator import Evaluator
 from tinylm.train.feed import Feed
 from tinylm.train.hosts import Hosts
 from tinylm.train.init_from import initial_state
-from tinylm.train.local_steps import count_passed_over, saved_workers
+from tinylm.train.local_steps import count_told_passed_over, saved_workers
 from tinylm.train.progress import Progress
 from tinylm.train.state import Blueprint, TrainState
 from tinylm.train.step import compile_ahead
@@ -168,7 +168,7 @@ class _Loop:
         self.settled = int(state.step)  # steps whose metrics were read
         self.pending: _Dispatch | None = None
         # Bad steps that workers have passed over, as far as they were told.
-        self.passed_over = count_passed_over(state.opt_state)
+        self.passed_over = count_told_passed_over(state.opt_state)
         # From when on this host works for the next dispatch, and how long it has waited for data.
         self.at_work_since = time.monotonic()
         self.input_wait_secs = 0.0
