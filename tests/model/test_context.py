@@ -106,10 +106,11 @@ def test_split_rows_give_the_same_attention_and_gradients(name, form):
 
 
 @pytest.mark.slow
-def test_splash_over_gathered_keys_gives_the_same_attention_and_gradients():
+@pytest.mark.parametrize(("kv_heads", "model"), [(1, 2), (2, 1)])
+def test_splash_over_gathered_keys_gives_the_same_attention_and_gradients(kv_heads, model):
     length = 512
     rng = np.random.default_rng(0)
-    shapes = ((1, 2, length, 64), (1, 1, length, 64), (1, 1, length, 64))
+    shapes = ((1, 4, length, 64), (1, kv_heads, length, 64), (1, kv_heads, length, 64))
     qkv = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
     weigh = jnp.asarray(rng.normal(size=shapes[0]), jnp.float32)
     documents = jnp.asarray(np.searchsorted((100, 300), np.arange(length), side="right")[None])
@@ -128,7 +129,7 @@ def test_splash_over_gathered_keys_gives_the_same_attention_and_gradients():
         return (o, *grads)
 
     whole = jax.jit(lambda: run(plain_attention, None))()
-    with jax.set_mesh(make_mesh(MeshConfig(data=1, context=2, model=2))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, context=2, model=model))):
         order = jnp.asarray(balanced_order(length))
         split = jax.jit(
             lambda: run(functools.partial(splash_over_gathered, interpret=True), order)
@@ -142,8 +143,12 @@ def test_splash_skips_the_blocks_that_it_would_with_its_own_masks(num_parts, win
     """It looks at every number of them, and at the ends of a block alone of ours."""
     length = 2048
     square = (length, length)
-    own = splash.LocalMask(square, (window - 1, 0), 0) if window else splash.CausalMask(square)
-    own.q_sequence = order_of_parts(length, num_parts)
+    if num_parts == 1:
+        own = splash.LocalMask(square, (window - 1, 0), 0) if window else splash.CausalMask(square)
+    else:
+        position = order_of_parts(length, num_parts)
+        distance = position[:, None] - position[None]
+        own = splash.NumpyMask((distance >= 0) & (distance < (window or length)))
     kernels = [
         splash.make_splash_mha(
             mask,

@@ -91,13 +91,7 @@ def choose_form(wanted: str, stretch: int, choice: KernelChoice) -> str:
 
 def planned_form(model: ModelConfig, window: int, stretch: int, platform: str) -> str:
     """Return the form that a layer of a model takes in training, on a platform."""
-    choice = KernelChoice(
-        platform=platform,
-        kernel=model.attention,
-        has_dropout=model.dropout > 0,
-        window=window,
-        local_heads=model.local_heads,
-    )
+    choice = KernelChoice.in_training(model, window, platform)
     return choose_form(model.context_attention, stretch, choice)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from tinylm.core.collectives import on_shards
 from tinylm.core.mesh import activation_spec
 from tinylm.core.ring import order_of_parts
-from tinylm.model.config import CUDNN_MOST_HEAD_DIM
+from tinylm.model.config import CUDNN_MOST_HEAD_DIM, ModelConfig
 from tinylm.model.layers import MASKED_LOGIT, NO_DROPOUT, Dropout
 from tinylm.model.rowwise import softmax
 from tinylm.model.visibility import Visibility
@@ -54,6 +54,17 @@ class KernelChoice:
     window: int  # how many keys a query sees (0: all)
     local_heads: int  # how many heads have that window (0: all)
     has_cache: bool = False  # of keys and values, at positions that only the program knows
+
+    @classmethod
+    def in_training(cls, model: ModelConfig, window: int, platform: str) -> "KernelChoice":
+        """Return what decides for a model's layers with a window, in training."""
+        return cls(
+            platform=platform,
+            kernel=model.attention,
+            has_dropout=model.dropout > 0,
+            window=window,
+            local_heads=model.local_heads,
+        )
 
     @property
     def two_kinds_of_heads(self) -> bool:
@@ -318,29 +329,34 @@ def splash_mask(length: int, num_parts: int, window: int) -> Any:
 
     Args:
       length: of the row, in tokens.
-      num_parts: the queries are in the order of `core.ring.order_of_parts`.
+      num_parts: queries and keys are in the order of `core.ring.order_of_parts`.
       window: how many keys a query sees, counted from itself backwards (0: all).
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+    position = order_of_parts(length, num_parts)
+
+    def is_seen(query_ids: Any, key_ids: Any) -> Any:
+        seen = query_ids >= key_ids
+        if window:
+            seen &= query_ids < key_ids + window
+        return seen
+
     class RowMask(splash.Mask):
-        """The mask of one head, by the names that splash asks for."""
+        """The mask of one head, as splash asks for it."""
 
         shape = (length, length)
-        q_sequence = order_of_parts(length, num_parts)
-
-        def mask_function(self, query_ids: Any, key_ids: Any) -> Any:
-            """Say which queries see which keys; the kernel calls this, too."""
-            is_seen = query_ids >= key_ids
-            if window:
-                is_seen &= query_ids < key_ids + window
-            return is_seen
+        # In a row in its own order a key's position is its number, so the kernel can compare them.
+        # Otherwise it loads the blocks that are neither empty nor full, of which few differ.
+        if num_parts == 1:
+            q_sequence = position
+            mask_function = staticmethod(is_seen)
 
         def __getitem__(self, block: tuple[slice, slice]) -> np.ndarray:
-            """Return the mask of a block; its queries lie in one stretch, so they are in order."""
+            """Return the mask of a block, which lies in one stretch, so it is in order."""
             queries, keys = block
-            query_ids = self.q_sequence[queries]
-            key_ids = np.arange(keys.start, keys.stop)
+            query_ids = position[queries]
+            key_ids = position[keys]
             first_query, last_query = query_ids[0], query_ids[-1]
             first_key, last_key = key_ids[0], key_ids[-1]
             is_later = first_key > last_query
@@ -351,7 +367,7 @@ def splash_mask(length: int, num_parts: int, window: int) -> Any:
             is_within_reach = window == 0 or first_key > last_query - window
             if is_earlier and is_within_reach:
                 return np.array(True)
-            return self.mask_function(query_ids[:, None], key_ids[None])
+            return is_seen(query_ids[:, None], key_ids[None])
 
     return splash.MultiHeadMask([RowMask()])
 

@@ -150,7 +150,9 @@ def _between_positions(model: ModelConfig, mesh: Mesh, work: Work) -> list[Colle
             gradients = 1 + _FLOAT32_BYTES / item_bytes
             permuted += layers * part_bytes * others * (forward_passes + gradients)
         else:
-            gathered += layers * part_bytes * others * forward_passes
+            # Splash gathers them again for the backward pass.
+            gathers = forward_passes + 1 if form == "splash" else forward_passes
+            gathered += layers * part_bytes * others * gathers
             scattered += layers * part_bytes * others
     kinds = {
         "collective-permute": permuted,
