@@ -160,6 +160,30 @@ def test_a_search_in_which_nothing_fits_says_so():
 
 @pytest.mark.slow
 @needs_libtpu
+@pytest.mark.parametrize(
+    ("length", "context", "remat"), [(65_536, 4, "none"), (65_536, 16, "full"), (1024, 1, "full")]
+)
+def test_the_formula_of_memory_is_near_the_tpu_compiler(length, context, remat):
+    plain = ["optimizer.name=adamw", "train.accumulation_steps=1"]
+    config = load_config("llama:42m", [f"data.seq_len={length}", *plain]).resolve(0)
+    devices = topology_devices("v5e:4x4", 1)
+    (row,) = (
+        row
+        for row in search(config, devices, compiled=0)
+        if (row.mesh["context"], row.mesh["model"], row.remat) == (context, 1, remat)
+        and row.fsdp == (row.mesh["data"] > 1)
+    )
+    trial = config.editable_copy()
+    trial.mesh = row.mesh_config
+    trial.model.remat = remat
+    trial.data.batch_size = row.batch_size
+    trial.freeze()
+    found = make_plan(trial, make_mesh(trial.mesh, devices))
+    assert found.per_device_bytes["total"] == pytest.approx(row.bytes, rel=0.25)
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_fsdp_on_a_topology_sends_what_the_formula_says():
     wide = [
         "--config.model.embed_dim=1024",

@@ -6,7 +6,7 @@ import pytest
 from tinylm.config import load_config
 from tinylm.core.mesh import MeshConfig, make_mesh
 from tinylm.tools.plan import make_plan
-from tinylm.tools.search import search
+from tinylm.tools.search import activation_bytes, search
 
 SMALL = [
     "model.vocab_size=256",
@@ -38,12 +38,17 @@ def plan(*settings):
         pytest.param(("model.attention_window=(33,)", "model.remat=none"), id="neighbours"),
     ],
 )
-def test_a_step_sends_between_positions_what_the_formula_says(settings):
-    found = plan("data.seq_len=512", "mesh.context=4", *settings)
+def test_a_step_sends_and_keeps_what_the_formulas_say(settings):
+    settings = ("data.seq_len=512", "mesh.context=4", *settings)
+    found = plan(*settings)
     assert {row.axis for row in found.collectives} == {"context"}
     sent = sum(row.bytes_per_step for row in found.collectives)
     needed = sum(row.minimum_bytes for row in found.collectives)
     assert sent == pytest.approx(needed, rel=0.15)
+    config = load_config("llama:110m", [*SMALL, *settings]).resolve(0)
+    row_bytes = activation_bytes(config.model, 1, config.data.seq_len, context_ways=4)
+    kept_bytes = found.per_device_bytes["activations"]
+    assert kept_bytes == pytest.approx(config.data.batch_size * row_bytes, rel=0.25)
 
 
 def test_activations_of_a_device_are_its_part_of_all():

@@ -20,7 +20,7 @@ from tinylm.model.layers import MASKED_LOGIT
 from tinylm.model.random_bits import bits_at
 
 # The most logits that a device makes at once: 64 MiB in float32.
-_MOST_LOGITS = 2**24
+MOST_LOGITS = 2**24
 
 
 class Weighing(NamedTuple):
@@ -309,7 +309,7 @@ def _block_length(queries: Queries, keys: Keys) -> int:
     B, K, G, T, _ = queries.q_BKGTH.shape
     S = keys.k_BKSH.shape[2]
     logits_of_query = B * K * G * S
-    return largest_divisor(T, _MOST_LOGITS // logits_of_query)
+    return largest_divisor(T, MOST_LOGITS // logits_of_query)
 
 
 def largest_divisor(number: int, most: int) -> int:

@@ -1,23 +1,27 @@
 """Search a topology for the mesh, the rematerialization and the batch that train fastest.
 
 Nothing runs. Every candidate is ranked by formula: the state is exact, from the abstract state;
-activations are counted as in Korthikanti et al. 2022, section 4, for what these layers keep; the
-time is the plan's roofline. The best few are then compiled, and where one doesn't fit after all,
-its batch is halved until it does.
+activations are counted as in Korthikanti et al. 2022, section 4, for what these layers keep, and
+for what compilers were seen to add; the time is the plan's roofline. The best few are then
+compiled, and where one doesn't fit after all, its batch is halved until it does.
 """
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import MeshConfig, batch_shards, make_mesh, sizes_by_name
 from tinylm.core.ring import has_stretches
+from tinylm.model.blockwise import MOST_LOGITS
 from tinylm.model.config import ModelConfig
+from tinylm.model.context import planned_form
 from tinylm.model.flops import mean_hidden_features
+from tinylm.model.kernels import KernelChoice
 from tinylm.model.layers import GATED
 from tinylm.tools.plan import by_formula, held_bytes, known_chip, make_plan, roofline_secs
 from tinylm.train.config import Config
@@ -28,6 +32,8 @@ from tinylm.train.state import make_blueprint
 MARGIN = 0.9
 # The fewest positions of a row that are worth a device: the products of fewer are too small.
 _LEAST_POSITIONS = 1024
+# How many numbers of float32 a tile of a TPU's memory is wide.
+_LANES = 128
 # The cheapest first.
 REMATS = ("none", "dots", "full")
 
@@ -150,6 +156,14 @@ def _rows_by_formula(
     }
     # Gradients take as much as the parameters.
     fixed_bytes = 2 * held["params"] + held["optimizer"]
+    platform = mesh.devices.flat[0].platform
+    if platform == "tpu":
+        # Copies of parameters in the compute type, and of the state in another layout of memory.
+        fixed_bytes += 3 * held["params"] // 2
+    if mesh_config.fsdp:
+        leaves = jax.tree.leaves(blueprint.abstract.params)
+        num_parameters = sum(math.prod(leaf.shape) for leaf in leaves)
+        fixed_bytes += int(gathered_bytes(config.model, mesh_config, num_parameters))
     free_bytes = MARGIN * chip.memory_bytes - fixed_bytes
     num_workers = workers_of_replica(config, mesh)
     rows = []
@@ -163,7 +177,11 @@ def _rows_by_formula(
         trial.model.remat = remat
         trial.model.expert_parallel = expert_parallel
         bytes_per_row = activation_bytes(
-            trial.model, mesh_config.model, config.data.seq_len, mesh_config.context
+            trial.model,
+            mesh_config.model,
+            config.data.seq_len,
+            mesh_config.context,
+            platform,
         )
         rows_per_device = int(free_bytes // bytes_per_row)
         if rows_per_device < num_workers:
@@ -194,7 +212,11 @@ def _rows_by_formula(
 
 
 def activation_bytes(
-    model: ModelConfig, tensor_ways: int, seq_len: int, context_ways: int = 1
+    model: ModelConfig,
+    tensor_ways: int,
+    seq_len: int,
+    context_ways: int = 1,
+    platform: str = "cpu",
 ) -> float:
     """Return the bytes of activations that a device keeps for one row of tokens.
 
@@ -203,6 +225,7 @@ def activation_bytes(
       tensor_ways: devices that split heads, mlp and positions.
       seq_len: tokens of the row.
       context_ways: devices that split the row.
+      platform: of the devices, which decides the kernel of attention.
     """
     item_bytes = 2 if model.compute_dtype == "bfloat16" else 4
     embed = model.embed_dim
@@ -213,15 +236,18 @@ def activation_bytes(
     product_numbers = qkv + 2 * embed + inner_maps * hidden
     # What lies between the maps: norms and residuals, the activation, the rotated heads.
     between_numbers = 4 * embed + hidden + qkv
-    # A row of attention: its softmax in float32, and in the type of the model.
-    attention_bytes = model.num_heads * seq_len * (4 + item_bytes)
-    if context_ways > 1:
-        # Rows in parts keep no softmax, but its sums over the keys so far, in float32: those of the
-        # queries, and what a block of keys adds to them. Or they have the row's keys and values.
-        sums_bytes = 2 * 4 * model.num_heads * model.head_dim
-        row_bytes = 2 * item_bytes * model.num_kv_heads * model.head_dim * context_ways
-        attention_bytes = max(sums_bytes, row_bytes)
-    layer_bytes = item_bytes * (product_numbers + between_numbers) + attention_bytes
+    layer_bytes = item_bytes * (product_numbers + between_numbers)
+    # What is there while the gradients of one layer are computed, and is not kept.
+    passing_bytes = 0.0
+    for window in model.attention_window:
+        attention = _attention_bytes(
+            model, window, seq_len, context_ways, tensor_ways=tensor_ways, platform=platform
+        )
+        layer_bytes += attention.kept / len(model.attention_window)
+        passing_bytes = max(passing_bytes, attention.passing)
+    if platform == "tpu":
+        # While the mlp is there are gradients of its inner features, and nothing of attention.
+        passing_bytes = max(passing_bytes, item_bytes * (inner_maps + 1) * hidden)
     if model.conv_taps:
         # Inputs and outputs of the two convolutions. They have all positions and features on each
         # of the devices that split heads, however many these are.
@@ -232,18 +258,94 @@ def activation_bytes(
         layer_bytes += item_bytes * 4 * model.experts_per_token * embed * tensor_ways
     if model.remat == "none":
         kept_bytes = layer_bytes
-        # Nothing is made again.
-        recomputed_bytes = 0.0
+        if platform == "tpu":
+            # Its compiler was seen to hold half of it, and more, twice.
+            kept_bytes *= 1.5
     else:
         # The input of a layer is kept, and one layer at a time is there whole.
         kept_bytes = item_bytes * embed
-        recomputed_bytes = layer_bytes
+        passing_bytes += layer_bytes
     if model.remat == "dots":
         kept_bytes += item_bytes * product_numbers
-    # The logits in float32, and their gradient, of one piece of the row at a time.
-    vocab_bytes = 2 * 4 * model.padded_vocab / model.loss_chunks
-    per_token = model.num_layers * kept_bytes + recomputed_bytes + vocab_bytes
+    # The logits in float32, and their gradient, of one piece of the row at a time. On a TPU the
+    # gradient is in the type of the model.
+    gradient_bytes = item_bytes if platform == "tpu" else 4
+    vocab_bytes = (4 + gradient_bytes) * model.padded_vocab / model.loss_chunks
+    per_token = model.num_layers * kept_bytes + passing_bytes + vocab_bytes
     return seq_len * per_token / (tensor_ways * context_ways)
+
+
+class _AttentionBytes(NamedTuple):
+    """What attention takes for a token of a layer, besides queries, keys, values and outputs."""
+
+    kept: float  # until the backward pass
+    passing: float  # while the layer is computed
+
+
+def _attention_bytes(
+    model: ModelConfig,
+    window: int,
+    seq_len: int,
+    context_ways: int,
+    *,
+    tensor_ways: int,
+    platform: str,
+) -> _AttentionBytes:
+    """Return what attention of a layer takes, by the form and kernel that it takes."""
+    item_bytes = 2 if model.compute_dtype == "bfloat16" else 4
+    heads = model.num_heads
+    is_tpu = platform == "tpu"
+    # A TPU stores heads of fewer numbers as if they had so many.
+    width = max(model.head_dim, _LANES) if is_tpu else model.head_dim
+    if context_ways > 1:
+        stretch = seq_len // (2 * context_ways)
+        form = planned_form(model, window, stretch, platform)
+    else:
+        choice = KernelChoice.in_training(model, window, platform)
+        form = "splash" if choice.takes_splash(seq_len) else "whole"
+
+    if form == "whole":
+        # The softmax of a token, in float32 and in the type of the model.
+        return _AttentionBytes(kept=heads * seq_len * (4 + item_bytes), passing=0.0)
+    if form == "splash":
+        kept_heads = 2 * (heads + model.num_kv_heads)
+        padding_bytes = item_bytes * kept_heads * (width - model.head_dim)
+        # The log-normalizers of a token, in float32, come out of it once for each lane.
+        passing_bytes = 4.0 * _LANES * heads
+        if context_ways > 1:
+            # A row's keys and values with their gradients, one head at a time on each device.
+            passing_bytes += 4 * item_bytes * width * tensor_ways * context_ways
+        return _AttentionBytes(padding_bytes, passing_bytes)
+
+    # Blocks of logits, of the queries of a stretch and the keys that are here, and what is made of
+    # them in float32: as many arrays as compilers were seen to hold. That of CPUs holds what a ring
+    # makes of a device's own keys at the same time.
+    num_keys = seq_len if form == "gather" else 2 * stretch
+    num_arrays = 5 if is_tpu or form == "gather" else 12
+    block_logits = min(MOST_LOGITS * tensor_ways, heads * stretch * num_keys)
+    block_bytes = num_arrays * 4 * block_logits / (2 * stretch)
+    if form == "gather":
+        row_bytes = 2 * item_bytes * model.num_kv_heads * width * context_ways
+        return _AttentionBytes(kept=row_bytes, passing=row_bytes + block_bytes)
+    if form == "neighbours":
+        block_bytes *= min(window / stretch, 1.0)
+    # Outputs and gradients of early and late queries, summed in float32, and what a block adds.
+    sums_bytes = 6 * 4 * heads * width
+    return _AttentionBytes(kept=0.0, passing=sums_bytes + block_bytes)
+
+
+def gathered_bytes(model: ModelConfig, mesh_config: MeshConfig, num_parameters: int) -> float:
+    """Return what a device holds, under mesh.fsdp, of parameters and gradients of other devices.
+
+    That is one layer, gathered, and its gradients, in the compute type; and embedding and output,
+    whose gradients are in float32.
+    """
+    item_bytes = 2 if model.compute_dtype == "bfloat16" else 4
+    vocab_matrices = 1 if model.tie_embeddings else 2
+    vocab_numbers = vocab_matrices * model.padded_vocab * model.embed_dim
+    layer_numbers = (num_parameters - vocab_numbers) / model.num_layers
+    total_bytes = 2 * item_bytes * layer_numbers + (item_bytes + 4) * vocab_numbers
+    return total_bytes / mesh_config.model
 
 
 def _compiled(config: Config, row: SearchRow, devices: Sequence[jax.Device]) -> SearchRow:
