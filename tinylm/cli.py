@@ -13,6 +13,7 @@ before all were found to run the same command, config and code.
 import contextlib
 import dataclasses
 import faulthandler
+import gc
 import io
 import os
 import signal
@@ -234,7 +235,13 @@ def run(command: Command, argv: Sequence[str] | None = None, is_guest: bool | No
     # A crash outside Python, as of a file of weights that shrinks while it is mapped, then shows
     # on which line it happened.
     faulthandler.enable()
-    return _run(command, arguments)
+    # What was imported stays, so Python needn't look for garbage in it: not from here on, where it
+    # looks again (see tinylm/__init__.py), and not at its end, which would take 0.6 s.
+    gc.freeze()
+    gc.enable()
+    exit_code = _run(command, arguments)
+    gc.freeze()
+    return exit_code
 
 
 def _run(command: Command, arguments: Sequence[str]) -> int:

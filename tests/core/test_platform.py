@@ -110,3 +110,18 @@ def test_a_version_that_nothing_helps_is_refused_and_excluded():
     platform.refuse_faulty("gpu", "0.11.2")
     excluded = re.search(r'"jax>=([^"]*)"', (ROOT / "pyproject.toml").read_text())[1]
     assert "!=0.11.0,!=0.11.1" in excluded
+
+
+@pytest.mark.parametrize("name", ["tinylm", "another"])
+def test_garbage_is_collected_in_commands_and_in_programs_of_others(name):
+    """Only while a command imports what it needs there is none to look for."""
+    program = (
+        "import gc, sys\n"
+        "sys.argv = [sys.argv[1]]\n"
+        "from tinylm import cli\n"
+        "seen = [gc.isenabled()]\n"
+        "cli.run(cli.Command('', lambda flags: seen.append(gc.isenabled())))\n"
+        "print(seen)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, name], capture_output=True, text=True)
+    assert done.stdout == f"{[name != 'tinylm', True]}\n", done.stderr

@@ -7,6 +7,7 @@ Flags are the harness's own; the model is named `tinylm` there. Every text begin
 Rows are padded to powers of two, so that few programs are compiled.
 """
 
+import gc
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -208,4 +209,6 @@ def _length(pair: Pair) -> int:
 
 
 if __name__ == "__main__":
+    # tinylm/__init__.py has turned it off, for a command of ours to turn it on again.
+    gc.enable()
     optional_module("lm_eval.__main__", "lm-eval").cli_evaluate()
