@@ -419,7 +419,6 @@ def test_what_workers_cannot_do_is_said_at_the_start(overrides, message, tmp_pat
         ({}, 0, ""),
         (FOUR, 1, "one worker has no other to be averaged with"),
         ({**FOUR, "sync_every_steps": 5}, 4, "(eval.every_steps=8) come between syncs"),
-        ({"outer_momentum": 0.5}, 0, "train.outer_momentum does nothing without workers"),
     ],
 )
 def test_settings_of_workers_that_are_seldom_meant_are_warned_of(

@@ -10,7 +10,7 @@ from tinylm.core.mesh import batch_shards, sizes_by_name
 from tinylm.core.text import mesh_text
 from tinylm.inference.text import numbered
 from tinylm.model.flops import count_active_parameters, count_parameters
-from tinylm.train.config import Config, TrainConfig
+from tinylm.train.config import Config
 from tinylm.train.loop import Outcome, Trainer
 
 # The part of a chip's peak that training usually reaches.
@@ -65,14 +65,6 @@ def say_odd_syncs(config: Config, num_workers: int) -> None:
             f"syncs (train.sync_every_steps={train.sync_every_steps}); they see the parameters of "
             "the last one."
         )
-    if not num_workers:
-        defaults = TrainConfig()
-        for name in "outer_learning_rate", "outer_momentum":
-            if getattr(train, name) != getattr(defaults, name):
-                say(
-                    f"warning: train.{name} does nothing without workers; set "
-                    "train.sync_every_steps or train.workers."
-                )
 
 
 def expected_time(trainer: Trainer) -> str:
