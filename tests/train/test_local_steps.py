@@ -226,9 +226,13 @@ def test_nothing_crosses_between_replicas_but_in_a_sync_and_a_log():
 def test_a_device_holds_what_the_formula_says_and_a_search_knows_it():
     """2 P for the outer parameters and their momentum, and with AdamW 3 P for each worker."""
     config = make_config(MeshConfig(replica=2), sync_every_steps=5, workers=6)
-    abstract = make_blueprint(config, make_mesh(MeshConfig(replica=2, data=1))).abstract
-    held = held_bytes(abstract)
-    assert held == pytest.approx((2 + 3 * 3) * held_bytes(abstract.params), rel=1e-2)
+    blueprint = make_blueprint(config, make_mesh(MeshConfig(replica=2, data=1)))
+    held = held_bytes(blueprint.abstract)
+    size = held_bytes(blueprint.abstract.params)
+    assert held == pytest.approx((2 + 3 * 3) * size, rel=1e-2)
+    # While workers are dealt out anew, too, each replica holds a part of the old ones.
+    old = held_bytes(blueprint.with_workers(3).abstract)
+    assert old == pytest.approx((2 + 1.5 * 3) * size, rel=2e-2)
     rows = search(config, jax.devices()[:4], compiled=0)
     for row in rows:
         assert row.bytes > held / row.mesh["data"]

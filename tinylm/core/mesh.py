@@ -260,7 +260,12 @@ def parameter_sharding(
     mesh: Mesh | AbstractMesh, fsdp: bool, axes: Axes, shape: Sequence[int]
 ) -> NamedSharding:
     """Return where a parameter with logical `axes` and `shape` lives on the mesh."""
-    return NamedSharding(mesh, _assign(parameter_rules(fsdp), mesh.shape, axes, shape))
+    rules = parameter_rules(fsdp)
+    if "workers" in axes:
+        # A run that goes on with fewer replicas may have saved more workers than they divide. Until
+        # these are dealt out anew, each replica holds a part of all rather than all.
+        rules = {**rules, AXES.replica: ("workers", *PARAMETER_RULES[AXES.data])}
+    return NamedSharding(mesh, _assign(rules, mesh.shape, axes, shape))
 
 
 def activation_sharding(mesh: Mesh, axes: Axes, shape: Sequence[int]) -> NamedSharding:
