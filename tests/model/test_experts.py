@@ -15,6 +15,7 @@ from tinylm.model import grouped, layers
 from tinylm.model.experts import Experts, even_out, load_metrics, totals
 from tinylm.model.flops import count_active_parameters, count_parameters, forward_flops_per_token
 from tinylm.model.grouped import from_slots, grouped_matmul, lay_out, to_slots
+from tinylm.model.transformer import _REMAT
 from tinylm.tools.programs import read_collectives
 
 SMALL = {"num_experts": 4, "expert_dim": 16, "mlp": "swiglu"}
@@ -168,6 +169,42 @@ def test_an_exchange_counts_by_the_rows_that_it_sends():
     assert sent["all-to-all"] == 2 * rows * 32 * 4 * 3 / 4
     matrix_bytes = 8 * 32 * 16 * 4
     assert sent["all-gather"] < matrix_bytes * 3 / 4
+
+
+def gradient_program(mesh, remat, **changes):
+    """Return the compiled program of the gradients of a layer whose backward pass finds what
+    `remat` stores.
+    """
+    _, graph, params, x_BTD = experts_and_input(**changes)
+
+    @_REMAT[remat]
+    def run(params, x_BTD):
+        return nnx.merge(graph, params)(x_BTD).y_BTD
+
+    def gradients(params, x_BTD):
+        return jax.grad(lambda *args: jnp.sum(run(*args) ** 2), argnums=(0, 1))(params, x_BTD)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(gradients).lower(params, x_BTD).compile().as_text()
+
+
+@pytest.mark.parametrize(("remat", "exchanges"), [("none", 4), ("dots", 4), ("full", 6)])
+def test_rows_are_sent_again_only_where_a_layer_is_computed_again_whole(remat, exchanges):
+    mesh = make_mesh(MeshConfig(data=4, fsdp=True))
+    text = gradient_program(mesh, remat, num_experts=8, expert_parallel=True)
+    sent = {one.kind: one.bytes_per_step for one in read_collectives(text, mesh)}
+    rows = 16 * 2  # of a device's tokens, two experts each
+    assert sent["all-to-all"] == exchanges * rows * 32 * 4 * 3 / 4
+
+
+def test_products_by_expert_are_computed_again_only_in_a_whole_layer():
+    """On CPU each of them is a loop."""
+    loops = {
+        remat: gradient_program(make_mesh(ONE), remat).count(" while(")
+        for remat in ("none", "dots", "full")
+    }
+    assert loops["dots"] == loops["none"]
+    assert loops["full"] == loops["none"] + 3
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])

@@ -42,10 +42,20 @@ CASES = {
     "experts": {"num_experts": 4, "experts_per_token": 3, "expert_dim": 192},
     "mixed": {"num_experts": 4, "shared_experts": 2, "dense_layers": 1, "expert_dim": 192},
     "dots": {"remat": "dots"},
+    "dots of experts": {"num_experts": 4, "experts_per_token": 3, "expert_dim": 192, "remat": "dots"},
     "full": {"remat": "full"},
 }
 # Compiled only with `-m slow`.
-SLOW = ("vocabulary", "wide and deep", "pieces of logits", "parallel", "convolved", "mixed", "dots")
+SLOW = (
+    "vocabulary",
+    "wide and deep",
+    "pieces of logits",
+    "parallel",
+    "convolved",
+    "mixed",
+    "dots",
+    "dots of experts",
+)
 # Fields of the model that the formulas needn't know, and why.
 UNKNOWN = {
     "context": "the rows that are trained on have data.seq_len tokens",

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from tinylm.core.collectives import axes_of_partitioner, shard_map
@@ -48,6 +49,8 @@ Named = tuple[jax.Array, Axes]
 # group; 0 where the group's number is that of no matrix.
 RowsFunction = Callable[..., jax.Array]
 
+# The name of rows that came from other devices, for policies of what the backward pass finds.
+EXCHANGED = "exchanged rows"
 # The rows that a device has room for, in those that it sends.
 _ROOM = 1.5
 # Marks an exchange in a program's text: of how many rows of its result a device sends as many where
@@ -196,7 +199,7 @@ def _exchanged_or_gathered(
         place_M = jnp.argsort(order_M)
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         x_MD = _permuted(jnp.repeat(x_TD, choice.experts_BTC.shape[-1], axis=0), order_M, place_M)
-        x_RD = _exchange(num_rows, room, x_MD, sent_NN)
+        x_RD = checkpoint_name(_exchange(num_rows, room, x_MD, sent_NN), EXCHANGED)
         # They come by the device that sent them, and from each by expert.
         here_NX = counts_NNX[:, jax.lax.axis_index(AXES.data)]
         ends_of_groups = jnp.cumulative_sum(here_NX.reshape(-1))
@@ -204,7 +207,7 @@ def _exchanged_or_gathered(
         is_row_R = group_R < len(ends_of_groups)
         expert_R = jnp.where(is_row_R, group_R % experts_here, experts_here)
         y_RD = function(x_RD, expert_R, *parts)
-        y_MD = _exchange(room, num_rows, y_RD, sent_NN.T)
+        y_MD = checkpoint_name(_exchange(room, num_rows, y_RD, sent_NN.T), EXCHANGED)
         return _add_up(_permuted(y_MD, place_M, order_M), choice, x_BTD)
 
     # What the backward pass needs of one branch takes memory in the other one, too, so this one

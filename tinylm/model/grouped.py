@@ -30,10 +30,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import megablox
 
 from tinylm.core.mesh import target_platform
 
+# The name of a product, for policies of what the backward pass finds stored.
+PRODUCT = "product by group"
 # The most rows of a block on CPU. Larger blocks are no faster, and leave more slots empty.
 _MOST_BLOCK_ROWS = 32
 # On TPU, rows come in whole tiles of the kernel: the large ones where there are many.
@@ -159,7 +162,13 @@ from_slots.defvjp(_from_slots_forward, _from_slots_backward)
 def grouped_matmul(x_SD: jax.Array, matrices_XDF: jax.Array, layout: Layout) -> jax.Array:
     """Return y_SF: each slot times the matrix of its group, in the type of `x`; 0 in empty slots
     behind the last group.
+
+    The result has the name PRODUCT, by which `model.remat` finds it.
     """
+    return checkpoint_name(_multiply(x_SD, matrices_XDF, layout), PRODUCT)
+
+
+def _multiply(x_SD: jax.Array, matrices_XDF: jax.Array, layout: Layout) -> jax.Array:
     num_slots = len(x_SD)
     num_groups = len(matrices_XDF)
     block_rows = _block_rows(len(layout.slot_M), num_groups)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tinylm.core.collectives import look_up
+from tinylm.core.expert_shards import EXCHANGED
 from tinylm.core.log import say_once
 from tinylm.core.mesh import constrain
 from tinylm.core.text import path_text
@@ -27,6 +28,7 @@ from tinylm.model.attention import attend, can_be_unrolled
 from tinylm.model.cache import LayerCache, store_prompt
 from tinylm.model.config import ModelConfig
 from tinylm.model.experts import CHOICE, Experts, RouterSums, RouterTotals, totals
+from tinylm.model.grouped import PRODUCT
 from tinylm.model.kernels import AttentionOptions, heads_axes
 from tinylm.model.mlp import Mlp
 from tinylm.model.rotary import Rotary, rotary_angles, rotate
@@ -43,16 +45,20 @@ def _is_product(primitive: Any, *operands: Any, **params: Any) -> bool:
     is_matmul = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     if is_matmul(primitive, *operands, **params):
         return True
-    return primitive.name.startswith(("dot_product_attention", "ragged_dot"))
+    return primitive.name.startswith("dot_product_attention")
 
 
 _CHOICES = jax.checkpoint_policies.save_only_these_names(CHOICE)
-_PRODUCTS_AND_CHOICES = jax.checkpoint_policies.save_from_both_policies(_is_product, _CHOICES)
+# Products by expert are loops or kernels of their own, and rows that came from other devices would
+# have to be sent again.
+_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    _is_product, jax.checkpoint_policies.save_only_these_names(CHOICE, PRODUCT, EXCHANGED)
+)
 
 # What the backward pass finds stored, and what it computes again, by model.remat.
 _REMAT: dict[str, Callable] = {
     "none": lambda body: body,
-    "dots": lambda body: jax.checkpoint(body, policy=_PRODUCTS_AND_CHOICES),
+    "dots": lambda body: jax.checkpoint(body, policy=_PRODUCTS),
     "full": lambda body: jax.checkpoint(body, policy=_CHOICES),
 }
 
