@@ -42,7 +42,12 @@ CASES = {
     "experts": {"num_experts": 4, "experts_per_token": 3, "expert_dim": 192},
     "mixed": {"num_experts": 4, "shared_experts": 2, "dense_layers": 1, "expert_dim": 192},
     "dots": {"remat": "dots"},
-    "dots of experts": {"num_experts": 4, "experts_per_token": 3, "expert_dim": 192, "remat": "dots"},
+    "dots of experts": {
+        "num_experts": 4,
+        "experts_per_token": 3,
+        "expert_dim": 192,
+        "remat": "dots",
+    },
     "full": {"remat": "full"},
 }
 # Compiled only with `-m slow`.

@@ -714,7 +714,6 @@ MIXTRAL_NAMES = {
     "expert_dim": "intermediate_size",
     "num_experts": "num_local_experts",
     "experts_per_token": "num_experts_per_tok",
-    "router_balance_loss": "router_aux_loss_coef",
 }
 QWEN3_MOE_NAMES = {
     **MIXTRAL_NAMES,
@@ -742,11 +741,9 @@ def _write_expert_settings(model: ModelConfig, names: Names) -> JsonObject:
     # A model without experts reads back as one of a single expert, which tells them apart.
     sizes[names["num_experts"]] = model.num_experts or 1
     sizes[names["expert_dim"]] = model.expert_dim or model.mlp_dim
-    return {
-        **_write_llama_settings(model),
-        **sizes,
-        "router_aux_loss_coef": model.router_balance_loss,
-    }
+    # Their balance loss is another one (over all layers and rows at once), so its weight is left to
+    # their default.
+    return {**_write_llama_settings(model), **sizes}
 
 
 def read_mixtral(config: JsonObject) -> ModelConfig:
