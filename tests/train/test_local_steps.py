@@ -196,6 +196,16 @@ def test_a_sync_is_a_step_of_nesterov_with_the_mean_difference(single):
     assert of(single[0], "drift")[3] > of(single[0], "outer_grad_norm")[3]
 
 
+def test_the_biases_of_experts_go_to_the_mean_of_the_workers():
+    """Each worker moves them by the rate, up or down, and a sync moves them no further."""
+    experts = tiny_model(num_layers=1, num_experts=4, expert_dim=16, router_bias_rate=0.5)
+    settings = {"workers": 2, "sync_every_steps": 1}
+    _, states = train(MeshConfig(data=1), BATCHES[:1], model=experts, **settings)
+    bias_LX = states[1].params["blocks"]["mlp"]["router"]["bias"]
+    assert set(np.abs(bias_LX).flat) <= {0.0, 0.25, 0.5}
+    assert np.abs(bias_LX).max() > 0
+
+
 def test_nothing_crosses_between_replicas_but_in_a_sync_and_a_log():
     """A sync sends what a step of plain data parallelism sends (divided among the devices of a
     replica), so per step it is as many times less as there are steps from sync to sync.

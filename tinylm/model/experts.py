@@ -234,6 +234,19 @@ def router_loss(routers: RouterTotals, config: ModelConfig) -> jax.Array:
     return loss + config.router_z_loss * routers.squared_log_z
 
 
+def bias_of_experts(params: dict, config: ModelConfig) -> jax.Array | None:
+    """Return the bias of each expert in each layer, [L, X]; None where there is none."""
+    has_bias = config.num_experts > 0 and config.router_bias_rate > 0
+    return params["blocks"]["mlp"]["router"]["bias"] if has_bias else None
+
+
+def with_bias_of_experts(params: dict, bias_LX: jax.Array) -> dict:
+    """Return parameters with another bias of each expert."""
+    blocks = params["blocks"]
+    router = {**blocks["mlp"]["router"], "bias": bias_LX}
+    return {**params, "blocks": {**blocks, "mlp": {**blocks["mlp"], "router": router}}}
+
+
 def even_out(params: dict, load_LX: jax.Array, config: ModelConfig) -> dict:
     """Return parameters with the bias of each expert moved towards an even load.
 
@@ -242,14 +255,11 @@ def even_out(params: dict, load_LX: jax.Array, config: ModelConfig) -> dict:
       load_LX: of the whole batch.
       config: of the model.
     """
-    if not config.router_bias_rate:
+    bias_LX = bias_of_experts(params, config)
+    if bias_LX is None:
         return params
-    blocks = params["blocks"]
-    router = blocks["mlp"]["router"]
     excess_LX = load_LX - jnp.mean(load_LX, axis=-1, keepdims=True)
-    bias_LX = router["bias"] - config.router_bias_rate * jnp.sign(excess_LX)
-    mlp = {**blocks["mlp"], "router": {**router, "bias": bias_LX}}
-    return {**params, "blocks": {**blocks, "mlp": mlp}}
+    return with_bias_of_experts(params, bias_LX - config.router_bias_rate * jnp.sign(excess_LX))
 
 
 def load_metrics(load_LX: jax.Array) -> dict[str, jax.Array]:

@@ -41,6 +41,7 @@ from tinylm.core.collectives import (
 from tinylm.core.errors import UserError
 from tinylm.core.mesh import Axes, mesh_sizes
 from tinylm.core.placement import place_parameters
+from tinylm.model.experts import bias_of_experts, with_bias_of_experts
 from tinylm.train.config import Config, TrainConfig
 
 # A TrainState of the run, or of one worker. `state` puts a LocalState into the former, so it can't
@@ -261,7 +262,11 @@ def _sync(state: S, config: Config, axes: Mapping[str, Axes]) -> S:
         updates, outer_state = _outer_optimizer(config.train).update(
             outer_grad, outer_state, params
         )
+        mean_bias_LX = bias_of_experts(optax.tree.sub(params, outer_grad), config.model)
         params = optax.apply_updates(params, updates)
+        # What evens out loads is no gradient, and has no momentum: it goes to the workers' mean.
+        if mean_bias_LX is not None:
+            params = with_bias_of_experts(params, mean_bias_LX)
         drift = jnp.sqrt(squares / num_workers)
         own_workers = len(jax.tree.leaves(of_workers)[0])
         whole = (params, outer_state, drift, optax.tree.norm(outer_grad))
