@@ -23,8 +23,8 @@ MATRIX = {
     1: ("none, twice", "1 process x 4 devices, 20 steps", [f"{FAULTS} -k fault_1_"]),
     2: ("kill -9 mid-step", "at 20 random steps of one run", [f"{FAULTS} -k fault_2_"]),
     3: (
-        "kill -9 one of two processes",
-        "process 1, and process 0 of the run that goes on",
+        "kill -9 one of several processes",
+        "process 1, and process 0 of the run that goes on; one of workers, and fewer go on",
         [f"{FAULTS} -k fault_3_"],
     ),
     4: (
