@@ -207,13 +207,28 @@ def test_products_by_expert_are_computed_again_only_in_a_whole_layer():
     assert loops["full"] == loops["none"] + 3
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_groups_meet_their_own_matrix_however_the_rows_are_shared_out(platform, monkeypatch):
-    """Also where all rows are of one group, none are of some, and rows are of no group."""
+@pytest.mark.parametrize(
+    ("platform", "size_in", "size_out"),
+    [("cpu", 8, 5), pytest.param("tpu", 8, 5, id="ragged_dot"), ("tpu", 128, 256)],
+)
+def test_groups_meet_their_own_matrix_however_the_rows_are_shared_out(
+    platform, size_in, size_out, monkeypatch
+):
+    """Also where all rows are of one group, none are of some, and rows are of no group. The kernel
+    for TPUs, which sizes in whole tiles have, is interpreted.
+    """
+    kernel_calls = []
+
+    def interpreted(*arguments):
+        kernel_calls.append(arguments)
+        return kernel(*arguments, interpret=True)
+
+    kernel = grouped.megablox.gmm
     monkeypatch.setattr(grouped, "target_platform", lambda: platform)
+    monkeypatch.setattr(grouped.megablox, "gmm", interpreted)
     rng = np.random.default_rng(0)
-    x_TD = rng.normal(size=(40, 8)).astype(np.float32)
-    matrices_XDF = rng.normal(size=(3, 8, 5)).astype(np.float32)
+    x_TD = rng.normal(size=(40, size_in)).astype(np.float32)
+    matrices_XDF = rng.normal(size=(3, size_in, size_out)).astype(np.float32)
     shared_out = (
         rng.integers(0, 3, 80),
         np.full(80, 1),
@@ -229,7 +244,7 @@ def test_groups_meet_their_own_matrix_however_the_rows_are_shared_out(platform, 
         return from_slots(y_SF, layout)
 
     def plainly(x_TD, matrices_XDF, group_M):
-        with_none_XDF = jnp.concatenate([matrices_XDF, jnp.zeros((1, 8, 5))])
+        with_none_XDF = jnp.concatenate([matrices_XDF, jnp.zeros((1, size_in, size_out))])
         x_MD = jnp.repeat(x_TD, 2, axis=0)
         return jnp.einsum("MD,MDF->MF", x_MD, with_none_XDF[group_M])
 
@@ -237,6 +252,7 @@ def test_groups_meet_their_own_matrix_however_the_rows_are_shared_out(platform, 
         ours = value_and_grads(multiply, x_TD, matrices_XDF, group_M)
         theirs = value_and_grads(plainly, x_TD, matrices_XDF, group_M)
         assert_close(ours, theirs)
+    assert bool(kernel_calls) == (size_in == 128)
 
 
 def test_no_token_is_dropped_where_all_choose_the_same_experts():

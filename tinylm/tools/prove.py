@@ -30,7 +30,7 @@ from tinylm.run.checkpoint import Checkpoints
 from tinylm.run.folder import RunFolder
 from tinylm.train.config import Config
 from tinylm.train.init_from import take_over
-from tinylm.train.local_steps import fix_workers
+from tinylm.train.local_steps import LocalState, fix_workers
 from tinylm.train.state import make_blueprint
 from tinylm.train.step import make_train_steps
 
@@ -170,7 +170,11 @@ def _one_step(config: Config, case: _Case, batch: HostBatch) -> _Step:
         state, metrics = train_steps(state, placed, 1, config.seed, 1)
         (loss,) = metrics["loss"].tolist()
         (grad_norm,) = metrics["grad_norm"].tolist()
-        params = [np.asarray(leaf) for leaf in jax.tree.leaves(state.params)]
+        trained = state.params
+        # The parameters of the run move at a sync alone; what learns in each step are the workers'.
+        if isinstance(state.opt_state, LocalState):
+            trained = state.opt_state.workers.params
+        params = [np.asarray(leaf) for leaf in jax.tree.leaves(trained)]
     return _Step(loss, grad_norm, params)
 
 
