@@ -267,11 +267,18 @@ def activation_bytes(
         passing_bytes += layer_bytes
     if model.remat == "dots":
         kept_bytes += item_bytes * product_numbers
-    # The logits in float32, and their gradient, of one piece of the row at a time. On a TPU the
-    # gradient is in the type of the model.
-    gradient_bytes = item_bytes if platform == "tpu" else 4
-    vocab_bytes = (4 + gradient_bytes) * model.padded_vocab / model.loss_chunks
-    per_token = model.num_layers * kept_bytes + passing_bytes + vocab_bytes
+    # The logits in float32, and their gradient, of one piece of the row at a time.
+    logit_bytes = 4 + 4
+    if platform == "tpu":
+        # The gradient is in the type of the model, or nowhere whole where rows are in parts.
+        logit_bytes = 4 + (item_bytes if context_ways == 1 else 0)
+    vocab_bytes = logit_bytes * model.padded_vocab / model.loss_chunks
+    if platform == "tpu":
+        # The logits are gone when the backward pass gets to the layers.
+        passing_bytes = max(passing_bytes, vocab_bytes)
+    else:
+        passing_bytes += vocab_bytes
+    per_token = model.num_layers * kept_bytes + passing_bytes
     return seq_len * per_token / (tensor_ways * context_ways)
 
 
