@@ -10,10 +10,10 @@ together:
   (`model.expert_parallel`; Lepikhin et al. 2021). It sends four times the tokens' features for each
   of their experts, however large the experts are.
 
-A device has room for half as many rows again as it sends, which is what it receives where the loads
-of devices are even. Where they are not, and one device would receive more, the matrices are
-gathered in this layer and micro-batch instead, so that no token is dropped whatever the router
-does.
+A device has room for half as many rows again as it sends (its capacity), which is what it receives
+where the loads of devices are even. Where they are not, and one device would receive more, the
+matrices are gathered in this layer and micro-batch instead, so that no token is dropped whatever
+the router does.
 
 `model` splits the hidden features of every expert, so its devices each have a part of the sum that
 an output is, and add these up at the end.
@@ -51,8 +51,8 @@ RowsFunction = Callable[..., jax.Array]
 
 # The name of rows that came from other devices, for policies of what the backward pass finds.
 EXCHANGED = "exchanged rows"
-# The rows that a device has room for, in those that it sends.
-_ROOM = 1.5
+# The capacity: the rows that a device has room for, in those that it sends.
+_CAPACITY_FACTOR = 1.5
 # Marks an exchange in a program's text: of how many rows of its result a device sends as many where
 # loads are even.
 REAL_ROWS = "real_rows_{}_of_{}"
@@ -184,14 +184,14 @@ def _exchanged_or_gathered(
     num_experts = num_devices * experts_here
     experts_M = choice.experts_BTC.reshape(-1)
     num_rows = len(experts_M)
-    room = min(_rounded_up(_ROOM * num_rows), num_devices * num_rows)
+    capacity = min(_rounded_up(_CAPACITY_FACTOR * num_rows), num_devices * num_rows)
 
     # How many rows each device has for each expert, and so how many it sends to each device.
     counts_X = jnp.sum(experts_M[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     counts_NX = jax.lax.all_gather(counts_X, AXES.data)
     counts_NNX = counts_NX.reshape(num_devices, num_devices, experts_here)
     sent_NN = jnp.sum(counts_NNX, axis=-1)
-    there_is_room = jnp.max(jnp.sum(sent_NN, axis=0)) <= room
+    is_within_capacity = jnp.max(jnp.sum(sent_NN, axis=0)) <= capacity
 
     def exchange(x_BTD: jax.Array, choice: Choice, parts: tuple[jax.Array, ...]) -> jax.Array:
         # Sorted by expert, rows are sorted by the device that they go to.
@@ -199,15 +199,15 @@ def _exchanged_or_gathered(
         place_M = jnp.argsort(order_M)
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         x_MD = _permuted(jnp.repeat(x_TD, choice.experts_BTC.shape[-1], axis=0), order_M, place_M)
-        x_RD = checkpoint_name(_exchange(num_rows, room, x_MD, sent_NN), EXCHANGED)
+        x_RD = checkpoint_name(_exchange(num_rows, capacity, x_MD, sent_NN), EXCHANGED)
         # They come by the device that sent them, and from each by expert.
         here_NX = counts_NNX[:, jax.lax.axis_index(AXES.data)]
         ends_of_groups = jnp.cumulative_sum(here_NX.reshape(-1))
-        group_R = jnp.searchsorted(ends_of_groups, jnp.arange(room), side="right")
+        group_R = jnp.searchsorted(ends_of_groups, jnp.arange(capacity), side="right")
         is_row_R = group_R < len(ends_of_groups)
         expert_R = jnp.where(is_row_R, group_R % experts_here, experts_here)
         y_RD = function(x_RD, expert_R, *parts)
-        y_MD = checkpoint_name(_exchange(room, num_rows, y_RD, sent_NN.T), EXCHANGED)
+        y_MD = checkpoint_name(_exchange(capacity, num_rows, y_RD, sent_NN.T), EXCHANGED)
         return _add_up(_permuted(y_MD, place_M, order_M), choice, x_BTD)
 
     # What the backward pass needs of one branch takes memory in the other one, too, so this one
@@ -217,7 +217,7 @@ def _exchanged_or_gathered(
         by_expert = [PartitionSpec(AXES.data)] * len(parts)
         return _weighted_sum(function, x_BTD, choice, _gathered(parts, by_expert))
 
-    return jax.lax.cond(there_is_room, exchange, gather, x_BTD, choice, parts)
+    return jax.lax.cond(is_within_capacity, exchange, gather, x_BTD, choice, parts)
 
 
 def _rounded_up(rows: float) -> int:
@@ -246,7 +246,7 @@ _permuted.defvjp(_permuted_forward, _permuted_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _exchange(num_rows: int, room: int, x_MD: jax.Array, sent_NN: jax.Array) -> jax.Array:
+def _exchange(num_rows: int, capacity: int, x_MD: jax.Array, sent_NN: jax.Array) -> jax.Array:
     """Send rows to the devices along `data`, and return those that came, x_RD.
 
     The rows to each device lie one behind the other, and so do those from each. What comes back by
@@ -254,34 +254,36 @@ def _exchange(num_rows: int, room: int, x_MD: jax.Array, sent_NN: jax.Array) -> 
 
     Args:
       num_rows: of `x_MD`.
-      room: how many rows the result has; those behind the last that came are 0.
+      capacity: how many rows the result has; those behind the last that came are 0.
       x_MD: the rows to send.
       sent_NN: how many rows each device (first axis) sends to each (second axis).
     """
-    real_rows = min(num_rows, room)
+    real_rows = min(num_rows, capacity)
     if target_platform() == "cpu":
-        return _exchange_on_cpu(real_rows, room, x_MD, sent_NN)
+        return _exchange_on_cpu(real_rows, capacity, x_MD, sent_NN)
     me = jax.lax.axis_index(AXES.data)
     sent_N = sent_NN[me]
     received_N = sent_NN[:, me]
     begins_N = jnp.cumulative_sum(sent_N) - sent_N
     # Where a device's rows begin in the buffer of each other device.
     before_NN = jnp.cumulative_sum(sent_NN, axis=0) - sent_NN
-    nothing_RD = jnp.zeros((room, x_MD.shape[-1]), x_MD.dtype)
-    with jax.named_scope(REAL_ROWS.format(real_rows, room)):
+    nothing_RD = jnp.zeros((capacity, x_MD.shape[-1]), x_MD.dtype)
+    with jax.named_scope(REAL_ROWS.format(real_rows, capacity)):
         return jax.lax.ragged_all_to_all(
             x_MD, nothing_RD, begins_N, sent_N, before_NN[me], received_N, axis_name=AXES.data
         )
 
 
-def _exchange_on_cpu(real_rows: int, room: int, x_MD: jax.Array, sent_NN: jax.Array) -> jax.Array:
+def _exchange_on_cpu(
+    real_rows: int, capacity: int, x_MD: jax.Array, sent_NN: jax.Array
+) -> jax.Array:
     """Return what `_exchange` does, where XLA has no ragged all-to-all: all rows are gathered."""
     me = jax.lax.axis_index(AXES.data)
     with jax.named_scope(REAL_ROWS.format(real_rows, len(sent_NN) * len(x_MD))):
         x_NMD = jax.lax.all_gather(x_MD, AXES.data)
     ends_N = jnp.cumulative_sum(sent_NN[:, me])
     begins_NN = jnp.cumulative_sum(sent_NN, axis=1) - sent_NN
-    place_R = jnp.arange(room)
+    place_R = jnp.arange(capacity)
     source_R = jnp.searchsorted(ends_N, place_R, side="right")
     is_row_R = source_R < len(ends_N)
     source_R = jnp.minimum(source_R, len(ends_N) - 1)
@@ -291,15 +293,15 @@ def _exchange_on_cpu(real_rows: int, room: int, x_MD: jax.Array, sent_NN: jax.Ar
 
 
 def _exchange_forward(
-    num_rows: int, room: int, x_MD: jax.Array, sent_NN: jax.Array
+    num_rows: int, capacity: int, x_MD: jax.Array, sent_NN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return _exchange(num_rows, room, x_MD, sent_NN), sent_NN
+    return _exchange(num_rows, capacity, x_MD, sent_NN), sent_NN
 
 
 def _exchange_backward(
-    num_rows: int, room: int, sent_NN: jax.Array, dx_RD: jax.Array
+    num_rows: int, capacity: int, sent_NN: jax.Array, dx_RD: jax.Array
 ) -> tuple[jax.Array, Any]:
-    return _exchange(room, num_rows, dx_RD, sent_NN.T), None
+    return _exchange(capacity, num_rows, dx_RD, sent_NN.T), None
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)

@@ -2,7 +2,7 @@
 
 The mesh's `context` axis splits rows by position. Under a causal mask a late position reads more
 keys than an early one, so each of n devices holds one early and one late stretch of 2n, and all
-have the same number of products of a query with a key:
+have the same number of products of a query with a key (the zigzag order of other trainers):
 
     row of 16 positions      0 1 2 3 4 5 6 7 8 9 . . . . 14 15
     device 0 of 4            0 1                         14 15
