@@ -385,6 +385,17 @@ class ModelConfig(Section, name="model"):
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
+    def compute_bytes(self) -> int:
+        """The bytes of one number in the compute type."""
+        return 2 if self.compute_dtype == "bfloat16" else 4
+
+    @property
+    def vocab_numbers(self) -> int:
+        """The numbers of embedding and output matrix."""
+        num_matrices = 1 if self.tie_embeddings else 2
+        return num_matrices * self.padded_vocab * self.embed_dim
+
+    @property
     def num_expert_layers(self) -> int:
         """The layers that have experts."""
         return self.num_layers - self.dense_layers if self.num_experts else 0

@@ -227,7 +227,7 @@ def activation_bytes(
       context_ways: devices that split the row.
       platform: of the devices, which decides the kernel of attention.
     """
-    item_bytes = 2 if model.compute_dtype == "bfloat16" else 4
+    item_bytes = model.compute_bytes
     embed = model.embed_dim
     qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     inner_maps = 2 if model.mlp in GATED else 1
@@ -299,7 +299,7 @@ def _attention_bytes(
     platform: str,
 ) -> _AttentionBytes:
     """Return what attention of a layer takes, by the form and kernel that it takes."""
-    item_bytes = 2 if model.compute_dtype == "bfloat16" else 4
+    item_bytes = model.compute_bytes
     heads = model.num_heads
     is_tpu = platform == "tpu"
     # A TPU stores heads of fewer numbers as if they had so many.
@@ -347,11 +347,9 @@ def gathered_bytes(model: ModelConfig, mesh_config: MeshConfig, num_parameters: 
     That is one layer, gathered, and its gradients, in the compute type; and embedding and output,
     whose gradients are in float32.
     """
-    item_bytes = 2 if model.compute_dtype == "bfloat16" else 4
-    vocab_matrices = 1 if model.tie_embeddings else 2
-    vocab_numbers = vocab_matrices * model.padded_vocab * model.embed_dim
-    layer_numbers = (num_parameters - vocab_numbers) / model.num_layers
-    total_bytes = 2 * item_bytes * layer_numbers + (item_bytes + 4) * vocab_numbers
+    item_bytes = model.compute_bytes
+    layer_numbers = (num_parameters - model.vocab_numbers) / model.num_layers
+    total_bytes = 2 * item_bytes * layer_numbers + (item_bytes + 4) * model.vocab_numbers
     return total_bytes / mesh_config.model
 
 

@@ -44,7 +44,6 @@ from tinylm.model.layers import GATED
 from tinylm.tools.programs import Collective
 
 _FLOAT32_BYTES = 4
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +62,7 @@ def least_collectives(
 ) -> list[Collective]:
     """Return the collectives of a step that no layout of this kind can do without."""
     sizes = mesh_sizes(mesh)
-    item_bytes = _ITEM_BYTES[model.compute_dtype]
+    item_bytes = model.compute_bytes
     recomputes = model.remat == "full"
     # What a device would hold of the parameters if the data axis didn't split them.
     parameter_bytes = work.parameter_bytes / sizes.model
@@ -73,9 +72,7 @@ def least_collectives(
     in_compute_type = item_bytes / _FLOAT32_BYTES
     # What the partitioner sends of gradients: those of embedding and output stay float32, all
     # others are in the compute type.
-    vocab_matrices = 1 if model.tie_embeddings else 2
-    vocab_numbers = vocab_matrices * model.padded_vocab * model.embed_dim
-    vocab_bytes = _FLOAT32_BYTES * vocab_numbers / sizes.model
+    vocab_bytes = _FLOAT32_BYTES * model.vocab_numbers / sizes.model
     other_bytes = parameter_bytes - vocab_bytes
     gradient_bytes = other_bytes * in_compute_type + vocab_bytes
 
@@ -128,7 +125,7 @@ def least_collectives(
 def _between_positions(model: ModelConfig, mesh: Mesh, work: Work) -> list[Collective]:
     """Return what devices that share rows send each other of keys and values."""
     sizes = mesh_sizes(mesh)
-    item_bytes = _ITEM_BYTES[model.compute_dtype]
+    item_bytes = model.compute_bytes
     # Each device has two stretches of a row.
     stretch = work.row_length // (2 * sizes.context)
     tokens_per_device = work.tokens_per_step * sizes.model / mesh.size
