@@ -93,12 +93,10 @@ class Router(nnx.Module):
         logits_BTX = constrain(logits_BTX, "batch", "positions", None)
         # Scores may be too small for a division by their sum, and more so for its gradient, so
         # whatever adds up to 1 is made of their logarithms, up to a constant of each token.
-        if c.router == "softmax":
-            scores_BTX = softmax(logits_BTX)
-            log_scores_BTX = logits_BTX
-        else:
-            scores_BTX = jax.nn.sigmoid(logits_BTX)
-            log_scores_BTX = jax.nn.log_sigmoid(logits_BTX)
+        is_softmax = c.router == "softmax"
+        log_scores_BTX = logits_BTX if is_softmax else jax.nn.log_sigmoid(logits_BTX)
+        shares_BTX = softmax(log_scores_BTX)
+        scores_BTX = shares_BTX if is_softmax else jax.nn.sigmoid(logits_BTX)
         order_BTX = scores_BTX if self.bias is None else scores_BTX + self.bias[...]
         _, experts_BTC = jax.lax.top_k(jax.lax.stop_gradient(order_BTX), c.experts_per_token)
         # The backward pass must not choose again: scores that are computed again may differ in
@@ -115,7 +113,6 @@ class Router(nnx.Module):
         if counted_BT is None:
             return Routing(choice, None)
 
-        shares_BTX = softmax(log_scores_BTX)
         counted_BT1 = counted_BT[..., None]
         squared_log_z_BT = jnp.square(jax.nn.logsumexp(logits_BTX, axis=-1))
         sums = RouterSums(
