@@ -331,7 +331,9 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 
 @pytest.mark.parametrize(("length", "parts"), [(36, 8), (24, 8), (64, 3)])
 def test_rows_that_the_mesh_does_not_divide_are_refused(length, parts):
-    """Devices would have whole rows, or the last one most of the work. -1 is no number yet."""
+    """Else each device would have whole rows, or the last one most of the work. Only the mesh tells
+    how many devices -1 stands for.
+    """
     config = load_config("tales", [f"data.seq_len={length}", "mesh.context=-1", "mesh.data=1"])
     wanted = rf"data.seq_len={length} must be divisible by twice mesh.context \({parts}\)"
     mesh = make_mesh(config.mesh, jax.devices()[:parts])

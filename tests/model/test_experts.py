@@ -108,7 +108,7 @@ def test_experts_equal_a_loop_over_all_of_them(changes, mesh):
 @pytest.mark.parametrize("router", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("level", [-100.0, 100.0])
 def test_weights_and_gradients_are_finite_where_scores_are_0_or_1(router, level):
-    """A bias picks two experts whose scores are nothing beside that of a third."""
+    """A bias picks two experts although the score of a third one is far greater."""
     config, graph, params, x_BTD = experts_and_input(router=router, router_bias_rate=0.001)
     x_BTD = jnp.zeros_like(x_BTD).at[..., 0].set(1.0)
     kernel = params["router"]["kernel"]

@@ -240,7 +240,7 @@ def test_a_device_holds_what_the_formula_says_and_a_search_knows_it():
     held = held_bytes(blueprint.abstract)
     size = held_bytes(blueprint.abstract.params)
     assert held == pytest.approx((2 + 3 * 3) * size, rel=1e-2)
-    # While workers are dealt out anew, too, each replica holds a part of the old ones.
+    # Of three old workers, which it doesn't divide, each replica holds a half.
     old = held_bytes(blueprint.with_workers(3).abstract)
     assert old == pytest.approx((2 + 1.5 * 3) * size, rel=2e-2)
     rows = search(config, jax.devices()[:4], compiled=0)

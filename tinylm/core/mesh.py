@@ -262,8 +262,8 @@ def parameter_sharding(
     """Return where a parameter with logical `axes` and `shape` lives on the mesh."""
     rules = parameter_rules(fsdp)
     if "workers" in axes:
-        # A run that goes on with fewer replicas may have saved more workers than they divide. Until
-        # these are dealt out anew, each replica holds a part of all rather than all.
+        # A run may go on with a number of replicas that doesn't divide the workers that it saved.
+        # While it makes new workers of these, each replica holds a part of every old one.
         rules = {**rules, AXES.replica: ("workers", *PARAMETER_RULES[AXES.data])}
     return NamedSharding(mesh, _assign(rules, mesh.shape, axes, shape))
 

@@ -33,7 +33,7 @@ from tinylm.model.kernels import (
 )
 from tinylm.model.visibility import Visibility
 
-# What the kernel keeps for its backward pass beside its inputs: outputs, and log-normalizers.
+# The name of what the kernel keeps for its backward pass: its outputs and log-normalizers.
 _KEPT = "splash_rows"
 
 

@@ -264,7 +264,8 @@ def _sync(state: S, config: Config, axes: Mapping[str, Axes]) -> S:
         )
         mean_bias_LX = bias_of_experts(optax.tree.sub(params, outer_grad), config.model)
         params = optax.apply_updates(params, updates)
-        # What evens out loads is no gradient, and has no momentum: it goes to the workers' mean.
+        # No gradient trains the biases of experts, so momentum is not for them: they become the
+        # mean of the workers' own.
         if mean_bias_LX is not None:
             params = with_bias_of_experts(params, mean_bias_LX)
         drift = jnp.sqrt(squares / num_workers)
